@@ -1,0 +1,81 @@
+"""``selfloop``: the command line. Heavy imports happen inside the commands, so that help is instant."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import selfloop
+from selfloop.cli import keys, models, runs
+
+app = typer.Typer(
+    name="selfloop",
+    help="Open, self-hosted training API for the official Loops client.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(keys.app, name="keys", help="API keys: create, list, revoke.")
+app.add_typer(models.app, name="models", help="The model catalogue: list, add.")
+app.command("runs", help="List the runs of a data directory.")(runs.runs)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"selfloop {selfloop.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Open, self-hosted training API for the official Loops client."""
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where everything is kept. Default: $SELFLOOP_DATA_DIR or ~/.selfloop.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Compute type: auto, float32 or bfloat16.")] = "auto",
+    public_url: Annotated[
+        str | None, typer.Option(help="Base of the URLs in answers, behind a proxy that hides it.")
+    ] = None,
+    serve_weights: Annotated[bool, typer.Option(help="Let /hf give out weight files too.")] = False,
+) -> None:
+    """Run the server."""
+    from selfloop.cli.serve import serve_command
+
+    serve_command(host, port, data_dir, device, dtype, public_url, serve_weights)
+
+
+@app.command()
+def doctor(
+    data_dir: Annotated[Path | None, typer.Option(help="The data directory to look at.")] = None,
+    port: Annotated[int, typer.Option(help="The port that serve would use.")] = 8000,
+) -> None:
+    """Explain what is missing on this machine."""
+    from selfloop.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(data_dir, port))
+
+
+@app.command()
+def demo(
+    data_dir: Annotated[Path | None, typer.Option(help="Where the demo keeps its server's data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; the script's default if not given.")] = None,
+) -> None:
+    """Fine-tune the embedded model through the official client, on this machine."""
+    from selfloop.cli.demo import run_demo
+    from selfloop.server.settings import default_data_dir
+
+    raise typer.Exit(run_demo(data_dir or default_data_dir() / "demo", steps=steps))
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(True)
+    app()

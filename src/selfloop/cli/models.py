@@ -1,0 +1,58 @@
+"""``selfloop models``: the base models that scripts may name."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from selfloop.cli import local
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(data_dir: local.DataDir = None) -> None:
+    """List the catalogue."""
+
+    async def work() -> Table:
+        async with local.opened(data_dir) as data:
+            models, aliases = await data.catalogue.entries()
+            table = Table("name", "source", "also served as", "files")
+            for row in models:
+                names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
+                table.add_row(row.name, row.source, names, row.path or "prepared at first use")
+            return table
+
+    Console().print(local.run(work))
+
+
+@app.command()
+def add(
+    source: Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub id, or a model listed already.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name to serve it under. Default: the folder's name or hub id.")
+    ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="A further name; may be given several times.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    data_dir: local.DataDir = None,
+) -> None:
+    """Put a model in the catalogue, or serve one under further names."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+
+    async def work() -> str:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("looking", total=1.0)
+            async with local.opened(data_dir) as data:
+                model = await data.catalogue.add(
+                    source,
+                    name=name,
+                    revision=revision,
+                    aliases=alias or [],
+                    on_progress=lambda stage, part: progress.update(task, description=stage, completed=part),
+                )
+        return model.name
+
+    added = local.run(work)
+    typer.echo(f"{added} is served as: {', '.join([added, *(alias or [])])}")

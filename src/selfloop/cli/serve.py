@@ -1,0 +1,76 @@
+"""``selfloop serve``."""
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from selfloop.server.settings import Settings, default_data_dir
+
+_KEY_FILE = "api_key"
+
+
+def serve_command(
+    host: str,
+    port: int,
+    data_dir: Path | None,
+    device: str,
+    dtype: str,
+    public_url: str | None,
+    serve_weights: bool,
+) -> None:
+    from selfloop.server.serve import serve
+    from selfloop.storage.db.migrate import NewerDatabase
+    from selfloop.types.errors import SelfloopError
+
+    console = Console(stderr=True)
+    for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
+                               ("dtype", dtype, ("auto", "float32", "bfloat16"))):  # fmt: skip
+        if value not in known:
+            console.print(f"[red]--{name}: one of {', '.join(known)}, got {value}[/red]")
+            sys.exit(2)
+    settings = Settings(
+        host=host,
+        port=port,
+        data_dir=(data_dir or default_data_dir()).expanduser().resolve(),
+        device=device,
+        dtype=dtype,
+        public_url=public_url,
+        serve_weights=serve_weights,
+    )
+    given = os.environ.get("SELFLOOP_API_KEY") or None
+
+    def listening(made: str | None) -> None:
+        _announce(settings, given, made)
+
+    try:
+        serve(settings, given, listening)
+    except (SelfloopError, NewerDatabase) as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(1)
+
+
+def _announce(settings: Settings, given: str | None, made: str | None) -> None:
+    """The three lines a user needs. The key is readable here once; afterwards only in its own file."""
+    key_file = settings.data_dir / _KEY_FILE
+    if made is not None:
+        descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(made + "\n")
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    base = settings.public_url or f"http://{host}:{settings.port}"
+    if made is not None:
+        key = made
+    elif given is not None:
+        key = "$SELFLOOP_API_KEY"
+    elif key_file.exists():
+        key = f"$(cat {key_file})"
+    else:
+        key = "<a key of yours; `selfloop keys create` makes one>"
+    print(f"Selfloop serves at {base} (data in {settings.data_dir}). In the shell of your training script:\n")
+    print(f"  export LOOPS_BASE_URL={base}")
+    print(f"  export BASETEN_API_KEY={key}")
+    print(f"  export HF_ENDPOINT={base}/hf\n", flush=True)
+    if made is not None:
+        print(f"This key is shown once; it is kept in {key_file} (readable by you only).\n", flush=True)

@@ -1,0 +1,1 @@
+"""The resources and their lives: the durable operation queue, scheduler, lifecycle, recovery."""

@@ -1,0 +1,24 @@
+"""What the resources share: one object made at start."""
+
+from dataclasses import dataclass
+
+from selfloop.control.journal import Journal
+from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.resources.catalogue import Catalogue
+from selfloop.control.scheduler import Scheduler
+from selfloop.control.settle import Settlement
+from selfloop.control.workers import WorkerPool
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    db: Database
+    blobs: LocalBlobs
+    journal: Journal
+    settlement: Settlement
+    pool: WorkerPool
+    lifecycle: Lifecycle
+    scheduler: Scheduler
+    catalogue: Catalogue

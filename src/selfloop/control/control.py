@@ -1,0 +1,153 @@
+"""The gateway's inside, put together: made at start, stopped in order at the end."""
+
+import fcntl
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from selfloop.control.context import Context
+from selfloop.control.journal import Journal
+from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.operations import Operations
+from selfloop.control.resources.access import Access
+from selfloop.control.resources.catalogue import Catalogue
+from selfloop.control.resources.checkpoints import Checkpoints
+from selfloop.control.resources.runs import Runs
+from selfloop.control.resources.samplers import Samplers
+from selfloop.control.sampling import Sampling
+from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
+from selfloop.control.settle import Settlement
+from selfloop.control.workers import WorkerPool, WorkerSlot
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import migrate, queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import RunRow
+from selfloop.types.errors import Conflict
+from selfloop.worker.launch_local import WorkerCommand
+
+log = logging.getLogger(__name__)
+
+DATABASE_FILE = "selfloop.db"
+_REVOCATIONS_FILE = "keys_revoked"
+_STOP_GRACE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControlConfig:
+    """Where the data lies and how workers run."""
+
+    data_dir: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen
+
+
+class DataDirectory:
+    """The rows of a data directory, for commands that need no server: it may run beside one."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        migrate.upgrade(path / DATABASE_FILE)
+        self._db = Database(path / DATABASE_FILE)
+        self.access = Access(self._db, path / _REVOCATIONS_FILE)
+        self.catalogue = Catalogue(self._db, path / "models")
+
+    async def all_runs(self) -> Sequence[RunRow]:
+        """Every run, newest first."""
+        async with self._db.read() as session:
+            return await queries_resources.runs(session)
+
+    async def close(self) -> None:
+        await self._db.close()
+
+
+class Control:
+    """Everything behind the HTTP face."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        self.config = config
+        data_dir = config.data_dir
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _lock(data_dir)
+        migrate.upgrade(data_dir / DATABASE_FILE)
+        self.db = Database(data_dir / DATABASE_FILE)
+        blobs = LocalBlobs(data_dir)
+        journal = Journal(self.db, blobs)
+        settlement = Settlement(self.db, blobs, journal)
+        self.catalogue = Catalogue(self.db, data_dir / "models")
+        pool = WorkerPool(self._make_slot)
+        self.lifecycle = Lifecycle(self.db, pool)
+
+        def make_actor(run: RunRow) -> RunActor:
+            return RunActor(run, journal, blobs, self.lifecycle, settlement, config.scheduler)
+
+        scheduler = Scheduler(make_actor)
+        self.lifecycle.park = scheduler.park
+        self._context = Context(self.db, blobs, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue)
+        self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
+        self.runs = Runs(self._context)
+        self.samplers = Samplers(self._context)
+        self.checkpoints = Checkpoints(self._context, _secret(data_dir / "link_secret"))
+        self.operations = Operations(self._context)
+        self.sampling = Sampling(self._context)
+
+    async def start(self, first_key: str | None) -> str | None:
+        """Take up what an earlier gateway left; returns the first key if one was made just now."""
+        await self.catalogue.seed()
+        made = await self.access.ensure_first_key(first_key)
+        await self.lifecycle.start()
+        await self.checkpoints.start()
+        await self.operations.start()
+        return made
+
+    async def stop(self) -> None:
+        await self.operations.stop()
+        await self._context.scheduler.stop(_STOP_GRACE_S)
+        await self.lifecycle.stop()
+        await self._context.pool.stop()
+        await self.checkpoints.stop()
+        await self.db.close()
+        self._lock.close()
+
+    def _make_slot(self, model_name: str) -> WorkerSlot:
+        config = self.config
+
+        def command(name: str, folder: Path) -> WorkerCommand:
+            log_path = config.data_dir / "logs" / f"worker-{name.replace('/', '--')}.log"
+            return WorkerCommand(folder, config.device, config.dtype, log_path)
+
+        return WorkerSlot(model_name, self.catalogue.prepare, command, self.lifecycle.on_worker_state)
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    """Hold the data directory; a second gateway on it is refused."""
+    file = open(data_dir / "gateway.lock", "a+")  # noqa: SIM115 - held as long as the gateway lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise Conflict(
+            f"another selfloop server (pid {holder}) is using {data_dir}; stop it or choose another --data-dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _secret(path: Path) -> bytes:
+    """A random secret kept in ``path``, readable by the owner only."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        secret = secrets.token_bytes(32)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(secret)
+        return secret

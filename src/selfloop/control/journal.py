@@ -1,0 +1,201 @@
+"""The durable operation queue on disk: what was accepted, in which order, and how it ended."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.exc import IntegrityError
+
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import queries_operations, queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.errors import Conflict
+from selfloop.types.operation import CHANGES_STATE
+from selfloop.types.status import OperationState
+
+log = logging.getLogger(__name__)
+
+# Below this a payload or result lies in its row: one write instead of two.
+_INLINE_BYTES = 16 * 1024
+_STARTS_EPOCH = "init_trainer_server"
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An operation as a dialect hands it over.
+
+    Args:
+        id: the client's idempotency key, which becomes the operation's id.
+        seq: the client's sequence id, or None to take the next free place.
+        fingerprint: digest of the request as the client sent it, to tell a retry from a different request.
+        payload: msgpack bytes of the ``types.operation`` struct.
+    """
+
+    id: str
+    kind: str
+    seq: int | None
+    fingerprint: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Where a submission landed; ``is_new`` is False for a retry of one that was accepted before."""
+
+    row: OperationRow
+    is_new: bool
+
+
+class Journal:
+    """Order and durability. One instance a data directory; calls about one run are serialised by the caller."""
+
+    def __init__(self, db: Database, blobs: LocalBlobs) -> None:
+        self._db = db
+        self._blobs = blobs
+
+    async def accept(self, run: RunRow, submission: Submission, parked: Collection[int]) -> Accepted:
+        """Give the submission its place in the run's order and make it durable.
+
+        Args:
+            run: the live row; its ``epoch`` and ``next_seq`` go on as this operation arrives.
+            parked: sequence ids of the epoch, at or above ``run.next_seq``, that are here already.
+
+        Raises:
+            Conflict: the id or the sequence id was used for a different request, or the place has passed.
+        """
+        payload_key = await self._store(f"journal/{run.id}/{submission.id}.op", submission.payload)
+        epoch, next_seq = run.epoch, run.next_seq
+        if submission.kind == _STARTS_EPOCH and submission.seq == 1 and next_seq > 1:
+            if (known := await self.get(run.id, submission.id)) is not None:
+                return Accepted(_same_request(known, submission, "Idempotency-Key"), is_new=False)
+            # A client that attaches starts counting anew; what is queued before it still runs first.
+            epoch, next_seq, parked = epoch + 1, 1, ()
+        seq = max([next_seq - 1, *parked]) + 1 if submission.seq is None else submission.seq
+        row = OperationRow(
+            run_id=run.id,
+            id=submission.id,
+            epoch=epoch,
+            seq=seq,
+            kind=submission.kind,
+            fingerprint=submission.fingerprint,
+            state=OperationState.QUEUED,
+            created_at=time.time(),
+            payload=None if payload_key else submission.payload,
+            payload_key=payload_key,
+        )
+        if seq < next_seq:
+            return Accepted(await self._known(row, submission, next_seq), is_new=False)
+        if seq == next_seq:
+            next_seq = _first_missing(seq + 1, sorted(parked))
+        try:
+            async with self._db.write() as session:
+                session.add(row)
+                await session.flush()
+                await queries_resources.update_run(session, run.id, epoch=epoch, next_seq=next_seq)
+        except IntegrityError:
+            return Accepted(await self._known(row, submission, next_seq), is_new=False)
+        run.epoch, run.next_seq = epoch, next_seq
+        return Accepted(row, is_new=True)
+
+    async def _known(self, row: OperationRow, submission: Submission, next_seq: int) -> OperationRow:
+        """The operation that holds the id or the place of ``row``, if it is the same request."""
+        async with self._db.read() as session:
+            by_id = await queries_operations.get(session, row.run_id, row.id)
+            by_seq = await queries_operations.at_seq(session, row.run_id, row.epoch, row.seq)
+        if by_id is not None:
+            return _same_request(by_id, submission, "Idempotency-Key")
+        if by_seq is not None:
+            return _same_request(by_seq, submission, "seq_id")
+        raise Conflict(f"seq_id {row.seq} came too late: the run has gone on to seq_id {next_seq} without it")
+
+    async def skip_gap(self, run: RunRow, next_seq: int) -> None:
+        """Stop waiting for the sequence ids below ``next_seq``."""
+        run.next_seq = next_seq
+        async with self._db.write() as session:
+            await queries_resources.update_run(session, run.id, next_seq=next_seq)
+
+    async def payload(self, row: OperationRow) -> bytes:
+        if row.payload_key is not None:
+            return await asyncio.to_thread(self._blobs.get, row.payload_key)
+        assert row.payload is not None, (row.run_id, row.id)
+        return row.payload
+
+    async def store_result(self, row: OperationRow, result: bytes) -> tuple[bytes | None, str | None]:
+        """Put a large result aside; returns (inline bytes, blob key), one of them None."""
+        key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
+        return (None, key) if key else (result, None)
+
+    async def result(self, row: OperationRow) -> bytes | None:
+        """The stored result, or None once it has expired."""
+        if row.result_key is not None:
+            return await asyncio.to_thread(self._blobs.get, row.result_key)
+        return row.result
+
+    async def fail(self, row: OperationRow, error: str, error_class: str, state: OperationState) -> bool:
+        """Settle a queued operation without a result; False when it was settled before."""
+        async with self._db.write() as session:
+            return await queries_operations.finish(
+                session, row, state=state, at=time.time(), error=error, error_class=error_class
+            )
+
+    async def get(self, run_id: str, operation_id: str) -> OperationRow | None:
+        async with self._db.read() as session:
+            return await queries_operations.get(session, run_id, operation_id)
+
+    async def queued(self) -> Sequence[OperationRow]:
+        """Everything that was accepted and has no outcome yet, in execution order."""
+        async with self._db.read() as session:
+            return await queries_operations.in_state(session, OperationState.QUEUED)
+
+    async def to_replay(self, run: RunRow) -> Sequence[OperationRow]:
+        """What must be done again on top of the run's last snapshot to get back its state."""
+        async with self._db.read() as session:
+            return await queries_operations.done_after(
+                session, run.id, (run.snapshot_epoch, run.snapshot_seq), CHANGES_STATE
+            )
+
+    async def forget_payloads(self, run_id: str, position: tuple[int, int]) -> None:
+        """Drop the payloads that a snapshot at ``position`` makes superfluous."""
+        async with self._db.write() as session:
+            rows = await queries_operations.covered_payloads(session, run_id, position)
+            await queries_operations.drop_payloads(session, run_id, [row.id for row in rows])
+        await self._delete([row.payload_key for row in rows])
+
+    async def purge(self, before: float) -> None:
+        """Let go of results finished ``before``, and of rows that recovery no longer needs."""
+        async with self._db.write() as session:
+            stale = await queries_operations.stale_results(session, before)
+            await queries_operations.drop_results(session, stale)
+            gone = await queries_operations.expired(session, before)
+            await queries_operations.remove(session, gone)
+        await self._delete([row.result_key for row in stale])
+
+    async def _store(self, key: str, data: bytes) -> str | None:
+        if len(data) <= _INLINE_BYTES:
+            return None
+        await asyncio.to_thread(self._blobs.put, key, data)
+        return key
+
+    async def _delete(self, keys: Sequence[str | None]) -> None:
+        for key in keys:
+            if key is not None:
+                await asyncio.to_thread(self._blobs.delete, key)
+
+
+def _same_request(row: OperationRow, submission: Submission, what: str) -> OperationRow:
+    if row.fingerprint != submission.fingerprint:
+        value = submission.id if what == "Idempotency-Key" else submission.seq
+        raise Conflict(f"{what} {value} was already used for a different request ({row.kind})")
+    return row
+
+
+def _first_missing(start: int, arrived: Sequence[int]) -> int:
+    """The lowest number from ``start`` on that is not in the ascending ``arrived``."""
+    for seq in arrived:
+        if seq != start:
+            break
+        start += 1
+    return start

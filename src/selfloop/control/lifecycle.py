@@ -1,0 +1,289 @@
+"""The one place where statuses change: capacity comes up, serves, goes idle, frees its memory, wakes, ends."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.control.workers import WorkerPool, WorkerState
+from selfloop.storage.db import queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import StatusChangeRow
+from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
+from selfloop.worker.client import WorkerClient
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["deployment", "sampler"]
+
+_DEPLOYMENT_STATUS: dict[WorkerState, DeploymentStatus] = {
+    "preparing": DeploymentStatus.DEPLOYING,
+    "loading": DeploymentStatus.DEPLOYING,
+    "restarting": DeploymentStatus.DEPLOYING,
+    "ready": DeploymentStatus.RUNNING,
+    "failed": DeploymentStatus.FAILED,
+}
+_SAMPLER_STATUS: dict[WorkerState, SamplerStatus] = {
+    "preparing": SamplerStatus.DEPLOYING,
+    "loading": SamplerStatus.LOADING_MODEL,
+    "restarting": SamplerStatus.LOADING_MODEL,
+    "ready": SamplerStatus.ACTIVE,
+    "failed": SamplerStatus.DEPLOY_FAILED,
+}
+_ENDED = {DeploymentStatus.STOPPED, SamplerStatus.INACTIVE}
+_SLEEPING = {DeploymentStatus.SCALED_TO_ZERO, SamplerStatus.SCALED_TO_ZERO}
+_SETTLED = {
+    SamplerStatus.ACTIVE,
+    SamplerStatus.DEPLOY_FAILED,
+    SamplerStatus.INACTIVE,
+    SamplerStatus.SCALED_TO_ZERO,
+    SamplerStatus.FAILED,
+}
+_REAPER_PAUSE_S = 0.25
+
+
+@dataclass(slots=True)
+class _Member:
+    kind: Kind
+    id: str
+    status: str
+    reason: str = ""
+    changed_at: float = 0.0
+
+
+@dataclass(slots=True)
+class _Group:
+    """Capacity that lives and sleeps together: a trainer deployment with its paired samplers, or one sampler."""
+
+    key: str
+    model_name: str
+    delay_s: float
+    last_used: float
+    num_uses: int = 0
+    members: dict[str, _Member] = field(default_factory=dict[str, _Member])
+
+    @property
+    def is_awake(self) -> bool:
+        return any(m.status not in _SLEEPING and m.status not in _ENDED for m in self.members.values())
+
+
+class Lifecycle:
+    """Statuses of runs, deployments and samplers, and when their memory is given back."""
+
+    def __init__(self, db: Database, pool: WorkerPool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._db = db
+        self._pool = pool
+        self._clock = clock
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[str, _Group] = {}
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.park: Callable[[str], Awaitable[None]] | None = None
+        """Set by the scheduler: stores the state of a deployment's runs and takes them out of the worker."""
+
+    async def start(self) -> None:
+        """Take up what the database knows; whatever was awake sleeps until it is needed again."""
+        async with self._db.read() as session:
+            deployments = await queries_resources.deployments(session)
+            samplers = await queries_resources.samplers(session)
+            runs = {run.id: run for run in await queries_resources.runs(session)}
+        for row in deployments:
+            if row.status not in _ENDED:
+                self.add("deployment", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
+        for row in samplers:
+            if row.status not in _ENDED:
+                key = runs[row.run_id].deployment_id if row.run_id else row.id
+                self.add("sampler", row.id, key, row.model_name, row.scale_down_delay_s, row.status)
+        for group in list(self._groups.values()):
+            if group.is_awake:
+                await self._set_sleeping(group, "the server was restarted")
+        self._spawn(self._reap(), "reaper")
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- who is there ---------------------------------------------------------------------------------
+
+    def add(self, kind: Kind, id: str, key: str, model_name: str, delay_s: float, status: str) -> None:
+        """Register capacity; ``key`` is the trainer deployment it lives with, or its own id."""
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group(key, model_name, delay_s, self._clock())
+        group.delay_s = delay_s
+        group.members[id] = _Member(kind, id, status)
+        self._group_of[id] = group
+
+    def status(self, id: str) -> str | None:
+        """The present status of live capacity, None for what ended or never was."""
+        group = self._group_of.get(id)
+        return group.members[id].status if group else None
+
+    def describe(self, id: str) -> str:
+        """Why the capacity is in its status, in words."""
+        group = self._group_of.get(id)
+        if group is None:
+            return ""
+        slot = self._pool.slot(group.model_name)
+        member = group.members[id]
+        return slot.reason if slot.state in ("preparing", "loading", "restarting") else member.reason
+
+    # -- use and wake ---------------------------------------------------------------------------------
+
+    def touch(self, id: str) -> None:
+        """Somebody cares about this capacity: its idle time starts anew."""
+        group = self._group_of.get(id)
+        if group is not None:
+            group.last_used = self._clock()
+
+    @contextmanager
+    def using(self, id: str) -> Generator[None]:
+        """While the block runs, the capacity is not idle."""
+        group = self._group_of.get(id)
+        if group is None:
+            yield
+            return
+        group.num_uses += 1
+        try:
+            yield
+        finally:
+            group.num_uses -= 1
+            group.last_used = self._clock()
+
+    async def wake(self, id: str) -> WorkerClient:
+        """Bring the capacity up (if it is not) and give its worker.
+
+        Raises:
+            OperationFailed: the base model cannot be loaded.
+        """
+        group = self._group_of[id]
+        slot = self._pool.slot(group.model_name)
+        with self.using(id):
+            if not group.is_awake or any(m.status in _SLEEPING for m in group.members.values()):
+                await self._set_waking(group)
+            client = await slot.acquire()
+            await self._follow(group, "ready", slot.reason)
+            return client
+
+    def wake_soon(self, id: str) -> None:
+        """Start waking without waiting; a failure shows in the status."""
+
+        async def wake() -> None:
+            with contextlib.suppress(Exception):  # Reported as the status, with its cause.
+                await self.wake(id)
+
+        self._spawn(wake(), f"wake-{id}")
+
+    async def settled(self, id: str, timeout_s: float) -> None:
+        """Wait until the status is one that lasts, at most ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _SETTLED)
+
+    async def end(self, id: str, reason: str) -> None:
+        """Deactivate capacity for good; the worker ends when nothing else needs it."""
+        group = self._group_of.get(id)
+        if group is None:
+            return
+        member = group.members[id]
+        final = DeploymentStatus.STOPPED if member.kind == "deployment" else SamplerStatus.INACTIVE
+        await self._set(member, final, reason)
+        del group.members[id], self._group_of[id]
+        if not group.members:
+            del self._groups[group.key]
+        await self._stop_unneeded(group.model_name, reason)
+
+    # -- transitions ----------------------------------------------------------------------------------
+
+    async def on_worker_state(self, model_name: str, state: WorkerState, reason: str) -> None:
+        """The worker of a base model changed: so did the capacity on it that is awake."""
+        if state == "stopped":
+            return
+        for group in list(self._groups.values()):
+            if group.model_name == model_name and group.is_awake:
+                await self._follow(group, state, reason)
+
+    async def _follow(self, group: _Group, state: WorkerState, reason: str) -> None:
+        for member in list(group.members.values()):
+            waking = member.status == SamplerStatus.WAKING_UP and state in ("preparing", "loading")
+            if member.status in _SLEEPING or waking:
+                continue
+            table = _DEPLOYMENT_STATUS if member.kind == "deployment" else _SAMPLER_STATUS
+            await self._set(member, table[state], reason)
+
+    async def _set_waking(self, group: _Group) -> None:
+        for member in group.members.values():
+            if member.status in _SLEEPING:
+                status = DeploymentStatus.DEPLOYING if member.kind == "deployment" else SamplerStatus.WAKING_UP
+                await self._set(member, status, "woken by a request")
+
+    async def _set_sleeping(self, group: _Group, reason: str) -> None:
+        for member in group.members.values():
+            is_deployment = member.kind == "deployment"
+            status = DeploymentStatus.SCALED_TO_ZERO if is_deployment else SamplerStatus.SCALED_TO_ZERO
+            await self._set(member, status, reason)
+
+    async def _set(self, member: _Member, status: str, reason: str) -> None:
+        member.reason = reason
+        if member.status == status:
+            return
+        log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason)
+        member.status, member.changed_at = status, time.time()
+        async with self._db.write() as session:
+            if member.kind == "deployment":
+                await queries_resources.update_deployment(session, member.id, status=status)
+            else:
+                await queries_resources.update_sampler(session, member.id, status=status)
+            record_change(session, member.kind, member.id, status, reason)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def end_run(self, run_id: str, reason: str) -> None:
+        """A run becomes INACTIVE; its checkpoints stay."""
+        async with self._db.write() as session:
+            await queries_resources.update_run(session, run_id, status=RunStatus.INACTIVE)
+            record_change(session, "run", run_id, RunStatus.INACTIVE, reason)
+
+    # -- scale to zero --------------------------------------------------------------------------------
+
+    async def _reap(self) -> None:
+        while True:
+            now = self._clock()
+            due = [g for g in self._groups.values() if g.is_awake and not g.num_uses and now - g.last_used >= g.delay_s]
+            for group in due:
+                await self._scale_to_zero(group)
+            await asyncio.sleep(_REAPER_PAUSE_S)
+
+    async def _scale_to_zero(self, group: _Group) -> None:
+        assert self.park is not None
+        idle_s = self._clock() - group.last_used
+        reason = f"idle for {idle_s:.0f} s"
+        for member in list(group.members.values()):
+            if member.kind == "deployment":
+                await self.park(member.id)
+        if group.num_uses or self._clock() - group.last_used < group.delay_s:
+            return  # Somebody came while the state was being stored: the run reopens by itself.
+        await self._set_sleeping(group, reason)
+        await self._stop_unneeded(group.model_name, reason)
+
+    async def _stop_unneeded(self, model_name: str, reason: str) -> None:
+        if any(g.model_name == model_name and g.is_awake for g in self._groups.values()):
+            return
+        await self._pool.slot(model_name).stop(reason)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def record_change(session: AsyncSession, resource: str, id: str, status: str, reason: str) -> None:
+    """Note a transition with its time and cause."""
+    session.add(StatusChangeRow(resource=resource, resource_id=id, status=status, reason=reason, at=time.time()))

@@ -1,0 +1,183 @@
+"""The operation queue as the dialects see it: accept, wait for, cancel."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from selfloop.control.context import Context
+from selfloop.control.journal import Submission
+from selfloop.control.settle import Outcome
+from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
+from selfloop.types.uris import parse_checkpoint_uri
+
+log = logging.getLogger(__name__)
+
+RESULT_KEPT_S = 3600.0
+_PURGE_EVERY_S = 60.0
+_RECENT_COUNT = 512
+_RECENT_MAX_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An operation without an outcome yet, and why."""
+
+    reason: str
+
+
+class _Live:
+    """An operation without an outcome, and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.settled = asyncio.Event()
+        self.outcome: Outcome | None = None
+
+
+class Operations:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self._run_locks: dict[str, asyncio.Lock] = {}
+        self._live: dict[tuple[str, str], _Live] = {}
+        self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._closing = asyncio.Event()
+        self._purger: asyncio.Task[None] | None = None
+        context.settlement.on_settled = self._settled
+
+    async def start(self) -> None:
+        """Take up every operation that was accepted before a restart."""
+        async with self._c.db.read() as session:
+            runs = {run.id: run for run in await queries_resources.runs(session)}
+        queued = await self._c.journal.queued()
+        for row in queued:
+            self._live[row.run_id, row.id] = _Live()
+            self._c.scheduler.actor(runs[row.run_id]).push(row)
+        if queued:
+            log.info("resuming %d queued operations", len(queued))
+        self._purger = asyncio.create_task(self._purge(), name="purge-results")
+
+    async def stop(self) -> None:
+        """Send the long polls home; their clients ask again."""
+        self._closing.set()
+        if self._purger is not None:
+            self._purger.cancel()
+            await asyncio.gather(self._purger, return_exceptions=True)
+
+    async def accept(self, run: RunRow, submission: Submission) -> str:
+        """Make an operation durable and queue it; returns its id.
+
+        Raises:
+            Conflict: the run is inactive, or the id or sequence id was used for a different request.
+        """
+        if run.status != RunStatus.ACTIVE:
+            raise Conflict(f"run {run.id} is INACTIVE: it was deactivated and takes no more operations")
+        async with self._run_locks.setdefault(run.id, asyncio.Lock()):
+            actor = self._c.scheduler.actor(run)
+            accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
+            self._c.lifecycle.touch(run.deployment_id)
+            if accepted.is_new:
+                self._live[run.id, accepted.row.id] = _Live()
+                actor.push(accepted.row)
+        return accepted.row.id
+
+    async def wait(self, run_id: str, operation_id: str, timeout_s: float) -> Outcome | Pending:
+        """The operation's outcome, as soon as there is one within ``timeout_s``.
+
+        Raises:
+            NotFound: no such operation, or its result has expired.
+        """
+        key = (run_id, operation_id)
+        live = self._live.get(key)
+        if live is None:
+            outcome = self._recent.get(key)
+            return await self._stored(run_id, operation_id) if outcome is None else outcome
+        if live.outcome is None:
+            await first_of(timeout_s, live.settled.wait(), self._closing.wait())
+        if live.outcome is not None:
+            return live.outcome
+        actor = self._c.scheduler.known(run_id)
+        return Pending(actor.waiting_for(operation_id) if actor else "queued")
+
+    async def cancel(self, run_id: str, operation_id: str) -> None:
+        """Take a queued operation back. Raises :class:`Conflict` once it runs or has ended."""
+        row = await self._row(run_id, operation_id)
+        actor = self._c.scheduler.known(run_id)
+        if row.state == OperationState.CANCELLED:
+            return
+        if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
+            raise Conflict(f"operation {operation_id} is already running or has ended")
+        await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
+
+    async def check_loadable(self, run: RunRow, path: str, *, with_optimizer: bool) -> None:
+        """Check that ``path`` names a checkpoint this run may load, stored or still being saved by it.
+
+        Raises:
+            BadRequest: malformed, or of another base model.
+            NotFound: there is no such checkpoint.
+        """
+        uri = parse_checkpoint_uri(path)
+        if with_optimizer and uri.target is not CheckpointTarget.TRAINER:
+            raise BadRequest("path", "a trainer checkpoint (.../weights/<name>): a sampler's has no optimizer state")
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        if row is not None and row.team_id == run.team_id:
+            await self._c.catalogue.same_model(row.base_model, run.base_model, "path")
+            return
+        kind = "save_state" if uri.target is CheckpointTarget.TRAINER else "save_weights_for_sampler"
+        actor = self._c.scheduler.known(run.id)
+        if uri.run_id != run.id or actor is None or not actor.saves_named(uri.name, kind):
+            raise NotFound("checkpoint", path)
+
+    async def _row(self, run_id: str, operation_id: str) -> OperationRow:
+        row = await self._c.journal.get(run_id, operation_id)
+        if row is None:
+            raise NotFound("operation", operation_id)
+        return row
+
+    async def _stored(self, run_id: str, operation_id: str) -> Outcome:
+        row = await self._row(run_id, operation_id)
+        if row.state != OperationState.DONE:
+            return Outcome(None, row.error, row.error_class)
+        result = await self._c.journal.result(row)
+        if result is None:
+            raise NotFound("operation", operation_id, f"its result was kept for {RESULT_KEPT_S:.0f} s")
+        return Outcome(result)
+
+    def _settled(self, row: OperationRow, outcome: Outcome) -> None:
+        key = (row.run_id, row.id)
+        live = self._live.pop(key, None)
+        if live is not None:
+            live.outcome = outcome
+            live.settled.set()
+        # The poll that asks for it is mostly on its way: save it the look into the database.
+        if len(outcome.result or b"") <= _RECENT_MAX_BYTES:
+            self._recent[key] = outcome
+            if len(self._recent) > _RECENT_COUNT:
+                self._recent.popitem(last=False)
+
+    async def _purge(self) -> None:
+        while True:
+            await asyncio.sleep(_PURGE_EVERY_S)
+            await self._c.journal.purge(time.time() - RESULT_KEPT_S)
+
+
+async def first_of(timeout_s: float, *waits: Awaitable[object]) -> None:
+    """Return when the first of ``waits`` does, or after ``timeout_s``."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def checked_operation_id(key: str) -> str:
+    """An idempotency key that may name an operation (and a file). Raises :class:`BadRequest`."""
+    if not 1 <= len(key) <= 128 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in key):
+        raise BadRequest("Idempotency-Key", "1-128 characters of A-Z a-z 0-9 - _")
+    return key

@@ -1,0 +1,68 @@
+"""Back to where a run was: its last snapshot, then the journalled operations after it, in order."""
+
+import asyncio
+import logging
+
+import msgspec
+
+from selfloop.control.journal import Journal
+from selfloop.control.settle import Settlement
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db.tables import RunRow
+from selfloop.types.errors import OperationFailed
+from selfloop.worker.client import WorkerClient
+from selfloop.worker.protocol import Execute, OpenRun, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+async def reopen(
+    run: RunRow, worker: WorkerClient, journal: Journal, blobs: LocalBlobs, settlement: Settlement
+) -> None:
+    """Bring ``run`` into ``worker`` exactly as it was after its last finished operation.
+
+    Results that were given out stay as they are: a replay only rebuilds the state.
+
+    Raises:
+        OperationFailed: the state cannot be rebuilt; the cause names the operation.
+        WorkerLost: the worker died on the way; the caller tries again.
+    """
+    initial = None if run.initial_key is None else str(blobs.path(run.initial_key))
+    snapshot = None if run.snapshot_key is None else str(blobs.path(run.snapshot_key))
+    await worker.call(OpenRun(run.id, run.initial_rank, run.seed, initial, snapshot))
+    rows = await journal.to_replay(run)
+    if rows:
+        log.info("run %s: replaying %d operations", run.id, len(rows))
+    for row in rows:
+        payload = await journal.payload(row)
+        context = Execute(run.id, run.seed, initial=initial)
+        if row.kind == "load_state":
+            context = msgspec.structs.replace(context, read_from=await settlement.read_from(run, payload))
+        try:
+            await worker.call(context, payload)
+        except OperationFailed as error:
+            raise OperationFailed(
+                f"the run's state could not be rebuilt: replaying {row.kind} (seq_id {row.seq}) failed: {error}",
+                "RecoveryFailed",
+            ) from error
+
+
+async def take_snapshot(
+    run: RunRow,
+    position: tuple[int, int],
+    worker: WorkerClient,
+    journal: Journal,
+    blobs: LocalBlobs,
+    settlement: Settlement,
+) -> None:
+    """Store the run's state after the operation at ``position``; what it covers need not be replayed."""
+    key = f"snapshots/{run.id}/{position[0]}-{position[1]}"
+    aside = key + ".part"
+    await asyncio.to_thread(blobs.prepare_folder, aside)
+    await worker.call(Snapshot(run.id, str(blobs.path(aside))))
+    await asyncio.to_thread(blobs.publish_folder, aside, key)
+    previous = run.snapshot_key
+    await settlement.snapshot_taken(run, key, position)
+    if previous is not None and previous != key:
+        await asyncio.to_thread(blobs.delete, previous)
+    await journal.forget_payloads(run.id, position)

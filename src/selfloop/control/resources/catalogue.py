@@ -1,0 +1,222 @@
+"""The model catalogue: which base models may be named here, and where their files lie."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from selfloop.types.model_folder import read_facts
+from selfloop.storage.db import queries_models
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import AliasRow, ModelRow
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.worker.launch_local import launch_prepare
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Known before its files are prepared, so that a first run can be validated while they are.
+_EMBEDDED_VOCAB_SIZE = 49152
+_EMBEDDED_MAX_POSITIONS = 8192
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A base model of the catalogue; ``path`` is None until its files are prepared."""
+
+    name: str
+    source: str
+    path: Path | None
+    vocab_size: int
+    max_position_embeddings: int
+
+
+class _Progress(msgspec.Struct):
+    stage: str = ""
+    fraction: float = 0.0
+    error: str = ""
+
+
+class Catalogue:
+    """Models by name; preparing (downloading, converting) happens once and in a process of its own."""
+
+    def __init__(self, db: Database, folder: Path) -> None:
+        self._db = db
+        self._folder = folder
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def seed(self) -> None:
+        """Put the embedded model in a new catalogue."""
+        async with self._db.write() as session:
+            if await queries_models.model(session, EMBEDDED_MODEL) is None:
+                session.add(ModelRow(name=EMBEDDED_MODEL, source="embedded", created_at=time.time()))
+
+    async def entries(self) -> tuple[Sequence[ModelRow], Sequence[AliasRow]]:
+        async with self._db.read() as session:
+            return await queries_models.models(session), await queries_models.aliases(session)
+
+    async def described(self) -> list[Model]:
+        """Every name that can be used, aliases included, with what it stands for."""
+        models, aliases = await self.entries()
+        by_name = {row.name: _describe(row) for row in models}
+        named = [replace(by_name[row.model_name], name=row.alias) for row in aliases]
+        return [*by_name.values(), *named]
+
+    async def resolve(self, name: str, field: str = "base_model") -> Model:
+        """The model served under ``name`` (its own or an alias).
+
+        Raises:
+            NotFound: no such name; the known ones are listed.
+        """
+        row = await self._row(name)
+        if row is None:
+            models, aliases = await self.entries()
+            known = ", ".join([m.name for m in models] + [a.alias for a in aliases])
+            hint = f"known here: {known}. Add one with `selfloop models add`, or serve one under this name too"
+            raise NotFound(field, name, f"{hint}: `selfloop models add <name> --alias {name}`")
+        return _describe(row)
+
+    async def same_model(self, name: str, other: str, field: str) -> None:
+        """Check that two names mean one base model; raises :class:`BadRequest` for ``field``."""
+        first, second = await self._row(name), await self._row(other)
+        if first is None or second is None or first.name != second.name:
+            raise BadRequest(field, f"a checkpoint of base model {other}, this one belongs to {name}")
+
+    async def folder(self, name: str) -> Path | None:
+        """The prepared folder behind a name, waiting for preparation; None for an unknown name."""
+        row = await self._row(name)
+        return None if row is None else await self.prepare(row.name, lambda _stage: None)
+
+    async def prepare(self, model_name: str, on_stage: Callable[[str], None]) -> Path:
+        """Make sure the model's files are on disk, whole.
+
+        Raises:
+            OperationFailed: they cannot be had, with the cause.
+        """
+        async with self._locks.setdefault(model_name, asyncio.Lock()):
+            row = await self._row(model_name)
+            assert row is not None
+            if row.path is not None and Path(row.path).is_dir():
+                return Path(row.path)
+            if row.source == "folder":
+                raise OperationFailed(f"the folder of {model_name}, {row.path}, is gone", "ModelMissing")
+            target = self._folder / model_name.replace("/", "--")
+            if row.source == "embedded":
+                arguments = ["embedded", str(target)]
+            else:
+                arguments = ["hub", row.source.removeprefix("hub:"), str(target)]
+                arguments += ["--revision", row.revision] if row.revision else []
+            await run_prepare(arguments, lambda stage, fraction: on_stage(f"{stage} ({fraction:.0%})"))
+            async with self._db.write() as session:
+                await queries_models.set_path(session, model_name, str(target))
+            return target
+
+    async def add(
+        self,
+        source: str,
+        *,
+        name: str | None,
+        revision: str | None,
+        aliases: Sequence[str],
+        on_progress: Callable[[str, float], None],
+    ) -> Model:
+        """Add a local Hugging Face folder, a hub id, or further names for a known model.
+
+        Raises:
+            BadRequest: a malformed name, a folder that cannot be served, a name that is taken.
+            OperationFailed: the download failed, with the cause.
+        """
+        for candidate in [*aliases, *([name] if name else [])]:
+            if not _NAME.fullmatch(candidate):
+                raise BadRequest("name", f"a name like Qwen/Qwen3-8B, got {candidate!r}")
+        row = await self._row(source)
+        if row is None:
+            row = await self._new_row(source, name, revision, on_progress)
+        elif name is not None and name != row.name:
+            aliases = [*aliases, name]
+        async with self._db.write() as session:
+            for alias in aliases:
+                taken = await queries_models.alias(session, alias)
+                if await queries_models.model(session, alias) or (taken and taken.model_name != row.name):
+                    raise BadRequest("alias", f"a name that is free; {alias} already names another model")
+                if taken is None:
+                    session.add(AliasRow(alias=alias, model_name=row.name))
+        return _describe(row)
+
+    async def _new_row(
+        self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
+    ) -> ModelRow:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            path = path.resolve()
+            await run_prepare(["folder", str(path)], on_progress)
+            row = ModelRow(name=name or path.name, source="folder", path=str(path), created_at=time.time())
+        elif _NAME.fullmatch(source) and "/" in source:
+            target = self._folder / source.replace("/", "--")
+            arguments = ["hub", source, str(target)] + (["--revision", revision] if revision else [])
+            await run_prepare(arguments, on_progress)
+            row = ModelRow(
+                name=name or source,
+                source=f"hub:{source}",
+                revision=revision,
+                path=str(target),
+                created_at=time.time(),
+            )
+        else:
+            raise BadRequest("source", f"an existing folder, a known model, or a hub id; got {source!r}")
+        if not _NAME.fullmatch(row.name):
+            raise BadRequest("name", f"--name: a name like Qwen/Qwen3-8B, got {row.name!r}")
+        async with self._db.write() as session:
+            if await queries_models.model(session, row.name) is not None:
+                raise BadRequest("name", f"a name that is free; {row.name} is in the catalogue already")
+            session.add(row)
+        return row
+
+    async def _row(self, name: str) -> ModelRow | None:
+        async with self._db.read() as session:
+            row = await queries_models.model(session, name)
+            if row is None:
+                alias = await queries_models.alias(session, name)
+                row = await queries_models.model(session, alias.model_name) if alias else None
+        return row
+
+
+def _describe(row: ModelRow) -> Model:
+    if row.path is None:
+        assert row.source == "embedded", row.name
+        return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
+    facts = read_facts(Path(row.path))
+    return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
+
+
+async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, float], None]) -> None:
+    """Run the preparing program to its end. Raises :class:`OperationFailed` with what it said."""
+    process = await launch_prepare(*arguments)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.create_task(process.stderr.read())
+    cause = ""
+    try:
+        async for line in process.stdout:
+            progress = msgspec.json.decode(line, type=_Progress)
+            cause = progress.error or cause
+            if progress.stage:
+                on_progress(progress.stage, progress.fraction)
+        code = await process.wait()
+    except BaseException:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        errors.cancel()
+        raise
+    said = (await errors).decode(errors="replace").strip()
+    if code != 0:
+        log.warning("preparing %s failed: %s\n%s", " ".join(arguments), cause, said)
+        cause = cause or (said.splitlines()[-1] if said else f"exit status {code}")
+        raise OperationFailed(f"the model's files could not be prepared: {cause}", "PrepareFailed")

@@ -1,0 +1,124 @@
+"""Checkpoints: who may see them, their files, and links to the files that need no key."""
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfloop.control.context import Context
+from selfloop.control.resources.access import Caller
+from selfloop.control.settle import checkpoint_key
+from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.tables import CheckpointRow
+from selfloop.types.errors import Denied, NotFound
+from selfloop.types.uris import parse_checkpoint_uri
+
+Checkpoint = CheckpointRow
+"""What the dialects may know of a checkpoint."""
+
+LINK_LIFE_S = 3600
+_EXPIRE_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint: its path relative to the checkpoint, size, and time of writing."""
+
+    name: str
+    size_bytes: int
+    modified_at: float
+
+
+class Checkpoints:
+    def __init__(self, context: Context, secret: bytes) -> None:
+        self._c = context
+        self._secret = secret
+        self._expirer: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Clear away what a crash left half-written, then watch over expiry."""
+        async with self._c.db.read() as session:
+            recorded = await queries_checkpoints.all_ids(session)
+        for name in list(self._c.blobs.children("checkpoints")):
+            if name not in recorded:
+                await asyncio.to_thread(self._c.blobs.delete, f"checkpoints/{name}")
+        self._expirer = asyncio.create_task(self._expire(), name="expire-checkpoints")
+
+    async def stop(self) -> None:
+        if self._expirer is not None:
+            self._expirer.cancel()
+            await asyncio.gather(self._expirer, return_exceptions=True)
+
+    async def of_run(self, caller: Caller, run_id: str) -> Sequence[CheckpointRow]:
+        async with self._c.db.read() as session:
+            run = await queries_resources.run(session, run_id)
+            if run is None or run.team_id != caller.team_id:
+                raise NotFound("run", run_id)
+            return await queries_checkpoints.matching(session, caller.team_id, run_id=run_id)
+
+    async def of_model(self, caller: Caller, base_model: str) -> Sequence[CheckpointRow]:
+        async with self._c.db.read() as session:
+            return await queries_checkpoints.matching(session, caller.team_id, base_model=base_model)
+
+    async def at_path(self, caller: Caller, path: str, field: str) -> CheckpointRow:
+        uri = parse_checkpoint_uri(path, field)
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("checkpoint", path)
+        return row
+
+    async def get(self, caller: Caller, id: str) -> CheckpointRow:
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.get(session, id)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("checkpoint", id)
+        return row
+
+    async def files(self, caller: Caller, id: str) -> list[StoredFile]:
+        """The checkpoint's files in a stable order."""
+        await self.get(caller, id)
+        return await asyncio.to_thread(_list_files, self._c.blobs.path(checkpoint_key(id)))
+
+    # -- links ----------------------------------------------------------------------------------------
+
+    def sign(self, id: str, name: str) -> tuple[int, str]:
+        """Expiry (UNIX seconds) and signature of a link to one file."""
+        expires = int(time.time()) + LINK_LIFE_S
+        return expires, self._signature(id, name, expires)
+
+    def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
+        """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
+        if not hmac.compare_digest(self._signature(id, name, expires).encode(), signature.encode()):
+            raise Denied("this link is not valid")
+        if expires < time.time():
+            raise Denied("this link has expired; list the files again for a new one")
+        folder = self._c.blobs.path(checkpoint_key(id)).resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise NotFound("file", f"{id}/{name}")
+        return path
+
+    def _signature(self, id: str, name: str, expires: int) -> str:
+        return hmac.new(self._secret, f"{id}\n{name}\n{expires}".encode(), hashlib.sha256).hexdigest()
+
+    async def _expire(self) -> None:
+        while True:
+            async with self._c.db.write() as session:
+                rows = await queries_checkpoints.expired(session, time.time())
+                for row in rows:
+                    await queries_checkpoints.remove(session, row.id)
+            for row in rows:
+                await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(row.id))
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+
+
+def _list_files(folder: Path) -> list[StoredFile]:
+    files: list[StoredFile] = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        files.append(StoredFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime))
+    return files

@@ -1,0 +1,338 @@
+"""Sessions, runs and the trainer deployments under them."""
+
+import asyncio
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.control.context import Context
+from selfloop.control.lifecycle import record_change
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.catalogue import Model
+from selfloop.control.settle import checkpoint_key
+from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
+from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.ids import new_id
+from selfloop.types.status import CheckpointTarget, DeploymentStatus, OperationState, RunStatus, SamplerStatus
+from selfloop.types.uris import parse_checkpoint_uri
+
+Run = RunRow
+"""What the dialects may know of a run."""
+
+Deployment = DeploymentRow
+"""What the dialects may know of a deployment."""
+
+MAX_LORA_RANK = 512
+_MAX_SEED = 2**63 - 1
+_UNUSABLE = {DeploymentStatus.STOPPED, DeploymentStatus.FAILED, DeploymentStatus.PREEMPTED}
+_UNHEALTHY = {SamplerStatus.DEPLOY_FAILED, SamplerStatus.UNHEALTHY, SamplerStatus.FAILED, SamplerStatus.INACTIVE}
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What a caller asks of a new run; see the specification for the meaning of each field."""
+
+    session_id: str
+    base_model: str
+    lora_rank: int | None = None
+    max_seq_len: int | None = None
+    seed: int | None = None
+    scale_down_delay_s: int = 3600
+    path: str | None = None
+    reuse_from_session_id: str | None = None
+    reuse_from_run_id: str | None = None
+    name: str | None = None
+    default_lora_rank: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run with what an answer about it needs."""
+
+    run: RunRow
+    sampler: SamplerRow | None
+
+
+class Runs:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+
+    # -- sessions -------------------------------------------------------------------------------------
+
+    async def create_session(self, caller: Caller, training_project_id: str | None) -> SessionRow:
+        row = SessionRow(
+            id=new_id(),
+            team_id=caller.team_id,
+            key_id=caller.key_id,
+            created_at=time.time(),
+            training_project_id=training_project_id,
+        )
+        async with self._c.db.write() as session:
+            session.add(row)
+        return row
+
+    async def session(self, caller: Caller, id: str) -> SessionRow:
+        async with self._c.db.read() as session:
+            row = await queries_resources.session_row(session, id)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("session", id)
+        return row
+
+    # -- runs -----------------------------------------------------------------------------------------
+
+    async def create(self, caller: Caller, request: RunRequest, *, with_sampler: bool) -> RunView:
+        """Make a run on reused or fresh capacity, which begins to load at once.
+
+        Raises:
+            NotFound: unknown session, base model, checkpoint or run to reuse.
+            BadRequest: a value that this installation cannot serve, by field.
+        """
+        await self.session(caller, request.session_id)
+        model = await self._c.catalogue.resolve(request.base_model)
+        max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
+        checkpoint = await self._initial_checkpoint(caller, request)
+        lora_rank = _checked_rank(request, checkpoint)
+        if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
+            raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
+        reused = await self._reusable(caller, request, model)
+        run_id = new_id()
+        initial_key = await self._keep_initial(run_id, checkpoint)
+        now = time.time()
+        async with self._c.db.write() as session:
+            deployment = reused.deployment if reused else self._new_deployment(caller, request, model, session)
+            await session.flush()
+            run = RunRow(
+                id=run_id,
+                session_id=request.session_id,
+                team_id=caller.team_id,
+                key_id=caller.key_id,
+                deployment_id=deployment.id,
+                name=request.name or request.base_model,
+                base_model=request.base_model,
+                model_name=model.name,
+                lora_rank=lora_rank,
+                initial_rank=lora_rank,
+                max_seq_len=max_seq_len,
+                seed=secrets.randbits(63) if request.seed is None else request.seed,
+                status=RunStatus.ACTIVE,
+                created_at=now,
+                path=request.path,
+                initial_key=initial_key,
+            )
+            session.add(run)
+            record_change(session, "run", run.id, RunStatus.ACTIVE, "created")
+            await session.flush()
+            await queries_resources.update_deployment(
+                session, deployment.id, latest_run_id=run.id, scale_down_delay_s=request.scale_down_delay_s
+            )
+            sampler = None
+            if with_sampler:
+                sampler = paired_sampler_row(run, request.scale_down_delay_s, reused.sampler if reused else None)
+                session.add(sampler)
+        self._register(deployment, run, sampler, request.scale_down_delay_s)
+        return RunView(run, sampler)
+
+    def _register(self, deployment: DeploymentRow, run: RunRow, sampler: SamplerRow | None, delay_s: float) -> None:
+        lifecycle = self._c.lifecycle
+        status = lifecycle.status(deployment.id) or deployment.status
+        lifecycle.add("deployment", deployment.id, deployment.id, run.model_name, delay_s, status)
+        if sampler is not None:
+            lifecycle.add("sampler", sampler.id, deployment.id, run.model_name, delay_s, sampler.status)
+        lifecycle.wake_soon(deployment.id)
+
+    async def get(self, caller: Caller, id: str) -> RunView:
+        async with self._c.db.read() as session:
+            run = await queries_resources.run(session, id)
+            if run is None or run.team_id != caller.team_id:
+                raise NotFound("run", id)
+            samplers = await queries_resources.samplers(session, run_id=id)
+        return RunView(run, samplers[0] if samplers else None)
+
+    async def live(self, caller: Caller, id: str) -> Run:
+        """The run as it is this moment; what its operations ask for, without a look into the database."""
+        actor = self._c.scheduler.known(id)
+        if actor is None:
+            return (await self.get(caller, id)).run
+        if actor.run.team_id != caller.team_id:
+            raise NotFound("run", id)
+        return actor.run
+
+    async def list(
+        self, caller: Caller, *, run_id: str | None, base_model: str | None, whole_team: bool
+    ) -> list[RunView]:
+        async with self._c.db.read() as session:
+            runs = await queries_resources.runs(
+                session,
+                team_id=caller.team_id,
+                key_id=None if whole_team else caller.key_id,
+                run_id=run_id,
+                base_model=base_model,
+            )
+            samplers = await queries_resources.samplers(session, team_id=caller.team_id)
+        by_run = {sampler.run_id: sampler for sampler in reversed(samplers) if sampler.run_id}
+        return [RunView(run, by_run.get(run.id)) for run in runs]
+
+    async def deactivate(self, caller: Caller, id: str, reason: str = "deactivated by request") -> RunView:
+        """End a run and its paired sampler; its checkpoints stay. Doing it twice is fine."""
+        view = await self.get(caller, id)
+        if view.run.status == RunStatus.INACTIVE:
+            return view
+        await self._c.lifecycle.end_run(id, reason)
+        for row in await self._c.scheduler.end(id):
+            await self._c.settlement.fail(row, f"run {id} was deactivated", "Cancelled", OperationState.CANCELLED)
+        for key in (f"snapshots/{id}", f"initial/{id}"):
+            await asyncio.to_thread(self._c.blobs.delete, key)
+        if view.sampler is not None:
+            await self._c.lifecycle.end(view.sampler.id, reason)
+        async with self._c.db.read() as session:
+            others = await queries_resources.runs(
+                session, deployment_id=view.run.deployment_id, status=RunStatus.ACTIVE
+            )
+        if not others:
+            await self._c.lifecycle.end(view.run.deployment_id, reason)
+        return await self.get(caller, id)
+
+    # -- deployments ----------------------------------------------------------------------------------
+
+    async def deployment(self, caller: Caller, id: str) -> tuple[DeploymentRow, Sequence[RunView]]:
+        """A deployment and its runs, newest first."""
+        async with self._c.db.read() as session:
+            row = await queries_resources.deployment(session, id)
+            if row is None or row.team_id != caller.team_id:
+                raise NotFound("deployment", id)
+            runs = await queries_resources.runs(session, deployment_id=id)
+        return row, [await self.get(caller, run.id) for run in runs]
+
+    async def deployments(self, caller: Caller, *, whole_team: bool) -> Sequence[DeploymentRow]:
+        async with self._c.db.read() as session:
+            return await queries_resources.deployments(
+                session, team_id=caller.team_id, key_id=None if whole_team else caller.key_id
+            )
+
+    async def deactivate_deployment(self, caller: Caller, id: str) -> None:
+        """End every run on the deployment, and the deployment."""
+        _row, views = await self.deployment(caller, id)
+        for view in views:
+            await self.deactivate(caller, view.run.id, f"deployment {id} was deactivated")
+        await self._c.lifecycle.end(id, "deactivated by request")
+
+    # -- parts ----------------------------------------------------------------------------------------
+
+    def _new_deployment(
+        self, caller: Caller, request: RunRequest, model: Model, session: AsyncSession
+    ) -> DeploymentRow:
+        row = DeploymentRow(
+            id=new_id(),
+            team_id=caller.team_id,
+            key_id=caller.key_id,
+            base_model=request.base_model,
+            model_name=model.name,
+            status=DeploymentStatus.CREATED,
+            scale_down_delay_s=request.scale_down_delay_s,
+            created_at=time.time(),
+        )
+        session.add(row)
+        record_change(session, "deployment", row.id, row.status, "created for a run")
+        return row
+
+    async def _initial_checkpoint(self, caller: Caller, request: RunRequest) -> CheckpointRow | None:
+        if request.path is None:
+            return None
+        uri = parse_checkpoint_uri(request.path, "path")
+        if uri.target is not CheckpointTarget.TRAINER:
+            raise BadRequest("path", "a trainer checkpoint: bt://loops:<run_id>/weights/<checkpoint_name>")
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("checkpoint", request.path)
+        await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
+        return row
+
+    async def _keep_initial(self, run_id: str, checkpoint: CheckpointRow | None) -> str | None:
+        if checkpoint is None:
+            return None
+        key = f"initial/{run_id}"
+        source, target = self._c.blobs.path(checkpoint_key(checkpoint.id)), self._c.blobs.path(key)
+        await asyncio.to_thread(_copy_folder, source, target)
+        return key
+
+    async def _reusable(self, caller: Caller, request: RunRequest, model: Model) -> "_Reusable | None":
+        """Warm capacity of the named session or run, if it can take this run; None means: provision."""
+        if request.reuse_from_run_id is not None:
+            candidates = [(await self.get(caller, request.reuse_from_run_id)).run]
+        elif request.reuse_from_session_id is not None:
+            await self.session(caller, request.reuse_from_session_id)
+            async with self._c.db.read() as session:
+                candidates = await queries_resources.runs(
+                    session, team_id=caller.team_id, session_id=request.reuse_from_session_id
+                )
+        else:
+            return None
+        for run in candidates:
+            if run.model_name != model.name or run.base_model != request.base_model:
+                continue
+            async with self._c.db.read() as session:
+                deployment = await queries_resources.deployment(session, run.deployment_id)
+                samplers = await queries_resources.samplers(session, run_id=run.id)
+            assert deployment is not None
+            sampler = samplers[0] if samplers else None
+            if deployment.status in _UNUSABLE or (sampler is not None and sampler.status in _UNHEALTHY):
+                continue
+            return _Reusable(deployment, sampler)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reusable:
+    deployment: DeploymentRow
+    sampler: SamplerRow | None
+
+
+def paired_sampler_row(run: RunRow, delay_s: int, reused: SamplerRow | None) -> SamplerRow:
+    """A sampler bound to ``run``; on reused capacity it keeps that capacity's ids."""
+    return SamplerRow(
+        id=new_id(),
+        session_id=run.session_id,
+        team_id=run.team_id,
+        key_id=run.key_id,
+        base_model=run.base_model,
+        model_name=run.model_name,
+        model_id=reused.model_id if reused else new_id(),
+        deployment_id=reused.deployment_id if reused else new_id(),
+        max_seq_len=run.max_seq_len,
+        scale_down_delay_s=delay_s,
+        status=SamplerStatus.BUILDING,
+        created_at=time.time(),
+        run_id=run.id,
+    )
+
+
+def checked_seq_len(asked: int | None, model: Model, field: str) -> int:
+    """The sequence length to serve: what was asked for, else the model's own maximum."""
+    if asked is None:
+        return model.max_position_embeddings
+    if not 1 <= asked <= model.max_position_embeddings:
+        raise BadRequest(field, f"1 to {model.max_position_embeddings} tokens for {model.name}, got {asked}")
+    return asked
+
+
+def _checked_rank(request: RunRequest, checkpoint: CheckpointRow | None) -> int:
+    rank = request.lora_rank
+    if checkpoint is not None:
+        if rank is not None and rank != checkpoint.lora_rank:
+            raise BadRequest("lora_rank", f"the checkpoint at path has rank {checkpoint.lora_rank}, got {rank}")
+        return checkpoint.lora_rank
+    rank = request.default_lora_rank if rank is None else rank
+    if not 1 <= rank <= MAX_LORA_RANK:
+        raise BadRequest("lora_rank", f"1 to {MAX_LORA_RANK}, got {rank}")
+    return rank
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)

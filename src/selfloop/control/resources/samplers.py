@@ -1,0 +1,167 @@
+"""Samplers: capacity bound to a run, to a checkpoint or to a base model."""
+
+import time
+from collections.abc import Sequence
+
+from selfloop.control.context import Context
+from selfloop.control.lifecycle import record_change
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
+from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, SamplerRow
+from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.ids import RunId, new_id
+from selfloop.types.status import CheckpointTarget, RunStatus, SamplerStatus
+from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
+
+Sampler = SamplerRow
+"""What the dialects may know of a sampler."""
+
+_DEFAULT_DELAY_S = 3600
+
+
+class Samplers:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+
+    async def create_paired(self, caller: Caller, session_id: str, run_id: str) -> SamplerRow:
+        """The sampler of a run, made on first asking."""
+        await self._check_session(caller, session_id)
+        async with self._c.db.write() as session:
+            run = await queries_resources.run(session, run_id)
+            if run is None or run.team_id != caller.team_id:
+                raise NotFound("run", run_id)
+            existing = await queries_resources.samplers(session, run_id=run_id)
+            if existing:
+                return existing[0]
+            if run.status == RunStatus.INACTIVE:
+                raise Conflict(f"run {run_id} is INACTIVE")
+            deployment = await queries_resources.deployment(session, run.deployment_id)
+            assert deployment is not None
+            row = paired_sampler_row(run, deployment.scale_down_delay_s, None)
+            session.add(row)
+            record_change(session, "sampler", row.id, row.status, f"created for run {run_id}")
+        self._register(row, run.deployment_id)
+        return row
+
+    async def create_standalone(
+        self,
+        caller: Caller,
+        session_id: str,
+        *,
+        base_model: str | None,
+        model_path: str | None,
+        max_seq_len: int | None,
+        reuse_from_session_id: str | None,
+    ) -> SamplerRow:
+        """A sampler of a base model or of one checkpoint."""
+        await self._check_session(caller, session_id)
+        checkpoint: CheckpointRow | None = None
+        if model_path is not None:
+            checkpoint = await self.checkpoint(caller.team_id, model_path, "model_path")
+            base_model = checkpoint.base_model
+        assert base_model is not None
+        model = await self._c.catalogue.resolve(base_model)
+        seq_len = checked_seq_len(max_seq_len, model, "max_seq_length")
+        reused = await self._reusable(caller, reuse_from_session_id, base_model)
+        row = SamplerRow(
+            id=new_id(),
+            session_id=session_id,
+            team_id=caller.team_id,
+            key_id=caller.key_id,
+            base_model=base_model,
+            model_name=model.name,
+            model_id=reused.model_id if reused else new_id(),
+            deployment_id=reused.deployment_id if reused else new_id(),
+            max_seq_len=seq_len,
+            scale_down_delay_s=_DEFAULT_DELAY_S,
+            status=SamplerStatus.BUILDING,
+            created_at=time.time(),
+            checkpoint_id=checkpoint.id if checkpoint else None,
+        )
+        async with self._c.db.write() as session:
+            session.add(row)
+            record_change(session, "sampler", row.id, row.status, "created")
+        self._register(row, row.id)
+        return row
+
+    async def get(self, caller: Caller, id: str) -> SamplerRow:
+        async with self._c.db.read() as session:
+            row = await queries_resources.sampler(session, id)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("sampler", id)
+        return row
+
+    async def list(self, caller: Caller, *, whole_team: bool) -> Sequence[SamplerRow]:
+        async with self._c.db.read() as session:
+            return await queries_resources.samplers(
+                session, team_id=caller.team_id, key_id=None if whole_team else caller.key_id
+            )
+
+    async def deactivate(self, caller: Caller, id: str) -> SamplerRow:
+        await self.get(caller, id)
+        await self._c.lifecycle.end(id, "deactivated by request")
+        return await self.get(caller, id)
+
+    async def by_deployment(self, caller: Caller, model_id: str, deployment_id: str) -> SamplerRow:
+        """The newest live sampler behind the ids that the readiness poll names."""
+        async with self._c.db.read() as session:
+            rows = await queries_resources.samplers(
+                session, team_id=caller.team_id, model_id=model_id, deployment_id=deployment_id
+            )
+        if not rows:
+            raise NotFound("deployment", f"{model_id}/{deployment_id}")
+        return next((row for row in rows if row.status != SamplerStatus.INACTIVE), rows[0])
+
+    def check_live(self, sampler: Sampler) -> None:
+        """Raises :class:`Conflict` for a sampler that was deactivated."""
+        if sampler.status == SamplerStatus.INACTIVE:
+            raise Conflict(f"sampler {sampler.id} is INACTIVE: it was deactivated")
+
+    async def live_path(self, sampler: Sampler) -> str | None:
+        """The URI of the adapter that the sampler serves now, None while it serves the base model."""
+        id = sampler.checkpoint_id or sampler.live_checkpoint_id
+        if id is None:
+            return None
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.get(session, id)
+        if row is None:
+            return None
+        return str(CheckpointUri(RunId(row.run_id), CheckpointTarget(row.target), row.name))
+
+    async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
+        """The checkpoint of a team at a ``bt://`` path; trainer and sampler checkpoints both hold an adapter."""
+        uri = parse_checkpoint_uri(path, field)
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        if row is None or row.team_id != team_id:
+            raise NotFound("checkpoint", path)
+        return row
+
+    def _register(self, row: SamplerRow, group_key: str) -> None:
+        lifecycle = self._c.lifecycle
+        lifecycle.add("sampler", row.id, group_key, row.model_name, row.scale_down_delay_s, row.status)
+        lifecycle.wake_soon(row.id)
+
+    async def _check_session(self, caller: Caller, session_id: str) -> None:
+        async with self._c.db.read() as session:
+            row = await queries_resources.session_row(session, session_id)
+        if row is None or row.team_id != caller.team_id:
+            raise NotFound("session", session_id)
+
+    async def _reusable(self, caller: Caller, session_id: str | None, base_model: str) -> SamplerRow | None:
+        if session_id is None:
+            return None
+        await self._check_session(caller, session_id)
+        async with self._c.db.read() as session:
+            rows = await queries_resources.samplers(session, team_id=caller.team_id, session_id=session_id)
+        usable = (SamplerStatus.ACTIVE, SamplerStatus.SCALED_TO_ZERO, SamplerStatus.LOADING_MODEL)
+        return next((r for r in rows if r.base_model == base_model and r.status in usable), None)
+
+
+def exactly_one(**given: str | None) -> str:
+    """The name of the one argument that is not None. Raises :class:`BadRequest` on none or several."""
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise BadRequest("/".join(given), f"exactly one of {', '.join(given)}")
+    return named[0]

@@ -1,0 +1,361 @@
+"""Hands each run's operations to its worker, in order, and brings the run back when the worker dies."""
+
+import asyncio
+import contextlib
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from selfloop.control.journal import Journal
+from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.recovery import reopen, take_snapshot
+from selfloop.control.settle import Settlement
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.operation import Operation
+from selfloop.worker.client import WorkerClient
+from selfloop.worker.protocol import CloseRun, Execute
+
+log = logging.getLogger(__name__)
+
+# Operations of one run that wait in the worker itself, so that it never idles between two of them.
+_WINDOW = 3
+# An operation that took its worker down this often is to blame.
+_MAX_ATTEMPTS = 2
+_SAVES = {"save_state", "save_weights_for_sampler"}
+
+_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+
+
+@dataclass(order=True, slots=True)
+class _Queued:
+    position: tuple[int, int]
+    row: OperationRow = field(compare=False)
+    num_attempts: int = field(default=0, compare=False)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    queued: _Queued
+    reply: "asyncio.Future[bytes]"
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Times in seconds: how long a missing seq_id is waited for, how much work a snapshot may lag behind."""
+
+    gap_grace_s: float = 60.0
+    snapshot_every_s: float = 60.0
+
+
+class RunActor:
+    """Owns one run's queue. One task; everything about the run happens in it, in order."""
+
+    def __init__(
+        self,
+        run: RunRow,
+        journal: Journal,
+        blobs: LocalBlobs,
+        lifecycle: Lifecycle,
+        settlement: Settlement,
+        config: SchedulerConfig,
+    ) -> None:
+        self.run = run
+        self._journal = journal
+        self._blobs = blobs
+        self._lifecycle = lifecycle
+        self._settlement = settlement
+        self._config = config
+        self._queue: list[_Queued] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._wakeup = asyncio.Event()
+        self._worker: WorkerClient | None = None
+        self._work_since_snapshot_s = 0.0
+        self._last_done: tuple[int, int] | None = None
+        self._park_requests: list[asyncio.Future[None]] = []
+        self._halted = False
+        self._task = asyncio.create_task(self._drive(), name=f"run-{run.id}")
+
+    # -- from outside ---------------------------------------------------------------------------------
+
+    def push(self, row: OperationRow) -> None:
+        heapq.heappush(self._queue, _Queued((row.epoch, row.seq), row))
+        self._wakeup.set()
+
+    def parked_seqs(self) -> set[int]:
+        """Sequence ids of the present epoch that came before one they must wait for."""
+        epoch, next_seq = self.run.epoch, self.run.next_seq
+        return {q.row.seq for q in self._queue if q.row.epoch == epoch and q.row.seq >= next_seq}
+
+    def remove(self, operation_id: str) -> bool:
+        """Take an operation out of the queue; False when it is no longer there to be taken."""
+        kept = [q for q in self._queue if q.row.id != operation_id]
+        removed = len(kept) < len(self._queue)
+        self._queue = kept
+        heapq.heapify(self._queue)
+        self._wakeup.set()
+        return removed
+
+    def saves_named(self, name: str, kind: str) -> bool:
+        """Whether a save of that kind is waiting or running (its payload names the checkpoint)."""
+        rows = [q.row for q in self._queue] + [f.queued.row for f in self._in_flight]
+        return any(row.kind == kind and row.payload is not None and _saved_name(row.payload) == name for row in rows)
+
+    def waiting_for(self, operation_id: str) -> str:
+        """Why an operation has no result yet, in words."""
+        for flight in self._in_flight:
+            if flight.queued.row.id == operation_id:
+                return "running" if flight is self._in_flight[0] else "next in the worker's queue"
+        if self._in_flight or self._worker is not None:
+            missing = self._missing_seq()
+            if missing is not None:
+                return f"waiting for the operation with seq_id {missing}"
+            return f"queued behind {len(self._in_flight)} running and earlier queued operations of this run"
+        return self._lifecycle.describe(self.run.deployment_id) or "queued"
+
+    async def park(self) -> None:
+        """Store the run's state and take it out of the worker, once it has nothing to do."""
+        if self._worker is None:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._park_requests.append(done)
+        self._wakeup.set()
+        await done
+
+    async def halt(self) -> None:
+        """Let the running operations finish, store the state, and start nothing more."""
+        self._halted = True
+        await self.park()
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Forget the run in the worker (it was deactivated)."""
+        await self.stop()
+        if self._worker is not None and not self._worker.lost.done():
+            with contextlib.suppress(WorkerLost, OperationFailed):
+                await self._worker.call(CloseRun(self.run.id))
+
+    def drain(self) -> list[OperationRow]:
+        """What has no outcome yet; for a run that ends."""
+        rows = [f.queued.row for f in self._in_flight] + [q.row for q in sorted(self._queue)]
+        self._in_flight.clear()
+        self._queue.clear()
+        return rows
+
+    # -- the run's own task ---------------------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        while True:
+            self._wakeup.clear()
+            try:
+                await self._fill()
+                if self._in_flight:
+                    await self._await_head()
+                elif self._park_requests:
+                    await self._park_now()
+                elif self._queue and not self._halted:
+                    await self._await_missing()
+                else:
+                    await self._wakeup.wait()
+            except WorkerLost as lost:
+                await self._recover(str(lost))
+            except OperationFailed as error:
+                # The base model cannot be served, or the run's state cannot be brought back.
+                await self._fail_all(error)
+
+    def _is_ready(self, queued: _Queued) -> bool:
+        epoch, seq = queued.position
+        return epoch < self.run.epoch or seq < self.run.next_seq
+
+    def _missing_seq(self) -> int | None:
+        if self._queue and not self._is_ready(self._queue[0]):
+            return self.run.next_seq
+        return None
+
+    async def _fill(self) -> None:
+        while self._may_send():
+            queued = self._queue[0]
+            with self._lifecycle.using(self.run.deployment_id):
+                worker = await self._open()
+                command = await self._command(queued.row)
+                payload = await self._journal.payload(queued.row)
+            if not self._queue or self._queue[0] is not queued:
+                continue  # Cancelled while the worker was loading.
+            heapq.heappop(self._queue)
+            reply = worker.call(command, payload)
+            self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
+
+    def _may_send(self) -> bool:
+        if self._halted or not self._queue or not self._is_ready(self._queue[0]):
+            return False
+        if not self._in_flight:
+            return True
+        # A load reads files that an operation before it may still be writing, and is followed by a snapshot;
+        # a snapshot must not contain operations later than its position. So both find the worker's queue empty.
+        if "load_state" in (self._queue[0].row.kind, self._in_flight[-1].queued.row.kind):
+            return False
+        return len(self._in_flight) < _WINDOW and not self._is_snapshot_due
+
+    @property
+    def _is_snapshot_due(self) -> bool:
+        return self._work_since_snapshot_s >= self._config.snapshot_every_s
+
+    async def _open(self) -> WorkerClient:
+        if self._worker is not None and not self._worker.lost.done():
+            return self._worker
+        worker = await self._lifecycle.wake(self.run.deployment_id)
+        await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+        self._worker = worker
+        return worker
+
+    async def _command(self, row: OperationRow) -> Execute:
+        context = Execute(self.run.id, self.run.seed, initial=self._folder(self.run.initial_key))
+        if row.kind == "load_state":
+            payload = await self._journal.payload(row)
+            return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
+        if row.kind in _SAVES:
+            operation = _operation_decoder.decode(await self._journal.payload(row))
+            checkpoint_id: str = getattr(operation, "checkpoint_id")  # noqa: B009
+            return msgspec.structs.replace(context, write_to=self._settlement.write_to(checkpoint_id))
+        return context
+
+    def _folder(self, key: str | None) -> str | None:
+        return None if key is None else str(self._blobs.path(key))
+
+    async def _await_head(self) -> None:
+        flight = self._in_flight[0]
+        with self._lifecycle.using(self.run.deployment_id):
+            wakeup = asyncio.ensure_future(self._wakeup.wait())
+            try:
+                await asyncio.wait({flight.reply, wakeup}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                wakeup.cancel()
+            if not flight.reply.done():
+                return
+            row = flight.queued.row
+            try:
+                body = flight.reply.result()
+            except OperationFailed as error:
+                self._in_flight.popleft()
+                await self._settlement.fail(row, str(error), error.error_class)
+                return
+            self._work_since_snapshot_s += time.monotonic() - flight.started
+            if row.kind == "load_state":
+                # What was loaded may be deleted later, so recovery must never need to load it again.
+                await self._snapshot((row.epoch, row.seq))
+            await self._settlement.done(self.run, row, body)
+            self._in_flight.popleft()
+            self._last_done = (row.epoch, row.seq)
+            if self._is_snapshot_due and not self._in_flight:
+                await self._snapshot(self._last_done)
+
+    async def _snapshot(self, position: tuple[int, int]) -> None:
+        assert self._worker is not None
+        await take_snapshot(self.run, position, self._worker, self._journal, self._blobs, self._settlement)
+        self._work_since_snapshot_s = 0.0
+
+    async def _await_missing(self) -> None:
+        try:
+            await asyncio.wait_for(self._wakeup.wait(), self._config.gap_grace_s)
+        except TimeoutError:
+            await self._give_up_gap()
+
+    async def _give_up_gap(self) -> None:
+        missing = self.run.next_seq
+        parked = sorted(self._queue)
+        self._queue.clear()
+        grace = self._config.gap_grace_s
+        for queued in parked:
+            await self._settlement.fail(
+                queued.row,
+                f"the operation with seq_id {missing} did not arrive within {grace:g} s, so this one "
+                f"(seq_id {queued.row.seq}) was not run",
+                "MissingOperation",
+            )
+        await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
+
+    async def _park_now(self) -> None:
+        requests, self._park_requests = self._park_requests, []
+        try:
+            if self._worker is not None and not self._worker.lost.done():
+                if self._last_done is not None:
+                    await self._snapshot(self._last_done)
+                    self._last_done = None
+                await self._worker.call(CloseRun(self.run.id))
+            self._worker = None
+        finally:
+            for request in requests:
+                if not request.done():
+                    request.set_result(None)
+
+    async def _recover(self, reason: str) -> None:
+        log.warning("run %s lost its worker: %s", self.run.id, reason)
+        self._worker = None
+        returned = [flight.queued for flight in self._in_flight]
+        self._in_flight.clear()
+        for queued in returned:
+            heapq.heappush(self._queue, queued)
+        if returned:
+            # Only the first was being carried out; the others waited behind it.
+            suspect = returned[0]
+            suspect.num_attempts += 1
+            if suspect.num_attempts >= _MAX_ATTEMPTS:
+                self.remove(suspect.row.id)
+                await self._settlement.fail(
+                    suspect.row, f"it ended its worker {_MAX_ATTEMPTS} times: {reason}", "WorkerLost"
+                )
+
+    async def _fail_all(self, error: OperationFailed) -> None:
+        for row in self.drain():
+            await self._settlement.fail(row, str(error), error.error_class)
+
+
+def _saved_name(payload: bytes) -> str | None:
+    return getattr(_operation_decoder.decode(payload), "name", None)
+
+
+class Scheduler:
+    """The actors of all runs that have something to do or lie in a worker."""
+
+    def __init__(self, make_actor: Callable[[RunRow], RunActor]) -> None:
+        self._make_actor = make_actor
+        self._actors: dict[str, RunActor] = {}
+
+    def actor(self, run: RunRow) -> RunActor:
+        """The run's actor; ``run`` is taken as its present row when there is none yet."""
+        if run.id not in self._actors:
+            self._actors[run.id] = self._make_actor(run)
+        return self._actors[run.id]
+
+    def known(self, run_id: str) -> RunActor | None:
+        return self._actors.get(run_id)
+
+    async def park(self, deployment_id: str) -> None:
+        """Store and unload every run of a deployment."""
+        actors = [actor for actor in self._actors.values() if actor.run.deployment_id == deployment_id]
+        await asyncio.gather(*(actor.park() for actor in actors))
+
+    async def end(self, run_id: str) -> list[OperationRow]:
+        """Stop a run's actor; returns the operations that will now never run."""
+        actor = self._actors.pop(run_id, None)
+        if actor is None:
+            return []
+        await actor.close()
+        return actor.drain()
+
+    async def stop(self, grace_s: float) -> None:
+        """Store what the workers hold, waiting ``grace_s`` for what is running; the journal has the rest."""
+        actors = list(self._actors.values())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(actor.halt() for actor in actors)), grace_s)
+        await asyncio.gather(*(actor.stop() for actor in actors))

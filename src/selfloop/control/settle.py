@@ -1,0 +1,144 @@
+"""The outcome of an operation, with everything it changes, in one transaction; then its waiters wake."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from selfloop.control.journal import Journal
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import queries_checkpoints, queries_operations, queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
+from selfloop.types.errors import OperationFailed
+from selfloop.types.operation import LoadState, Operation, SaveState, SaveWeightsForSampler
+from selfloop.types.result import InitResult, LoadResult, Result, SaveResult, StepResult
+from selfloop.types.status import OperationState
+from selfloop.types.uris import parse_checkpoint_uri
+
+log = logging.getLogger(__name__)
+
+_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+_result_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an operation ended; ``result`` is the msgpack of a ``types.result`` struct, None with an error."""
+
+    result: bytes | None
+    error: str | None = None
+    error_class: str | None = None
+
+
+def checkpoint_key(checkpoint_id: str) -> str:
+    """Where a checkpoint's files lie in the blob store."""
+    return f"checkpoints/{checkpoint_id}"
+
+
+class Settlement:
+    """Writes outcomes. ``on_settled`` hears of each one after it is durable."""
+
+    def __init__(self, db: Database, blobs: LocalBlobs, journal: Journal) -> None:
+        self._db = db
+        self._blobs = blobs
+        self._journal = journal
+        self.on_settled: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
+        self.on_published: Callable[[], None] = lambda: None
+
+    async def read_from(self, run: RunRow, payload: bytes) -> str:
+        """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
+        operation = _operation_decoder.decode(payload)
+        assert isinstance(operation, LoadState)
+        uri = parse_checkpoint_uri(operation.path)
+        async with self._db.read() as session:
+            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        if row is None or row.team_id != run.team_id:
+            raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
+        return str(self._blobs.path(checkpoint_key(row.id)))
+
+    def write_to(self, checkpoint_id: str) -> str:
+        """The folder that a save writes, aside until it is whole."""
+        return str(self._blobs.prepare_folder(checkpoint_key(checkpoint_id) + ".part"))
+
+    async def done(self, run: RunRow, row: OperationRow, body: bytes) -> None:
+        """Store a result and what it changes in the run's resources."""
+        result = _result_decoder.decode(body)
+        replaced: str | None = None
+        operation: SaveState | SaveWeightsForSampler | None = None
+        if isinstance(result, SaveResult):
+            decoded = _operation_decoder.decode(await self._journal.payload(row))
+            assert isinstance(decoded, SaveState | SaveWeightsForSampler)
+            operation = decoded
+            key = checkpoint_key(result.checkpoint_id)
+            await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
+        inline, result_key = await self._journal.store_result(row, body)
+        async with self._db.write() as session:
+            settled = await queries_operations.finish(
+                session, row, state=OperationState.DONE, at=time.time(), result=inline, result_key=result_key
+            )
+            match result:
+                case InitResult(step=step, lora_rank=rank) | LoadResult(step=step, lora_rank=rank):
+                    run.step, run.lora_rank = step, rank
+                    await queries_resources.update_run(session, run.id, step=step, lora_rank=rank)
+                case StepResult(metrics):
+                    run.step = int(metrics["step"])
+                    await queries_resources.update_run(session, run.id, step=run.step)
+                case SaveResult():
+                    assert operation is not None
+                    checkpoint = _checkpoint_row(run, operation, result)
+                    old = await queries_checkpoints.named(session, run.id, checkpoint.target, checkpoint.name)
+                    if old is not None:
+                        replaced = old.id
+                        await queries_checkpoints.remove(session, old.id)
+                        await session.flush()
+                    session.add(checkpoint)
+                    if isinstance(operation, SaveWeightsForSampler) and operation.publish:
+                        for sampler in await queries_resources.samplers(session, run_id=run.id):
+                            await queries_resources.update_sampler(
+                                session, sampler.id, live_checkpoint_id=checkpoint.id, live_version=result.step
+                            )
+                case _:
+                    pass
+        if replaced is not None:
+            await asyncio.to_thread(self._blobs.delete, checkpoint_key(replaced))
+        if settled:
+            self.on_settled(row, Outcome(body))
+        if operation is not None:
+            self.on_published()
+
+    async def fail(
+        self, row: OperationRow, error: str, error_class: str, state: OperationState = OperationState.ERROR
+    ) -> None:
+        """Store an error as the operation's outcome."""
+        log.info("run %s: %s %s failed: %s", row.run_id, row.kind, row.id, error)
+        if await self._journal.fail(row, error, error_class, state):
+            self.on_settled(row, Outcome(None, error, error_class))
+
+    async def snapshot_taken(self, run: RunRow, key: str, position: tuple[int, int]) -> None:
+        run.snapshot_key, run.snapshot_epoch, run.snapshot_seq = key, *position
+        async with self._db.write() as session:
+            await queries_resources.update_run(
+                session, run.id, snapshot_key=key, snapshot_epoch=position[0], snapshot_seq=position[1]
+            )
+
+
+def _checkpoint_row(run: RunRow, operation: SaveState | SaveWeightsForSampler, result: SaveResult) -> CheckpointRow:
+    now = time.time()
+    return CheckpointRow(
+        id=result.checkpoint_id,
+        run_id=run.id,
+        team_id=run.team_id,
+        name=result.name,
+        target=result.target,
+        base_model=run.base_model,
+        step=result.step,
+        lora_rank=result.lora_rank,
+        lora_alpha=result.lora_alpha,
+        size_bytes=result.size_bytes,
+        created_at=now,
+        expires_at=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+    )

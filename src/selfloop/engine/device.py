@@ -1,0 +1,46 @@
+"""Where to compute, in which dtype, and how much memory to plan for."""
+
+import torch
+
+from selfloop.engine.models.config import ModelConfig
+from selfloop.types.errors import OperationFailed
+
+_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
+_CPU_KV_BYTES = 256 * 2**20
+_CUDA_KV_SHARE = 0.4
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise OperationFailed(f"dtype {name!r} is not supported; known: {sorted(_DTYPES)}")
+        return _DTYPES[name]
+    if device.type == "cuda" or _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def default_train_budget(device: torch.device) -> int:
+    """Tokens of a micro-batch: enough to fill the matmuls, few enough that activations stay small."""
+    return 8192 if device.type == "cuda" else 512
+
+
+def default_kv_tokens(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of KV cache, at least one full context."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    budget_bytes = _CPU_KV_BYTES
+    if device.type == "cuda":
+        budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+    return max(budget_bytes // per_token, config.max_position_embeddings)

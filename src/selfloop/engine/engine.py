@@ -1,0 +1,336 @@
+"""The engine's front door: one base model, many training runs, sampling from any of them.
+
+Not thread-safe: one thread calls it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from selfloop.engine.device import default_kv_tokens, default_train_budget, pick_device, pick_dtype
+from selfloop.engine.files import checkpoint
+from selfloop.engine.files.base_weights import load_base_weights
+from selfloop.engine.files.peft import read_peft
+from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
+from selfloop.engine.models.config import ModelConfig, read_config
+from selfloop.engine.models.decoder import Decoder, num_parameters
+from selfloop.engine.sample.bank import AdapterBank
+from selfloop.engine.sample.kv_cache import PagePool
+from selfloop.engine.sample.scheduler import SamplingScheduler
+from selfloop.engine.sample.stop import Decode
+from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example
+from selfloop.engine.train.optim import optim_step
+from selfloop.engine.train.run import Accumulated, Run
+from selfloop.engine.train.step import LossStep, LossTotals, all_finite
+from selfloop.types.datum import Datum
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.losses import LOSSES
+from selfloop.types.operation import AdamParams
+from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
+from selfloop.types.sampling import SampleRequest, SampleResult
+
+_SKIP = "skip_token_normalization"
+_MAX_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu"."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    num_parameters: int
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+
+
+class SavedState(NamedTuple):
+    """A checkpoint as written."""
+
+    step: int
+    lora_rank: int
+    lora_alpha: float
+    size_bytes: int
+
+
+class Engine:
+    """Trains and samples LoRA adapters of one frozen base model. Use :meth:`load`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        train_token_budget: int,
+        max_kv_tokens: int,
+        max_adapters: int,
+        decode: Decode | None,
+    ) -> None:
+        config = decoder.config
+        self._decoder = decoder
+        self._train_token_budget = train_token_budget
+        self._runs: dict[str, Run] = {}
+        self._bank = AdapterBank(max_adapters)
+        self._scheduler = SamplingScheduler(
+            decoder,
+            PagePool(config, max_kv_tokens, decoder.device, decoder.dtype),
+            prefill_budget=train_token_budget,
+            max_batch=_MAX_BATCH,
+            decode=decode,
+        )
+        self.info = ModelInfo(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            num_parameters=num_parameters(decoder.weights),
+            eos_token_ids=config.eos_token_ids,
+            device=str(decoder.device),
+            dtype=str(decoder.dtype).removeprefix("torch."),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        train_token_budget: int | None = None,
+        max_kv_tokens: int | None = None,
+        max_adapters: int = 32,
+        decode: Decode | None = None,
+    ) -> "Engine":
+        """Load a Hugging Face model folder (``config.json``, ``*.safetensors``).
+
+        Args:
+            device: "auto" is CUDA where there is one, else the CPU.
+            dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it.
+            train_token_budget: tokens of a micro-batch, of training and of prefill; sets the peak of memory.
+            max_kv_tokens: tokens the KV cache holds over all requests.
+            max_adapters: sampling adapters kept in memory.
+            decode: token ids to text; without it texts are empty and stop strings are refused.
+
+        Raises:
+            OperationFailed: the folder holds no model that this engine computes.
+        """
+        config = read_config(model_dir)
+        on = pick_device(device)
+        compute = pick_dtype(dtype, on)
+        decoder = Decoder(config, load_base_weights(model_dir, config, on, compute))
+        budget = default_train_budget(on) if train_token_budget is None else train_token_budget
+        kv_tokens = default_kv_tokens(config, on, compute) if max_kv_tokens is None else max_kv_tokens
+        return cls(
+            decoder,
+            train_token_budget=budget,
+            max_kv_tokens=kv_tokens,
+            max_adapters=max_adapters,
+            decode=decode,
+        )
+
+    # Training runs
+
+    def init_run(self, run_id: str, *, rank: int, seed: int, initial: Path | None = None) -> InitResult:
+        """Create a run, or reset it, at step 0 without moments or gradients.
+
+        Args:
+            rank: LoRA rank; a checkpoint's own rank wins over it.
+            seed: of the fresh adapter.
+            initial: a checkpoint directory to take the weights from instead.
+        """
+        if initial is not None:
+            run = checkpoint.read_weights(initial, self._config, self._decoder.device)
+        else:
+            shape = AdapterShape(self._config, rank)
+            run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._decoder.device))
+        self._runs[run_id] = run
+        return InitResult(step=0, lora_rank=run.shape.rank)
+
+    def has_run(self, run_id: str) -> bool:
+        return run_id in self._runs
+
+    def remove_run(self, run_id: str) -> None:
+        """Forget a run; unknown ids are fine."""
+        self._runs.pop(run_id, None)
+
+    def forward(self, run_id: str, data: list[Datum], loss_fn: str, config: Mapping[str, float | bool]) -> LossResult:
+        """Loss and logprobs; the run is only read.
+
+        Raises:
+            BadRequest: a datum does not fit the loss or the model.
+            OperationFailed: the loss is not finite.
+        """
+        full = _full_config(loss_fn, config)
+        batches = self._micro_batches(data, loss_fn)
+        totals = LossStep(self._decoder, loss_fn, full).forward(self._run(run_id), batches)
+        return _loss_result(totals, data, skip=bool(full.get(_SKIP)))
+
+    def forward_backward(
+        self, run_id: str, data: list[Datum], loss_fn: str, config: Mapping[str, float | bool]
+    ) -> LossResult:
+        """Like :meth:`forward`, and adds the gradient of the loss sum to the run's; all or nothing.
+
+        Raises:
+            BadRequest: as :meth:`forward`; or normalised and unnormalised gradients would share a step.
+            OperationFailed: loss or gradient is not finite.
+        """
+        run = self._run(run_id)
+        full = _full_config(loss_fn, config)
+        skip = bool(full.get(_SKIP))
+        before = run.accumulated
+        if before is not None and before.normalised == skip:
+            kind = "unnormalised" if skip else "normalised"
+            raise BadRequest(f"loss_fn_config.{_SKIP}", f"{kind} and other gradients cannot share an optim_step")
+        batches = self._micro_batches(data, loss_fn)
+        totals, grad_P = LossStep(self._decoder, loss_fn, full).forward_backward(run, batches)
+        num_tokens = totals.num_tokens
+        if before is not None:
+            grad_P.add_(before.grad_P)
+            num_tokens += before.num_tokens
+            if not all_finite(grad_P):
+                raise OperationFailed("the sum with the gradients accumulated before is not finite", "NonFiniteGradient")
+        run.accumulated = Accumulated(grad_P, num_tokens, normalised=not skip)
+        return _loss_result(totals, data, skip=skip)
+
+    def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
+        """Divide the accumulated gradient by its trained tokens (unless it is unnormalised), clip, apply, clear."""
+        run = self._run(run_id)
+        num_tokens = 0 if run.accumulated is None else run.accumulated.num_tokens
+        grad_norm = optim_step(run, adam)
+        return StepResult(
+            {
+                "step": float(run.step),
+                "learning_rate": adam.learning_rate,
+                "lr": adam.learning_rate,
+                "grad_norm": grad_norm,
+                "num_trained_tokens": float(num_tokens),
+            }
+        )
+
+    # Files. A directory must not exist yet; it is whole and on disk when the call returns.
+
+    def save_sampler_checkpoint(self, run_id: str, directory: Path) -> SavedState:
+        """The adapter in PEFT's format."""
+        run = self._run(run_id)
+        return _saved(run, checkpoint.write_sampler(directory, run, self._config))
+
+    def save_trainer_checkpoint(self, run_id: str, directory: Path) -> SavedState:
+        """Adapter, moments and step."""
+        run = self._run(run_id)
+        return _saved(run, checkpoint.write_trainer(directory, run, self._config))
+
+    def load_checkpoint(self, run_id: str, directory: Path, *, with_optimizer: bool) -> LoadResult:
+        """Replace an existing run's state. Weights only: step 0, no moments. Gradients are dropped either way."""
+        self._run(run_id)
+        read = checkpoint.read_trainer if with_optimizer else checkpoint.read_weights
+        run = self._runs[run_id] = read(directory, self._config, self._decoder.device)
+        return LoadResult(run.step, run.shape.rank)
+
+    def snapshot(self, run_id: str, directory: Path) -> SavedState:
+        """The whole state, accumulated gradients included, bit for bit."""
+        run = self._run(run_id)
+        return _saved(run, checkpoint.write_snapshot(directory, run, self._config))
+
+    def restore(self, run_id: str, directory: Path) -> LoadResult:
+        """Make ``run_id`` what it was at :meth:`snapshot`; creates it if need be."""
+        run = checkpoint.read_snapshot(directory, self._config, self._decoder.device)
+        self._runs[run_id] = run
+        return LoadResult(run.step, run.shape.rank)
+
+    # Sampling
+
+    def publish(self, run_id: str, checkpoint_id: str) -> None:
+        """Freeze a copy of the run's adapter for sampling under ``checkpoint_id``."""
+        adapter = self._run(run_id).frozen_adapter(self._decoder.dtype)
+        self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
+
+    def load_adapter(self, checkpoint_id: str, directory: Path) -> None:
+        """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""
+        loaded = read_peft(directory, self._config)
+        theta_P = loaded.theta_P.to(self._decoder.device, self._decoder.dtype)
+        adapter = loaded.shape.adapter(theta_P, loaded.alpha)
+        self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
+
+    def has_adapter(self, checkpoint_id: str) -> bool:
+        return checkpoint_id in self._bank
+
+    def drop_adapter(self, checkpoint_id: str) -> None:
+        """Forget an adapter; requests under way keep it to their end."""
+        self._bank.drop(checkpoint_id)
+
+    def submit_sample(self, request: SampleRequest) -> None:
+        """Queue a request; its adapter must be in the bank.
+
+        Raises:
+            NotFound: the adapter is not in the bank.
+            BadRequest: the request exceeds the context or the KV cache, or needs a decoder that is not there.
+        """
+        if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
+            raise BadRequest("prompt", f"token ids must be in 0..{self.info.vocab_size - 1}")
+        adapter = None if request.adapter is None else self._bank.get(request.adapter.checkpoint_id)
+        self._scheduler.submit(request, adapter)
+
+    def cancel_sample(self, request_id: str) -> None:
+        """Forget a request; no result will come."""
+        self._scheduler.cancel(request_id)
+
+    @torch.inference_mode()
+    def sample_step(self) -> list[SampleResult]:
+        """One step of continuous batching; returns the requests that finished in it."""
+        return self._scheduler.step()
+
+    def take_failed_samples(self) -> list[tuple[str, OperationFailed]]:
+        """Requests that ended in an error during :meth:`sample_step`; to be asked after each."""
+        return self._scheduler.take_failures()
+
+    @property
+    def num_sampling(self) -> int:
+        """Requests active or waiting."""
+        return self._scheduler.num_requests
+
+    @property
+    def _config(self) -> ModelConfig:
+        return self._decoder.config
+
+    def _run(self, run_id: str) -> Run:
+        if run_id not in self._runs:
+            raise NotFound("run", run_id)
+        return self._runs[run_id]
+
+    def _micro_batches(self, data: list[Datum], loss_fn: str) -> list[MicroBatch]:
+        spec, config = LOSSES[loss_fn], self._config
+        examples = [
+            read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
+            for index, datum in enumerate(data)
+        ]
+        return micro_batches(examples, self._train_token_budget, self._decoder.device)
+
+
+def _full_config(loss_fn: str, config: Mapping[str, float | bool]) -> dict[str, float | bool]:
+    """The configuration with defaults filled in; raises BadRequest on unknown names."""
+    if loss_fn not in LOSSES:
+        raise BadRequest("loss_fn", f"expected one of {sorted(LOSSES)}")
+    known = LOSSES[loss_fn].config
+    for name in config:
+        if name not in known:
+            raise BadRequest(f"loss_fn_config.{name}", f"loss {loss_fn!r} takes {sorted(known)}")
+    return {**known, **config}
+
+
+def _loss_result(totals: LossTotals, data: list[Datum], *, skip: bool) -> LossResult:
+    loss = totals.loss_sum
+    if not skip:
+        loss = loss / totals.num_tokens if totals.num_tokens > 0 else 0.0
+    assert math.isfinite(loss)
+    metrics = {"loss": loss, "num_trained_tokens": float(totals.num_tokens)}
+    if skip:
+        metrics[_SKIP] = 1.0
+    shapes = [datum.loss_inputs["target_tokens"].shape for datum in data]
+    logprobs = [from_torch(x, shape) for x, shape in zip(totals.logprobs, shapes, strict=True)]
+    return LossResult(loss, logprobs, metrics)
+
+
+def _saved(run: Run, size_bytes: int) -> SavedState:
+    return SavedState(run.step, run.shape.rank, run.alpha, size_bytes)

@@ -1,0 +1,149 @@
+"""Read a Hugging Face model folder into the decoder's layout, one tensor at a time."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from selfloop.engine.lora.targets import LinearGroup, linear_groups
+from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.decoder import BaseWeights, LayerWeights, Linear
+from selfloop.types.errors import OperationFailed
+
+_INDEX = "model.safetensors.index.json"
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+class _Destinations:
+    """Where each named tensor of the files goes: a slice of an allocated weight."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self.slots: dict[str, Tensor] = {}
+
+    def alone(self, name: str, *shape: int) -> Tensor:
+        weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.slots[name] = weight
+        return weight
+
+    def fused(self, names: Iterable[str], sizes: list[int], *inner: int) -> Tensor:
+        """One tensor whose rows are the named tensors, one after another."""
+        weight = torch.empty((sum(sizes), *inner), dtype=self._dtype, device=self._device)
+        self.slots.update(zip(names, weight.split(sizes), strict=True))
+        return weight
+
+
+def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> BaseWeights:
+    """Load ``*.safetensors`` (with or without an index) in ``dtype``.
+
+    Raises:
+        OperationFailed: files or tensors are missing, unexpected, misshapen or unreadable.
+    """
+    places = _Destinations(device, dtype)
+    weights = _allocate(config, places)
+    remaining = dict(places.slots)
+    unexpected: list[str] = []
+    for path in _weight_files(model_dir):
+        unexpected += _fill_from(path, remaining)
+    if config.tie_word_embeddings:
+        unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    if remaining:
+        raise OperationFailed(f"{model_dir} lacks {len(remaining)} tensors, e.g. {sorted(remaining)[:3]}")
+    if unexpected:
+        raise OperationFailed(f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}")
+    for layer in weights.layers:
+        _spread_qk_norm(config, layer)
+    return weights
+
+
+def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:
+    vocab_hidden = config.vocab_size, config.hidden_size
+    embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
+    tied = config.tie_word_embeddings
+    return BaseWeights(
+        embedding_VD=embedding_VD,
+        layers=[_allocate_layer(config, f"model.layers.{i}", places) for i in range(config.num_layers)],
+        final_norm_D=places.alone("model.norm.weight", config.hidden_size),
+        head_VD=embedding_VD if tied else places.alone("lm_head.weight", *vocab_hidden),
+    )
+
+
+def _allocate_layer(config: ModelConfig, prefix: str, places: _Destinations) -> LayerWeights:
+    def linear(group: LinearGroup) -> Linear:
+        names = [f"{prefix}.{target.module}" for target in group.targets]
+        sizes = [target.out_features for target in group.targets]
+        weight = places.fused([f"{name}.weight" for name in names], sizes, group.in_features)
+        bias = places.fused([f"{name}.bias" for name in names], sizes) if group.bias else None
+        return Linear(weight, bias)
+
+    qkv, o, gate_up, down = linear_groups(config)
+    return LayerWeights(
+        attention_norm_D=places.alone(f"{prefix}.input_layernorm.weight", config.hidden_size),
+        mlp_norm_D=places.alone(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+        linears=(linear(qkv), linear(o), linear(gate_up), linear(down)),
+        qk_norm_Hd=_allocate_qk_norm(config, prefix, places) if config.qk_norm else None,
+    )
+
+
+def _allocate_qk_norm(config: ModelConfig, prefix: str, places: _Destinations) -> Tensor:
+    """The files hold one row for all heads of q and one for those of k; see ``_spread_qk_norm``."""
+    weight_Hd = torch.empty(
+        (config.num_heads + config.num_kv_heads, config.head_dim),
+        dtype=places._dtype,
+        device=places._device,
+    )
+    places.slots[f"{prefix}.self_attn.q_norm.weight"] = weight_Hd[0]
+    places.slots[f"{prefix}.self_attn.k_norm.weight"] = weight_Hd[config.num_heads]
+    return weight_Hd
+
+
+def _spread_qk_norm(config: ModelConfig, layer: LayerWeights) -> None:
+    """Repeat the two rows over their heads, so that q and k are normalised in one operation."""
+    if layer.qk_norm_Hd is not None:
+        q_Hd, k_Gd = layer.qk_norm_Hd.split([config.num_heads, config.num_kv_heads])
+        q_Hd[1:] = q_Hd[0].clone()
+        k_Gd[1:] = k_Gd[0].clone()
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / _INDEX
+    if not index.is_file():
+        paths = sorted(model_dir.glob("*.safetensors"))
+        if not paths:
+            raise OperationFailed(f"{model_dir} holds no *.safetensors")
+        return paths
+    raw: dict[str, Any] = json.loads(index.read_text())
+    paths = [model_dir / name for name in sorted(set(raw["weight_map"].values()))]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise OperationFailed(f"{_INDEX} names files that are not there: {absent[:3]}")
+    return paths
+
+
+def _fill_from(path: Path, remaining: dict[str, Tensor]) -> list[str]:
+    """Copy the file's tensors into their places, which leave ``remaining``; returns names without one."""
+    unexpected: list[str] = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
+                place = remaining.pop(name, None)
+                if place is not None:
+                    _copy(name, file.get_tensor(name), place)
+                elif not name.endswith(_IGNORED_SUFFIX):
+                    unexpected.append(name)
+    except SafetensorError as error:
+        raise OperationFailed(f"{path} cannot be read: {error}") from error
+    return unexpected
+
+
+def _copy(name: str, source: Tensor, place: Tensor) -> None:
+    if source.shape != place.shape:
+        raise OperationFailed(f"{name} has shape {list(source.shape)}, expected {list(place.shape)}")
+    if not source.is_floating_point():
+        raise OperationFailed(f"{name} is {source.dtype}; quantized base weights are not supported")
+    place.copy_(source)

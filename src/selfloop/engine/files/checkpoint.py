@@ -1,0 +1,153 @@
+"""A run's files.
+
+Sampler checkpoint: the PEFT adapter and ``selfloop.json``. Trainer checkpoint: that and ``optimizer.safetensors``.
+Snapshot: that and ``gradients.safetensors``, i.e. the whole state, bit for bit.
+"""
+
+from pathlib import Path
+
+import msgspec
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from selfloop.engine.files.directory import DirectoryWriter
+from selfloop.engine.files.peft import read_peft, write_peft
+from selfloop.engine.lora.adapter import AdapterShape
+from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.train.run import Accumulated, Moments, Run
+from selfloop.types.errors import OperationFailed
+
+STATE_FILE = "selfloop.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
+
+
+class AccumulatedState(msgspec.Struct, frozen=True):
+    """What is beside the gradients; see :class:`Accumulated`."""
+
+    num_tokens: int
+    normalised: bool
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """``selfloop.json``: the scalars of a run."""
+
+    step: int
+    lora_rank: int
+    lora_alpha: float
+    num_updates: int = 0
+    accumulated: AccumulatedState | None = None
+    format: int = 1
+
+
+def write_sampler(directory: Path, run: Run, config: ModelConfig) -> int:
+    """Adapter and step only; returns bytes written."""
+    writer = DirectoryWriter(directory)
+    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
+    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha))
+    return writer.close()
+
+
+def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
+    """Adapter, moments and step; returns bytes written."""
+    writer = DirectoryWriter(directory)
+    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
+    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run)))
+    return writer.close()
+
+
+def write_snapshot(directory: Path, run: Run, config: ModelConfig) -> int:
+    """Everything, accumulated gradients included; returns bytes written."""
+    writer = DirectoryWriter(directory)
+    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
+    pending = run.accumulated
+    if pending is not None:
+        writer.tensors(GRADIENTS_FILE, _named(run.shape, "grad", pending.grad_P))
+    state = RunState(
+        run.step,
+        run.shape.rank,
+        run.alpha,
+        _write_moments(writer, run),
+        None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised),
+    )
+    writer.json(STATE_FILE, state)
+    return writer.close()
+
+
+def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+    """A run that starts from a checkpoint's weights: step 0, no moments, no gradients."""
+    loaded = read_peft(directory, config)
+    return Run(loaded.shape, loaded.alpha, loaded.theta_P.to(device))
+
+
+def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+    """A run with a trainer checkpoint's (or a snapshot's) weights, moments and step, without gradients."""
+    run = read_weights(directory, config, device)
+    state = _read_state(directory, run)
+    run.step = state.step
+    if state.num_updates > 0:
+        tensors = _read_tensors(directory / OPTIMIZER_FILE)
+        mean_P = _flat(run.shape, "exp_avg", tensors).to(device)
+        square_P = _flat(run.shape, "exp_avg_sq", tensors).to(device)
+        run.moments = Moments(mean_P, square_P, state.num_updates)
+    elif not (directory / OPTIMIZER_FILE).is_file():
+        raise OperationFailed(f"no {OPTIMIZER_FILE}: this is not a trainer checkpoint", "CheckpointInvalid")
+    return run
+
+
+def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+    """The run as it was when :func:`write_snapshot` wrote it."""
+    run = read_trainer(directory, config, device)
+    pending = _read_state(directory, run).accumulated
+    if pending is not None:
+        grad_P = _flat(run.shape, "grad", _read_tensors(directory / GRADIENTS_FILE)).to(device)
+        run.accumulated = Accumulated(grad_P, pending.num_tokens, pending.normalised)
+    return run
+
+
+def _write_moments(writer: DirectoryWriter, run: Run) -> int:
+    """The file is there even when empty: it tells a trainer checkpoint from a sampler's."""
+    if run.moments is None:
+        writer.tensors(OPTIMIZER_FILE, {})
+        return 0
+    tensors = _named(run.shape, "exp_avg", run.moments.mean_P)
+    writer.tensors(OPTIMIZER_FILE, tensors | _named(run.shape, "exp_avg_sq", run.moments.square_P))
+    return run.moments.num_updates
+
+
+def _named(shape: AdapterShape, prefix: str, flat_P: Tensor) -> dict[str, Tensor]:
+    return {f"{prefix}.{parameter.name}": parameter.view for parameter in shape.named(flat_P)}
+
+
+def _flat(shape: AdapterShape, prefix: str, tensors: dict[str, Tensor]) -> Tensor:
+    flat_P = torch.zeros(shape.num_parameters)
+    for parameter in shape.named(flat_P):
+        name = f"{prefix}.{parameter.name}"
+        if name not in tensors or tensors[name].shape != parameter.view.shape:
+            raise OperationFailed(f"the checkpoint lacks {name} in the right shape", "CheckpointInvalid")
+        parameter.view.copy_(tensors[name])
+    return flat_P
+
+
+def _read_state(directory: Path, run: Run) -> RunState:
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise OperationFailed(f"no {STATE_FILE} in the checkpoint", "CheckpointInvalid")
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+    except msgspec.DecodeError as error:
+        raise OperationFailed(f"{STATE_FILE} cannot be read: {error}", "CheckpointInvalid") from error
+    if state.lora_rank != run.shape.rank:
+        raise OperationFailed(f"{STATE_FILE} and the adapter disagree on the rank", "CheckpointInvalid")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise OperationFailed(f"no {path.name} in the checkpoint", "CheckpointInvalid")
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise OperationFailed(f"{path.name} cannot be read: {error}", "CheckpointInvalid") from error

@@ -1,0 +1,48 @@
+"""Write a set of files into a new directory and make them durable."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import safetensors.torch
+from torch import Tensor
+
+
+class DirectoryWriter:
+    """Creates ``directory``, which must not exist; ``close`` returns only when all is on disk.
+
+    The caller renames the directory into place and makes that rename durable.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._paths: list[Path] = []
+
+    def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """A safetensors file; tensors are copied off their device and out of shared storage."""
+        path = self._directory / name
+        owned = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        safetensors.torch.save_file(owned, path, metadata={"format": "pt"})
+        self._paths.append(path)
+
+    def json(self, name: str, value: Any) -> None:
+        """A JSON file from a struct or plain containers."""
+        path = self._directory / name
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        self._paths.append(path)
+
+    def close(self) -> int:
+        """Fsync every file and the directory; returns the bytes written."""
+        for path in (*self._paths, self._directory):
+            _fsync(path)
+        return sum(path.stat().st_size for path in self._paths)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

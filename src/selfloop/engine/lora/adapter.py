@@ -1,0 +1,93 @@
+"""An adapter's parameters: one flat vector, seen as the A and B of every projection.
+
+The flat vector is what is trained, clipped, copied and saved; the views are what is multiplied. The A of
+projections that share an input lie next to each other, so that one matmul serves them all.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.lora.targets import LinearGroup, linear_groups
+from selfloop.engine.models.config import ModelConfig
+
+DEFAULT_ALPHA = 32.0
+
+
+class LoraGroup(NamedTuple):
+    """Adapter of one group of n fused projections: ``a`` is (n * R, in), each of ``b`` is (out, R)."""
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+class NamedParameter(NamedTuple):
+    """A (R, in) or B (out, R) of one projection, under PEFT's name for it."""
+
+    name: str
+    kind: Literal["lora_A", "lora_B"]
+    view: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank."""
+
+    scaling: float
+    layers: list[tuple[LoraGroup, ...]]
+
+
+class AdapterShape:
+    """Layout of the flat vector for one model and rank."""
+
+    def __init__(self, config: ModelConfig, rank: int) -> None:
+        assert rank >= 1
+        self.rank = rank
+        self.num_layers = config.num_layers
+        self._groups = linear_groups(config)
+        self._layer_sizes = [size for group in self._groups for size in self._group_sizes(group)]
+        self.num_parameters = self.num_layers * sum(self._layer_sizes)
+
+    def _group_sizes(self, group: LinearGroup) -> list[int]:
+        a_size = len(group.targets) * self.rank * group.in_features
+        return [a_size, *(target.out_features * self.rank for target in group.targets)]
+
+    def views(self, flat_P: Tensor) -> list[tuple[LoraGroup, ...]]:
+        """The groups of every layer as views; gradients flow back into one flat gradient."""
+        assert flat_P.shape == (self.num_parameters,)
+        parts = iter(flat_P.split(self._layer_sizes * self.num_layers))
+        return [tuple(self._view(group, parts) for group in self._groups) for _ in range(self.num_layers)]
+
+    def _view(self, group: LinearGroup, parts: Iterator[Tensor]) -> LoraGroup:
+        a = next(parts).view(-1, group.in_features)
+        return LoraGroup(a, tuple(next(parts).view(-1, self.rank) for _ in group.targets))
+
+    def named(self, flat_P: Tensor) -> Iterator[NamedParameter]:
+        """Every A and B as a view, under PEFT's module names."""
+        for index, layer in enumerate(self.views(flat_P)):
+            for group, (a, b) in zip(self._groups, layer, strict=True):
+                for target, a_RI, b_OR in zip(group.targets, a.split(self.rank), b, strict=True):
+                    prefix = f"layers.{index}.{target.module}"
+                    yield NamedParameter(f"{prefix}.lora_A", "lora_A", a_RI)
+                    yield NamedParameter(f"{prefix}.lora_B", "lora_B", b_OR)
+
+    def initial(self, seed: int) -> Tensor:
+        """Fresh flat float32 parameters on the CPU: A as PEFT draws it, B zero.
+
+        PEFT: kaiming_uniform_(A, a=sqrt(5)), which is uniform within 1/sqrt(in).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        flat_P = torch.zeros(self.num_parameters)
+        for parameter in self.named(flat_P):
+            if parameter.kind == "lora_A":
+                bound = 1 / math.sqrt(parameter.view.shape[1])
+                parameter.view.uniform_(-bound, bound, generator=generator)
+        return flat_P
+
+    def adapter(self, flat_P: Tensor, alpha: float) -> Adapter:
+        """The multipliable form of ``flat_P``, which must be in the compute dtype already."""
+        return Adapter(alpha / self.rank, self.views(flat_P))

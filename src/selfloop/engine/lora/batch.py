@@ -1,0 +1,45 @@
+"""Which rows of a packed batch go through which adapter."""
+
+import itertools
+from typing import NamedTuple
+
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.grouped_matmul import LoraSegment
+
+
+class AdapterRows(NamedTuple):
+    """Rows [start, stop) of the batch use ``adapter``."""
+
+    start: int
+    stop: int
+    adapter: Adapter
+
+
+class AdapterBatch:
+    """Disjoint row ranges with their adapters; rows in no range see the base model only."""
+
+    def __init__(self, rows: list[AdapterRows]) -> None:
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(rows)), "ranges overlap"
+        self.rows = rows
+
+    @classmethod
+    def of(cls, runs: list[tuple[int, Adapter | None]]) -> "AdapterBatch":
+        """From (number of rows, adapter) one after another; neighbours of one adapter are joined."""
+        rows: list[AdapterRows] = []
+        start = 0
+        for num_rows, adapter in runs:
+            if adapter is not None:
+                if rows and rows[-1].stop == start and rows[-1].adapter is adapter:
+                    start_before = rows.pop().start
+                    rows.append(AdapterRows(start_before, start + num_rows, adapter))
+                else:
+                    rows.append(AdapterRows(start, start + num_rows, adapter))
+            start += num_rows
+        return cls(rows)
+
+    def at(self, layer: int, group: int) -> list[LoraSegment]:
+        """The segments for one fused projection of one layer."""
+        return [
+            LoraSegment(start, stop, adapter.scaling, *adapter.layers[layer][group])
+            for start, stop, adapter in self.rows
+        ]

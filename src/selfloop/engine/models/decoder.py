@@ -1,0 +1,122 @@
+"""The one decoder of training and sampling: packed tokens in, hidden states out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.lora.grouped_matmul import lora_linear
+from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV
+from selfloop.engine.models.attention import Attention
+from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.norm import rms_norm
+from selfloop.engine.models.rope import Rotary, rotate
+from selfloop.engine.models.swiglu import swiglu
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A frozen projection; ``weight`` is (out, in). Projections of one input are fused along out."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One block. ``linears`` in the order of :func:`selfloop.engine.lora.targets.linear_groups`;
+    ``qk_norm_Hd`` is (num_heads + num_kv_heads, head_dim), None in families without it."""
+
+    attention_norm_D: Tensor
+    mlp_norm_D: Tensor
+    linears: tuple[Linear, Linear, Linear, Linear]
+    qk_norm_Hd: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """Frozen weights of a model; ``head_VD`` is ``embedding_VD`` itself when tied."""
+
+    embedding_VD: Tensor
+    layers: list[LayerWeights]
+    final_norm_D: Tensor
+    head_VD: Tensor
+
+
+class Decoder:
+    """Pre-norm decoder with rotary attention and a gated MLP, low-rank adapters added to every projection."""
+
+    def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
+        assert len(weights.layers) == config.num_layers
+        self.config = config
+        self.weights = weights
+        self.device = weights.embedding_VD.device
+        self.dtype = weights.embedding_VD.dtype
+        self._rotary = Rotary(config.rope, self.device, self.dtype)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
+        """Hidden states h_TD after the final norm, in the compute dtype.
+
+        Args:
+            tokens_T: int64 ids of all sequences, one after another.
+            positions_T: int64 position of each row in its own sequence.
+        """
+        assert tokens_T.shape == positions_T.shape
+        cos, sin = self._rotary(positions_T)
+        h_TD = F.embedding(tokens_T, self.weights.embedding_VD)
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self.weights.layers):
+            x_TD = rms_norm(h_TD, layer.attention_norm_D, eps)
+            h_TD = h_TD + self._attend(index, layer, x_TD, (cos, sin), attention, adapters)
+            x_TD = rms_norm(h_TD, layer.mlp_norm_D, eps)
+            act_TF = swiglu(self._project(index, GATE_UP, layer, x_TD, adapters))
+            h_TD = h_TD + self._project(index, DOWN, layer, act_TF, adapters)
+        return rms_norm(h_TD, self.weights.final_norm_D, eps)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Logits (N, V) in float32 of the rows asked for."""
+        return F.linear(h_ND, self.weights.head_VD).float()
+
+    def _attend(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        adapters: AdapterBatch,
+    ) -> Tensor:
+        config = self.config
+        qkv_THd = self._project(index, QKV, layer, x_TD, adapters).unflatten(1, (-1, config.head_dim))
+        num_qk = config.num_heads + config.num_kv_heads
+        qk_THd, v_TGd = qkv_THd.split([num_qk, config.num_kv_heads], dim=1)
+        if layer.qk_norm_Hd is not None:
+            qk_THd = rms_norm(qk_THd, layer.qk_norm_Hd, config.rms_norm_eps)
+        q_THd, k_TGd = rotate(qk_THd, *rotation).split([config.num_heads, config.num_kv_heads], dim=1)
+        out_THd = attention(index, q_THd, k_TGd, v_TGd)
+        return self._project(index, OUT, layer, out_THd.flatten(1), adapters)
+
+    def _project(self, index: int, group: int, layer: LayerWeights, x_TI: Tensor, adapters: AdapterBatch) -> Tensor:
+        linear = layer.linears[group]
+        return lora_linear(x_TI, linear.weight, linear.bias, adapters.at(index, group))
+
+
+def num_parameters(weights: BaseWeights) -> int:
+    """Parameters of the base model, a tied head counted once."""
+    tensors: list[Tensor] = [weights.embedding_VD, weights.final_norm_D]
+    if weights.head_VD is not weights.embedding_VD:
+        tensors.append(weights.head_VD)
+    total = sum(t.numel() for t in tensors)
+    for layer in weights.layers:
+        total += layer.attention_norm_D.numel() + layer.mlp_norm_D.numel()
+        total += sum(x.weight.numel() + (x.bias.numel() if x.bias is not None else 0) for x in layer.linears)
+        if layer.qk_norm_Hd is not None:
+            total += 2 * layer.qk_norm_Hd.shape[1]  # held once per head, stored once
+    return total
+
+
+def positions_of(lengths: list[int], device: torch.device) -> Tensor:
+    """0..n-1 for each length, one after another."""
+    return torch.cat([torch.arange(n) for n in lengths]).to(device)

@@ -1,0 +1,156 @@
+"""Rotary position embedding: inverse frequencies of each scaling, and the rotation itself."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfloop.types.errors import OperationFailed
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Scaling of the rotary embedding; field names as in Hugging Face's ``rope_parameters``."""
+
+    kind: str
+    theta: float
+    head_dim: int
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before)."""
+    params: dict[str, Any] = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = str(params.get("rope_type", params.get("type", "default")))
+    if kind not in _INVERSE_FREQUENCIES:
+        raise OperationFailed(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")
+    if params.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise OperationFailed("partial_rotary_factor other than 1 is not supported")
+    max_position = raw["max_position_embeddings"]
+    original = (
+        raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings") or max_position
+    )
+    factor = params.get("factor")
+    given: dict[str, Any] = {
+        name: params[name]
+        for name in ("low_freq_factor", "high_freq_factor", "attention_factor", "truncate")
+        if name in params
+    }
+    # transformers reads an explicit null or 0 of these as "not given".
+    given |= {name: params[name] for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if params.get(name)}
+    return RopeConfig(
+        kind=kind,
+        theta=float(params.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        head_dim=head_dim,
+        factor=float(factor) if factor is not None else max_position / original,
+        original_max_position=int(original),
+        **given,
+    )
+
+
+def inverse_frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
+    """Frequencies (head_dim/2,) float32 and the factor on cos and sin; as transformers' ROPE_INIT_FUNCTIONS."""
+    return _INVERSE_FREQUENCIES[rope.kind](rope)
+
+
+def _default(rope: RopeConfig) -> tuple[Tensor, float]:
+    exponents = torch.arange(0, rope.head_dim, 2, dtype=torch.int64).float() / rope.head_dim
+    return 1.0 / (rope.theta**exponents), 1.0
+
+
+def _linear(rope: RopeConfig) -> tuple[Tensor, float]:
+    return _default(rope)[0] / rope.factor, 1.0
+
+
+def _llama3(rope: RopeConfig) -> tuple[Tensor, float]:
+    freq = _default(rope)[0]
+    low, high, context = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
+    wavelength = 2 * math.pi / freq
+    smooth = (context / wavelength - low) / (high - low)
+    blended = (1 - smooth) * freq / rope.factor + smooth * freq
+    scaled = torch.where(wavelength > context / low, freq / rope.factor, blended)
+    return torch.where(wavelength < context / high, freq, scaled), 1.0
+
+
+def _yarn(rope: RopeConfig) -> tuple[Tensor, float]:
+    """https://arxiv.org/abs/2309.00071, section 3.2 and 3.4."""
+
+    def correction_dim(rotations: float) -> float:
+        span = rope.original_max_position / (rotations * 2 * math.pi)
+        return rope.head_dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = correction_dim(rope.beta_fast), correction_dim(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    if low == high:
+        high += 0.001  # the ramp needs a width
+    freq = 1.0 / rope.theta ** (torch.arange(0, rope.head_dim, 2).float() / rope.head_dim)
+    ramp = ((torch.arange(rope.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return freq / rope.factor * ramp + freq * (1 - ramp), _yarn_attention_factor(rope)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def magnitude(scale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return magnitude(1.0)
+
+
+_INVERSE_FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+class Rotary:
+    """Gives cos and sin (T, 1, head_dim/2) of positions, in the compute dtype."""
+
+    def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
+        freq, self._magnitude = inverse_frequencies(rope)
+        self._freq = freq.to(device)
+        self._dtype = dtype
+
+    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        angle = (positions_T.float()[:, None] * self._freq)[:, None, :]
+        cos, sin = angle.cos() * self._magnitude, angle.sin() * self._magnitude
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim/2) of every head; cos and sin are (T, 1, head_dim/2)."""
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x_THd, cos, sin)  # pyright: ignore[reportReturnType]
+    return _rotate(x_THd, cos, sin)
+
+
+def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x_THd.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation back; nothing but cos and sin is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x_THd, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None

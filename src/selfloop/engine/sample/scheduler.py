@@ -1,0 +1,250 @@
+"""Continuous batching: at every step requests join, prompts are prefilled, each sample grows by a token.
+
+A request waits until the cache has room for its prompt and one whole sample; its further samples start as
+room frees, so nothing that has started ever runs out of cache.
+"""
+
+import itertools
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.models.decoder import Decoder
+from selfloop.engine.sample.attention import DecodeAttention, PrefillAttention, PromptChunk
+from selfloop.engine.sample.kv_cache import PagePool
+from selfloop.engine.sample.prompt_logprobs import prompt_logprobs
+from selfloop.engine.sample.sampler import draw
+from selfloop.engine.sample.sequence import ActiveRequest, Sample, sample_generator
+from selfloop.engine.sample.stop import Decode, Ending, ending
+from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.sampling import SampledSequence, SampleRequest, SampleResult
+
+
+class SamplingScheduler:
+    """Owns the KV cache and every request between submission and result."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: PagePool,
+        *,
+        prefill_budget: int,
+        max_batch: int,
+        decode: Decode | None,
+    ) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._prefill_budget = prefill_budget
+        self._max_batch = max_batch
+        self._decode_text = decode
+        self._end_tokens = frozenset(decoder.config.eos_token_ids)
+        self._order = itertools.count()
+        self._waiting: deque[ActiveRequest] = deque()
+        self._active: list[ActiveRequest] = []
+        self._samples: list[Sample] = []
+        self._failures: list[tuple[str, OperationFailed]] = []
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._waiting) + len(self._active)
+
+    def adapters_in_use(self) -> set[int]:
+        """``id`` of every adapter that a request still needs."""
+        return {id(r.adapter) for r in (*self._waiting, *self._active) if r.adapter is not None}
+
+    def submit(self, request: SampleRequest, adapter: Adapter | None) -> None:
+        """Queue a request. Raises BadRequest when it could never run here."""
+        params = request.params
+        assert request.num_samples >= 1
+        assert params.max_tokens >= 1
+        assert params.temperature >= 0
+        assert request.prompt, "a prompt has at least one token"
+        assert request.request_id not in {r.request.request_id for r in (*self._waiting, *self._active)}
+        if params.stop and self._decode_text is None:
+            raise BadRequest("stop", "stop strings need a tokenizer, and this engine has none")
+        context = self._decoder.config.max_position_embeddings
+        if len(request.prompt) + params.max_tokens > context:
+            raise BadRequest(
+                "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
+            )
+        active = ActiveRequest(request, adapter, next(self._order))
+        if active.prompt_pages + active.sample_pages > self._pool.num_pages:
+            raise BadRequest("max_tokens", "prompt and max_tokens exceed the KV cache of this sampler")
+        self._waiting.append(active)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, wherever it is; unknown ids are finished ones."""
+        self._waiting = deque(r for r in self._waiting if r.request.request_id != request_id)
+        for request in [r for r in self._active if r.request.request_id == request_id]:
+            self._drop(request)
+
+    def take_failures(self) -> list[tuple[str, OperationFailed]]:
+        """Requests that ended in an error since the last call."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def step(self) -> list[SampleResult]:
+        """Prefill within the budget, grow every running sample by one token; returns what finished."""
+        running = list(self._samples)
+        self._start_samples()
+        self._admit()
+        self._prefill()
+        self._start_samples()
+        self._grow([sample for sample in running if sample in self._samples])
+        return self._collect()
+
+    def _admit(self) -> None:
+        """First come, first served: a request that does not fit holds up those behind it.
+
+        Nothing joins while a request under way lacks room for its next sample, or it might never get it.
+        """
+        if any(r.first_logits_V is not None and not r.all_started for r in self._active):
+            return
+        while self._waiting and len(self._active) < self._max_batch:
+            request = self._waiting[0]
+            # Active requests that have no sample yet must still find room for their first.
+            owed = sum(r.sample_pages for r in self._active if r.num_started == 0)
+            if request.prompt_pages + request.sample_pages + owed > self._pool.num_free:
+                return
+            self._waiting.popleft()
+            request.pages = self._pool.allocate(request.prompt_pages)
+            if request.request.prompt_logprobs is not None:
+                request.prompt_logprobs.append(None)
+            self._active.append(request)
+
+    def _prefill(self) -> None:
+        budget = self._prefill_budget
+        batch: list[tuple[ActiveRequest, PromptChunk]] = []
+        for request in self._active:
+            if budget > 0 and request.num_prefilled < request.prompt_length:
+                stop = min(request.prompt_length, request.num_prefilled + budget)
+                batch.append((request, PromptChunk(request.pages, request.num_prefilled, stop)))
+                budget -= stop - request.num_prefilled
+        if not batch:
+            return
+        batch.sort(key=lambda item: _adapter_key(item[0].adapter))
+        h_TD = self._prefill_forward(batch)
+        for (request, chunk), h_ND in zip(batch, h_TD.split([c.stop - c.start for _, c in batch]), strict=True):
+            self._prefilled(request, chunk, h_ND)
+
+    def _prefill_forward(self, batch: list[tuple[ActiveRequest, PromptChunk]]) -> Tensor:
+        device = self._decoder.device
+        tokens = [t for request, c in batch for t in request.request.prompt[c.start : c.stop]]
+        positions = [p for _, c in batch for p in range(c.start, c.stop)]
+        return self._decoder.forward(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            PrefillAttention(self._pool, [c for _, c in batch], device),
+            AdapterBatch.of([(c.stop - c.start, request.adapter) for request, c in batch]),
+        )
+
+    def _prefilled(self, request: ActiveRequest, chunk: PromptChunk, h_ND: Tensor) -> None:
+        request.num_prefilled = chunk.stop
+        k = request.request.prompt_logprobs
+        if k is not None:
+            targets = request.request.prompt[chunk.start + 1 : chunk.stop + 1]
+            request.prompt_logprobs += prompt_logprobs(self._decoder, h_ND[: len(targets)], targets, k)
+        if chunk.stop == request.prompt_length:
+            request.first_logits_V = self._decoder.logits(h_ND[-1:])[0]
+
+    def _start_samples(self) -> None:
+        """Start samples of prefilled requests while there is room, and draw their first tokens."""
+        started: list[Sample] = []
+        logits: list[Tensor] = []
+        for request in self._active:
+            if request.first_logits_V is None:
+                continue
+            while not request.all_started and self._has_room(request, len(started)):
+                started.append(self._start(request))
+                logits.append(request.first_logits_V)
+            if request.all_started and request.pages:
+                self._pool.release(request.pages)
+                request.pages = []
+        if started:
+            self._samples += started
+            self._draw(started, torch.stack(logits))
+
+    def _has_room(self, request: ActiveRequest, num_starting: int) -> bool:
+        owed = sum(r.sample_pages for r in self._active if r.num_started == 0 and r is not request)
+        room = request.sample_pages + (owed if request.num_started > 0 else 0)
+        return room <= self._pool.num_free and len(self._samples) + num_starting < self._max_batch
+
+    def _start(self, request: ActiveRequest) -> Sample:
+        shared = request.pages[: request.shared_pages]
+        own = self._pool.allocate(request.sample_pages)
+        self._pool.share(shared)
+        if own and request.prompt_pages > request.shared_pages:
+            self._pool.copy_page(request.pages[-1], own[0])
+        index = request.num_started
+        request.num_started += 1
+        generator = sample_generator(request.request.params.seed, index)
+        return Sample(request, index, [*shared, *own], generator)
+
+    def _grow(self, samples: list[Sample]) -> None:
+        if not samples:
+            return
+        samples = sorted(samples, key=lambda s: _adapter_key(s.parent.adapter))
+        device = self._decoder.device
+        positions = [s.position for s in samples]
+        h_BD = self._decoder.forward(
+            torch.tensor([s.tokens[-1] for s in samples], device=device),
+            torch.tensor(positions, device=device),
+            DecodeAttention(self._pool, [s.pages for s in samples], positions, device),
+            AdapterBatch.of([(1, s.parent.adapter) for s in samples]),
+        )
+        self._draw(samples, self._decoder.logits(h_BD))
+
+    def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
+        finite: list[bool] = logits_BV.isfinite().all(-1).tolist()
+        if not all(finite):
+            self._fail([s for s, ok in zip(samples, finite, strict=True) if not ok])
+            kept = [row for row, s in enumerate(samples) if s in self._samples]
+            samples, logits_BV = [samples[row] for row in kept], logits_BV[kept]
+            if not samples:
+                return
+        params = [s.parent.request.params for s in samples]
+        drawn = draw(logits_BV, params, [s.uniform() for s in samples])
+        for sample, token, logprob in zip(samples, *drawn, strict=True):
+            sample.tokens.append(token)
+            sample.logprobs.append(logprob)
+            end = ending(sample.tokens, sample.parent.request.params, self._end_tokens, self._decode_text)
+            if end is not None:
+                self._finish(sample, end)
+
+    def _finish(self, sample: Sample, end: Ending) -> None:
+        self._pool.release(sample.pages)
+        self._samples.remove(sample)
+        sample.parent.finished[sample.index] = SampledSequence(sample.tokens, sample.logprobs, end.reason, end.text)
+
+    def _fail(self, samples: list[Sample]) -> None:
+        for request in {s.parent for s in samples}:
+            error = OperationFailed("the model's logits are not finite", "NonFiniteLogits")
+            self._failures.append((request.request.request_id, error))
+            self._drop(request)
+
+    def _drop(self, request: ActiveRequest) -> None:
+        for sample in [s for s in self._samples if s.parent is request]:
+            self._pool.release(sample.pages)
+            self._samples.remove(sample)
+        self._pool.release(request.pages)
+        self._active.remove(request)
+
+    def _collect(self) -> list[SampleResult]:
+        done = [r for r in self._active if r.is_finished]
+        self._active = [r for r in self._active if not r.is_finished]
+        return [
+            SampleResult(
+                r.request.request_id,
+                [r.finished[index] for index in range(r.request.num_samples)],
+                r.prompt_logprobs if r.request.prompt_logprobs is not None else None,
+            )
+            for r in done
+        ]
+
+
+def _adapter_key(adapter: Adapter | None) -> int:
+    """Brings rows of one adapter together."""
+    return 0 if adapter is None else id(adapter)

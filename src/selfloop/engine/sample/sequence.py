@@ -1,0 +1,91 @@
+"""A sampling request on its way through the scheduler, and the samples it draws."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, pages_for
+from selfloop.types.sampling import SampledSequence, SampleRequest, TokenLogprob
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """State of one request.
+
+    Args:
+        order: place in the order of submission.
+        pages: cache of the prompt, until every sample has started.
+        num_prefilled: prompt tokens already in the cache.
+        first_logits_V: float32 logits after the prompt, once it is prefilled.
+        num_started: samples that have started.
+        prompt_logprobs: filled as the prompt is prefilled, when asked for.
+    """
+
+    request: SampleRequest
+    adapter: Adapter | None
+    order: int
+    pages: list[int] = field(default_factory=list[int])
+    num_prefilled: int = 0
+    first_logits_V: Tensor | None = None
+    num_started: int = 0
+    prompt_logprobs: list[list[TokenLogprob] | None] = field(default_factory=list[list[TokenLogprob] | None])
+    finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def prompt_pages(self) -> int:
+        return pages_for(self.prompt_length)
+
+    @property
+    def shared_pages(self) -> int:
+        """Pages full of prompt, which all samples read and none writes."""
+        return self.prompt_length // PAGE_TOKENS
+
+    @property
+    def sample_pages(self) -> int:
+        """Pages of its own that one sample may need; the last token is never cached."""
+        return pages_for(self.prompt_length + self.request.params.max_tokens - 1) - self.shared_pages
+
+    @property
+    def all_started(self) -> bool:
+        return self.num_started == self.request.num_samples
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.finished) == self.request.num_samples
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One continuation being drawn."""
+
+    parent: ActiveRequest
+    index: int
+    pages: list[int]
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token, which is not in the cache yet."""
+        return self.parent.prompt_length + len(self.tokens) - 1
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this sample's own stream."""
+        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
+
+
+def sample_generator(seed: int | None, index: int) -> torch.Generator:
+    """The stream of sample ``index``: reproducible from ``seed``, fresh without one."""
+    if seed is None:
+        return torch.Generator().manual_seed(secrets.randbits(63))
+    mixed = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)

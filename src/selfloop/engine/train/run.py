@@ -1,0 +1,51 @@
+"""State of one training run: parameters, moments, accumulated gradient."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.lora.adapter import Adapter, AdapterShape
+
+
+class Moments(NamedTuple):
+    """Adam's running means of the gradient and of its square, float32, flat like the parameters.
+
+    ``num_updates`` counts the steps that had a gradient; the bias corrections go by it.
+    """
+
+    mean_P: Tensor
+    square_P: Tensor
+    num_updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """Gradients since the last step: a plain sum, and what it is to be divided by.
+
+    Args:
+        grad_P: float32 sum of gradients.
+        num_tokens: trained tokens that went into it.
+        normalised: False when the step is to take the sum as it is.
+    """
+
+    grad_P: Tensor
+    num_tokens: int
+    normalised: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """A run's whole training state; ``moments`` is None until the first step that had a gradient."""
+
+    shape: AdapterShape
+    alpha: float
+    theta_P: Tensor
+    step: int = 0
+    moments: Moments | None = None
+    accumulated: Accumulated | None = None
+
+    def frozen_adapter(self, dtype: torch.dtype) -> Adapter:
+        """A copy of the adapter as it is now, in ``dtype``."""
+        return self.shape.adapter(self.theta_P.detach().to(dtype, copy=True), self.alpha)

@@ -1,0 +1,1 @@
+"""The HTTP face: one package per wire dialect, each only translating."""

@@ -1,0 +1,59 @@
+"""The gateway's application: the dialects on one control."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+
+import selfloop
+from selfloop.control.control import Control
+from selfloop.server import errors
+from selfloop.server.hub.routes import router as hub_router
+from selfloop.server.loops import sampler, trainer
+from selfloop.server.management import routes as management
+from selfloop.server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class _CatalogueForHub:
+    """The model catalogue, as the hub dialect wants to see it."""
+
+    control: Control
+    serve_weights: bool
+
+    async def folder(self, model_id: str) -> Path | None:
+        return await self.control.catalogue.folder(model_id)
+
+
+def make_app(settings: Settings, control: Control) -> FastAPI:
+    """The application over a control that is started and stopped with it."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            await control.stop()
+
+    app = FastAPI(
+        title="Selfloop",
+        version=selfloop.__version__,
+        summary="Open, self-hosted training API for the Loops client",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.control = control
+    errors.install(app)
+
+    @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok", "version": selfloop.__version__}
+
+    app.include_router(management.router)
+    app.include_router(management.public_router())
+    app.include_router(trainer.router)
+    app.include_router(sampler.router)
+    app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))
+    return app

@@ -1,0 +1,154 @@
+"""The ``/hf`` dialect. No key is asked for: tokenizer files are public, weights only when configured."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
+
+from selfloop.types import model_folder
+
+_MAIN = "main"
+
+
+class HubModels(Protocol):
+    """The models that this server can hand out."""
+
+    @property
+    def serve_weights(self) -> bool:
+        """Whether safetensors files are public, too."""
+        ...
+
+    async def folder(self, model_id: str) -> Path | None:
+        """Folder of a model by name or alias, once it is prepared; None when there is no such model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A model folder at its one revision. ``files`` is the allow-list: nothing else is ever opened."""
+
+    folder: Path
+    sha: str
+    files: tuple[str, ...]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Repo-Commit": self.sha}
+
+
+class _Refused(Exception):
+    """Ends a request with the hub's own 404."""
+
+    def __init__(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.headers = headers or {}
+
+    def response(self) -> Response:
+        headers = {"X-Error-Code": self.code, "X-Error-Message": str(self), **self.headers}
+        return JSONResponse({"error": str(self)}, status_code=404, headers=headers)
+
+
+class _HubRoute(APIRoute):
+    """Turns :class:`_Refused` into its response, for this dialect only."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except _Refused as refused:
+                return refused.response()
+
+        return handle
+
+
+def router(models: HubModels) -> APIRouter:
+    """The hub's routes, over ``models``. A model id may have one segment or more."""
+    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute)
+
+    @routes.get("/api/models/{model_id:path}/tree/{revision}")
+    async def tree(model_id: str, revision: str) -> Response:
+        """The files of a model."""
+        snapshot = await _snapshot(models, model_id, revision)
+        return JSONResponse(await asyncio.to_thread(_entries, snapshot), headers=snapshot.headers)
+
+    @routes.get("/api/models/{model_id:path}/tree/{revision}/{folder:path}")
+    async def subtree(model_id: str, revision: str, folder: str) -> Response:
+        """Always EntryNotFound: a served model has no folders."""
+        snapshot = await _snapshot(models, model_id, revision)
+        raise _Refused("EntryNotFound", "no such folder", snapshot.headers)
+
+    @routes.get("/api/models/{model_id:path}/revision/{revision}")
+    async def model_at_revision(model_id: str, revision: str) -> Response:
+        """What a model holds, at ``main`` or at its sha."""
+        snapshot = await _snapshot(models, model_id, revision)
+        return JSONResponse(_model_info(model_id, snapshot), headers=snapshot.headers)
+
+    @routes.get("/api/models/{model_id:path}")
+    async def model(model_id: str) -> Response:
+        """What a model holds."""
+        return await model_at_revision(model_id, _MAIN)
+
+    @routes.head("/{model_id:path}/resolve/{revision}/{file:path}", include_in_schema=False)
+    @routes.get("/{model_id:path}/resolve/{revision}/{file:path}")
+    async def resolve(model_id: str, revision: str, file: str) -> Response:
+        """One file of a model; ``Range`` is honoured."""
+        snapshot = await _snapshot(models, model_id, revision)
+        if file not in snapshot.files:
+            raise _Refused("EntryNotFound", "no such file", snapshot.headers)
+        etag = await asyncio.to_thread(_etag, snapshot.folder / file)
+        return FileResponse(snapshot.folder / file, headers={**snapshot.headers, "ETag": f'"{etag}"'})
+
+    return routes
+
+
+async def _snapshot(models: HubModels, model_id: str, revision: str) -> _Snapshot:
+    folder = await models.folder(model_id)
+    if folder is None:
+        raise _Refused("RepoNotFound", "no such model")
+    snapshot = await asyncio.to_thread(_read_snapshot, folder, models.serve_weights)
+    if revision not in (_MAIN, snapshot.sha):
+        raise _Refused("RevisionNotFound", "no such revision", snapshot.headers)
+    return snapshot
+
+
+def _read_snapshot(folder: Path, serve_weights: bool) -> _Snapshot:
+    files = model_folder.tokenizer_files(folder)
+    if serve_weights:
+        files = sorted([*files, *model_folder.weight_files(folder)])
+    return _Snapshot(folder, model_folder.snapshot_sha(folder), tuple(files))
+
+
+def _etag(file: Path) -> str:
+    if file.suffix == ".safetensors":
+        return model_folder.weights_tag(file)
+    return model_folder.content_hash(file)
+
+
+def _entries(snapshot: _Snapshot) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "path": name, "size": file.stat().st_size, "oid": _etag(file)[:40]}
+        for name, file in ((name, snapshot.folder / name) for name in snapshot.files)
+    ]
+
+
+def _model_info(model_id: str, snapshot: _Snapshot) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "modelId": model_id,
+        "sha": snapshot.sha,
+        "private": False,
+        "gated": False,
+        "disabled": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
+        "siblings": [{"rfilename": name, "size": (snapshot.folder / name).stat().st_size} for name in snapshot.files],
+    }

@@ -1,0 +1,1 @@
+"""The Loops data plane: what the official client calls below a run's or a sampler's ``base_url``."""

@@ -1,0 +1,42 @@
+"""Stored results in the shapes that the Loops client reads."""
+
+import math
+
+import msgspec
+
+from selfloop.types.datum import Tensor
+from selfloop.types.ids import RunId
+from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
+from selfloop.types.status import CheckpointTarget
+from selfloop.types.uris import CheckpointUri
+
+_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
+
+
+def render(stored: bytes, run_id: str) -> dict[str, object]:
+    """The ``result`` object of a finished operation."""
+    match _decoder.decode(stored):
+        case InitResult(step, lora_rank):
+            return {"step": step, "lora_rank": lora_rank}
+        case LossResult(loss, logprobs, metrics):
+            return {
+                "loss": loss,
+                "loss_fn_output_type": "logprobs",
+                "loss_fn_outputs": [{"logprobs": _tensor(t)} for t in logprobs],
+                "metrics": metrics,
+            }
+        case StepResult(metrics):
+            return {"metrics": metrics}
+        case SaveResult() as saved:
+            path = str(CheckpointUri(RunId(run_id), saved.target, saved.name))
+            if saved.target is CheckpointTarget.TRAINER:
+                return {"mode": "lora", "path": path}
+            return {"version": saved.step, "path": path}
+        case LoadResult(step):
+            return {"step": step}
+
+
+def _tensor(tensor: Tensor) -> dict[str, object]:
+    """JSON has no NaN: masked positions are null."""
+    data = [None if math.isnan(value) else value for value in tensor.values()]
+    return {"data": data, "dtype": tensor.dtype, "shape": list(tensor.shape)}

@@ -1,0 +1,182 @@
+"""A run's data plane: operations in, long-polled results out."""
+
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from selfloop.control.control import Control
+from selfloop.control.journal import Submission
+from selfloop.control.operations import Pending, checked_operation_id
+from selfloop.control.resources.runs import MAX_LORA_RANK, Run
+from selfloop.control.settle import Outcome
+from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.errors import body_of
+from selfloop.server.limits import read_body
+from selfloop.server.loops import validate, wire
+from selfloop.server.loops.results import render
+from selfloop.types.datum import Datum
+from selfloop.types.errors import BadRequest, Conflict
+from selfloop.types.ids import new_id
+from selfloop.types.operation import (
+    Forward,
+    ForwardBackward,
+    InitTrainer,
+    LoadState,
+    Operation,
+    OptimStep,
+    SaveState,
+    SaveWeightsForSampler,
+    kind_of,
+)
+from selfloop.types.status import RunStatus
+
+router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"])
+
+# The client reads for 35 s.
+_POLL_HOLD_S = 30.0
+
+
+async def run_of(run_id: str, caller: CallerOf, control: ControlOf) -> Run:
+    return await control.runs.live(caller, run_id)
+
+
+RunOf = Annotated[Run, Depends(run_of)]
+
+
+@router.get("/health")
+async def health(run: RunOf, control: ControlOf, base_model: str | None = None) -> dict[str, str]:
+    """Ready as soon as operations are accepted, which is at once; also the client's keepalive."""
+    if run.status != RunStatus.ACTIVE:
+        raise Conflict(f"run {run.id} is INACTIVE")
+    if base_model is not None and base_model != run.base_model:
+        await control.catalogue.same_model(base_model, run.base_model, "base_model")
+    control.lifecycle.touch(run.deployment_id)
+    return {"status": "ready"}
+
+
+@router.get("/policy_version")
+async def policy_version(run: RunOf) -> dict[str, int]:
+    """Optimizer steps applied so far."""
+    return {"policy_version": run.step}
+
+
+@router.post("/init_trainer_server", status_code=202)
+async def init_trainer_server(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.InitTrainerBody)
+    if body.base_model is not None and body.base_model != run.base_model:
+        await control.catalogue.same_model(body.base_model, run.base_model, "base_model")
+    if not 1 <= body.lora_rank <= MAX_LORA_RANK:
+        raise BadRequest("lora_rank", f"1 to {MAX_LORA_RANK}, got {body.lora_rank}")
+    if run.initial_key is not None and body.lora_rank != run.initial_rank:
+        raise BadRequest("lora_rank", f"the run starts from a checkpoint of rank {run.initial_rank}")
+    return await _accept(request, run, control, raw, body, InitTrainer(body.lora_rank))
+
+
+@router.post("/forward", status_code=202)
+async def forward(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw, body, data, loss_fn, config = await _loss_request(request, run, control)
+    return await _accept(request, run, control, raw, body, Forward(data, loss_fn, config))
+
+
+@router.post("/forward_backward", status_code=202)
+async def forward_backward(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw, body, data, loss_fn, config = await _loss_request(request, run, control)
+    return await _accept(request, run, control, raw, body, ForwardBackward(data, loss_fn, config))
+
+
+@router.post("/optim_step", status_code=202)
+async def optim_step(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.OptimStepBody)
+    return await _accept(request, run, control, raw, body, OptimStep(validate.adam_params(body.adam_params)))
+
+
+@router.post("/save_state", status_code=202)
+async def save_state(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.SaveStateBody)
+    name, ttl = validate.checkpoint_name(body.name), validate.ttl_seconds(body.ttl_seconds)
+    return await _accept(request, run, control, raw, body, SaveState(new_id(), name, ttl))
+
+
+@router.post("/save_weights_for_sampler", status_code=202)
+async def save_weights_for_sampler(request: Request, run: RunOf, control: ControlOf) -> Response:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.SaveWeightsBody)
+    name, ttl = validate.checkpoint_name(body.name), validate.ttl_seconds(body.ttl_seconds)
+    operation = SaveWeightsForSampler(new_id(), name, body.bump_version, ttl)
+    return await _accept(request, run, control, raw, body, operation)
+
+
+@router.post("/load_state", status_code=202)
+async def load_state(request: Request, run: RunOf, control: ControlOf) -> Response:
+    return await _load(request, run, control, with_optimizer=False)
+
+
+@router.post("/load_state_with_optimizer", status_code=202)
+async def load_state_with_optimizer(request: Request, run: RunOf, control: ControlOf) -> Response:
+    return await _load(request, run, control, with_optimizer=True)
+
+
+@router.get("/operations/{operation_id}")
+async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Response:
+    """The outcome, held for up to 30 s; 408 with the reason while there is none."""
+    control.lifecycle.touch(run.deployment_id)
+    match await control.operations.wait(run.id, operation_id, _POLL_HOLD_S):
+        case Pending(reason):
+            return JSONResponse(body_of(reason, "PENDING"), 408)
+        case Outcome(result, error, error_class):
+            if result is None:
+                return JSONResponse({"status": "error", "error": error, "error_class": error_class})
+            answer = {"status": "done", "result": render(result, run.id)}
+            return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+@router.post("/operations/{operation_id}/cancel")
+async def cancel(operation_id: str, run: RunOf, control: ControlOf) -> dict[str, str]:
+    """Take back an operation that has not begun."""
+    await control.operations.cancel(run.id, operation_id)
+    return {"status": "cancelled"}
+
+
+async def _load(request: Request, run: Run, control: Control, *, with_optimizer: bool) -> Response:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.LoadStateBody)
+    await control.operations.check_loadable(run, body.path, with_optimizer=with_optimizer)
+    return await _accept(request, run, control, raw, body, LoadState(body.path, with_optimizer))
+
+
+async def _loss_request(
+    request: Request, run: Run, control: Control
+) -> tuple[bytes, wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
+    raw = await read_body(request)
+    body = await validate.decode(raw, wire.ForwardBody)
+    model = await control.catalogue.resolve(run.base_model)
+    limits = validate.Limits(model.vocab_size, run.max_seq_len)
+    return raw, body, *validate.loss_call(body, limits)
+
+
+async def _accept(
+    request: Request, run: Run, control: Control, raw: bytes, body: wire.RunBody, operation: Operation
+) -> Response:
+    if body.run_id is not None and body.run_id != run.id:
+        raise BadRequest("run_id", f"{run.id}, the run that this URL belongs to; got {body.run_id!r}")
+    if body.model is not None and body.model != run.base_model:
+        await control.catalogue.same_model(body.model, run.base_model, "model")
+    if body.seq_id is not None and not 1 <= body.seq_id < 2**63:
+        raise BadRequest("seq_id", f"a positive number, got {body.seq_id}")
+    kind = kind_of(operation)
+    submission = Submission(
+        id=checked_operation_id(request.headers.get("idempotency-key") or new_id() + new_id()),
+        kind=kind,
+        seq=body.seq_id,
+        fingerprint=validate.fingerprint(request.url.path, raw),
+        payload=msgspec.msgpack.encode(operation),
+    )
+    operation_id = await control.operations.accept(run, submission)
+    return JSONResponse(
+        msgspec.to_builtins(wire.Acceptance(operation_id)), 202, {"Location": f"/operations/{operation_id}"}
+    )

@@ -1,0 +1,194 @@
+"""From the client's JSON to ``types`` structs; whatever is wrong is refused here, by field."""
+
+import asyncio
+import hashlib
+import math
+import re
+from array import array
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from selfloop.server.loops import wire
+from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
+from selfloop.types.errors import BadRequest
+from selfloop.types.losses import LOSSES, LossSpec
+from selfloop.types.operation import AdamParams
+from selfloop.types.uris import NAME_RULE, is_checkpoint_name
+
+T = TypeVar("T")
+
+# Below this, decoding is quicker than a thread's start.
+_DECODE_INLINE_BYTES = 1024 * 1024
+_MSGSPEC_PATH = re.compile(r" - at `\$\.?(.*)`$")
+_INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
+_FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
+
+
+async def decode(body: bytes, type_: type[T]) -> T:
+    """Decode JSON; raises :class:`BadRequest` naming the field."""
+    if len(body) <= _DECODE_INLINE_BYTES:
+        return _decode(body, type_)
+    return await asyncio.to_thread(_decode, body, type_)
+
+
+def _decode(body: bytes, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body or b"{}", type=type_)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        match = _MSGSPEC_PATH.search(message)
+        raise BadRequest(match[1] if match else "body", _MSGSPEC_PATH.sub("", message)) from None
+    except msgspec.DecodeError as error:
+        raise BadRequest("body", f"valid JSON ({error})") from None
+
+
+def fingerprint(operation: str, body: bytes) -> str:
+    """Digest that tells a retry (same bytes) from another request."""
+    return hashlib.sha256(operation.encode() + b"\0" + body).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a run accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens."""
+
+    vocab_size: int
+    max_seq_len: int
+
+
+def loss_call(body: wire.ForwardBody, limits: Limits) -> tuple[list[Datum], str, dict[str, float | bool]]:
+    """The checked data, loss name and complete configuration of a forward or forward_backward."""
+    if body.top_k_logprobs != 0:
+        raise BadRequest("top_k_logprobs", f"0: top-k logprobs are not served, got {body.top_k_logprobs}")
+    spec = LOSSES.get(body.loss_fn)
+    if spec is None:
+        raise BadRequest("loss_fn", f"one of {', '.join(LOSSES)}; got {body.loss_fn!r}")
+    config = _loss_config(body.loss_fn_config, spec)
+    if not body.data:
+        raise BadRequest("data", "at least one datum")
+    return [_datum(d, f"data[{i}]", spec, limits) for i, d in enumerate(body.data)], spec.name, config
+
+
+def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[str, float | bool]:
+    config = dict(spec.config)
+    for name, value in (given or {}).items():
+        field = f"loss_fn_config.{name}"
+        default = spec.config.get(name)
+        if default is None:
+            raise BadRequest(field, f"{spec.name} takes {', '.join(spec.config) or 'no configuration'}")
+        if isinstance(default, bool) is not isinstance(value, bool):
+            raise BadRequest(field, "true or false" if isinstance(default, bool) else "a number")
+        config[name] = value
+    return config
+
+
+def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits) -> Datum:
+    if datum.routed_experts_ref is not None:
+        raise BadRequest(f"{field}.routed_experts_ref", "null: the served models have no experts to route to")
+    tokens: list[int] = []
+    for j, chunk in enumerate(datum.model_input.chunks):
+        if isinstance(chunk, wire.Image):
+            raise BadRequest(f"{field}.model_input.chunks[{j}]", "encoded_text: the served models take text only")
+        tokens += chunk.tokens
+    where = f"{field}.model_input"
+    if not tokens:
+        raise BadRequest(where, "at least one token")
+    if len(tokens) > limits.max_seq_len:
+        raise BadRequest(where, f"at most max_seq_len = {limits.max_seq_len} tokens, got {len(tokens)}")
+    check_tokens(tokens, limits.vocab_size, where)
+    return Datum(Tensor.of(tokens, "int64"), _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens)))
+
+
+def _loss_inputs(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, num_tokens: int) -> dict[str, Tensor]:
+    given = datum.loss_fn_inputs
+    taken = ("target_tokens", *spec.required, *spec.optional)
+    for name in given:
+        if name not in taken:
+            raise BadRequest(f"{field}.{name}", f"{spec.name} takes {', '.join(taken)}")
+    for name in ("target_tokens", *spec.required):
+        if name not in given:
+            raise BadRequest(f"{field}.{name}", f"required by {spec.name}")
+    inputs = {"target_tokens": _targets(given["target_tokens"], f"{field}.target_tokens", limits, num_tokens)}
+    for name, data in given.items():
+        if name != "target_tokens":
+            inputs[name] = _floats(data, f"{field}.{name}", num_tokens)
+    return inputs
+
+
+def _targets(data: wire.TensorData, field: str, limits: Limits, num_tokens: int) -> Tensor:
+    if data.dtype not in _INT_DTYPES:
+        raise BadRequest(f"{field}.dtype", f"an integer type such as int64, got {data.dtype!r}")
+    flat = _flat(data, field, num_tokens)
+    try:
+        packed = array("q", flat)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        raise BadRequest(f"{field}.data", "integers (null and fractions are not token ids)") from None
+    highest, lowest = max(packed), min((t for t in packed if t != IGNORED_TARGET), default=0)
+    if highest >= limits.vocab_size or lowest < 0:
+        wrong = highest if highest >= limits.vocab_size else lowest
+        raise BadRequest(
+            f"{field}.data", f"token ids from 0 to {limits.vocab_size - 1}, or {IGNORED_TARGET} to mask; got {wrong}"
+        )
+    return Tensor("int64", (len(packed),), packed.tobytes())
+
+
+def _floats(data: wire.TensorData, field: str, num_tokens: int) -> Tensor:
+    if data.dtype not in _FLOAT_DTYPES | _INT_DTYPES:
+        raise BadRequest(f"{field}.dtype", f"a number type such as float32, got {data.dtype!r}")
+    flat = _flat(data, field, num_tokens)
+    try:
+        packed = array("f", flat)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        raise BadRequest(f"{field}.data", "finite numbers; null (NaN) is not allowed here") from None
+    if not all(map(math.isfinite, packed)):
+        raise BadRequest(f"{field}.data", "finite float32 numbers")
+    return Tensor("float32", (len(packed),), packed.tobytes())
+
+
+def _flat(data: wire.TensorData, field: str, num_tokens: int) -> list[wire.Number]:
+    if len(data.shape) != 1:
+        raise BadRequest(f"{field}.shape", f"[N], one value a token; got {data.shape}")
+    flat = [value for value in data.data if not isinstance(value, list)]
+    if len(flat) != len(data.data) or data.shape[0] != len(flat):
+        raise BadRequest(f"{field}.shape", f"the shape of data ({len(data.data)} values), got {data.shape}")
+    if len(flat) != num_tokens:
+        raise BadRequest(field, f"as many values as model_input has tokens ({num_tokens}), got {len(flat)}")
+    return flat
+
+
+def check_tokens(tokens: list[int], vocab_size: int, field: str) -> None:
+    """Raises :class:`BadRequest` for a token id outside the vocabulary."""
+    highest, lowest = max(tokens, default=0), min(tokens, default=0)
+    if highest >= vocab_size or lowest < 0:
+        wrong = highest if highest >= vocab_size else lowest
+        raise BadRequest(field, f"token ids from 0 to {vocab_size - 1}, got {wrong}")
+
+
+def adam_params(body: wire.AdamBody) -> AdamParams:
+    """The step's hyper-parameters, each within the range where AdamW is defined."""
+    for name, low, high in (
+        ("learning_rate", 0.0, math.inf),
+        ("beta1", 0.0, 1.0),
+        ("beta2", 0.0, 1.0),
+        ("eps", 0.0, math.inf),
+        ("weight_decay", 0.0, math.inf),
+        ("grad_clip_norm", 0.0, math.inf),
+    ):
+        value = getattr(body, name)
+        if not (math.isfinite(value) and low <= value and (value < high)):
+            interval = f"[{low:g}, {high:g})" if high < math.inf else ">= 0"
+            raise BadRequest(f"adam_params.{name}", f"a finite number {interval}, got {value}")
+    return AdamParams(body.learning_rate, body.beta1, body.beta2, body.eps, body.weight_decay, body.grad_clip_norm)
+
+
+def checkpoint_name(name: str) -> str:
+    if not is_checkpoint_name(name):
+        raise BadRequest("name", f"{NAME_RULE}; got {name[:200]!r}")
+    return name
+
+
+def ttl_seconds(value: int | None) -> int | None:
+    if value is not None and value <= 0:
+        raise BadRequest("ttl_seconds", f"null or a positive number of seconds, got {value}")
+    return value

@@ -1,0 +1,111 @@
+"""Requests of the Loops client as they come, and answers as it reads them. Unknown fields are refused."""
+
+from typing import Literal
+
+import msgspec
+
+Number = int | float | None
+
+
+class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all request structs."""
+
+
+class EncodedText(_Wire, frozen=True, tag="encoded_text"):
+    tokens: list[int]
+
+
+class Image(_Wire, frozen=True, tag="image"):
+    data: str
+    format: str
+    expected_tokens: int
+
+
+class ModelInput(_Wire, frozen=True):
+    chunks: list[EncodedText | Image]
+
+
+class TensorData(_Wire, frozen=True):
+    data: list[Number | list[Number]]
+    dtype: str
+    shape: list[int]
+
+
+class Datum(_Wire, frozen=True):
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData] = {}
+    routed_experts_ref: dict[str, str | int] | None = None
+
+
+class RunBody(_Wire, frozen=True, kw_only=True):
+    """Fields that every operation carries."""
+
+    model: str | None = None
+    run_id: str | None = None
+    seq_id: int | None = None
+
+
+class InitTrainerBody(RunBody, frozen=True, kw_only=True):
+    lora_rank: int
+    base_model: str | None = None
+
+
+class ForwardBody(RunBody, frozen=True, kw_only=True):
+    data: list[Datum]
+    loss_fn: str = "cross_entropy"
+    loss_fn_config: dict[str, float | bool] | None = None
+    top_k_logprobs: int = 0
+
+
+class AdamBody(_Wire, frozen=True):
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 1.0
+
+
+class OptimStepBody(RunBody, frozen=True, kw_only=True):
+    adam_params: AdamBody = AdamBody()
+
+
+class SaveStateBody(RunBody, frozen=True, kw_only=True):
+    name: str
+    ttl_seconds: int | None = None
+
+
+class SaveWeightsBody(RunBody, frozen=True, kw_only=True):
+    name: str
+    ttl_seconds: int | None = None
+    bump_version: bool = True
+
+
+class LoadStateBody(RunBody, frozen=True, kw_only=True):
+    path: str
+
+
+class SampleBody(_Wire, frozen=True, kw_only=True):
+    prompt: list[int]
+    max_tokens: int | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
+    model: str | None = None
+    lora: str | None = None
+    structured_outputs: dict[str, msgspec.Raw] | None = None
+    model_input_chunks: list[msgspec.Raw] | None = None
+    include_routed_experts: bool | None = None
+
+
+class Acceptance(msgspec.Struct, frozen=True):
+    operation_id: str
+    schema_version: Literal[1] = 1

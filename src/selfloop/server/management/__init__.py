@@ -1,0 +1,1 @@
+"""The management API: sessions, runs, samplers, deployments, checkpoints, as the hosted API has them."""

@@ -1,0 +1,1 @@
+"""Rows and bytes. Only ``storage.db`` says SQL; only ``storage.blobs`` says file or bucket."""

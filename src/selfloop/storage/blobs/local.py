@@ -1,0 +1,73 @@
+"""Bytes on the local disk, under one root. A blob appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class LocalBlobs:
+    """Keys are relative paths such as ``journal/<run>/<operation>``; they are made by us, never by a client."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        path = self.root / key
+        assert path.resolve().is_relative_to(self.root.resolve()), key
+        return path
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store durably: written aside, synced, renamed."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        sync_directory(path.parent)
+
+    def get(self, key: str) -> bytes:
+        return self.path(key).read_bytes()
+
+    def delete(self, key: str) -> None:
+        """Remove a file or a folder; absent is fine."""
+        path = self.path(key)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def prepare_folder(self, key: str) -> Path:
+        """Make room for a folder that somebody else will create at ``key``."""
+        self.delete(key)
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish_folder(self, aside_key: str, key: str) -> None:
+        """Give a folder that was written and synced aside its final name, durably."""
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            # Left by a crash between this rename and its record: the same content, written again.
+            shutil.rmtree(target)
+        self.path(aside_key).rename(target)
+        sync_directory(target.parent)
+
+    def children(self, key: str) -> Iterator[str]:
+        """Names directly under ``key``."""
+        folder = self.path(key)
+        if folder.is_dir():
+            yield from (entry.name for entry in folder.iterdir())
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""Rows of teams and keys."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import KeyRow, TeamRow
+
+
+async def teams(session: AsyncSession) -> Sequence[TeamRow]:
+    return (await session.scalars(select(TeamRow).order_by(TeamRow.created_at))).all()
+
+
+async def team(session: AsyncSession, id: str) -> TeamRow | None:
+    return await session.get(TeamRow, id)
+
+
+async def team_named(session: AsyncSession, name: str) -> TeamRow | None:
+    return await session.scalar(select(TeamRow).filter_by(name=name))
+
+
+async def default_team(session: AsyncSession) -> TeamRow | None:
+    return await session.scalar(select(TeamRow).filter_by(is_default=True))
+
+
+async def key_by_hash(session: AsyncSession, sha256: str) -> KeyRow | None:
+    return await session.scalar(select(KeyRow).filter_by(sha256=sha256))
+
+
+async def keys(session: AsyncSession) -> Sequence[KeyRow]:
+    return (await session.scalars(select(KeyRow).order_by(KeyRow.created_at))).all()
+
+
+async def revoke(session: AsyncSession, id: str, at: float) -> bool:
+    changed = await session.execute(
+        update(KeyRow).where(KeyRow.id == id, KeyRow.revoked_at.is_(None)).values(revoked_at=at)
+    )
+    return getattr(changed, "rowcount", 0) == 1

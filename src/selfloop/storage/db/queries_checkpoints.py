@@ -1,0 +1,37 @@
+"""Rows of checkpoints."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import CheckpointRow
+
+
+async def get(session: AsyncSession, id: str) -> CheckpointRow | None:
+    return await session.get(CheckpointRow, id)
+
+
+async def named(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
+    return await session.scalar(select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name))
+
+
+async def matching(
+    session: AsyncSession, team_id: str, *, run_id: str | None = None, base_model: str | None = None
+) -> Sequence[CheckpointRow]:
+    """A team's checkpoints, newest first."""
+    filters = {"run_id": run_id, "base_model": base_model}
+    query = select(CheckpointRow).filter_by(team_id=team_id, **{k: v for k, v in filters.items() if v is not None})
+    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc()))).all()
+
+
+async def all_ids(session: AsyncSession) -> set[str]:
+    return set((await session.scalars(select(CheckpointRow.id))).all())
+
+
+async def expired(session: AsyncSession, now: float) -> Sequence[CheckpointRow]:
+    return (await session.scalars(select(CheckpointRow).where(CheckpointRow.expires_at < now))).all()
+
+
+async def remove(session: AsyncSession, id: str) -> None:
+    await session.execute(delete(CheckpointRow).where(CheckpointRow.id == id))

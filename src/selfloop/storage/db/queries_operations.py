@@ -1,0 +1,127 @@
+"""Rows of the journal."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, or_, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import OperationRow
+
+
+async def get(session: AsyncSession, run_id: str, operation_id: str) -> OperationRow | None:
+    return await session.get(OperationRow, (run_id, operation_id))
+
+
+async def at_seq(session: AsyncSession, run_id: str, epoch: int, seq: int) -> OperationRow | None:
+    return await session.scalar(select(OperationRow).filter_by(run_id=run_id, epoch=epoch, seq=seq))
+
+
+async def in_state(session: AsyncSession, state: str, run_id: str | None = None) -> Sequence[OperationRow]:
+    """Operations in ``state`` (of one run), in execution order."""
+    query = select(OperationRow).where(OperationRow.state == state)
+    if run_id is not None:
+        query = query.where(OperationRow.run_id == run_id)
+    ordered = query.order_by(OperationRow.run_id, OperationRow.epoch, OperationRow.seq)
+    return (await session.scalars(ordered)).all()
+
+
+async def done_after(
+    session: AsyncSession, run_id: str, position: tuple[int, int], kinds: frozenset[str]
+) -> Sequence[OperationRow]:
+    """Finished operations of ``kinds`` after ``position`` (epoch, seq), in execution order."""
+    rows = await session.scalars(
+        select(OperationRow)
+        .where(
+            OperationRow.run_id == run_id,
+            OperationRow.state == "done",
+            OperationRow.kind.in_(kinds),
+            tuple_(OperationRow.epoch, OperationRow.seq) > position,
+        )
+        .order_by(OperationRow.epoch, OperationRow.seq)
+    )
+    return rows.all()
+
+
+async def finish(
+    session: AsyncSession,
+    row: OperationRow,
+    *,
+    state: str,
+    at: float,
+    result: bytes | None = None,
+    result_key: str | None = None,
+    error: str | None = None,
+    error_class: str | None = None,
+) -> bool:
+    """Store the outcome of a queued operation; False when it was settled before."""
+    changed = await session.execute(
+        update(OperationRow)
+        .where(OperationRow.run_id == row.run_id, OperationRow.id == row.id, OperationRow.state == "queued")
+        .values(
+            state=state,
+            finished_at=at,
+            result=result,
+            result_key=result_key,
+            error=error,
+            error_class=error_class,
+        )
+    )
+    return getattr(changed, "rowcount", 0) == 1
+
+
+async def covered_payloads(session: AsyncSession, run_id: str, position: tuple[int, int]) -> Sequence[OperationRow]:
+    """Settled operations up to ``position`` whose payload is still kept."""
+    rows = await session.scalars(
+        select(OperationRow).where(
+            OperationRow.run_id == run_id,
+            OperationRow.state != "queued",
+            tuple_(OperationRow.epoch, OperationRow.seq) <= position,
+            or_(OperationRow.payload.is_not(None), OperationRow.payload_key.is_not(None)),
+        )
+    )
+    return rows.all()
+
+
+async def drop_payloads(session: AsyncSession, run_id: str, ids: Sequence[str]) -> None:
+    await session.execute(
+        update(OperationRow)
+        .where(OperationRow.run_id == run_id, OperationRow.id.in_(ids))
+        .values(payload=None, payload_key=None)
+    )
+
+
+async def expired(session: AsyncSession, before: float) -> Sequence[OperationRow]:
+    """Operations finished ``before`` that recovery no longer needs: their payload is gone already."""
+    rows = await session.scalars(
+        select(OperationRow).where(
+            OperationRow.finished_at < before,
+            OperationRow.payload.is_(None),
+            OperationRow.payload_key.is_(None),
+        )
+    )
+    return rows.all()
+
+
+async def stale_results(session: AsyncSession, before: float) -> Sequence[OperationRow]:
+    """Operations finished ``before`` whose result is still kept."""
+    rows = await session.scalars(
+        select(OperationRow).where(
+            OperationRow.finished_at < before,
+            or_(OperationRow.result.is_not(None), OperationRow.result_key.is_not(None)),
+        )
+    )
+    return rows.all()
+
+
+async def drop_results(session: AsyncSession, rows: Sequence[OperationRow]) -> None:
+    for row in rows:
+        await session.execute(
+            update(OperationRow)
+            .where(OperationRow.run_id == row.run_id, OperationRow.id == row.id)
+            .values(result=None, result_key=None)
+        )
+
+
+async def remove(session: AsyncSession, rows: Sequence[OperationRow]) -> None:
+    for row in rows:
+        await session.execute(delete(OperationRow).where(OperationRow.run_id == row.run_id, OperationRow.id == row.id))

@@ -1,0 +1,1 @@
+"""What every room speaks. Imports nothing of ours and nothing heavy."""

@@ -1,0 +1,76 @@
+"""The error tree. Each dialect maps it to its own shape in one place.
+
+SelfloopError
+├── BadRequest(field, expected)      the request is wrong; repeating it cannot help
+├── Denied                           no key, or a wrong one
+├── NotFound(kind, id)               unknown here, or another team's
+├── Conflict                         right in itself, but not now or not twice
+├── TooLarge(limit)                  over a size limit
+├── NotReady(reason, retry_s)        the same request will work later
+├── OperationFailed(cause)           an accepted operation ended in an error
+└── WorkerLost                       the process that computed it died
+"""
+
+
+class SelfloopError(Exception):
+    """Base of every error that a caller is meant to see."""
+
+
+class BadRequest(SelfloopError):
+    """A field has a value that cannot be served.
+
+    Args:
+        field: path of the offending field as the client wrote it, e.g. ``data[3].loss_fn_inputs.weights``.
+        expected: what would have been right, in words.
+    """
+
+    def __init__(self, field: str, expected: str) -> None:
+        super().__init__(f"{field}: {expected}")
+        self.field = field
+        self.expected = expected
+
+
+class Denied(SelfloopError):
+    """No valid API key came with the request."""
+
+
+class NotFound(SelfloopError):
+    """The named thing does not exist for this caller."""
+
+    def __init__(self, kind: str, id: str, hint: str = "") -> None:
+        super().__init__(f"{kind} {id!r} not found" + (f"; {hint}" if hint else ""))
+        self.kind = kind
+        self.id = id
+
+
+class Conflict(SelfloopError):
+    """The request contradicts what already happened."""
+
+
+class TooLarge(SelfloopError):
+    """A body or a sequence is over its limit."""
+
+    def __init__(self, what: str, limit: int, unit: str) -> None:
+        super().__init__(f"{what}: at most {limit} {unit}")
+        self.what = what
+        self.limit = limit
+
+
+class NotReady(SelfloopError):
+    """The same request will succeed later."""
+
+    def __init__(self, reason: str, retry_s: float) -> None:
+        super().__init__(reason)
+        self.retry_s = retry_s
+
+
+class OperationFailed(SelfloopError):
+    """An accepted operation ended in an error; ``error_class`` names its kind for the client."""
+
+    def __init__(self, cause: str, error_class: str = "OperationFailed") -> None:
+        super().__init__(cause)
+        self.error_class = error_class
+
+
+class WorkerLost(SelfloopError):
+    """The worker process died and could not be brought back."""

@@ -1,0 +1,21 @@
+"""Identifiers: seven lowercase letters and digits, as the hosted API hands them out."""
+
+import secrets
+from typing import NewType
+
+SessionId = NewType("SessionId", str)
+RunId = NewType("RunId", str)
+DeploymentId = NewType("DeploymentId", str)
+SamplerId = NewType("SamplerId", str)
+CheckpointId = NewType("CheckpointId", str)
+TeamId = NewType("TeamId", str)
+KeyId = NewType("KeyId", str)
+OperationId = NewType("OperationId", str)
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_ID_LENGTH = 7
+
+
+def new_id() -> str:
+    """A random identifier (36 bits); a collision is caught by the primary key it goes into."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(_ID_LENGTH))

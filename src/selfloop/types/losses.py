@@ -1,0 +1,31 @@
+"""What each loss takes, declared once: the gateway validates from it, the engine computes by it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """Inputs and configuration of one loss.
+
+    Args:
+        required: per-token float inputs (N,) that must come with every datum, besides ``target_tokens``.
+        optional: per-token float inputs (N,) that may come.
+        config: configuration fields with their defaults; a bool default makes a flag.
+    """
+
+    name: str
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    config: dict[str, float | bool] = field(default_factory=dict[str, "float | bool"])
+
+
+LOSSES: dict[str, LossSpec] = {
+    spec.name: spec
+    for spec in (
+        LossSpec(
+            "cross_entropy",
+            optional=("weights",),
+            config={"skip_token_normalization": False},
+        ),
+    )
+}

@@ -1,0 +1,229 @@
+"""What a served model folder holds, read from its config and its safetensors headers alone."""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from selfloop.types.errors import BadRequest
+
+T = TypeVar("T")
+
+SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+PUBLIC_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+"""Names a client needs for tokenizing; whoever reaches the server may read them."""
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the rest of the server must know of a model without loading it.
+
+    Args:
+        num_parameters: distinct parameters: a tied output layer counts once.
+        size_bytes: of the weight files.
+        eos_token_ids: every id that ends a sample, ascending.
+    """
+
+    path: Path
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    num_parameters: int
+    size_bytes: int
+    eos_token_ids: tuple[int, ...]
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=str)
+
+
+class _Config(msgspec.Struct):
+    model_type: str = ""
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = None
+    quantization_config: dict[str, msgspec.Raw] | None = None
+
+
+class _GenerationConfig(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+class _WeightsIndex(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _TensorInfo(msgspec.Struct):
+    shape: list[int] = []
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """Facts of the model in ``path``.
+
+    Raises:
+        BadRequest: the folder is not a model that can be served; the text says what is missing.
+    """
+    path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise _refusal(f"{path} is not a folder")
+    config = _read_config(path)
+    if not any((path / name).is_file() for name in _TOKENIZER_SOURCES):
+        raise _refusal(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_SOURCES)})")
+    files = _checked_weight_files(path)
+    return ModelFacts(
+        path=path,
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        num_parameters=sum(_num_parameters(file, config.tie_word_embeddings) for file in files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        eos_token_ids=_eos_token_ids(path, config),
+    )
+
+
+def check_config(path: Path) -> None:
+    """Refuse a folder by its ``config.json`` alone, before any weights are fetched (:class:`BadRequest`)."""
+    _read_config(path)
+
+
+def tokenizer_files(path: Path) -> list[str]:
+    """Names in ``path`` that may be served to anyone, sorted. Never weights."""
+    return sorted(name for name in PUBLIC_FILES if (path / name).is_file())
+
+
+def weight_files(path: Path) -> list[str]:
+    """Names of the safetensors files of ``path`` and their index, sorted."""
+    names = [file.name for file in path.glob("*.safetensors") if file.is_file()]
+    return sorted([*names, WEIGHTS_INDEX] if (path / WEIGHTS_INDEX).is_file() else names)
+
+
+def content_hash(file: Path) -> str:
+    """Hex sha256 of a small file's content, computed once for each state of the file."""
+    state = file.stat()
+    return _content_hash(file, state.st_size, state.st_mtime_ns)
+
+
+def weights_tag(file: Path) -> str:
+    """Stands for a weight file's content without reading gigabytes: hex sha256 of name, size and mtime."""
+    state = file.stat()
+    return hashlib.sha256(f"{file.name}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()
+
+
+def snapshot_sha(path: Path) -> str:
+    """The folder's 40-hex revision: changes with any public file's content and with weight names or sizes."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for name in tokenizer_files(path):
+        digest.update(f"{name}\0{content_hash(path / name)}\n".encode())
+    for name in weight_files(path):
+        digest.update(f"{name}\0{(path / name).stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _content_hash(file: Path, size: int, mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_config(path: Path) -> _Config:
+    file = path / "config.json"
+    if not file.is_file():
+        raise _refusal(f"{path} has no config.json")
+    config = _decode(file, _Config)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+        raise _refusal(f"model type {config.model_type!r} is not supported (supported: {known})")
+    if config.quantization_config:
+        raise _refusal(f"{path} holds quantized weights; bfloat16, float16 or float32 ones are needed")
+    if config.vocab_size < 1 or config.max_position_embeddings < 1:
+        raise _refusal(f"{file} gives no vocab_size or no max_position_embeddings")
+    return config
+
+
+def _checked_weight_files(path: Path) -> list[Path]:
+    index = path / WEIGHTS_INDEX
+    if index.is_file():
+        files = [path / name for name in sorted(set(_decode(index, _WeightsIndex).weight_map.values()))]
+        for file in files:
+            if file.parent != path or not file.is_file():
+                raise _refusal(f"{index} names {file.name!r}, which is not in the folder")
+        return files
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if files:
+        return files
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
+    if pickled:
+        names = ", ".join(pickled)
+        raise _refusal(f"{path} has only pickled weights ({names}), which are never loaded; save safetensors")
+    raise _refusal(f"{path} has no safetensors weights")
+
+
+def _num_parameters(file: Path, tied: bool) -> int:
+    return sum(prod(info.shape) for name, info in _tensors(file) if not (tied and name == "lm_head.weight"))
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, _TensorInfo]]:
+    with file.open("rb") as stream:
+        length_bytes = stream.read(8)
+        if len(length_bytes) != 8:
+            raise _refusal(f"{file} is not a safetensors file")
+        (length,) = struct.unpack("<Q", length_bytes)
+        if length > min(_MAX_HEADER_BYTES, os.fstat(stream.fileno()).st_size - 8):
+            raise _refusal(f"{file} is not a safetensors file, or it is cut short")
+        header = stream.read(length)
+    try:
+        tensors = msgspec.json.decode(header, type=dict[str, _TensorInfo])
+    except msgspec.MsgspecError as error:
+        raise _refusal(f"{file} has a broken header: {error}") from error
+    yield from ((name, info) for name, info in tensors.items() if name != "__metadata__")
+
+
+def _eos_token_ids(path: Path, config: _Config) -> tuple[int, ...]:
+    file = path / "generation_config.json"
+    generation = _decode(file, _GenerationConfig) if file.is_file() else _GenerationConfig()
+    return tuple(sorted({*_as_ids(config.eos_token_id), *_as_ids(generation.eos_token_id)}))
+
+
+def _as_ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else value
+
+
+def _decode(file: Path, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=type_)
+    except msgspec.MsgspecError as error:
+        raise _refusal(f"{file} cannot be read: {error}") from error
+
+
+def _refusal(reason: str) -> BadRequest:
+    return BadRequest("base_model", reason)

@@ -1,0 +1,82 @@
+"""The operations of a run, as journalled and as sent to the worker."""
+
+import msgspec
+
+from selfloop.types.datum import Datum
+
+
+class AdamParams(msgspec.Struct, frozen=True):
+    """AdamW hyper-parameters of one step. ``grad_clip_norm`` 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 1.0
+
+
+class InitTrainer(msgspec.Struct, frozen=True, tag="init_trainer_server"):
+    """Back to the run's starting weights, at ``lora_rank``; optimizer and step count start anew."""
+
+    lora_rank: int
+
+
+class Forward(msgspec.Struct, frozen=True, tag="forward"):
+    """Loss and logprobs without gradient; accumulated gradients stay untouched."""
+
+    data: list[Datum]
+    loss_fn: str
+    loss_config: dict[str, float | bool]
+
+
+class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
+    """Loss, logprobs and gradients, added to what is already accumulated."""
+
+    data: list[Datum]
+    loss_fn: str
+    loss_config: dict[str, float | bool]
+
+
+class OptimStep(msgspec.Struct, frozen=True, tag="optim_step"):
+    """Normalise, clip and apply the accumulated gradients, then clear them."""
+
+    adam: AdamParams
+
+
+class SaveState(msgspec.Struct, frozen=True, tag="save_state"):
+    """Write a trainer checkpoint (adapter, moments, step)."""
+
+    checkpoint_id: str
+    name: str
+    ttl_seconds: int | None = None
+
+
+class SaveWeightsForSampler(msgspec.Struct, frozen=True, tag="save_weights_for_sampler"):
+    """Write a sampler checkpoint (PEFT adapter); ``publish`` makes it the live adapter of the paired sampler."""
+
+    checkpoint_id: str
+    name: str
+    publish: bool
+    ttl_seconds: int | None = None
+
+
+class LoadState(msgspec.Struct, frozen=True, tag="load_state"):
+    """Replace the weights by a checkpoint's; with ``with_optimizer`` also moments and step."""
+
+    path: str
+    with_optimizer: bool
+
+
+Operation = InitTrainer | Forward | ForwardBackward | OptimStep | SaveState | SaveWeightsForSampler | LoadState
+
+
+def kind_of(operation: Operation) -> str:
+    """The operation's tag, e.g. ``"forward_backward"``."""
+    return str(operation.__struct_config__.tag)
+
+
+CHANGES_STATE: frozenset[str] = frozenset(
+    str(t.__struct_config__.tag) for t in (InitTrainer, ForwardBackward, OptimStep, LoadState)
+)
+"""Kinds that change a run's training state: those that recovery must replay after a snapshot."""

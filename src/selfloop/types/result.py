@@ -1,0 +1,49 @@
+"""Results of operations, as stored and as read by the dialects."""
+
+import msgspec
+
+from selfloop.types.datum import Tensor
+from selfloop.types.status import CheckpointTarget
+
+
+class InitResult(msgspec.Struct, frozen=True, tag="init_trainer_server"):
+    step: int
+    lora_rank: int
+
+
+class LossResult(msgspec.Struct, frozen=True, tag="loss"):
+    """Result of forward and forward_backward.
+
+    Args:
+        loss: mean over the request's trained tokens (the plain sum with ``skip_token_normalization``).
+        logprobs: one float32 tensor per datum, in the shape of its targets; NaN where masked.
+        metrics: plain numbers.
+    """
+
+    loss: float
+    logprobs: list[Tensor]
+    metrics: dict[str, float]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="optim_step"):
+    metrics: dict[str, float]
+
+
+class SaveResult(msgspec.Struct, frozen=True, tag="save"):
+    """A checkpoint written whole: its name, step count, rank and size on disk; ``target`` says for whom."""
+
+    checkpoint_id: str
+    name: str
+    target: CheckpointTarget
+    step: int
+    lora_rank: int
+    lora_alpha: float
+    size_bytes: int
+
+
+class LoadResult(msgspec.Struct, frozen=True, tag="load_state"):
+    step: int
+    lora_rank: int
+
+
+Result = InitResult | LossResult | StepResult | SaveResult | LoadResult

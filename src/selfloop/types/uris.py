@@ -1,0 +1,42 @@
+"""``bt://`` checkpoint URIs: ``bt://loops:<run_id>/(weights|sampler_weights)/<name>``."""
+
+import re
+from dataclasses import dataclass
+
+from selfloop.types.errors import BadRequest
+from selfloop.types.ids import RunId
+from selfloop.types.status import CheckpointTarget
+
+_FOLDER = {CheckpointTarget.TRAINER: "weights", CheckpointTarget.SAMPLER: "sampler_weights"}
+_TARGET = {folder: target for target, folder in _FOLDER.items()}
+
+# A name is one path segment that starts with a letter or digit, so no name can climb out of a folder.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_URI = re.compile(r"bt://loops:([a-z0-9]{1,32})/(weights|sampler_weights)/([^/]+)/?")
+
+NAME_RULE = "1-128 characters of A-Z a-z 0-9 . _ - starting with a letter or digit"
+URI_FORM = "bt://loops:<run_id>/(weights|sampler_weights)/<checkpoint_name>"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointUri:
+    """Address of a checkpoint: the run that saved it, for whom, and the name it was saved under."""
+
+    run_id: RunId
+    target: CheckpointTarget
+    name: str
+
+    def __str__(self) -> str:
+        return f"bt://loops:{self.run_id}/{_FOLDER[self.target]}/{self.name}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def parse_checkpoint_uri(text: str, field: str = "path") -> CheckpointUri:
+    """Parse a URI; raises :class:`BadRequest` naming ``field`` when it is malformed."""
+    match = _URI.fullmatch(text)
+    if match is None or not is_checkpoint_name(match[3]):
+        raise BadRequest(field, f"expected a checkpoint URI of the form {URI_FORM}, got {text[:200]!r}")
+    return CheckpointUri(RunId(match[1]), _TARGET[match[2]], match[3])

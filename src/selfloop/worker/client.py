@@ -1,0 +1,161 @@
+"""The gateway's half of the worker: calls go out, answers come back as futures. Light: no torch here."""
+
+import asyncio
+import contextlib
+import itertools
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.worker.launch_local import WorkerCommand, launch_worker
+from selfloop.worker.protocol import (
+    Call,
+    Command,
+    LoadFailed,
+    Loading,
+    ModelInfo,
+    Ready,
+    Reply,
+    ReplyError,
+    Shutdown,
+    encode,
+    event_decoder,
+)
+
+_STOP_GRACE_S = 20.0
+
+
+class WorkerClient:
+    """One incarnation of a worker process, from launch to exit.
+
+    Every future it hands out ends: with the result's bytes, with :class:`OperationFailed` carrying the
+    worker's own cause, or with :class:`WorkerLost` when the process is gone.
+    """
+
+    def __init__(self, command: WorkerCommand, on_loading: Callable[[str], None]) -> None:
+        self._command = command
+        self._on_loading = on_loading
+        self._tickets = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        """Launch the process; returns before the model is loaded (see ``ready``)."""
+        # Not in the data directory: a socket's path may not be longer than about 100 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix="selfloop-"))
+        address = f"ipc://{self._folder}/worker.sock"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._process = await launch_worker(self._command, address)
+        self._tasks = [
+            asyncio.create_task(self._receive(), name="worker-receive"),
+            asyncio.create_task(self._watch(), name="worker-watch"),
+        ]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, command: Command, payload: bytes = b"") -> asyncio.Future[bytes]:
+        """Send a command (also before ``ready``: it waits in the worker's queue)."""
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        if self.lost.done():
+            future.set_exception(WorkerLost(self.lost.result()))
+            return future
+        ticket = next(self._tickets)
+        self._waiting[ticket] = future
+        # With no high-water mark a PAIR socket takes the message at once, so order is the order of calls.
+        self._socket.send_multipart([encode(Call(ticket, command)), payload], copy=False)
+        return future
+
+    async def stop(self) -> None:
+        """Ask the process to exit, then make it."""
+        self._stopping = True
+        if not self.lost.done():
+            self.call(Shutdown()).add_done_callback(_retrieve)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self.lost), _STOP_GRACE_S)
+        await self.kill("stopped")
+
+    async def kill(self, reason: str) -> None:
+        """End the process now and let go of everything it held."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+            await self._process.wait()
+        self._lose(reason)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            match event_decoder.decode(frames[0]):
+                case Reply(ticket):
+                    self._settle(ticket, lambda future, body=frames[1]: future.set_result(body))
+                case ReplyError(ticket, error, error_class):
+                    failure = OperationFailed(error, error_class)
+                    self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
+                case Loading(stage):
+                    self._on_loading(stage)
+                case Ready(info):
+                    if not self.ready.done():
+                        self.ready.set_result(info)
+                case LoadFailed(cause):
+                    if not self.ready.done():
+                        self.ready.set_exception(OperationFailed(cause, "LoadFailed"))
+                        self.ready.exception()
+
+    def _settle(self, ticket: int, settle: Callable[[asyncio.Future[bytes]], None]) -> None:
+        future = self._waiting.pop(ticket, None)
+        if future is not None and not future.done():
+            settle(future)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        # Answers that were sent before the process ended are still on the socket.
+        await asyncio.sleep(0.05)
+        self._lose("stopped" if self._stopping else describe_exit(code))
+
+    def _lose(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        if not self.ready.done():
+            self.ready.set_exception(WorkerLost(reason))
+            self.ready.exception()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(WorkerLost(reason))
+                _retrieve(future)
+        self._waiting.clear()
+
+
+def describe_exit(code: int) -> str:
+    """An exit status in words, e.g. ``worker process was killed by SIGKILL``."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"worker process was killed by {name}{hint}"
+    return f"worker process exited with status {code}"
+
+
+def _retrieve(future: asyncio.Future[bytes]) -> None:
+    # Marks the exception as seen: a caller that was cancelled will not come for it.
+    if future.done() and not future.cancelled():
+        future.exception()

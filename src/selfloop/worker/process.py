@@ -1,0 +1,249 @@
+"""The worker process: owns an engine, takes calls from its gateway, shares the device between their kinds."""
+
+import argparse
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from selfloop.engine.engine import Engine
+from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.operation import (
+    Forward,
+    ForwardBackward,
+    InitTrainer,
+    LoadState,
+    Operation,
+    OptimStep,
+    SaveState,
+    SaveWeightsForSampler,
+)
+from selfloop.types.result import Result, SaveResult
+from selfloop.types.sampling import SampleRequest
+from selfloop.types.status import CheckpointTarget
+from selfloop.worker.protocol import (
+    Call,
+    CancelSample,
+    CloseRun,
+    Event,
+    Execute,
+    LoadFailed,
+    Loading,
+    ModelInfo,
+    OpenRun,
+    Ready,
+    Reply,
+    ReplyError,
+    Sample,
+    Shutdown,
+    Snapshot,
+    call_decoder,
+    encode,
+)
+from selfloop.worker.tokens import load_decoder
+
+log = logging.getLogger("selfloop.worker")
+
+_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+_IDLE_POLL_MS = 1000
+
+
+class Worker:
+    """One loop, one thread: receive, then give the device to whichever kind of work had less of it."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", engine: Engine) -> None:
+        self._socket = socket
+        self._engine = engine
+        # Calls of one run in order; runs take turns.
+        self._queues: dict[str, deque[tuple[Call, bytes]]] = {}
+        self._turns: deque[str] = deque()
+        self._samples: dict[str, int] = {}
+        self._train_s = 0.0
+        self._sample_s = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        while not self._stopping:
+            self._receive()
+            training, sampling = bool(self._turns), self._engine.num_sampling > 0
+            if training and sampling:
+                self._share()
+            elif training:
+                self._train_s = self._sample_s = 0.0
+                self._train_once()
+            elif sampling:
+                self._train_s = self._sample_s = 0.0
+                self._sample_once()
+
+    def _share(self) -> None:
+        # Equal time to each while both have work, so that neither starves.
+        started = time.monotonic()
+        if self._train_s <= self._sample_s:
+            self._train_once()
+            self._train_s += time.monotonic() - started
+        else:
+            self._sample_once()
+            self._sample_s += time.monotonic() - started
+
+    def _receive(self) -> None:
+        busy = bool(self._turns) or self._engine.num_sampling > 0
+        while self._socket.poll(0 if busy else _IDLE_POLL_MS):
+            frames = self._socket.recv_multipart()
+            self._accept(call_decoder.decode(frames[0]), frames[1])
+            busy = True
+
+    def _accept(self, call: Call, payload: bytes) -> None:
+        match call.command:
+            case OpenRun(run_id=run_id) | CloseRun(run_id=run_id) | Execute(run_id=run_id) | Snapshot(run_id=run_id):
+                queue = self._queues.setdefault(run_id, deque())
+                queue.append((call, payload))
+                if len(queue) == 1:
+                    self._turns.append(run_id)
+            case Sample(request):
+                self._guard(call.ticket, lambda: self._submit(call.ticket, request))
+            case CancelSample(request_id):
+                self._engine.cancel_sample(request_id)
+                ticket = self._samples.pop(request_id, None)
+                if ticket is not None:
+                    self._send(ReplyError(ticket, "the sample was cancelled", "Cancelled"))
+                self._send(Reply(call.ticket))
+            case Shutdown():
+                self._stopping = True
+
+    def _submit(self, ticket: int, request: SampleRequest) -> None:
+        adapter = request.adapter
+        if adapter is not None and not self._engine.has_adapter(adapter.checkpoint_id):
+            self._engine.load_adapter(adapter.checkpoint_id, Path(adapter.path))
+        self._engine.submit_sample(request)
+        self._samples[request.request_id] = ticket
+
+    def _sample_once(self) -> None:
+        for result in self._engine.sample_step():
+            self._send(Reply(self._samples.pop(result.request_id)), encode(result))
+
+    def _train_once(self) -> None:
+        run_id = self._turns.popleft()
+        queue = self._queues[run_id]
+        call, payload = queue.popleft()
+        if queue:
+            self._turns.append(run_id)
+        self._guard(call.ticket, lambda: self._perform(call, payload))
+
+    def _perform(self, call: Call, payload: bytes) -> None:
+        body = b""
+        match call.command:
+            case OpenRun() as open_run:
+                self._open(open_run)
+            case CloseRun(run_id):
+                self._engine.remove_run(run_id)
+            case Snapshot(run_id, write_to):
+                self._engine.snapshot(run_id, Path(write_to))
+            case Execute() as execute:
+                body = encode(self._execute(execute, _operation_decoder.decode(payload)))
+            case other:
+                raise AssertionError(other)
+        self._send(Reply(call.ticket), body)
+
+    def _open(self, command: OpenRun) -> None:
+        if command.snapshot is not None:
+            self._engine.restore(command.run_id, Path(command.snapshot))
+        else:
+            self._engine.init_run(
+                command.run_id, rank=command.lora_rank, seed=command.seed, initial=_path(command.initial)
+            )
+
+    def _execute(self, context: Execute, operation: Operation) -> Result:
+        engine, run_id = self._engine, context.run_id
+        match operation:
+            case InitTrainer(lora_rank):
+                return engine.init_run(run_id, rank=lora_rank, seed=context.seed, initial=_path(context.initial))
+            case Forward(data, loss_fn, config):
+                return engine.forward(run_id, data, loss_fn, config)
+            case ForwardBackward(data, loss_fn, config):
+                return engine.forward_backward(run_id, data, loss_fn, config)
+            case OptimStep(adam):
+                return engine.optim_step(run_id, adam)
+            case LoadState(with_optimizer=with_optimizer):
+                assert context.read_from is not None
+                return engine.load_checkpoint(run_id, Path(context.read_from), with_optimizer=with_optimizer)
+            case SaveState(checkpoint_id, name):
+                assert context.write_to is not None
+                saved = engine.save_trainer_checkpoint(run_id, Path(context.write_to))
+                return SaveResult(checkpoint_id, name, CheckpointTarget.TRAINER, *saved)
+            case SaveWeightsForSampler(checkpoint_id, name):
+                assert context.write_to is not None
+                saved = engine.save_sampler_checkpoint(run_id, Path(context.write_to))
+                # In memory at once, so that the first sample need not read the files.
+                engine.publish(run_id, checkpoint_id)
+                return SaveResult(checkpoint_id, name, CheckpointTarget.SAMPLER, *saved)
+
+    def _guard(self, ticket: int, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except (BadRequest, OperationFailed) as error:
+            self._send(ReplyError(ticket, str(error), getattr(error, "error_class", type(error).__name__)))
+        except Exception as error:  # The worker's edge: one bad call must not end every run it holds.
+            log.exception("call %d failed", ticket)
+            self._send(ReplyError(ticket, f"{type(error).__name__}: {error}", type(error).__name__))
+
+    def _send(self, event: Event, body: bytes = b"") -> None:
+        self._socket.send_multipart([encode(event), body])
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _die_with(parent_pid: int) -> None:
+    """End this process when its gateway is gone: the next gateway starts workers of its own."""
+    while os.getppid() == parent_pid:
+        time.sleep(0.5)
+    os._exit(3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    options = parser.parse_args()
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    threading.Thread(target=_die_with, args=(options.parent_pid,), daemon=True).start()
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(options.address)
+    try:
+        socket.send_multipart([encode(Loading("loading the base model")), b""])
+        engine = Engine.load(
+            options.model_dir, device=options.device, dtype=options.dtype, decode=load_decoder(options.model_dir)
+        )
+    except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
+        log.exception("cannot load %s", options.model_dir)
+        socket.send_multipart([encode(LoadFailed(f"{type(error).__name__}: {error}")), b""])
+        socket.close(linger=2000)
+        raise SystemExit(1) from error
+    info = engine.info
+    log.info("loaded %s: %s", options.model_dir, info)
+    ready = Ready(
+        ModelInfo(info.vocab_size, info.max_position_embeddings, info.num_parameters, str(info.dtype), str(info.device))
+    )
+    socket.send_multipart([encode(ready), b""])
+    Worker(socket, engine).run()
+
+
+if __name__ == "__main__":
+    main()

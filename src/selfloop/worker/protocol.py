@@ -1,0 +1,125 @@
+"""The one contract between control and worker: typed messages over a pair of sockets.
+
+Control sends a :class:`Call` frame, for ``Execute`` followed by the operation's own bytes; the worker answers
+each call once, with ``Reply`` (followed by the result's bytes) or ``ReplyError``, and tells of its start with
+``Loading``, ``Ready`` and ``LoadFailed``. Calls about one run are carried out in the order they were sent.
+"""
+
+import msgspec
+
+from selfloop.types.sampling import SampleRequest
+
+
+class OpenRun(msgspec.Struct, frozen=True, tag=True):
+    """Bring a run into the worker: from ``snapshot``, else fresh (or from the ``initial`` checkpoint folder)."""
+
+    run_id: str
+    lora_rank: int
+    seed: int
+    initial: str | None
+    snapshot: str | None
+
+
+class CloseRun(msgspec.Struct, frozen=True, tag=True):
+    """Forget a run and free its memory."""
+
+    run_id: str
+
+
+class Execute(msgspec.Struct, frozen=True, tag=True):
+    """Carry out one operation; its msgpack bytes are the second frame.
+
+    Args:
+        read_from: folder of the checkpoint to load, for ``load_state``.
+        write_to: folder to create and sync, for the two saves.
+        initial: folder of the run's starting checkpoint, for ``init_trainer_server``.
+        seed: the run's seed, for ``init_trainer_server``.
+    """
+
+    run_id: str
+    seed: int
+    read_from: str | None = None
+    write_to: str | None = None
+    initial: str | None = None
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag=True):
+    """Write the run's whole state (accumulated gradients included) to a new folder and sync it."""
+
+    run_id: str
+    write_to: str
+
+
+class Sample(msgspec.Struct, frozen=True, tag=True):
+    """Draw samples; joins the batch that is running."""
+
+    request: SampleRequest
+
+
+class CancelSample(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for this sample any more."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish the call in hand and exit."""
+
+
+Command = OpenRun | CloseRun | Execute | Snapshot | Sample | CancelSample | Shutdown
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A command with the ticket that its answer will carry."""
+
+    ticket: int
+    command: Command
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the worker found in the model folder and on the machine."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    num_parameters: int
+    dtype: str
+    device: str
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """The base model is being loaded."""
+
+    stage: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The base model is in memory; calls sent before are carried out now."""
+
+    info: ModelInfo
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The base model cannot be served; the worker exits."""
+
+    cause: str
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """The call succeeded; its result's msgpack bytes (perhaps none) are the second frame."""
+
+    ticket: int
+
+
+class ReplyError(msgspec.Struct, frozen=True, tag=True):
+    """The call failed and changed nothing; the worker goes on."""
+
+    ticket: int
+    error: str
+    error_class: str
+
+
+Event = Loading | Ready | LoadFailed | Reply | ReplyError
+
+call_decoder = msgspec.msgpack.Decoder(Call)
+event_decoder: "msgspec.msgpack.Decoder[Event]" = msgspec.msgpack.Decoder(Event)
+encode = msgspec.msgpack.encode

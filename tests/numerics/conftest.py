@@ -1,0 +1,53 @@
+"""Tiny models in float32 and engines over them; built once, as nothing changes the base weights."""
+
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny_models
+from selfloop.engine.engine import Engine
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Zoo:
+    """Folders, reference models and engines by family name."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.folder = cache(self._folder)
+
+    def _folder(self, family: str) -> Path:
+        return tiny_models.save(family, self._root / family)
+
+    def reference(self, family: str) -> PreTrainedModel:
+        return tiny_models.build(family)
+
+    def engine(self, family: str, **settings: object) -> Engine:
+        return Engine.load(self.folder(family), device="cpu", dtype="float32", **settings)
+
+    def peft(self, family: str, engine: Engine, run_id: str) -> PeftModel:
+        """A PEFT model that starts from the run's own weights."""
+        run = engine._runs[run_id]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = LoraConfig(r=run.shape.rank, lora_alpha=int(run.alpha), target_modules=TARGETS)
+            model = get_peft_model(self.reference(family), settings)
+        with torch.no_grad():
+            for parameter in run.shape.named(run.theta_P):
+                name = f"base_model.model.model.{parameter.name}.default.weight"
+                model.get_parameter(name).copy_(parameter.view)
+        return model
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("models"))

@@ -1,0 +1,71 @@
+"""The decoder against transformers: hidden states to logits, every family and rope scaling."""
+
+import math
+
+import pytest
+import torch
+
+import tiny_models
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.losses.logprob import target_logprobs
+from selfloop.engine.models.attention import PackedCausalAttention
+from selfloop.engine.models.decoder import positions_of
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_logits_equal_transformers(zoo, family):
+    decoder = zoo.engine(family)._decoder
+    # Long enough to pass the original context of the scaled ropes.
+    ids = torch.tensor(tiny_models.random_ids(150, seed=1))
+    with torch.no_grad():
+        expected = zoo.reference(family)(input_ids=ids[None]).logits[0]
+        h = decoder.forward(ids, torch.arange(150), PackedCausalAttention([150]), AdapterBatch([]))
+        logits = decoder.logits(h)
+    assert expected.abs().max() > 1, "a flat model would hide mistakes"
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [7, 1, 12], [20]])
+def test_packed_sequences_do_not_see_each_other(zoo, lengths):
+    decoder = zoo.engine("qwen3")._decoder
+    sequences = [torch.tensor(tiny_models.random_ids(n, seed=i)) for i, n in enumerate(lengths)]
+    with torch.no_grad():
+        packed = decoder.forward(
+            torch.cat(sequences),
+            positions_of(lengths, decoder.device),
+            PackedCausalAttention(lengths),
+            AdapterBatch([]),
+        )
+        alone = [
+            decoder.forward(s, torch.arange(len(s)), PackedCausalAttention([len(s)]), AdapterBatch([]))
+            for s in sequences
+        ]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 100_000])
+def test_target_logprobs_against_float64(vocab_size):
+    """Value and gradient, over more rows than one chunk, against an independent float64 softmax."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(300, 8, generator=generator)
+    head = torch.randn(vocab_size, 8, generator=generator)
+    targets = torch.randint(0, vocab_size, (300,), generator=generator)
+    weights = torch.randn(300, generator=generator)
+
+    h32 = h.clone().requires_grad_()
+    logprobs = target_logprobs(h32, head, targets)
+    (logprobs * weights).sum().backward()
+
+    h64 = h.double().requires_grad_()
+    logits = h64 @ head.double().t()
+    shifted = logits - logits.max(-1, keepdim=True).values.detach()
+    expected = shifted[torch.arange(300), targets] - shifted.exp().sum(-1).log()
+    (expected * weights.double()).sum().backward()
+
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(h32.grad.double(), h64.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_cross_entropy_of_a_uniform_model_is_log_vocabulary():
+    logprobs = target_logprobs(torch.zeros(3, 4), torch.randn(10, 4), torch.tensor([0, 5, 9]))
+    torch.testing.assert_close(logprobs, torch.full((3,), -math.log(10)))

@@ -1,0 +1,96 @@
+"""Tiny random models of every family, saved as Hugging Face folders, and helpers around them."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from selfloop.types.datum import Datum, Tensor
+
+VOCAB_SIZE = 96
+EOS = 2
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+_BUILDERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=True)),
+    "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True)),
+    "llama3-rope": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, rope_parameters=_LLAMA3)),
+    "llama-yarn": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, rope_parameters=_YARN)),
+    "llama-linear": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, rope_parameters=_LINEAR)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=None)),
+}
+
+FAMILIES = tuple(_BUILDERS)
+
+
+def build(family: str) -> PreTrainedModel:
+    """A float32 model whose weights are large enough that attention and norms matter."""
+    torch.manual_seed(0)
+    model = _BUILDERS[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms and biases too: at their initial ones and zeros a mistake in them would not show.
+            spread = 0.15 if parameter.dim() > 1 else 0.3
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+def save(family: str, directory: Path) -> Path:
+    """Build and save; returns the folder."""
+    save_quietly(build(family), directory)
+    return directory
+
+
+def save_quietly(model: PreTrainedModel, directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(directory)
+
+
+def random_ids(num: int, seed: int) -> list[int]:
+    """Ids that are no special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (num,), generator=generator).tolist()
+
+
+def next_token_datum(ids: list[int], weights: list[float] | None = None) -> Datum:
+    """Predict ids[1:] from ids[:-1]."""
+    inputs = {"target_tokens": Tensor.of(ids[1:], "int64")}
+    if weights is not None:
+        inputs["weights"] = Tensor.of(weights, "float32")
+    return Datum(Tensor.of(ids[:-1], "int64"), inputs)

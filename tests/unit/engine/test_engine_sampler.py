@@ -1,0 +1,72 @@
+"""Drawing one token: masks, greedy, the distribution itself."""
+
+import pytest
+import torch
+
+from selfloop.engine.sample.sampler import draw, filtered_probabilities
+from selfloop.engine.sample.sequence import sample_generator
+from selfloop.types.sampling import SamplingParams
+
+LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
+
+
+def probabilities(**params):
+    settings = [SamplingParams(max_tokens=1, **params)]
+    return filtered_probabilities(LOGITS[None], settings)[0].tolist()
+
+
+def test_no_filter_is_the_distribution():
+    assert probabilities() == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05])
+
+
+def test_temperature_sharpens():
+    squares = [p**2 for p in (0.5, 0.2, 0.15, 0.1, 0.05)]
+    assert probabilities(temperature=0.5) == pytest.approx([s / sum(squares) for s in squares])
+
+
+def test_top_k_keeps_k():
+    assert probabilities(top_k=2) == pytest.approx([5 / 7, 2 / 7, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (0.94, 4), (0.96, 5), (1.0, 5)]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    assert sum(p > 0 for p in probabilities(top_p=top_p)) == kept
+
+
+def test_top_p_counts_after_top_k():
+    # Of the two kept by top_k the first has 5/7.
+    assert sum(p > 0 for p in probabilities(top_k=2, top_p=0.7)) == 1
+
+
+def test_rows_are_filtered_each_by_its_own_parameters():
+    params = [SamplingParams(max_tokens=1, top_k=k) for k in (0, 1, 3)]
+    kept = (filtered_probabilities(LOGITS.repeat(3, 1), params) > 0).sum(1)
+    assert kept.tolist() == [5, 1, 3]
+
+
+def test_uniform_numbers_walk_the_distribution():
+    uniforms = [0.0, 0.49, 0.51, 0.69, 0.71, 0.9999999]
+    params = [SamplingParams(max_tokens=1)] * len(uniforms)
+    drawn = draw(LOGITS.repeat(len(uniforms), 1), params, uniforms)
+    assert drawn.tokens == [0, 0, 1, 1, 2, 4]
+
+
+def test_logprobs_are_untempered_and_unfiltered():
+    params = [
+        SamplingParams(max_tokens=1, temperature=0),
+        SamplingParams(max_tokens=1, temperature=0.1, top_k=1),
+    ]
+    drawn = draw(LOGITS.repeat(2, 1) + 3.0, params, [0.5, 0.5])
+    assert drawn.tokens == [0, 0]
+    assert drawn.logprobs == pytest.approx([float(LOGITS[0])] * 2, abs=1e-6)
+
+
+def test_streams_are_stable_and_differ():
+    def first(seed, index):
+        return float(torch.rand((), generator=sample_generator(seed, index)))
+
+    assert first(1, 0) == first(1, 0)
+    assert len({first(seed, index) for seed in (0, 1, -5, 2**80) for index in range(4)}) == 16
+    assert first(None, 0) != first(None, 0)

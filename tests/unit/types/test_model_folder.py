@@ -1,0 +1,137 @@
+"""Facts of a model folder, and what makes one unservable."""
+
+import json
+import struct
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from selfloop.types import model_folder
+from selfloop.types.errors import BadRequest
+
+CONFIG = {"model_type": "llama", "vocab_size": 16, "max_position_embeddings": 64, "eos_token_id": 2}
+SHAPES = {"model.embed_tokens.weight": [16, 4], "model.norm.weight": [4]}
+
+
+def write_safetensors(file: Path, shapes: dict[str, list[int]]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(end))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_safetensors(tmp_path / "model.safetensors", SHAPES)
+    return tmp_path
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(BadRequest) as error:
+        model_folder.read_facts(folder)
+    return error.value.expected
+
+
+def test_facts(folder: Path):
+    facts = model_folder.read_facts(folder)
+    assert (facts.path, facts.model_type, facts.vocab_size) == (folder, "llama", 16)
+    assert (facts.max_position_embeddings, facts.num_parameters, facts.eos_token_ids) == (64, 68, (2,))
+    assert facts.size_bytes == (folder / "model.safetensors").stat().st_size
+    assert msgspec.json.decode(facts.to_json())["path"] == str(folder)
+
+
+def test_eos_ids_of_config_and_generation_config(folder: Path):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2, 5]}')
+    assert model_folder.read_facts(folder).eos_token_ids == (2, 5, 7)
+
+
+def test_no_eos_id_at_all(folder: Path):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": None}))
+    assert model_folder.read_facts(folder).eos_token_ids == ()
+
+
+def test_a_tied_output_layer_counts_once(folder: Path):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    write_safetensors(folder / "model.safetensors", {**SHAPES, "lm_head.weight": [16, 4]})
+    assert model_folder.read_facts(folder).num_parameters == 68
+
+
+def test_shards_are_those_of_the_index(folder: Path):
+    (folder / "model.safetensors").unlink()
+    write_safetensors(folder / "a.safetensors", {"model.norm.weight": [4]})
+    write_safetensors(folder / "consolidated.safetensors", SHAPES)
+    index = folder / model_folder.WEIGHTS_INDEX
+    index.write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
+    assert model_folder.read_facts(folder).num_parameters == 4
+    index.write_text('{"weight_map": {"model.norm.weight": "b.safetensors"}}')
+    assert "'b.safetensors', which is not in the folder" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", ".."])
+def test_an_index_cannot_point_outside(folder: Path, name: str):
+    (folder / model_folder.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
+    assert "not in the folder" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gpt_neox"}, "model type 'gpt_neox' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"vocab_size": 0}, "no vocab_size"),
+        ({"vocab_size": "many"}, "cannot be read"),
+    ],
+)
+def test_refused_configs(folder: Path, change: dict[str, object], reason: str):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    assert reason in refused(folder)
+
+
+def test_missing_parts_are_named(folder: Path):
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer" in refused(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json" in refused(folder)
+    assert "not a folder" in refused(folder / "nowhere")
+
+
+def test_pickled_weights_are_refused_by_name(folder: Path):
+    (folder / "model.safetensors").unlink()
+    assert "no safetensors weights" in refused(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin" in refused(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, struct.pack("<Q", 4) + b"nope"])
+def test_broken_weights_are_refused(folder: Path, content: bytes):
+    (folder / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refused(folder)
+
+
+def test_public_files_never_hold_weights(folder: Path):
+    (folder / "secret.json").write_text("{}")
+    assert model_folder.tokenizer_files(folder) == ["config.json", "tokenizer.json"]
+    assert model_folder.weight_files(folder) == ["model.safetensors"]
+
+
+def test_snapshot_sha_is_of_the_content(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    sha = model_folder.snapshot_sha(folder)
+    assert len(sha) == 40
+    copy = tmp_path_factory.mktemp("copy")
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert model_folder.snapshot_sha(copy) == sha
+    (copy / "tokenizer.json").write_text("{ }")
+    assert model_folder.snapshot_sha(copy) != sha
+
+
+def test_content_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    sha = model_folder.snapshot_sha(folder)
+    monkeypatch.setattr(model_folder.hashlib, "file_digest", None)
+    assert model_folder.snapshot_sha(folder) == sha
