@@ -1,15 +1,13 @@
 """``selfloop demo``: a server, the official client and the quickstart script, in one go."""
 
-import importlib.metadata
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,22 +16,14 @@ from typing import NoReturn
 import httpx
 from rich.console import Console
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-CLIENT_PACKAGE = "baseten-loops"
-CLIENT_VERSION = "0.32.0"
-CLIENT_REQUIREMENTS = (f"{CLIENT_PACKAGE}=={CLIENT_VERSION}", "jinja2")
+from selfloop.cli import client_env
+
+EXAMPLES = client_env.CLONE / "examples"
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
 _LOG_TAIL_LINES = 30
-
-_HAS_CLIENT = f"""
-from importlib.metadata import version
-version("jinja2")
-assert version({CLIENT_PACKAGE!r}) == {CLIENT_VERSION!r}
-"""
-_IS_NEW_ENOUGH = "import sys, venv, ensurepip; assert sys.version_info >= (3, 12)"
 
 # What would send the script elsewhere than to the demo's own server.
 _DROPPED = ("HF_HUB_OFFLINE", "HF_TOKEN", "PYTHONPATH", "TRANSFORMERS_OFFLINE", "LOOPS_TEAM")
@@ -88,25 +78,20 @@ def _run(console: Console, data_dir: Path, base_model: str | None, steps: int | 
 
 
 def client_python(data_dir: Path, console: Console) -> str:
-    """A Python that has the official client: this one, or that of an environment made below ``data_dir``."""
-    if sys.version_info >= (3, 12) and _has_client_here():
-        return sys.executable
+    """A Python that has the official client; an environment is made below ``data_dir`` if there is none yet."""
     environment = data_dir / "client-env"
-    python = str(environment / "bin" / "python")
-    if _succeeds(python, _HAS_CLIENT):
+    python = client_env.find_client_python(environment)
+    if python is not None:
         return python
-    base = next(_newer_pythons(), None)
+    base = next(client_env.newer_pythons(), None)
     if base is None:
-        raise DemoFailed(
-            "The official client needs Python 3.12 or newer, and none was found on this machine. "
-            "Install one (`uv python install 3.12`, `pyenv install 3.12` or your system's python3.12) "
-            "and run the demo again. The server itself is fine with this Python."
-        )
-    with console.status(f"Installing {CLIENT_PACKAGE} {CLIENT_VERSION} into {environment} (once)"):
-        _check_call([base, "-m", "venv", "--clear", str(environment)])
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        _check_call([*pip, *CLIENT_REQUIREMENTS])
-    return python
+        raise DemoFailed(client_env.NO_PYTHON)
+    with console.status(f"Installing {client_env.CLIENT_PACKAGE} into {environment} (once)"):
+        try:
+            client_env.make_environment(environment, base)
+        except client_env.ClientEnvironmentFailed as failure:
+            raise DemoFailed(str(failure)) from failure
+    return str(client_env.python_of(environment))
 
 
 def client_environment(environ: Mapping[str, str], url: str, key: str, data_dir: Path) -> dict[str, str]:
@@ -206,41 +191,6 @@ def _sigterm_as_exit() -> Generator[None, None, None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _newer_pythons() -> Iterator[str]:
-    """Interpreters of 3.12 or newer, ready to make environments; the oldest such version first."""
-    candidates = [sys.executable]
-    candidates += [found for v in ("3.12", "3.13", "3.14") if (found := shutil.which(f"python{v}"))]
-    candidates += [str(path) for path in sorted(Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python"))]
-    yield from (python for python in candidates if _succeeds(python, _IS_NEW_ENOUGH))
-    uv = shutil.which("uv")
-    if uv is not None:
-        found = subprocess.run([uv, "python", "find", ">=3.12"], capture_output=True, text=True, check=False)
-        if found.returncode == 0 and _succeeds(found.stdout.strip(), _IS_NEW_ENOUGH):
-            yield found.stdout.strip()
-
-
-def _has_client_here() -> bool:
-    try:
-        importlib.metadata.version("jinja2")
-        return importlib.metadata.version(CLIENT_PACKAGE) == CLIENT_VERSION
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _succeeds(python: str, code: str) -> bool:
-    """Whether ``python`` exists and runs ``code``. A shim of a version manager may exist and yet not run."""
-    try:
-        return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-def _check_call(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode != 0:
-        raise DemoFailed(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
 
 
 def _free_port() -> int:

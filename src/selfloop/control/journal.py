@@ -161,17 +161,19 @@ class Journal:
         """Drop the payloads that a snapshot at ``position`` makes superfluous."""
         async with self._db.write() as session:
             rows = await queries_operations.covered_payloads(session, run_id, position)
+            keys = [row.payload_key for row in rows]
             await queries_operations.drop_payloads(session, run_id, [row.id for row in rows])
-        await self._delete([row.payload_key for row in rows])
+        await self._delete(keys)
 
     async def purge(self, before: float) -> None:
         """Let go of results finished ``before``, and of rows that recovery no longer needs."""
         async with self._db.write() as session:
             stale = await queries_operations.stale_results(session, before)
+            keys = [row.result_key for row in stale]
             await queries_operations.drop_results(session, stale)
             gone = await queries_operations.expired(session, before)
             await queries_operations.remove(session, gone)
-        await self._delete([row.result_key for row in stale])
+        await self._delete(keys)
 
     async def _store(self, key: str, data: bytes) -> str | None:
         if len(data) <= _INLINE_BYTES:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _WINDOW = 3
 # An operation that took its worker down this often is to blame.
 _MAX_ATTEMPTS = 2
+_MAX_REOPENINGS = 3
 _SAVES = {"save_state", "save_weights_for_sampler"}
 
 _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
@@ -81,6 +82,7 @@ class RunActor:
         self._last_done: tuple[int, int] | None = None
         self._park_requests: list[asyncio.Future[None]] = []
         self._halted = False
+        self._num_lost_reopening = 0
         self._task = asyncio.create_task(self._drive(), name=f"run-{run.id}")
 
     # -- from outside ---------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class RunActor:
                 else:
                     await self._wakeup.wait()
             except WorkerLost as lost:
-                await self._recover(str(lost))
+                await self._recover(lost)
             except OperationFailed as error:
                 # The base model cannot be served, or the run's state cannot be brought back.
                 await self._fail_all(error)
@@ -200,6 +202,9 @@ class RunActor:
             return False
         if not self._in_flight:
             return True
+        if self._worker is None or self._worker.lost.done():
+            # First settle what a lost worker still answered: recovery replays settled operations only.
+            return False
         # A load reads files that an operation before it may still be writing, and is followed by a snapshot;
         # a snapshot must not contain operations later than its position. So both find the worker's queue empty.
         if "load_state" in (self._queue[0].row.kind, self._in_flight[-1].queued.row.kind):
@@ -214,7 +219,16 @@ class RunActor:
         if self._worker is not None and not self._worker.lost.done():
             return self._worker
         worker = await self._lifecycle.wake(self.run.deployment_id)
-        await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+        try:
+            await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+        except WorkerLost as lost:
+            self._num_lost_reopening += 1
+            if self._num_lost_reopening < _MAX_REOPENINGS:
+                raise
+            self._num_lost_reopening = 0
+            cause = f"the worker died {_MAX_REOPENINGS} times while rebuilding the run's state: {lost}"
+            raise OperationFailed(cause, "RecoveryFailed") from None
+        self._num_lost_reopening = 0
         self._worker = worker
         return worker
 
@@ -298,22 +312,20 @@ class RunActor:
                 if not request.done():
                     request.set_result(None)
 
-    async def _recover(self, reason: str) -> None:
-        log.warning("run %s lost its worker: %s", self.run.id, reason)
+    async def _recover(self, lost: WorkerLost) -> None:
+        log.warning("run %s lost its worker: %s", self.run.id, lost)
         self._worker = None
         returned = [flight.queued for flight in self._in_flight]
         self._in_flight.clear()
         for queued in returned:
             heapq.heappush(self._queue, queued)
-        if returned:
-            # Only the first was being carried out; the others waited behind it.
+        if returned and lost.begun:
             suspect = returned[0]
             suspect.num_attempts += 1
             if suspect.num_attempts >= _MAX_ATTEMPTS:
                 self.remove(suspect.row.id)
-                await self._settlement.fail(
-                    suspect.row, f"it ended its worker {_MAX_ATTEMPTS} times: {reason}", "WorkerLost"
-                )
+                cause = f"it ended its worker {_MAX_ATTEMPTS} times: {lost}"
+                await self._settlement.fail(suspect.row, cause, "WorkerLost")
 
     async def _fail_all(self, error: OperationFailed) -> None:
         for row in self.drain():

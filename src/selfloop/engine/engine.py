@@ -190,7 +190,9 @@ class Engine:
             grad_P.add_(before.grad_P)
             num_tokens += before.num_tokens
             if not all_finite(grad_P):
-                raise OperationFailed("the sum with the gradients accumulated before is not finite", "NonFiniteGradient")
+                raise OperationFailed(
+                    "the sum with the gradients accumulated before is not finite", "NonFiniteGradient"
+                )
         run.accumulated = Accumulated(grad_P, num_tokens, normalised=not skip)
         return _loss_result(totals, data, skip=skip)
 

@@ -73,4 +73,8 @@ class OperationFailed(SelfloopError):
 
 
 class WorkerLost(SelfloopError):
-    """The worker process died and could not be brought back."""
+    """The worker process is gone; ``begun`` tells whether it had begun the call that this error answers."""
+
+    def __init__(self, reason: str, *, begun: bool = False) -> None:
+        super().__init__(reason)
+        self.begun = begun

@@ -15,6 +15,7 @@ import zmq.asyncio
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.launch_local import WorkerCommand, launch_worker
 from selfloop.worker.protocol import (
+    Begun,
     Call,
     Command,
     LoadFailed,
@@ -43,6 +44,7 @@ class WorkerClient:
         self._on_loading = on_loading
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._begun: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
@@ -112,6 +114,8 @@ class WorkerClient:
                 case ReplyError(ticket, error, error_class):
                     failure = OperationFailed(error, error_class)
                     self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
+                case Begun(ticket):
+                    self._begun = ticket
                 case Loading(stage):
                     self._on_loading(stage)
                 case Ready(info):
@@ -139,9 +143,9 @@ class WorkerClient:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
             self.ready.exception()
-        for future in self._waiting.values():
+        for ticket, future in self._waiting.items():
             if not future.done():
-                future.set_exception(WorkerLost(reason))
+                future.set_exception(WorkerLost(reason, begun=ticket == self._begun))
                 _retrieve(future)
         self._waiting.clear()
 

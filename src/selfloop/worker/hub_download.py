@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # the HTTP library differs between its releases
 
-from selfloop.types.model_folder import PUBLIC_FILES, WEIGHTS_INDEX, check_config
 from selfloop.types.errors import BadRequest, Denied, NotFound, NotReady
+from selfloop.types.model_folder import PUBLIC_FILES, WEIGHTS_INDEX, check_config
 
 Report = Callable[[str, float], None]
 

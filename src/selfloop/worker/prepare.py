@@ -24,8 +24,8 @@ from typing import NoReturn
 
 import msgspec
 
-from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.model_folder import ModelFacts, read_facts
 
 Report = Callable[[str, float], None]
 """Called with a stage and the fraction of the whole that is done."""

@@ -14,7 +14,7 @@ import torch
 import zmq
 
 from selfloop.engine.engine import Engine
-from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.operation import (
     Forward,
     ForwardBackward,
@@ -29,6 +29,7 @@ from selfloop.types.result import Result, SaveResult
 from selfloop.types.sampling import SampleRequest
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.protocol import (
+    Begun,
     Call,
     CancelSample,
     CloseRun,
@@ -127,6 +128,8 @@ class Worker:
     def _sample_once(self) -> None:
         for result in self._engine.sample_step():
             self._send(Reply(self._samples.pop(result.request_id)), encode(result))
+        for request_id, error in self._engine.take_failed_samples():
+            self._send(ReplyError(self._samples.pop(request_id), str(error), error.error_class))
 
     def _train_once(self) -> None:
         run_id = self._turns.popleft()
@@ -146,6 +149,7 @@ class Worker:
             case Snapshot(run_id, write_to):
                 self._engine.snapshot(run_id, Path(write_to))
             case Execute() as execute:
+                self._send(Begun(call.ticket))
                 body = encode(self._execute(execute, _operation_decoder.decode(payload)))
             case other:
                 raise AssertionError(other)
@@ -187,7 +191,7 @@ class Worker:
     def _guard(self, ticket: int, act: Callable[[], None]) -> None:
         try:
             act()
-        except (BadRequest, OperationFailed) as error:
+        except (BadRequest, NotFound, OperationFailed) as error:
             self._send(ReplyError(ticket, str(error), getattr(error, "error_class", type(error).__name__)))
         except Exception as error:  # The worker's edge: one bad call must not end every run it holds.
             log.exception("call %d failed", ticket)

@@ -104,6 +104,12 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     cause: str
 
 
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    """An ``Execute`` call has its turn; if the process dies before the answer, this call is the suspect."""
+
+    ticket: int
+
+
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """The call succeeded; its result's msgpack bytes (perhaps none) are the second frame."""
 
@@ -118,7 +124,7 @@ class ReplyError(msgspec.Struct, frozen=True, tag=True):
     error_class: str
 
 
-Event = Loading | Ready | LoadFailed | Reply | ReplyError
+Event = Loading | Ready | LoadFailed | Begun | Reply | ReplyError
 
 call_decoder = msgspec.msgpack.Decoder(Call)
 event_decoder: "msgspec.msgpack.Decoder[Event]" = msgspec.msgpack.Decoder(Event)

@@ -70,3 +70,11 @@ def test_streams_are_stable_and_differ():
     assert first(1, 0) == first(1, 0)
     assert len({first(seed, index) for seed in (0, 1, -5, 2**80) for index in range(4)}) == 16
     assert first(None, 0) != first(None, 0)
+
+
+def test_rows_drawn_in_several_passes_are_the_same(monkeypatch):
+    uniforms = [0.1, 0.6, 0.95]
+    params = [SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.0, 1.0)]
+    at_once = draw(LOGITS.repeat(3, 1), params, uniforms)
+    monkeypatch.setattr("selfloop.engine.sample.sampler._MAX_ELEMENTS", 2 * len(LOGITS))
+    assert draw(LOGITS.repeat(3, 1), params, uniforms) == at_once

@@ -346,3 +346,15 @@ def test_truncated_adapter_is_refused(engine, adapter_dir):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(OperationFailed, match="cannot be read"):
         engine.load_adapter("c", adapter_dir)
+
+
+def test_gradients_whose_sum_overflows_leave_the_run_as_it_was(trained):
+    run = trained._runs["run"]
+    trained.forward_backward("run", some_data(), "cross_entropy", {})
+    run.accumulated.grad_P.fill_(3e38)
+    weights = [3e37 * (-1.0) ** i for i in range(9)]
+    large = tiny_models.next_token_datum(tiny_models.random_ids(10, seed=3), weights)
+    before = state(trained)
+    with pytest.raises(OperationFailed, match="not finite"):
+        trained.forward_backward("run", [large], "cross_entropy", {})
+    assert same(before, state(trained))

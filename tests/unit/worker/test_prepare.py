@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.server.hub import router
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.worker import prepare
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
-from selfloop.types.model_folder import read_facts
 from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.model_folder import read_facts
 from selfloop.worker.launch_local import launch_prepare
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from selfloop.types.sampling import SamplingParams
 
-
 _MAX_ELEMENTS = 4 * 2**20  # of one float64 pass over the vocabulary
 
 

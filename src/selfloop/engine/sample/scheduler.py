@@ -4,8 +4,9 @@ A request waits until the cache has room for its prompt and one whole sample; it
 room frees, so nothing that has started ever runs out of cache.
 """
 
-import itertools
 from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from selfloop.engine.sample.sequence import ActiveRequest, Sample, sample_genera
 from selfloop.engine.sample.stop import Decode, Ending, ending
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.sampling import SampledSequence, SampleRequest, SampleResult
+
+_Item = TypeVar("_Item")
 
 
 class SamplingScheduler:
@@ -41,7 +44,6 @@ class SamplingScheduler:
         self._max_batch = max_batch
         self._decode_text = decode
         self._end_tokens = frozenset(decoder.config.eos_token_ids)
-        self._order = itertools.count()
         self._waiting: deque[ActiveRequest] = deque()
         self._active: list[ActiveRequest] = []
         self._samples: list[Sample] = []
@@ -70,7 +72,7 @@ class SamplingScheduler:
             raise BadRequest(
                 "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
             )
-        active = ActiveRequest(request, adapter, next(self._order))
+        active = ActiveRequest(request, adapter)
         if active.prompt_pages + active.sample_pages > self._pool.num_pages:
             raise BadRequest("max_tokens", "prompt and max_tokens exceed the KV cache of this sampler")
         self._waiting.append(active)
@@ -125,7 +127,7 @@ class SamplingScheduler:
                 budget -= stop - request.num_prefilled
         if not batch:
             return
-        batch.sort(key=lambda item: _adapter_key(item[0].adapter))
+        batch = _by_adapter(batch, lambda item: item[0].adapter)
         h_TD = self._prefill_forward(batch)
         for (request, chunk), h_ND in zip(batch, h_TD.split([c.stop - c.start for _, c in batch]), strict=True):
             self._prefilled(request, chunk, h_ND)
@@ -186,7 +188,7 @@ class SamplingScheduler:
     def _grow(self, samples: list[Sample]) -> None:
         if not samples:
             return
-        samples = sorted(samples, key=lambda s: _adapter_key(s.parent.adapter))
+        samples = _by_adapter(samples, lambda s: s.parent.adapter)
         device = self._decoder.device
         positions = [s.position for s in samples]
         h_BD = self._decoder.forward(
@@ -245,6 +247,7 @@ class SamplingScheduler:
         ]
 
 
-def _adapter_key(adapter: Adapter | None) -> int:
-    """Brings rows of one adapter together."""
-    return 0 if adapter is None else id(adapter)
+def _by_adapter(items: list[_Item], adapter_of: Callable[[_Item], Adapter | None]) -> list[_Item]:
+    """Rows of one adapter together, adapters in the order they appear, so that a batch is reproducible."""
+    places: dict[int, int] = {}
+    return sorted(items, key=lambda item: places.setdefault(id(adapter_of(item)), len(places)))

@@ -17,7 +17,6 @@ class ActiveRequest:
     """State of one request.
 
     Args:
-        order: place in the order of submission.
         pages: cache of the prompt, until every sample has started.
         num_prefilled: prompt tokens already in the cache.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
@@ -27,7 +26,6 @@ class ActiveRequest:
 
     request: SampleRequest
     adapter: Adapter | None
-    order: int
     pages: list[int] = field(default_factory=list[int])
     num_prefilled: int = 0
     first_logits_V: Tensor | None = None

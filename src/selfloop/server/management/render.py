@@ -16,7 +16,7 @@ from selfloop.server.auth import control_of, public_base
 from selfloop.server.management import schemas as s
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
-from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
+from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
 from selfloop.types.uris import CheckpointUri
 
 
@@ -36,7 +36,9 @@ class Renderer:
             created_at=s.iso(row.created_at),
             model_id=row.model_id,
             deployment_id=row.deployment_id,
-            status=s.LoopsSamplerStatusV1(name=SamplerStatus(status), reason=self._control.lifecycle.describe(row.id)),
+            status=s.LoopsSamplerStatusV1(
+                name=s.DeploymentStatusV1(status), reason=self._control.lifecycle.describe(row.id)
+            ),
             run_id=row.run_id,
         )
 

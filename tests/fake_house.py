@@ -1,0 +1,124 @@
+"""A gateway's inside on a temporary folder, with a fake worker; can be torn down and set up again on the same data."""
+
+import time
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from fake_worker import FakeLifecycle
+from selfloop.control.context import Context
+from selfloop.control.journal import Journal, Submission
+from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.operations import Operations
+from selfloop.control.resources.catalogue import Catalogue
+from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
+from selfloop.control.settle import Settlement
+from selfloop.control.workers import WorkerPool
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import migrate, queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import DeploymentRow, KeyRow, RunRow, SessionRow, TeamRow
+from selfloop.types.operation import Operation, kind_of
+
+RUN_ID = "run0001"
+
+
+class FakeHouse:
+    """``await FakeHouse.open(folder)`` is a gateway's start; ``crash()`` its death at any instant."""
+
+    def __init__(self, folder: Path, config: SchedulerConfig) -> None:
+        migrate.upgrade(folder / "test.db")
+        self.db = Database(folder / "test.db")
+        self.blobs = LocalBlobs(folder)
+        self.journal = Journal(self.db, self.blobs)
+        self.settlement = Settlement(self.db, self.blobs, self.journal)
+        self.lifecycle = FakeLifecycle()
+        lifecycle = cast(Lifecycle, self.lifecycle)
+        self.scheduler = Scheduler(
+            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config)
+        )
+        catalogue = Catalogue(self.db, folder / "models")
+        context = Context(
+            self.db,
+            self.blobs,
+            self.journal,
+            self.settlement,
+            cast(WorkerPool, None),
+            lifecycle,
+            self.scheduler,
+            catalogue,
+        )
+        self.operations = Operations(context)
+
+    @classmethod
+    async def open(cls, folder: Path, config: SchedulerConfig | None = None) -> "FakeHouse":
+        house = cls(folder, config or SchedulerConfig())
+        async with house.db.write() as session:
+            if await queries_resources.run(session, RUN_ID) is None:
+                now = time.time()
+                session.add(TeamRow(id="team", name="team", is_default=True, created_at=now))
+                await session.flush()
+                session.add(KeyRow(id="key", team_id="team", name="k", sha256="0", prefix="0", created_at=now))
+                await session.flush()
+                session.add(SessionRow(id="session", team_id="team", key_id="key", created_at=now))
+                session.add(_deployment(now))
+                await session.flush()
+                session.add(_run(now))
+        await house.operations.start()
+        return house
+
+    async def run(self) -> RunRow:
+        actor = self.scheduler.known(RUN_ID)
+        if actor is not None:
+            return actor.run
+        async with self.db.read() as session:
+            row = await queries_resources.run(session, RUN_ID)
+        assert row is not None
+        return row
+
+    async def submit(self, operation: Operation, seq: int | None, id: str, fingerprint: str = "") -> str:
+        payload = msgspec.msgpack.encode(operation)
+        submission = Submission(id, kind_of(operation), seq, fingerprint or id, payload)
+        return await self.operations.accept(await self.run(), submission)
+
+    async def crash(self) -> None:
+        """Everything in memory is gone; what was durable stays."""
+        for worker in self.lifecycle.workers:
+            worker.die()
+        await self.scheduler.stop(0.0)
+        await self.operations.stop()
+        await self.lifecycle.close()
+        await self.db.close()
+
+
+def _deployment(now: float) -> DeploymentRow:
+    return DeploymentRow(
+        id="deploy",
+        team_id="team",
+        key_id="key",
+        base_model="tiny",
+        model_name="tiny",
+        status="RUNNING",
+        scale_down_delay_s=3600,
+        created_at=now,
+    )
+
+
+def _run(now: float) -> RunRow:
+    return RunRow(
+        id=RUN_ID,
+        session_id="session",
+        team_id="team",
+        key_id="key",
+        deployment_id="deploy",
+        name="run",
+        base_model="tiny",
+        model_name="tiny",
+        lora_rank=8,
+        initial_rank=8,
+        max_seq_len=64,
+        seed=1,
+        status="ACTIVE",
+        created_at=now,
+    )

@@ -1,0 +1,195 @@
+"""A worker without an engine: it does what control asks of one, with arithmetic that shows every mistake of order."""
+
+import asyncio
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.operation import (
+    Forward,
+    ForwardBackward,
+    InitTrainer,
+    LoadState,
+    Operation,
+    OptimStep,
+    SaveState,
+    SaveWeightsForSampler,
+)
+from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
+from selfloop.types.status import CheckpointTarget
+from selfloop.worker.protocol import CloseRun, Command, Execute, OpenRun, Snapshot
+
+_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+_MODULUS = 1_000_003
+
+
+@dataclass
+class FakeState:
+    """``weights`` depends on every operation and on their order."""
+
+    weights: int = 1
+    gradient: int = 0
+    step: int = 0
+
+    def apply(self, operation: Operation) -> Result:
+        match operation:
+            case InitTrainer(rank):
+                self.weights, self.gradient, self.step = rank, 0, 0
+                return InitResult(0, rank)
+            case Forward(_, loss_fn, config):
+                return self._loss(loss_fn, config)
+            case ForwardBackward(_, loss_fn, config):
+                result = self._loss(loss_fn, config)
+                self.gradient = (self.gradient * 3 + int(config["value"])) % _MODULUS
+                return result
+            case OptimStep():
+                self.weights = (self.weights * 31 + self.gradient) % _MODULUS
+                self.gradient, self.step = 0, self.step + 1
+                return StepResult({"step": float(self.step), "weights": float(self.weights)})
+            case _:
+                raise AssertionError(operation)
+
+    def _loss(self, loss_fn: str, config: dict[str, float | bool]) -> LossResult:
+        if loss_fn == "fails":
+            raise OperationFailed("asked to fail", "Asked")
+        return LossResult(float(self.weights * 7 + self.gradient), [], {"value": float(config["value"])})
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> "FakeState":
+        return cls(**json.loads((folder / "state.json").read_text()))
+
+
+class FakeWorker:
+    """Answers calls in order, each after a turn of the event loop, until it is told to die."""
+
+    def __init__(self) -> None:
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.runs: dict[str, FakeState] = {}
+        self.executed: list[str] = []
+        self.dies_at: int | None = None
+        self._begun: asyncio.Future[bytes] | None = None
+        self._calls: asyncio.Queue[tuple[Command, bytes, asyncio.Future[bytes]]] = asyncio.Queue()
+        self._task = asyncio.create_task(self._serve())
+
+    def call(self, command: Command, payload: bytes = b"") -> "asyncio.Future[bytes]":
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        if self.lost.done():
+            future.set_exception(WorkerLost("dead"))
+        else:
+            self._calls.put_nowait((command, payload, future))
+        return future
+
+    def die(self) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result("killed by the test")
+        self._task.cancel()
+        while not self._calls.empty():
+            self._lose(self._calls.get_nowait()[2])
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _lose(self, future: "asyncio.Future[bytes]") -> None:
+        if not future.done():
+            future.set_exception(WorkerLost("killed by the test", begun=future is self._begun))
+            future.exception()
+
+    async def _serve(self) -> None:
+        while True:
+            command, payload, future = await self._calls.get()
+            try:
+                await asyncio.sleep(0)
+                if isinstance(command, Execute):
+                    self._begun = future
+                if self.dies_at is not None and len(self.executed) >= self.dies_at:
+                    asyncio.get_running_loop().call_soon(self.die)
+                    await asyncio.sleep(3600)
+                body = self._perform(command, payload)
+            except asyncio.CancelledError:
+                self._lose(future)
+                raise
+            except OperationFailed as error:
+                future.set_exception(error)
+            else:
+                if not future.done():
+                    future.set_result(body)
+
+    def _perform(self, command: Command, payload: bytes) -> bytes:
+        match command:
+            case OpenRun(run_id, lora_rank, _seed, initial, snapshot):
+                start = snapshot or initial
+                self.runs[run_id] = FakeState.load(Path(start)) if start else FakeState(weights=lora_rank)
+                return b""
+            case CloseRun(run_id):
+                del self.runs[run_id]
+                return b""
+            case Snapshot(run_id, write_to):
+                self.runs[run_id].save(Path(write_to))
+                return b""
+            case Execute(run_id):
+                self.executed.append(run_id)
+                return msgspec.msgpack.encode(self._execute(command, _decoder.decode(payload)))
+            case other:
+                raise AssertionError(other)
+
+    def _execute(self, command: Execute, operation: Operation) -> Result:
+        state = self.runs[command.run_id]
+        match operation:
+            case SaveState(checkpoint_id, name) | SaveWeightsForSampler(checkpoint_id, name):
+                assert command.write_to is not None
+                state.save(Path(command.write_to))
+                is_trainer = isinstance(operation, SaveState)
+                target = CheckpointTarget.TRAINER if is_trainer else CheckpointTarget.SAMPLER
+                return SaveResult(checkpoint_id, name, target, state.step, 8, 32.0, 1)
+            case LoadState(with_optimizer=with_optimizer):
+                assert command.read_from is not None
+                loaded = FakeState.load(Path(command.read_from))
+                state.weights, state.gradient = loaded.weights, 0
+                state.step = loaded.step if with_optimizer else 0
+                return LoadResult(state.step, 8)
+            case _:
+                return state.apply(operation)
+
+
+@dataclass
+class FakeLifecycle:
+    """Capacity that is always granted; a worker that died is replaced."""
+
+    workers: list[FakeWorker] = field(default_factory=list)
+    failure: OperationFailed | None = None
+    dies_at: int | None = None
+    always_dies_at: int | None = None
+
+    async def wake(self, _id: str) -> FakeWorker:
+        if self.failure is not None:
+            raise self.failure
+        if not self.workers or self.workers[-1].lost.done():
+            worker = FakeWorker()
+            worker.dies_at = self.dies_at if self.always_dies_at is None else self.always_dies_at
+            self.dies_at = None
+            self.workers.append(worker)
+        return self.workers[-1]
+
+    @contextmanager
+    def using(self, _id: str) -> Generator[None]:
+        yield
+
+    def touch(self, _id: str) -> None: ...
+
+    def describe(self, _id: str) -> str:
+        return "loading"
+
+    async def close(self) -> None:
+        for worker in self.workers:
+            await worker.close()

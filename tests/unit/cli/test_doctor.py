@@ -1,0 +1,138 @@
+"""What the doctor sees, and what it advises."""
+
+import socket
+import sqlite3
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from selfloop.cli import client_env, doctor
+from selfloop.cli.doctor import Verdict
+from selfloop.cli.main import app
+from selfloop.storage.db import migrate
+from selfloop.worker import smollm2
+
+
+@contextmanager
+def http_server(body: bytes) -> Generator[int]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_env, "find_client_python", lambda *environments: None)
+    monkeypatch.setattr(client_env, "newer_pythons", lambda: iter(()))
+
+
+def test_a_machine_that_can_serve(tmp_path: Path, no_client: None):
+    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path / "new"), "--port", str(free_port())])
+    assert result.exit_code == 0, result.output
+    for word in ("PyTorch", "memory", "database", "embedded model", "official client", "Ready: selfloop serve"):
+        assert word in result.output
+    assert not (tmp_path / "new").exists(), "the doctor only looks"
+
+
+def test_a_problem_is_exit_code_one(tmp_path: Path, no_client: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_PROBE_TORCH", "raise ImportError('no torch here')")
+    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path), "--port", str(free_port())])
+    assert result.exit_code == 1
+    assert "Not ready: engine libraries, PyTorch." in result.output
+    assert "no torch here" in doctor.check_torch().found
+
+
+def test_ports():
+    assert doctor.check_port(free_port()).verdict is Verdict.OK
+    with http_server(b'{"status": "ok", "version": "9.9.9"}') as port:
+        check = doctor.check_port(port)
+        assert check.verdict is Verdict.OK
+        assert "9.9.9" in check.found
+    for body in (b"<html>", b'{"hello": 1}'):
+        with http_server(body) as port:
+            assert doctor.check_port(port).verdict is Verdict.PROBLEM
+
+
+def test_databases(tmp_path: Path):
+    assert doctor.check_database(tmp_path).found == "made at the first start"
+    file = tmp_path / "selfloop.db"
+    migrate.upgrade(file)
+    assert doctor.check_database(tmp_path).found == "up to date"
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    assert doctor.check_database(tmp_path).verdict is Verdict.PROBLEM
+    file.write_bytes(b"this is no database, whatever its name says" * 100)
+    assert doctor.check_database(tmp_path).verdict is Verdict.PROBLEM
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert doctor.check_disk(tmp_path / "a" / "b").verdict in (Verdict.OK, Verdict.WARNING)
+    (tmp_path / "file").write_text("")
+    assert doctor.check_disk(tmp_path / "file").verdict is Verdict.PROBLEM
+    for free, verdict in ((10**7, Verdict.PROBLEM), (10**9, Verdict.WARNING), (10**10, Verdict.OK)):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert doctor.check_disk(tmp_path).verdict is verdict
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch):
+    for free, verdict in ((10**9, Verdict.WARNING), (10**10, Verdict.OK)):
+        monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert doctor.check_memory().verdict is verdict
+
+
+def test_bfloat16(tmp_path: Path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx512_bf16\n")
+    assert "with bfloat16" in doctor.check_cpu(cpuinfo).found
+    cpuinfo.write_text("flags : fpu avx2\n")
+    assert "float32" in doctor.check_cpu(cpuinfo).found
+    assert doctor.check_cpu(tmp_path / "absent").verdict is Verdict.OK
+
+
+def test_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert (doctor.EMBEDDED_PACKAGE, doctor.EMBEDDED_VERSION) == (smollm2.PACKAGE, smollm2.VERSION)
+
+    def not_installed(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", not_installed)
+    assert doctor.check_model(tmp_path).verdict is Verdict.WARNING
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: doctor.EMBEDDED_VERSION)
+    assert doctor.check_model(tmp_path).verdict is Verdict.OK
+    (tmp_path / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct").mkdir(parents=True)
+    assert "prepared" in doctor.check_model(tmp_path).found
+
+
+def test_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client_env, "find_client_python", lambda *environments: "/here/python")
+    assert doctor.check_client(tmp_path).verdict is Verdict.OK
+    monkeypatch.setattr(client_env, "find_client_python", lambda *environments: None)
+    monkeypatch.setattr(client_env, "newer_pythons", lambda: iter(["/there/python3.12"]))
+    assert "/there/python3.12" in doctor.check_client(tmp_path).found
+    monkeypatch.setattr(client_env, "newer_pythons", lambda: iter(()))
+    assert "3.12" in doctor.check_client(tmp_path).advice
