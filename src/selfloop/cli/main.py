@@ -46,11 +46,12 @@ def serve(
         str | None, typer.Option(help="Base of the URLs in answers, behind a proxy that hides it.")
     ] = None,
     serve_weights: Annotated[bool, typer.Option(help="Let /hf give out weight files too.")] = False,
+    prepare: Annotated[bool, typer.Option(help="Prepare the embedded model at start, once.")] = True,
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
 
-    serve_command(host, port, data_dir, device, dtype, public_url, serve_weights)
+    serve_command(host, port, data_dir, device, dtype, public_url, serve_weights, prepare)
 
 
 @app.command()

@@ -19,6 +19,7 @@ def serve_command(
     dtype: str,
     public_url: str | None,
     serve_weights: bool,
+    prepare: bool,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import NewerDatabase
@@ -38,6 +39,7 @@ def serve_command(
         dtype=dtype,
         public_url=public_url,
         serve_weights=serve_weights,
+        prepare=prepare,
     )
     given = os.environ.get("SELFLOOP_API_KEY") or None
 

@@ -1,5 +1,6 @@
 """The gateway's inside, put together: made at start, stopped in order at the end."""
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -38,11 +39,12 @@ _STOP_GRACE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """Where the data lies and how workers run."""
+    """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for."""
 
     data_dir: Path
     device: str = "auto"
     dtype: str = "auto"
+    prepare_embedded: bool = True
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen
 
 
@@ -94,6 +96,7 @@ class Control:
         self.checkpoints = Checkpoints(self._context, _secret(data_dir / "link_secret"))
         self.operations = Operations(self._context)
         self.sampling = Sampling(self._context)
+        self._preparing: asyncio.Task[None] | None = None
 
     async def start(self, first_key: str | None) -> str | None:
         """Take up what an earlier gateway left; returns the first key if one was made just now."""
@@ -102,9 +105,14 @@ class Control:
         await self.lifecycle.start()
         await self.checkpoints.start()
         await self.operations.start()
+        if self.config.prepare_embedded:
+            self._preparing = asyncio.create_task(self.catalogue.prepare_embedded(), name="prepare-embedded")
         return made
 
     async def stop(self) -> None:
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.gather(self._preparing, return_exceptions=True)
         await self.operations.stop()
         await self._context.scheduler.stop(_STOP_GRACE_S)
         await self.lifecycle.stop()

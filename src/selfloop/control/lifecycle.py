@@ -103,7 +103,7 @@ class Lifecycle:
         for group in list(self._groups.values()):
             if group.is_awake:
                 await self._set_sleeping(group, "the server was restarted")
-        self._spawn(self._reap(), "reaper")
+        self._spawn(self._keep_reaping(), "reaper")
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -253,12 +253,16 @@ class Lifecycle:
 
     # -- scale to zero --------------------------------------------------------------------------------
 
-    async def _reap(self) -> None:
-        while True:
-            now = self._clock()
-            due = [g for g in self._groups.values() if g.is_awake and not g.num_uses and now - g.last_used >= g.delay_s]
-            for group in due:
+    async def reap(self) -> None:
+        """Put to sleep whatever has been idle for longer than its delay."""
+        now = self._clock()
+        for group in list(self._groups.values()):
+            if group.is_awake and not group.num_uses and now - group.last_used >= group.delay_s:
                 await self._scale_to_zero(group)
+
+    async def _keep_reaping(self) -> None:
+        while True:
+            await self.reap()
             await asyncio.sleep(_REAPER_PAUSE_S)
 
     async def _scale_to_zero(self, group: _Group) -> None:

