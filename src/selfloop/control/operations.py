@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 RESULT_KEPT_S = 3600.0
 _PURGE_EVERY_S = 60.0
-_RECENT_COUNT = 512
-_RECENT_MAX_BYTES = 256 * 1024
+_RECENT_COUNT = 128
+_RECENT_MAX_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)

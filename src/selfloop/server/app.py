@@ -11,6 +11,7 @@ import selfloop
 from selfloop.control.control import Control
 from selfloop.server import errors
 from selfloop.server.hub.routes import router as hub_router
+from selfloop.server.limits import BodyLimit
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
 from selfloop.server.settings import Settings
@@ -46,6 +47,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.state.settings = settings
     app.state.control = control
     errors.install(app)
+    app.add_middleware(BodyLimit)
 
     @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
     async def healthz() -> dict[str, str]:

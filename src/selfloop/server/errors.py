@@ -77,12 +77,19 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return response_of(BadRequest("body", "valid JSON"), request.url.path)
         location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
         field = ".".join(location) or "body"
         return response_of(BadRequest(field, str(first["msg"])), request.url.path)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        # What goes wrong while FastAPI reads a body comes as the cause of a plain 400.
+        if isinstance(error.__cause__, SelfloopError):
+            return response_of(error.__cause__, request.url.path)
+        if error.status_code == 400:
+            return response_of(BadRequest("body", "JSON that is not nested too deeply"), request.url.path)
         reason = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "HTTP_ERROR")
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})

@@ -1,27 +1,61 @@
-"""Read request bodies within bounds."""
+"""Read request bodies within bounds, and keep the event loop free of the large ones."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.types.errors import TooLarge
 
+T = TypeVar("T")
+
 _MIB = 1024 * 1024
+# Below this, the work is quicker than a thread's start.
+_INLINE_BYTES = 64 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
 
 
+class BodyLimit:
+    """Stops any request's body at the limit with :class:`TooLarge`, without reading on, whoever reads it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # The server has checked that it is a number, and ends a body that is longer.
+        declared = int(Headers(scope=scope).get("content-length", "0"))
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            if declared > MAX_BODY_BYTES:
+                raise _too_large()
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise _too_large()
+            return message
+
+        await self._app(scope, bounded, send)
+
+
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises :class:`TooLarge` as soon as the limit is passed, without reading on."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        parts.append(part)
-    return b"".join(parts)
+    """The whole body. Raises :class:`TooLarge` as soon as the limit is passed."""
+    return await request.body()
+
+
+async def off_loop(num_bytes: int, work: Callable[[], T]) -> T:
+    """The result of ``work`` on ``num_bytes``: in a thread when there are many, so that others are answered."""
+    if num_bytes <= _INLINE_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def _too_large() -> TooLarge:

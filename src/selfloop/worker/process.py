@@ -1,8 +1,11 @@
 """The worker process: owns an engine, takes calls from its gateway, shares the device between their kinds."""
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -54,6 +57,7 @@ log = logging.getLogger("selfloop.worker")
 
 _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 _IDLE_POLL_MS = 1000
+_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -207,9 +211,16 @@ def _path(text: str | None) -> Path | None:
 
 def _die_with(parent_pid: int) -> None:
     """End this process when its gateway is gone: the next gateway starts workers of its own."""
-    while os.getppid() == parent_pid:
-        time.sleep(0.5)
-    os._exit(3)
+    if sys.platform == "linux":
+        # At once, so that no late write of ours meets the next worker's.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(0.5)
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
@@ -223,7 +234,7 @@ def main() -> None:
     options = parser.parse_args()
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    threading.Thread(target=_die_with, args=(options.parent_pid,), daemon=True).start()
+    _die_with(options.parent_pid)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
 

@@ -76,8 +76,11 @@ class Access:
         team = await self.ensure_default_team()
         async with self._db.write() as session:
             if given is not None:
-                if await queries_access.key_by_hash(session, _digest(given)) is None:
+                known = await queries_access.key_by_hash(session, _digest(given))
+                if known is None:
                     session.add(_key_row(team.id, "environment", given))
+                elif known.revoked_at is not None:
+                    raise BadRequest("SELFLOOP_API_KEY", "another key: this one was revoked here")
                 return None
             if any(row.revoked_at is None for row in await queries_access.keys(session)):
                 return None

@@ -1,6 +1,7 @@
 """The model catalogue: which base models may be named here, and where their files lie."""
 
 import asyncio
+import functools
 import logging
 import re
 import time
@@ -15,7 +16,7 @@ from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
-from selfloop.types.model_folder import read_facts
+from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.worker.launch_local import launch_prepare
 
 log = logging.getLogger(__name__)
@@ -204,8 +205,14 @@ def _describe(row: ModelRow) -> Model:
     if row.path is None:
         assert row.source == "embedded", row.name
         return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
-    facts = read_facts(Path(row.path))
+    facts = _facts(row.path)
     return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
+
+
+@functools.cache
+def _facts(path: str) -> ModelFacts:
+    # Asked for with every operation, and a served folder does not change under a running server.
+    return read_facts(Path(path))
 
 
 def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:

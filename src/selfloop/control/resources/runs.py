@@ -30,6 +30,7 @@ Deployment = DeploymentRow
 
 MAX_LORA_RANK = 512
 _MAX_SEED = 2**63 - 1
+_MAX_DELAY_S = 2**31 - 1
 _UNUSABLE = {DeploymentStatus.STOPPED, DeploymentStatus.FAILED, DeploymentStatus.PREEMPTED}
 _UNHEALTHY = {SamplerStatus.DEPLOY_FAILED, SamplerStatus.UNHEALTHY, SamplerStatus.FAILED, SamplerStatus.INACTIVE}
 
@@ -100,6 +101,8 @@ class Runs:
         lora_rank = _checked_rank(request, checkpoint)
         if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
             raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
+        if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
+            raise BadRequest("scale_down_delay_seconds", f"1 to {_MAX_DELAY_S}, got {request.scale_down_delay_s}")
         reused = await self._reusable(caller, request, model)
         run_id = new_id()
         initial_key = await self._keep_initial(run_id, checkpoint)

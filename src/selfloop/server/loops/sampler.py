@@ -1,5 +1,6 @@
 """A sampler's data plane: completions, its model list, its policy version."""
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -19,6 +20,7 @@ from selfloop.types.status import SamplerStatus
 router = APIRouter(prefix="/loops/samplers/{sampler_id}", tags=["loops sampler"])
 
 _POLICY_VERSION_HEADER = "x-trainers-policy-version"
+_VERSION = re.compile(r"[0-9]{1,18}")
 _MAX_SAMPLES = 256
 _MAX_PROMPT_LOGPROBS = 20
 # Shorter than the 30 s that proxies and clients commonly allow a held request.
@@ -35,7 +37,7 @@ SamplerOf = Annotated[Sampler, Depends(sampler_of)]
 @router.post("/sample")
 async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Draw completions; the answer comes when they are drawn."""
-    body = await validate.decode(await read_body(request), wire.SampleBody)
+    body = validate.decode(await read_body(request), wire.SampleBody)
     await _check_identity(request, sampler, body, control)
     draw = _draw(body, sampler)
     weights = await _weights(request, sampler, caller, control)
@@ -92,8 +94,8 @@ async def _weights(request: Request, sampler: Sampler, caller: Caller, control: 
         checkpoint = await control.checkpoints.at_path(caller, path, "X-Checkpoint-Path")
         await control.catalogue.same_model(checkpoint.base_model, sampler.base_model, "X-Checkpoint-Path")
     floor = request.headers.get("x-min-policy-version")
-    if floor is not None and not floor.isdigit():
-        raise BadRequest("X-Min-Policy-Version", f"a policy version (a number >= 0), got {floor!r}")
+    if floor is not None and not _VERSION.fullmatch(floor):
+        raise BadRequest("X-Min-Policy-Version", f"a policy version (a number >= 0), got {floor[:200]!r}")
     min_version = None if floor is None else int(floor)
     return await control.sampling.weights(sampler, checkpoint, min_version, _FLOOR_HOLD_S)
 

@@ -16,6 +16,7 @@ from selfloop.server.errors import body_of
 from selfloop.server.limits import read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
+from selfloop.server.offload import off_loop
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id
@@ -65,7 +66,7 @@ async def policy_version(run: RunOf) -> dict[str, int]:
 @router.post("/init_trainer_server", status_code=202)
 async def init_trainer_server(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.InitTrainerBody)
+    body = validate.decode(raw, wire.InitTrainerBody)
     if body.base_model is not None and body.base_model != run.base_model:
         await control.catalogue.same_model(body.base_model, run.base_model, "base_model")
     if not 1 <= body.lora_rank <= MAX_LORA_RANK:
@@ -90,14 +91,14 @@ async def forward_backward(request: Request, run: RunOf, control: ControlOf) -> 
 @router.post("/optim_step", status_code=202)
 async def optim_step(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.OptimStepBody)
+    body = validate.decode(raw, wire.OptimStepBody)
     return await _accept(request, run, control, raw, body, OptimStep(validate.adam_params(body.adam_params)))
 
 
 @router.post("/save_state", status_code=202)
 async def save_state(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.SaveStateBody)
+    body = validate.decode(raw, wire.SaveStateBody)
     name, ttl = validate.checkpoint_name(body.name), validate.ttl_seconds(body.ttl_seconds)
     return await _accept(request, run, control, raw, body, SaveState(new_id(), name, ttl))
 
@@ -105,7 +106,7 @@ async def save_state(request: Request, run: RunOf, control: ControlOf) -> Respon
 @router.post("/save_weights_for_sampler", status_code=202)
 async def save_weights_for_sampler(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.SaveWeightsBody)
+    body = validate.decode(raw, wire.SaveWeightsBody)
     name, ttl = validate.checkpoint_name(body.name), validate.ttl_seconds(body.ttl_seconds)
     operation = SaveWeightsForSampler(new_id(), name, body.bump_version, ttl)
     return await _accept(request, run, control, raw, body, operation)
@@ -131,8 +132,10 @@ async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Respon
         case Outcome(result, error, error_class):
             if result is None:
                 return JSONResponse({"status": "error", "error": error, "error_class": error_class})
-            answer = {"status": "done", "result": render(result, run.id)}
-            return Response(msgspec.json.encode(answer), media_type="application/json")
+            content = await off_loop(
+                len(result), lambda: msgspec.json.encode({"status": "done", "result": render(result, run.id)})
+            )
+            return Response(content, media_type="application/json")
 
 
 @router.post("/operations/{operation_id}/cancel")
@@ -144,7 +147,7 @@ async def cancel(operation_id: str, run: RunOf, control: ControlOf) -> dict[str,
 
 async def _load(request: Request, run: Run, control: Control, *, with_optimizer: bool) -> Response:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.LoadStateBody)
+    body = validate.decode(raw, wire.LoadStateBody)
     await control.operations.check_loadable(run, body.path, with_optimizer=with_optimizer)
     return await _accept(request, run, control, raw, body, LoadState(body.path, with_optimizer))
 
@@ -153,10 +156,14 @@ async def _loss_request(
     request: Request, run: Run, control: Control
 ) -> tuple[bytes, wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
     raw = await read_body(request)
-    body = await validate.decode(raw, wire.ForwardBody)
     model = await control.catalogue.resolve(run.base_model)
     limits = validate.Limits(model.vocab_size, run.max_seq_len)
-    return raw, body, *validate.loss_call(body, limits)
+
+    def parse() -> tuple[wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
+        body = validate.decode(raw, wire.ForwardBody)
+        return body, *validate.loss_call(body, limits)
+
+    return raw, *await off_loop(len(raw), parse)
 
 
 async def _accept(
@@ -168,13 +175,12 @@ async def _accept(
         await control.catalogue.same_model(body.model, run.base_model, "model")
     if body.seq_id is not None and not 1 <= body.seq_id < 2**63:
         raise BadRequest("seq_id", f"a positive number, got {body.seq_id}")
-    kind = kind_of(operation)
     submission = Submission(
         id=checked_operation_id(request.headers.get("idempotency-key") or new_id() + new_id()),
-        kind=kind,
+        kind=kind_of(operation),
         seq=body.seq_id,
-        fingerprint=validate.fingerprint(request.url.path, raw),
-        payload=msgspec.msgpack.encode(operation),
+        fingerprint=await off_loop(len(raw), lambda: validate.fingerprint(request.url.path, raw)),
+        payload=await off_loop(len(raw), lambda: msgspec.msgpack.encode(operation)),
     )
     operation_id = await control.operations.accept(run, submission)
     return JSONResponse(

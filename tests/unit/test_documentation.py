@@ -1,0 +1,121 @@
+"""What the server offers is documented, and the documentation is what the server offers."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import msgspec
+import pytest
+import typer
+from pydantic import BaseModel
+
+from selfloop.cli.main import app as cli
+from selfloop.control.control import Control
+from selfloop.server.app import make_app
+from selfloop.server.loops import wire
+from selfloop.server.management import schemas
+from selfloop.server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+COMMANDS = {
+    "selfloop demo": ["--data-dir", "--steps"],
+    "selfloop doctor": ["--data-dir", "--port"],
+    "selfloop keys create": ["NAME", "--data-dir", "--team"],
+    "selfloop keys list": ["--data-dir"],
+    "selfloop keys revoke": ["KEY_ID", "--data-dir"],
+    "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--name", "--revision"],
+    "selfloop models list": ["--data-dir"],
+    "selfloop runs": ["--data-dir"],
+    "selfloop serve": [
+        "--data-dir",
+        "--device",
+        "--dtype",
+        "--host",
+        "--port",
+        "--prepare",
+        "--public-url",
+        "--serve-weights",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_command_line_is_frozen(generator: ModuleType):
+    """A script that works with this version works with the next: change the list with the changelog."""
+    found: dict[str, list[str]] = {}
+    for name, command in generator.walk(typer.main.get_command(cli), "selfloop"):
+        arguments = [p for p in command.params if p.name != "help"]
+        words = sorted(p.name.upper() if p.param_type_name == "argument" else p.opts[0] for p in arguments)
+        found[name] = sorted(words, key=lambda word: (word.startswith("--"), word))
+    assert found == COMMANDS
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DOCS.glob("*.md")))
+def test_generated_parts_are_up_to_date(generator: ModuleType, name: str):
+    assert generator.generated(page(name)) == page(name), "run `make docs`"
+
+
+def test_every_option_is_documented():
+    text = page("operations.md")
+    for command, arguments in COMMANDS.items():
+        assert f"`{command}`" in text
+        for argument in arguments:
+            assert f"`{argument}`" in text, (command, argument)
+
+
+def test_every_environment_variable_is_documented():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    for name in set(re.findall(r"\bSELFLOOP_[A-Z_]+", code)):
+        assert f"`{name}`" in page("operations.md"), name
+
+
+def test_every_route_is_documented():
+    settings = Settings("127.0.0.1", 8000, Path("unused"))
+    paths = make_app(settings, cast(Control, None)).openapi()["paths"]
+    text = page("compatibility.md") + page("operations.md")
+    for path, methods in paths.items():
+        for method in methods:
+            assert f"`{method.upper()} {path}`" in text, (method, path)
+
+
+def request_fields() -> list[str]:
+    """Every field that a request of ours may carry, as ``Schema.field``."""
+    found = [
+        f"{kind.__name__}.{field}"
+        for kind in vars(schemas).values()
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.model_config.get("extra") == "forbid"
+        for field in kind.model_fields
+    ]
+    bodies = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, wire._Wire)]
+    return found + [f"{kind.__name__}.{field.name}" for kind in bodies for field in msgspec.structs.fields(kind)]
+
+
+@pytest.mark.parametrize("field", request_fields())
+def test_every_request_field_is_owned(field: str):
+    """Obeyed or refused, and the page says which."""
+    assert f"`{field.rpartition('.')[2]}`" in page("compatibility.md")
+
+
+def test_links_lead_somewhere():
+    pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]
+    for file in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
