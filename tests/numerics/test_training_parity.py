@@ -67,7 +67,8 @@ def test_loss_and_gradients_equal_peft(zoo, family, budget):
     ours = {p.name: p.view for p in run.shape.named(run.accumulated.grad_P)}
     assert ours.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-3, rtol=1e-4, msg=name)
+        # Per trained token, as the optimizer uses it.
+        torch.testing.assert_close(ours[name] / num_tokens, gradient / num_tokens, atol=1e-4, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ class LossSpec:
     config: dict[str, float | bool] = field(default_factory=dict[str, "float | bool"])
 
 
+_POLICY = ("logprobs", "advantages")
+_CLIP: dict[str, float | bool] = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
 LOSSES: dict[str, LossSpec] = {
     spec.name: spec
     for spec in (
@@ -27,5 +30,9 @@ LOSSES: dict[str, LossSpec] = {
             optional=("weights",),
             config={"skip_token_normalization": False},
         ),
+        LossSpec("importance_sampling", required=_POLICY),
+        LossSpec("ppo", required=_POLICY, config=_CLIP),
+        LossSpec("cispo", required=_POLICY, config=_CLIP),
+        LossSpec("dro", required=_POLICY, config={"beta": 0.05}),
     )
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.train.run import Accumulated, Moments, Run
+from selfloop.types.errors import BadRequest
 from selfloop.types.operation import AdamParams
 
 
@@ -15,7 +16,13 @@ def optim_step(run: Run, adam: AdamParams) -> float:
     Returns:
         The gradient's global norm after normalisation and before clipping; 0 when nothing was accumulated,
         in which case the parameters stay untouched.
+
+    Raises:
+        BadRequest: a hyper-parameter that float32 cannot hold, before anything is changed.
     """
+    for name in adam.__struct_fields__:
+        if not abs(getattr(adam, name)) <= torch.finfo(torch.float32).max:
+            raise BadRequest(f"adam_params.{name}", "a finite float32 number")
     accumulated = run.accumulated
     norm = 0.0
     if accumulated is not None and accumulated.num_tokens > 0:
