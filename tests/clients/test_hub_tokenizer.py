@@ -79,9 +79,7 @@ def test_auto_tokenizer(base_url: str, folder: Path, tmp_path: Path, model_id: s
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": f"{base_url}/hf", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT, model_id]
-    done = subprocess.run(
-        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["ids"] == Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the ship <|end|>").ids

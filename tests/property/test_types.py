@@ -22,15 +22,10 @@ def test_a_uri_survives_the_round_trip(run_id: str, target: CheckpointTarget, na
     assert parse_checkpoint_uri(str(uri)) == uri
 
 
-@given(st.text())
+@given(st.text() | run_ids.map(lambda id: f"bt://loops:{id}/weights/") | names.map(lambda n: f"bt://x/weights/{n}"))
 def test_any_other_text_is_refused_by_field(text: str) -> None:
-    try:
-        uri = parse_checkpoint_uri(text, "path")
-    except BadRequest as error:
-        assert error.field == "path"
-    else:
-        assert str(uri) == text.rstrip("/")
-        assert is_checkpoint_name(uri.name)
+    with pytest.raises(BadRequest, match=r"^path: "):
+        parse_checkpoint_uri(text, "path")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a b", "a\n", "-a", "x" * 129, "ä"])

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 _INLINE_BYTES = 16 * 1024
 _STARTS_EPOCH = "init_trainer_server"
 
+END_OF_TIME = (2**62, 2**62)
+"""A position after every operation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -89,7 +92,7 @@ class Journal:
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
-            next_seq = _first_missing(seq + 1, sorted(parked))
+            next_seq = first_missing(seq + 1, sorted(parked))
         try:
             async with self._db.write() as session:
                 session.add(row)
@@ -194,7 +197,7 @@ def _same_request(row: OperationRow, submission: Submission, what: str) -> Opera
     return row
 
 
-def _first_missing(start: int, arrived: Sequence[int]) -> int:
+def first_missing(start: int, arrived: Sequence[int]) -> int:
     """The lowest number from ``start`` on that is not in the ascending ``arrived``."""
     for seq in arrived:
         if seq != start:

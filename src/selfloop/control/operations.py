@@ -8,7 +8,8 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from selfloop.control.context import Context
-from selfloop.control.journal import Submission
+from selfloop.control.journal import Submission, first_missing
+from selfloop.control.scheduler import RunActor
 from selfloop.control.settle import Outcome
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import OperationRow, RunRow
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 RESULT_KEPT_S = 3600.0
 _PURGE_EVERY_S = 60.0
+# Refused calls further ahead than this are not remembered: no client sends so many at a time.
+_LEFT_OUT_AHEAD = 1024
 _RECENT_COUNT = 128
 _RECENT_MAX_BYTES = 64 * 1024
 
@@ -42,8 +45,8 @@ class _Live:
 class Operations:
     def __init__(self, context: Context) -> None:
         self._c = context
-        self._run_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[tuple[str, str], _Live] = {}
+        self._left_out: dict[str, set[tuple[int, int]]] = {}
         self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
         self._closing = asyncio.Event()
         self._purger: asyncio.Task[None] | None = None
@@ -76,14 +79,38 @@ class Operations:
         """
         if run.status != RunStatus.ACTIVE:
             raise Conflict(f"run {run.id} is INACTIVE: it was deactivated and takes no more operations")
-        async with self._run_locks.setdefault(run.id, asyncio.Lock()):
-            actor = self._c.scheduler.actor(run)
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
             self._c.lifecycle.touch(run.deployment_id)
             if accepted.is_new:
                 self._live[run.id, accepted.row.id] = _Live()
                 actor.push(accepted.row)
+                await self._pass_left_out(actor)
         return accepted.row.id
+
+    async def leave_out(self, run: RunRow, seq: int) -> None:
+        """Nothing is to be expected at ``seq``: its call was refused. Those behind it do not wait for it.
+
+        A corrected call may still take the place, as long as none behind it has been accepted.
+        """
+        if run.status != RunStatus.ACTIVE:
+            return
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
+            next_seq = actor.run.next_seq
+            if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD:
+                self._left_out.setdefault(run.id, set()).add((actor.run.epoch, seq))
+                await self._pass_left_out(actor)
+
+    async def _pass_left_out(self, actor: RunActor) -> None:
+        """Go past places that were left out, once something waits behind them."""
+        run = actor.run
+        left_out = self._left_out.get(run.id, set())
+        while (run.epoch, run.next_seq) in left_out and (waiting := actor.parked_seqs()):
+            await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, sorted(waiting)))
+            actor.look_again()
+        left_out -= {(epoch, seq) for epoch, seq in left_out if epoch < run.epoch or seq < run.next_seq}
 
     async def wait(self, run_id: str, operation_id: str, timeout_s: float) -> Outcome | Pending:
         """The operation's outcome, as soon as there is one within ``timeout_s``.
@@ -112,6 +139,7 @@ class Operations:
         if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
             raise Conflict(f"operation {operation_id} is already running or has ended")
         await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
+        await self.leave_out(actor.run, row.seq)
 
     async def check_loadable(self, run: RunRow, path: str, *, with_optimizer: bool) -> None:
         """Check that ``path`` names a checkpoint this run may load, stored or still being saved by it.

@@ -83,6 +83,7 @@ class Sampling:
 
         Raises:
             BadRequest: the prompt leaves no room within the sampler's length.
+            Conflict: the sampler was deactivated, or its adapter gives no finite numbers.
             OperationFailed: the base model cannot be loaded, or the engine refused.
         """
         if sampler.status == SamplerStatus.INACTIVE:
@@ -105,6 +106,8 @@ class Sampling:
                 except OperationFailed as error:
                     if error.error_class == "BadRequest":
                         raise BadRequest("prompt", str(error)) from None
+                    if error.error_class == "NonFiniteLogits":
+                        raise Conflict(f"{error}: the adapter that was asked for has diverged in training") from None
                     raise
                 except WorkerLost as lost:
                     log.warning("sample %s lost its worker (%d): %s", request.request_id, attempt, lost)

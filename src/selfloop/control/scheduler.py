@@ -74,11 +74,14 @@ class RunActor:
         self._lifecycle = lifecycle
         self._settlement = settlement
         self._config = config
+        self.accepting = asyncio.Lock()
+        """Held while the run's order of arrival is looked at and changed."""
         self._queue: list[_Queued] = []
         self._in_flight: deque[_InFlight] = deque()
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
         self._work_since_snapshot_s = 0.0
+        self._last_reply_at = 0.0
         self._last_done: tuple[int, int] | None = None
         self._park_requests: list[asyncio.Future[None]] = []
         self._halted = False
@@ -89,6 +92,10 @@ class RunActor:
 
     def push(self, row: OperationRow) -> None:
         heapq.heappush(self._queue, _Queued((row.epoch, row.seq), row))
+        self._wakeup.set()
+
+    def look_again(self) -> None:
+        """The run's ``next_seq`` was moved on."""
         self._wakeup.set()
 
     def parked_seqs(self) -> set[int]:
@@ -263,7 +270,10 @@ class RunActor:
                 self._in_flight.popleft()
                 await self._settlement.fail(row, str(error), error.error_class)
                 return
-            self._work_since_snapshot_s += time.monotonic() - flight.started
+            # It began when it was sent, or when the one before it ended.
+            now = time.monotonic()
+            self._work_since_snapshot_s += now - max(flight.started, self._last_reply_at)
+            self._last_reply_at = now
             if row.kind == "load_state":
                 # What was loaded may be deleted later, so recovery must never need to load it again.
                 await self._snapshot((row.epoch, row.seq))
@@ -285,9 +295,13 @@ class RunActor:
             await self._give_up_gap()
 
     async def _give_up_gap(self) -> None:
-        missing = self.run.next_seq
-        parked = sorted(self._queue)
-        self._queue.clear()
+        async with self.accepting:
+            if not self._queue or self._is_ready(self._queue[0]):
+                return  # It came at the last moment.
+            missing = self.run.next_seq
+            parked = sorted(self._queue)
+            self._queue.clear()
+            await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
         grace = self._config.gap_grace_s
         for queued in parked:
             await self._settlement.fail(
@@ -296,7 +310,6 @@ class RunActor:
                 f"(seq_id {queued.row.seq}) was not run",
                 "MissingOperation",
             )
-        await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
 
     async def _park_now(self) -> None:
         requests, self._park_requests = self._park_requests, []

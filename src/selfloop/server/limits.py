@@ -1,20 +1,12 @@
 """Read request bodies within bounds, and keep the event loop free of the large ones."""
 
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar
-
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.types.errors import TooLarge
 
-T = TypeVar("T")
-
 _MIB = 1024 * 1024
-# Below this, the work is quicker than a thread's start.
-_INLINE_BYTES = 64 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
 
@@ -49,13 +41,6 @@ class BodyLimit:
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises :class:`TooLarge` as soon as the limit is passed."""
     return await request.body()
-
-
-async def off_loop(num_bytes: int, work: Callable[[], T]) -> T:
-    """The result of ``work`` on ``num_bytes``: in a thread when there are many, so that others are answered."""
-    if num_bytes <= _INLINE_BYTES:
-        return work()
-    return await asyncio.to_thread(work)
 
 
 def _too_large() -> TooLarge:

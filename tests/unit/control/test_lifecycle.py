@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from fake_worker import FakeWorker
 
+from fake_worker import FakeWorker
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.workers import WorkerPool, WorkerState
 from selfloop.storage.db import migrate, queries_resources

@@ -26,9 +26,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def run(*args: str, **env: str) -> tuple[int, list[dict]]:
     command = [sys.executable, "-m", "selfloop.worker.prepare", *args]
-    done = subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -38,9 +36,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     config = {"model_type": "qwen2", "vocab_size": 3, "max_position_embeddings": 8, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0])
-    )
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     save_file({"model.norm.weight": np.zeros(4, np.float32)}, folder / "model.safetensors")

@@ -85,11 +85,11 @@ class Catalogue:
             raise NotFound(field, name, f"{hint}: `selfloop models add <name> --alias {name}`")
         return _describe(row)
 
-    async def same_model(self, name: str, other: str, field: str) -> None:
-        """Check that two names mean one base model; raises :class:`BadRequest` for ``field``."""
-        first, second = await self._row(name), await self._row(other)
+    async def same_model(self, name: str, expected: str, field: str) -> None:
+        """Check that both names mean one base model; raises :class:`BadRequest` for ``field`` otherwise."""
+        first, second = await self._row(name), await self._row(expected)
         if first is None or second is None or first.name != second.name:
-            raise BadRequest(field, f"a checkpoint of base model {other}, this one belongs to {name}")
+            raise BadRequest(field, f"base model {expected} is what is served here, this is of {name}")
 
     async def folder(self, name: str) -> Path | None:
         """The prepared folder behind a name, waiting for preparation; None for an unknown name."""

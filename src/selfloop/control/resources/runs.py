@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.context import Context
+from selfloop.control.journal import END_OF_TIME
 from selfloop.control.lifecycle import record_change
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
@@ -191,6 +192,7 @@ class Runs:
             await self._c.settlement.fail(row, f"run {id} was deactivated", "Cancelled", OperationState.CANCELLED)
         for key in (f"snapshots/{id}", f"initial/{id}"):
             await asyncio.to_thread(self._c.blobs.delete, key)
+        await self._c.journal.forget_payloads(id, END_OF_TIME)
         if view.sampler is not None:
             await self._c.lifecycle.end(view.sampler.id, reason)
         async with self._c.db.read() as session:

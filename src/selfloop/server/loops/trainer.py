@@ -1,24 +1,26 @@
 """A run's data plane: operations in, long-polled results out."""
 
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 
 from selfloop.control.control import Control
 from selfloop.control.journal import Submission
 from selfloop.control.operations import Pending, checked_operation_id
 from selfloop.control.resources.runs import MAX_LORA_RANK, Run
 from selfloop.control.settle import Outcome
-from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.errors import body_of
 from selfloop.server.limits import read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
 from selfloop.server.offload import off_loop
 from selfloop.types.datum import Datum
-from selfloop.types.errors import BadRequest, Conflict
+from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.operation import (
     Forward,
@@ -33,14 +35,37 @@ from selfloop.types.operation import (
 )
 from selfloop.types.status import RunStatus
 
-router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"])
+
+class _RunRoute(APIRoute):
+    """Tells the queue of refused operations: the client has counted their ``seq_id`` and will never send it again."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (BadRequest, NotFound):
+                run: Run | None = getattr(request.state, "run", None)
+                if run is not None and request.method == "POST":
+                    raw = await read_body(request)
+                    seq = await off_loop(len(raw), lambda: validate.seq_id_of(raw))
+                    if seq is not None:
+                        await control_of(request).operations.leave_out(run, seq)
+                raise
+
+        return handle
+
+
+router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"], route_class=_RunRoute)
 
 # The client reads for 35 s.
 _POLL_HOLD_S = 30.0
 
 
-async def run_of(run_id: str, caller: CallerOf, control: ControlOf) -> Run:
-    return await control.runs.live(caller, run_id)
+async def run_of(request: Request, run_id: str, caller: CallerOf, control: ControlOf) -> Run:
+    request.state.run = run = await control.runs.live(caller, run_id)
+    return run
 
 
 RunOf = Annotated[Run, Depends(run_of)]

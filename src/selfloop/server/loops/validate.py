@@ -37,6 +37,18 @@ def decode(body: bytes, type_: type[T]) -> T:
         raise BadRequest("body", f"valid JSON ({error})") from None
 
 
+class _Place(msgspec.Struct):
+    seq_id: int | None = None
+
+
+def seq_id_of(body: bytes) -> int | None:
+    """The sequence id of a body whose other fields may be wrong."""
+    try:
+        return msgspec.json.decode(body, type=_Place).seq_id
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
 def fingerprint(operation: str, body: bytes) -> str:
     """Digest that tells a retry (same bytes) from another request."""
     return hashlib.sha256(operation.encode() + b"\0" + body).hexdigest()
@@ -103,9 +115,11 @@ def _loss_inputs(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, 
         if name not in given:
             raise BadRequest(f"{field}.{name}", f"required by {spec.name}")
     inputs = {"target_tokens": _targets(given["target_tokens"], f"{field}.target_tokens", limits, num_tokens)}
+    masked = [target == IGNORED_TARGET for target in inputs["target_tokens"].values()]
     for name, data in given.items():
         if name != "target_tokens":
-            inputs[name] = _floats(data, f"{field}.{name}", num_tokens)
+            # What forward answers null for a masked position may come back as it is, except as a weight.
+            inputs[name] = _floats(data, f"{field}.{name}", num_tokens, None if name == "weights" else masked)
     return inputs
 
 
@@ -126,14 +140,16 @@ def _targets(data: wire.TensorData, field: str, limits: Limits, num_tokens: int)
     return Tensor("int64", (len(packed),), packed.tobytes())
 
 
-def _floats(data: wire.TensorData, field: str, num_tokens: int) -> Tensor:
+def _floats(data: wire.TensorData, field: str, num_tokens: int, nullable: list[bool] | None) -> Tensor:
     if data.dtype not in _FLOAT_DTYPES | _INT_DTYPES:
         raise BadRequest(f"{field}.dtype", f"a number type such as float32, got {data.dtype!r}")
     flat = _flat(data, field, num_tokens)
+    if nullable is not None:
+        flat = [0.0 if value is None and may else value for value, may in zip(flat, nullable, strict=True)]
     try:
         packed = array("f", flat)  # type: ignore[arg-type]
     except (TypeError, OverflowError):
-        raise BadRequest(f"{field}.data", "finite numbers; null (NaN) is not allowed here") from None
+        raise BadRequest(f"{field}.data", "finite numbers; null (NaN) stands for a masked position only") from None
     if not all(map(math.isfinite, packed)):
         raise BadRequest(f"{field}.data", "finite float32 numbers")
     return Tensor("float32", (len(packed),), packed.tobytes())

@@ -1,0 +1,84 @@
+"""A served tiny model and gateways on it, shared by the tests that go over HTTP."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway import MODEL, REPO, Gateway, copy_data, selfloop
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with weights, tokenizer and chat template."""
+    import served_model  # torch and transformers, only for those who serve it
+
+    return served_model.save(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def data_template(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory whose catalogue has the tiny model; copied for each gateway."""
+    template = tmp_path_factory.mktemp("template") / "data"
+    selfloop("models", "add", str(tiny_model_folder), "--name", MODEL, "--data-dir", str(template))
+    return template
+
+
+@pytest.fixture(scope="session")
+def gateway(data_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """The gateway that tests share: make your own runs on it, and never stop it."""
+    shared = Gateway(copy_data(data_template, tmp_path_factory.mktemp("shared") / "data")).start()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def new_gateway(data_template: Path, tmp_path: Path) -> Iterator[Callable[[], Gateway]]:
+    """Starts gateways of a test's own, to be killed at will."""
+    started: list[Gateway] = []
+
+    def start() -> Gateway:
+        started.append(Gateway(copy_data(data_template, tmp_path / f"data-{len(started)}")))
+        return started[-1].start()
+
+    yield start
+    for own in started:
+        own.close()
+
+
+@pytest.fixture(scope="session")
+def http(gateway: Gateway) -> httpx.Client:
+    """A client of the shared gateway, with its first key."""
+    return gateway.http()
+
+
+@pytest.fixture(scope="session")
+def other_team(gateway: Gateway) -> httpx.Client:
+    """A client of the shared gateway, with a key of another team."""
+    made = selfloop("keys", "create", "other", "--team", "other", "--data-dir", str(gateway.data_dir))
+    return gateway.http(made.split()[-1])
+
+
+@pytest.fixture(scope="session")
+def client_python() -> str:
+    """A Python that has the official client, which needs 3.12 or newer."""
+    candidates = [os.environ.get("SELFLOOP_CLIENT_PYTHON"), str(REPO / ".venv-client" / "bin" / "python")]
+    for candidate in [*candidates, sys.executable]:
+        if candidate and Path(candidate).exists() and _has_client(candidate):
+            return candidate
+    missing = (
+        "no Python with the official client: `make setup` makes one in .venv-client; or name one in "
+        "SELFLOOP_CLIENT_PYTHON (3.12 or newer, with baseten-loops and jinja2)"
+    )
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def _has_client(python: str) -> bool:
+    probe = "import importlib.util as u, sys; sys.exit(not (u.find_spec('baseten') and u.find_spec('baseten.loops')))"
+    return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0

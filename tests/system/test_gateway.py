@@ -1,0 +1,62 @@
+"""The gateway process itself: what it weighs, and what it must not hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+
+from gateway import KEY, Gateway, Run, copy_data, ok
+
+
+def test_the_gateway_is_light(gateway: Gateway, http: httpx.Client):
+    run = Run.create(http).attached()
+    run.train(1)
+    run.save("some", "save_weights_for_sampler")
+    sample = {"prompt": [3, 4, 5], "max_tokens": 4}
+    ok(http.post(run.resource["sampler"]["base_url"] + "/sample", json=sample))
+    mapped = Path(f"/proc/{gateway.pid}/maps").read_text()
+    assert "libtorch" not in mapped
+    assert "numpy" not in mapped
+    assert "libtorch" in Path(f"/proc/{gateway.worker_pid()}/maps").read_text(), "the check can fail"
+
+
+def test_a_fresh_gateway_takes_less_than_150_mb(new_gateway: Callable[[], Gateway]):
+    own = new_gateway()
+    run = Run.create(own.http()).attached()
+    run.train(1, 2)
+    assert psutil.Process(own.pid).memory_info().rss < 150e6
+
+
+def test_healthz_needs_no_key(gateway: Gateway):
+    assert ok(gateway.http(None).get("/healthz"))["status"] == "ok"
+
+
+def test_secrets_stay_with_their_owner(gateway: Gateway):
+    assert gateway.data_dir.stat().st_mode & 0o077 == 0
+    assert (gateway.data_dir / "link_secret").stat().st_mode & 0o077 == 0
+    assert KEY not in gateway.log
+    for pid in gateway.worker_pids():
+        assert KEY not in psutil.Process(pid).environ().values()
+    for path in gateway.data_dir.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_first_key_is_made_shown_once_and_kept(data_template: Path, tmp_path: Path):
+    own = Gateway(copy_data(data_template, tmp_path / "data"))
+    own.start(key=None)
+    try:
+        kept = own.data_dir / "api_key"
+        assert kept.stat().st_mode & 0o777 == 0o600
+        key = kept.read_text().strip()
+        assert own.log.count(key) == 1
+        for line in (f"export LOOPS_BASE_URL={own.url}", f"export HF_ENDPOINT={own.url}/hf", "export BASETEN_API_KEY="):
+            assert line in own.log
+        assert own.http(key).get("/v1/teams").status_code == 200
+        own.terminate()
+        own.start(key=None)
+        assert own.http(key).get("/v1/teams").status_code == 200
+        assert own.log.count(key) == 1
+    finally:
+        own.close()
