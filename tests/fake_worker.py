@@ -76,6 +76,7 @@ class FakeWorker:
         self.runs: dict[str, FakeState] = {}
         self.executed: list[str] = []
         self.dies_at: int | None = None
+        self.full_disk = False
         self._begun: asyncio.Future[bytes] | None = None
         self._calls: asyncio.Queue[tuple[Command, bytes, asyncio.Future[bytes]]] = asyncio.Queue()
         self._task = asyncio.create_task(self._serve())
@@ -134,6 +135,8 @@ class FakeWorker:
             case CloseRun(run_id):
                 del self.runs[run_id]
                 return b""
+            case Snapshot() if self.full_disk:
+                raise OperationFailed("no space left", "OSError")
             case Snapshot(run_id, write_to):
                 self.runs[run_id].save(Path(write_to))
                 return b""

@@ -69,7 +69,9 @@ class Journal:
         Raises:
             Conflict: the id or the sequence id was used for a different request, or the place has passed.
         """
-        payload_key = await self._store(f"journal/{run.id}/{submission.id}.op", submission.payload)
+        # Named by its content too: a different request under a used id must not touch the payload that is there.
+        name = f"{submission.id}-{submission.fingerprint[:16]}.op"
+        payload_key = await self._store(f"journal/{run.id}/{name}", submission.payload)
         epoch, next_seq = run.epoch, run.next_seq
         if submission.kind == _STARTS_EPOCH and submission.seq == 1 and next_seq > 1:
             if (known := await self.get(run.id, submission.id)) is not None:
@@ -130,6 +132,14 @@ class Journal:
         """Put a large result aside; returns (inline bytes, blob key), one of them None."""
         key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
         return (None, key) if key else (result, None)
+
+    async def clear_leftovers(self) -> None:
+        """Remove files that a crash left without a row."""
+        async with self._db.read() as session:
+            kept = await queries_operations.blob_keys(session)
+        for run_id in list(self._blobs.children("journal")):
+            names = list(self._blobs.children(f"journal/{run_id}"))
+            await self._delete([key for name in names if (key := f"journal/{run_id}/{name}") not in kept])
 
     async def result(self, row: OperationRow) -> bytes | None:
         """The stored result, or None once it has expired."""

@@ -15,6 +15,7 @@ from selfloop.control.workers import WorkerPool, WorkerState
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import StatusChangeRow
+from selfloop.types.errors import Conflict
 from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.worker.client import WorkerClient
 
@@ -162,8 +163,11 @@ class Lifecycle:
 
         Raises:
             OperationFailed: the base model cannot be loaded.
+            Conflict: the capacity was deactivated.
         """
-        group = self._group_of[id]
+        group = self._group_of.get(id)
+        if group is None:
+            raise Conflict(f"{id} was deactivated")
         slot = self._pool.slot(group.model_name)
         with self.using(id):
             if not group.is_awake or any(m.status in _SLEEPING for m in group.members.values()):

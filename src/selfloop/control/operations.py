@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, first_missing
+from selfloop.control.recovery import clear_leftovers
 from selfloop.control.scheduler import RunActor
 from selfloop.control.settle import Outcome
 from selfloop.storage.db import queries_checkpoints, queries_resources
@@ -53,13 +54,21 @@ class Operations:
         context.settlement.on_settled = self._settled
 
     async def start(self) -> None:
-        """Take up every operation that was accepted before a restart."""
+        """Take up every operation that was accepted before a restart, and clear away what it left half-done."""
         async with self._c.db.read() as session:
             runs = {run.id: run for run in await queries_resources.runs(session)}
+        await clear_leftovers(runs.values(), self._c.blobs)
+        await self._c.journal.clear_leftovers()
         queued = await self._c.journal.queued()
         for row in queued:
+            run = runs[row.run_id]
+            if run.status != RunStatus.ACTIVE:
+                await self._c.settlement.fail(
+                    row, f"run {run.id} was deactivated", "Cancelled", OperationState.CANCELLED
+                )
+                continue
             self._live[row.run_id, row.id] = _Live()
-            self._c.scheduler.actor(runs[row.run_id]).push(row)
+            self._c.scheduler.actor(run).push(row)
         if queued:
             log.info("resuming %d queued operations", len(queued))
         self._purger = asyncio.create_task(self._purge(), name="purge-results")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Iterable
 
 import msgspec
 
@@ -10,6 +11,7 @@ from selfloop.control.settle import Settlement
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
+from selfloop.types.status import RunStatus
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import Execute, OpenRun, Snapshot
 
@@ -66,3 +68,15 @@ async def take_snapshot(
     if previous is not None and previous != key:
         await asyncio.to_thread(blobs.delete, previous)
     await journal.forget_payloads(run.id, position)
+
+
+async def clear_leftovers(runs: Iterable[RunRow], blobs: LocalBlobs) -> None:
+    """Remove snapshots and starting weights that a crash left half-written, unrecorded or without a run."""
+    kept = {key for run in runs if run.status == RunStatus.ACTIVE for key in (run.snapshot_key, run.initial_key)}
+    for run_id in list(blobs.children("snapshots")):
+        for name in list(blobs.children(f"snapshots/{run_id}")):
+            if (key := f"snapshots/{run_id}/{name}") not in kept:
+                await asyncio.to_thread(blobs.delete, key)
+    for run_id in list(blobs.children("initial")):
+        if (key := f"initial/{run_id}") not in kept:
+            await asyncio.to_thread(blobs.delete, key)

@@ -18,7 +18,7 @@ from selfloop.control.settle import Settlement
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import OperationFailed, WorkerLost
-from selfloop.types.operation import Operation
+from selfloop.types.operation import Operation, SaveState, SaveWeightsForSampler
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import CloseRun, Execute
 
@@ -29,6 +29,8 @@ _WINDOW = 3
 # An operation that took its worker down this often is to blame.
 _MAX_ATTEMPTS = 2
 _MAX_REOPENINGS = 3
+# Pause after an error of our own (disk, database) before the same thing is tried again.
+_RETRY_S = 1.0
 _SAVES = {"save_state", "save_weights_for_sampler"}
 
 _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
@@ -151,8 +153,8 @@ class RunActor:
         """Forget the run in the worker (it was deactivated)."""
         await self.stop()
         if self._worker is not None and not self._worker.lost.done():
-            with contextlib.suppress(WorkerLost, OperationFailed):
-                await self._worker.call(CloseRun(self.run.id))
+            # Not waited for: an operation of the run may still be under way there.
+            self._worker.call(CloseRun(self.run.id)).add_done_callback(_seen)
 
     def drain(self) -> list[OperationRow]:
         """What has no outcome yet; for a run that ends."""
@@ -181,6 +183,9 @@ class RunActor:
             except OperationFailed as error:
                 # The base model cannot be served, or the run's state cannot be brought back.
                 await self._fail_all(error)
+            except Exception:  # The actor's edge: a full disk or a locked database must not end the run.
+                log.exception("run %s: trying again in %g s", self.run.id, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
 
     def _is_ready(self, queued: _Queued) -> bool:
         epoch, seq = queued.position
@@ -196,8 +201,13 @@ class RunActor:
             queued = self._queue[0]
             with self._lifecycle.using(self.run.deployment_id):
                 worker = await self._open()
-                command = await self._command(queued.row)
                 payload = await self._journal.payload(queued.row)
+                try:
+                    command = await self._command(queued.row, payload)
+                except OperationFailed as error:
+                    self.remove(queued.row.id)
+                    await self._settlement.fail(queued.row, str(error), error.error_class)
+                    continue
             if not self._queue or self._queue[0] is not queued:
                 continue  # Cancelled while the worker was loading.
             heapq.heappop(self._queue)
@@ -239,15 +249,14 @@ class RunActor:
         self._worker = worker
         return worker
 
-    async def _command(self, row: OperationRow) -> Execute:
+    async def _command(self, row: OperationRow, payload: bytes) -> Execute:
         context = Execute(self.run.id, self.run.seed, initial=self._folder(self.run.initial_key))
         if row.kind == "load_state":
-            payload = await self._journal.payload(row)
             return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
         if row.kind in _SAVES:
-            operation = _operation_decoder.decode(await self._journal.payload(row))
-            checkpoint_id: str = getattr(operation, "checkpoint_id")  # noqa: B009
-            return msgspec.structs.replace(context, write_to=self._settlement.write_to(checkpoint_id))
+            operation = _operation_decoder.decode(payload)
+            assert isinstance(operation, SaveState | SaveWeightsForSampler)
+            return msgspec.structs.replace(context, write_to=self._settlement.write_to(operation.checkpoint_id))
         return context
 
     def _folder(self, key: str | None) -> str | None:
@@ -274,19 +283,45 @@ class RunActor:
             now = time.monotonic()
             self._work_since_snapshot_s += now - max(flight.started, self._last_reply_at)
             self._last_reply_at = now
-            if row.kind == "load_state":
-                # What was loaded may be deleted later, so recovery must never need to load it again.
-                await self._snapshot((row.epoch, row.seq))
+            if row.kind == "load_state" and not await self._pin_loaded(flight):
+                return
             await self._settlement.done(self.run, row, body)
             self._in_flight.popleft()
             self._last_done = (row.epoch, row.seq)
             if self._is_snapshot_due and not self._in_flight:
-                await self._snapshot(self._last_done)
+                await self._try_snapshot(self._last_done)
+
+    async def _pin_loaded(self, flight: _InFlight) -> bool:
+        """Store the state just loaded: the checkpoint may be deleted, so recovery must never need to load it again."""
+        row = flight.queued.row
+        try:
+            await self._snapshot((row.epoch, row.seq))
+        except OperationFailed as error:
+            # What cannot be kept was not loaded: the run goes back to its state before.
+            self._in_flight.popleft()
+            await self._settlement.fail(row, f"the loaded state could not be stored: {error}", error.error_class)
+            await self._close_in_worker()
+            return False
+        return True
+
+    async def _try_snapshot(self, position: tuple[int, int]) -> None:
+        """A snapshot that only shortens recovery: without it the journal has everything still."""
+        try:
+            await self._snapshot(position)
+        except OperationFailed as error:
+            log.warning("run %s: no snapshot: %s", self.run.id, error)
+            self._work_since_snapshot_s = 0.0
 
     async def _snapshot(self, position: tuple[int, int]) -> None:
         assert self._worker is not None
-        await take_snapshot(self.run, position, self._worker, self._journal, self._blobs, self._settlement)
+        if position != (self.run.snapshot_epoch, self.run.snapshot_seq):
+            await take_snapshot(self.run, position, self._worker, self._journal, self._blobs, self._settlement)
         self._work_since_snapshot_s = 0.0
+
+    async def _close_in_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None and not worker.lost.done():
+            await worker.call(CloseRun(self.run.id))
 
     async def _await_missing(self) -> None:
         try:
@@ -314,12 +349,9 @@ class RunActor:
     async def _park_now(self) -> None:
         requests, self._park_requests = self._park_requests, []
         try:
-            if self._worker is not None and not self._worker.lost.done():
-                if self._last_done is not None:
-                    await self._snapshot(self._last_done)
-                    self._last_done = None
-                await self._worker.call(CloseRun(self.run.id))
-            self._worker = None
+            if self._worker is not None and not self._worker.lost.done() and self._last_done is not None:
+                await self._try_snapshot(self._last_done)
+            await self._close_in_worker()
         finally:
             for request in requests:
                 if not request.done():
@@ -343,6 +375,11 @@ class RunActor:
     async def _fail_all(self, error: OperationFailed) -> None:
         for row in self.drain():
             await self._settlement.fail(row, str(error), error.error_class)
+
+
+def _seen(future: "asyncio.Future[bytes]") -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _saved_name(payload: bytes) -> str | None:

@@ -74,7 +74,9 @@ class Settlement:
             assert isinstance(decoded, SaveState | SaveWeightsForSampler)
             operation = decoded
             key = checkpoint_key(result.checkpoint_id)
-            await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
+            # Where an error ended an earlier try of this, it lies there already.
+            if self._blobs.exists(key + ".part"):
+                await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
         inline, result_key = await self._journal.store_result(row, body)
         async with self._db.write() as session:
             settled = await queries_operations.finish(
@@ -90,7 +92,7 @@ class Settlement:
                 case SaveResult():
                     assert operation is not None
                     checkpoint = _checkpoint_row(run, operation, result)
-                    old = await queries_checkpoints.named(session, run.id, checkpoint.target, checkpoint.name)
+                    old = await queries_checkpoints.holder_of_name(session, run.id, checkpoint.target, checkpoint.name)
                     if old is not None:
                         replaced = old.id
                         await queries_checkpoints.remove(session, old.id)

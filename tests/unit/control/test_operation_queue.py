@@ -221,9 +221,9 @@ async def test_large_payloads_and_results_go_to_files(house: FakeHouse, tmp_path
     big = ForwardBackward([], "cross_entropy", {"value": 1.0, "pad" * 10_000: 1.0})
     await house.submit(big, 1, "op1")
     assert isinstance(await result(house, "op1"), LossResult)
-    assert (tmp_path / "journal" / RUN_ID / "op1.op").exists()
+    assert len(list((tmp_path / "journal" / RUN_ID).glob("op1-*.op"))) == 1
     await house.scheduler.park("deploy")
-    assert not (tmp_path / "journal" / RUN_ID / "op1.op").exists()
+    assert list((tmp_path / "journal" / RUN_ID).glob("op1-*.op")) == []
 
 
 async def test_a_run_whose_state_cannot_be_rebuilt_fails_instead_of_trying_for_ever(house: FakeHouse) -> None:
@@ -247,3 +247,85 @@ async def test_work_that_waited_behind_the_culprit_is_not_blamed(house: FakeHous
         await house.submit(STEP, 2 + kill, f"op{2 + kill}")
         house.lifecycle.workers[-1].die()
     assert isinstance(await result(house, "op4"), StepResult)
+
+
+async def test_a_different_request_under_a_used_id_leaves_the_first_as_it_was(house: FakeHouse) -> None:
+    first = ForwardBackward([], "cross_entropy", {"value": 1.0, "pad" * 10_000: 1.0})
+    second = ForwardBackward([], "cross_entropy", {"value": 2.0, "pad" * 10_000: 1.0})
+    await house.submit(OptimStep(AdamParams()), 3, "op3")
+    await house.submit(first, 2, "op2", fingerprint="first")
+    with pytest.raises(Conflict):
+        await house.submit(second, 2, "op2", fingerprint="second")
+    await house.submit(STEP, 1, "op1")
+    assert await result(house, "op3") == StepResult({"step": 2.0, "weights": weights_after(STEP, first, STEP)})
+
+
+async def test_a_load_of_what_is_gone_fails_alone(house: FakeHouse, tmp_path: Path) -> None:
+    await house.submit(STEP, 1, "op1")
+    await house.submit(SaveState("ckpt001", "soon"), 2, "op2")
+    await result(house, "op2")
+    await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/never", with_optimizer=True), 4, "op4")
+    await house.submit(STEP, 5, "op5")
+    await house.submit(STEP, 3, "op3")
+    assert (await error_of(house, "op4")).error_class == "NotFound"
+    assert await result(house, "op5") == StepResult({"step": 3.0, "weights": weights_after(STEP, STEP, STEP)})
+
+
+async def test_a_snapshot_that_fails_costs_nothing_but_replay(tmp_path: Path) -> None:
+    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=0.0))
+    await house.submit(STEP, 1, "op1")
+    await result(house, "op1")
+    house.lifecycle.workers[-1].full_disk = True
+    for seq in (2, 3):
+        await house.submit(STEP, seq, f"op{seq}")
+        await result(house, f"op{seq}")
+    await house.scheduler.park("deploy")
+    await house.submit(STEP, 4, "op4")
+    expected = weights_after(STEP, STEP, STEP, STEP)
+    assert await result(house, "op4") == StepResult({"step": 4.0, "weights": expected})
+    await house.crash()
+
+
+async def test_a_load_that_cannot_be_kept_is_undone(house: FakeHouse) -> None:
+    await house.submit(STEP, 1, "op1")
+    await house.submit(SaveState("ckpt001", "first"), 2, "op2")
+    await house.submit(STEP, 3, "op3")
+    await result(house, "op3")
+    house.lifecycle.workers[-1].full_disk = True
+    await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/first", with_optimizer=True), 4, "op4")
+    assert "could not be stored: no space left" in ((await error_of(house, "op4")).error or "")
+    await house.submit(STEP, 5, "op5")
+    assert await result(house, "op5") == StepResult({"step": 3.0, "weights": weights_after(STEP, STEP, STEP)})
+
+
+async def test_what_a_crash_left_behind_is_cleared_at_start(tmp_path: Path) -> None:
+    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    await house.submit(STEP, 1, "op1")
+    await result(house, "op1")
+    await house.scheduler.park("deploy")
+    await house.crash()
+    leftovers = ("snapshots/run0001/0-9.part", "snapshots/run0001/0-8", "snapshots/gone", "initial/gone")
+    for folder in leftovers:
+        (tmp_path / folder / "x").mkdir(parents=True)
+    (tmp_path / "journal/run0001").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "journal/run0001/never.op").write_bytes(b"")
+    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    assert [child.name for child in (tmp_path / "snapshots/run0001").iterdir()] == ["0-1"]
+    assert list((tmp_path / "journal/run0001").iterdir()) == []
+    assert list((tmp_path / "initial").iterdir()) == []
+    await house.submit(STEP, 2, "op2")
+    assert await result(house, "op2") == StepResult({"step": 2.0, "weights": weights_after(STEP, STEP)})
+    await house.crash()
+
+
+async def test_an_expired_checkpoint_is_gone_at_once_and_its_name_is_free(house: FakeHouse) -> None:
+    await house.submit(SaveState("ckpt001", "brief", ttl_seconds=1), 1, "op1")
+    await result(house, "op1")
+    path, run = f"bt://loops:{RUN_ID}/weights/brief", await house.run()
+    await house.operations.check_loadable(run, path, with_optimizer=True)
+    await asyncio.sleep(1.05)
+    with pytest.raises(NotFound):
+        await house.operations.check_loadable(run, path, with_optimizer=True)
+    await house.submit(SaveState("ckpt002", "brief"), 2, "op2")
+    await result(house, "op2")
+    await house.operations.check_loadable(run, path, with_optimizer=True)

@@ -33,6 +33,9 @@ class LocalBlobs:
     def get(self, key: str) -> bytes:
         return self.path(key).read_bytes()
 
+    def exists(self, key: str) -> bool:
+        return self.path(key).exists()
+
     def delete(self, key: str) -> None:
         """Remove a file or a folder; absent is fine."""
         path = self.path(key)

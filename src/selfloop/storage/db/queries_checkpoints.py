@@ -1,18 +1,29 @@
-"""Rows of checkpoints."""
+"""Rows of checkpoints. One whose time has come is as good as deleted, also before its files are."""
 
+import time
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.tables import CheckpointRow
 
 
+def _not_expired() -> ColumnElement[bool]:
+    return or_(CheckpointRow.expires_at.is_(None), CheckpointRow.expires_at > time.time())
+
+
 async def get(session: AsyncSession, id: str) -> CheckpointRow | None:
-    return await session.get(CheckpointRow, id)
+    return await session.scalar(select(CheckpointRow).where(CheckpointRow.id == id, _not_expired()))
 
 
 async def named(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
+    query = select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name)
+    return await session.scalar(query.where(_not_expired()))
+
+
+async def holder_of_name(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
+    """The row that holds a name, expired or not."""
     return await session.scalar(select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name))
 
 
@@ -22,7 +33,7 @@ async def matching(
     """A team's checkpoints, newest first."""
     filters = {"run_id": run_id, "base_model": base_model}
     query = select(CheckpointRow).filter_by(team_id=team_id, **{k: v for k, v in filters.items() if v is not None})
-    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc()))).all()
+    return (await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()))).all()
 
 
 async def all_ids(session: AsyncSession) -> set[str]:

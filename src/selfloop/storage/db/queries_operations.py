@@ -25,6 +25,12 @@ async def in_state(session: AsyncSession, state: str, run_id: str | None = None)
     return (await session.scalars(ordered)).all()
 
 
+async def blob_keys(session: AsyncSession) -> set[str]:
+    """Keys of every payload and result that lies in a blob."""
+    rows = await session.execute(select(OperationRow.payload_key, OperationRow.result_key))
+    return {key for row in rows for key in row if key is not None}
+
+
 async def done_after(
     session: AsyncSession, run_id: str, position: tuple[int, int], kinds: frozenset[str]
 ) -> Sequence[OperationRow]:
