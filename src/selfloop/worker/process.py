@@ -141,6 +141,8 @@ class Worker:
         call, payload = queue.popleft()
         if queue:
             self._turns.append(run_id)
+        else:
+            del self._queues[run_id]
         self._guard(call.ticket, lambda: self._perform(call, payload))
 
     def _perform(self, call: Call, payload: bytes) -> None:

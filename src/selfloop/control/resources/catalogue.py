@@ -87,6 +87,8 @@ class Catalogue:
 
     async def same_model(self, name: str, expected: str, field: str) -> None:
         """Check that both names mean one base model; raises :class:`BadRequest` for ``field`` otherwise."""
+        if name == expected:
+            return
         first, second = await self._row(name), await self._row(expected)
         if first is None or second is None or first.name != second.name:
             raise BadRequest(field, f"base model {expected} is what is served here, this is of {name}")
