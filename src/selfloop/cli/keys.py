@@ -4,7 +4,6 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from selfloop.cli import local
@@ -22,7 +21,6 @@ def create(
 
     async def work() -> str:
         async with local.opened(data_dir) as data:
-            await data.access.ensure_default_team()
             return await data.access.create_key(name, team)
 
     typer.echo(local.run(work))
@@ -35,13 +33,13 @@ def list_keys(data_dir: local.DataDir = None) -> None:
     async def work() -> Table:
         async with local.opened(data_dir) as data:
             teams = {team.id: team.name for team in await data.access.teams()}
-            table = Table("id", "name", "team", "key", "created", "revoked")
+            table = local.table("id", "name", "team", "key", "created", "revoked")
             for row in await data.access.keys():
                 revoked = "" if row.revoked_at is None else _day(row.revoked_at)
                 table.add_row(row.id, row.name, teams[row.team_id], row.prefix + "…", _day(row.created_at), revoked)
             return table
 
-    Console().print(local.run(work))
+    local.show(local.run(work))
 
 
 @app.command()

@@ -19,13 +19,13 @@ def list_models(data_dir: local.DataDir = None) -> None:
     async def work() -> Table:
         async with local.opened(data_dir) as data:
             models, aliases = await data.catalogue.entries()
-            table = Table("name", "source", "also served as", "files")
+            table = local.table("name", "source", "also served as", "files")
             for row in models:
                 names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
                 table.add_row(row.name, row.source, names, row.path or "prepared at first use")
             return table
 
-    Console().print(local.run(work))
+    local.show(local.run(work))
 
 
 @app.command()

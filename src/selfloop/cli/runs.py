@@ -2,7 +2,6 @@
 
 from datetime import datetime
 
-from rich.console import Console
 from rich.table import Table
 
 from selfloop.cli import local
@@ -13,10 +12,10 @@ def runs(data_dir: local.DataDir = None) -> None:
 
     async def work() -> Table:
         async with local.opened(data_dir) as data:
-            table = Table("run", "name", "base model", "status", "steps", "rank", "created")
+            table = local.table("run", "name", "base model", "status", "steps", "rank", "created")
             for row in await data.all_runs():
                 created = datetime.fromtimestamp(row.created_at).strftime("%Y-%m-%d %H:%M")
                 table.add_row(row.id, row.name, row.base_model, row.status, str(row.step), str(row.lora_rank), created)
             return table
 
-    Console().print(local.run(work))
+    local.show(local.run(work))

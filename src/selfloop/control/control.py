@@ -58,6 +58,11 @@ class DataDirectory:
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
         self.catalogue = Catalogue(self._db, path / "models")
 
+    async def seed(self) -> None:
+        """Give a new data directory what a server's start would give it: the first team, the embedded model."""
+        await self.access.ensure_default_team()
+        await self.catalogue.seed()
+
     async def all_runs(self) -> Sequence[RunRow]:
         """Every run, newest first."""
         async with self._db.read() as session:

@@ -134,5 +134,5 @@ def _digest(key: str) -> str:
 
 
 def _key_row(team_id: str, name: str, key: str) -> KeyRow:
-    shown = key[:_SHOWN_CHARACTERS]
+    shown = key[: min(_SHOWN_CHARACTERS, len(key) // 4)]
     return KeyRow(id=new_id(), team_id=team_id, name=name, sha256=_digest(key), prefix=shown, created_at=time.time())

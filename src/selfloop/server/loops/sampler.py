@@ -67,8 +67,9 @@ async def trainers_policy_version(sampler: SamplerOf, control: ControlOf) -> dic
 async def wake(sampler: SamplerOf, control: ControlOf) -> dict[str, str]:
     """Bring a sleeping sampler up."""
     control.samplers.check_live(sampler)
+    status = control.lifecycle.status(sampler.id) or SamplerStatus.INACTIVE
     control.lifecycle.wake_soon(sampler.id)
-    return {"status": control.lifecycle.status(sampler.id) or SamplerStatus.INACTIVE}
+    return {"status": SamplerStatus.WAKING_UP if status == SamplerStatus.SCALED_TO_ZERO else status}
 
 
 @router.get("/health")
