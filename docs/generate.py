@@ -45,6 +45,8 @@ def losses() -> str:
     rows = ["| loss | inputs besides `target_tokens` | configuration, with defaults |", "| --- | --- | --- |"]
     for spec in LOSSES.values():
         inputs = [f"`{name}`" for name in spec.required] + [f"`{name}` (optional)" for name in spec.optional]
+        if spec.one_of:
+            inputs.insert(len(spec.required), " or ".join(f"`{name}`" for name in spec.one_of))
         config = [f"`{name}` = {str(value).lower()}" for name, value in spec.config.items()]
         rows.append(f"| `{spec.name}` | {', '.join(inputs) or '-'} | {', '.join(config) or '-'} |")
     return "\n".join(rows)

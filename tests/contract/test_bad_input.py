@@ -72,6 +72,17 @@ ONES = [1.0] * N
 LONG = list(range(3, 36))
 IMAGE = {"type": "image", "data": "", "format": "png", "expected_tokens": 3}
 
+PAIRED = with_inputs(ref_logprobs=tensor(ONES))
+
+
+def two(num_columns: int = 2, **inputs: object) -> Json:
+    """A good datum with several targets a token."""
+    targets = {"data": [[3] * num_columns] * N, "dtype": "int64", "shape": [N, num_columns]}
+    return with_inputs(target_tokens=targets, **inputs)
+
+
+TWO, THREE = two(), two(3)
+
 LOSS_CALLS: dict[str, tuple[Json, str]] = {
     "no data": (loss(), "data"),
     "data missing": ({"loss_fn": "cross_entropy"}, "data"),
@@ -83,7 +94,9 @@ LOSS_CALLS: dict[str, tuple[Json, str]] = {
     "unknown config": (loss(GOOD, loss_fn_config={"beta": 1.0}), "loss_fn_config.beta"),
     "config of a wrong type": (loss(GOOD, loss_fn_config={"skip_token_normalization": 1.0}), "skip_token_normal"),
     "config a list": (loss(GOOD, loss_fn_config=[]), "loss_fn_config"),
-    "top-k": (loss(GOOD, top_k_logprobs=3), "top_k_logprobs"),
+    "top-k too many": (loss(GOOD, top_k_logprobs=21), "top_k_logprobs: 0 to 20"),
+    "top-k negative": (loss(GOOD, top_k_logprobs=-1), "top_k_logprobs: 0 to 20"),
+    "top-k a fraction": (loss(GOOD, top_k_logprobs=1.5), "top_k_logprobs"),
     "unknown field": (loss(GOOD, surprise=1), "surprise"),
     "unknown field of a datum": (loss(GOOD | {"surprise": 1}), "surprise"),
     "no model_input": (loss({"loss_fn_inputs": GOOD["loss_fn_inputs"]}), "model_input"),
@@ -112,6 +125,54 @@ LOSS_CALLS: dict[str, tuple[Json, str]] = {
     "shape negative": (loss(targets([3] * N, shape=[-N])), "target_tokens.shape"),
     "shape empty": (loss(targets([3] * N, shape=[])), "target_tokens.shape"),
     "nested targets": (loss(targets([[3]] * N)), "target_tokens.shape"),
+    "nested in three": (loss(targets([[[3]]] * N, shape=[N, 1, 1])), "data[0].loss_fn_inputs"),
+    "shape of three": (loss(targets([3] * N, shape=[N, 1, 1])), "target_tokens.shape: [N] or [N, K]"),
+    "no column": (loss(targets([], shape=[N, 0])), "target_tokens.shape: at least one target"),
+    "columns negative": (loss(targets([3] * N, shape=[-1, -N])), "target_tokens.shape"),
+    "rows negative": (loss(targets([3] * N, shape=[-N, 1])), "target_tokens.shape"),
+    "ragged columns": (loss(targets([[3, 3]] * (N - 1) + [[3]], shape=[N, 2])), "target_tokens.shape"),
+    "half nested": (loss(targets([[3, 3]] * (N - 1) + [3, 3], shape=[N, 2])), "target_tokens.shape"),
+    "too few rows": (loss(targets([[3, 3]] * (N - 1), shape=[N - 1, 2])), "data[0].loss_fn_inputs.target_tokens"),
+    "too few columns": (loss(targets([3] * N, shape=[N, 2])), "target_tokens.shape"),
+    "column null": (loss(targets([[3, None]] * N, shape=[N, 2])), "target_tokens.data"),
+    "column out of vocabulary": (loss(targets([[3, 264]] * N, shape=[N, 2])), "target_tokens.data: token ids from 0"),
+    "columns differ": (loss(TWO, THREE), "data[1].loss_fn_inputs.target_tokens.shape: [N, 2] as in data[0]"),
+    "columns and none": (loss(TWO, GOOD), "data[1].loss_fn_inputs.target_tokens.shape: [N, 2] as in data[0]"),
+    "none and columns": (loss(GOOD, TWO), "data[1].loss_fn_inputs.target_tokens.shape: [N] as in data[0]"),
+    "weights without columns": (loss(two(weights=tensor(ONES))), "data[0].loss_fn_inputs.weights.shape"),
+    "weights of other columns": (
+        loss(two(weights={"data": [1.0] * 3 * N, "dtype": "float32", "shape": [N, 3]})),
+        "data[0].loss_fn_inputs.weights.shape",
+    ),
+    "weights with a null": (
+        loss(two(weights={"data": [[1.0, None]] * N, "dtype": "float32", "shape": [N, 2]})),
+        "data[0].loss_fn_inputs.weights",
+    ),
+    "columns for a policy loss": (
+        loss(two(logprobs=tensor(ONES), advantages=tensor(ONES)), loss_fn="ppo"),
+        "target_tokens.shape: [N], one row a token",
+    ),
+    "no advantages": (loss(with_inputs(logprobs=tensor(ONES)), loss_fn="dppo"), "data[0].loss_fn_inputs.advantages"),
+    "config of dppo": (
+        loss(with_inputs(logprobs=tensor(ONES), advantages=tensor(ONES)), loss_fn="dppo", loss_fn_config={"beta": 1}),
+        "loss_fn_config.beta",
+    ),
+    "half a pair": (loss(PAIRED, PAIRED, PAIRED, loss_fn="dpo"), "data: pairs of a chosen and a rejected datum"),
+    "pair without a reference": (loss(PAIRED, GOOD, loss_fn="dpo"), "data[1].loss_fn_inputs.ref_logprobs"),
+    "pair with two references": (
+        loss(PAIRED, with_inputs(ref_logprobs=tensor(ONES), logprobs=tensor(ONES)), loss_fn="dpo"),
+        "data[1].loss_fn_inputs.logprobs: dpo takes exactly one of ref_logprobs, logprobs",
+    ),
+    "reference null": (
+        loss(PAIRED, with_inputs(ref_logprobs=tensor([None] * N)), loss_fn="dpo"),
+        "data[1].loss_fn_inputs.ref_logprobs",
+    ),
+    "reference of one too few": (
+        loss(PAIRED, with_inputs(ref_logprobs=tensor(ONES[1:])), loss_fn="dpo"),
+        "data[1].loss_fn_inputs.ref_logprobs",
+    ),
+    "columns of a pair": (loss(PAIRED, two(ref_logprobs=tensor(ONES)), loss_fn="dpo"), "data[1].loss_fn_inputs.target"),
+    "reference for cross entropy": (loss(PAIRED), "data[0].loss_fn_inputs.ref_logprobs"),
     "weights NaN": (loss(with_inputs(weights=tensor([*ONES[1:], None]))), "data[0].loss_fn_inputs.weights"),
     "weights too large": (loss(with_inputs(weights=tensor([1e39] * N))), "data[0].loss_fn_inputs.weights"),
     "weights too short": (loss(with_inputs(weights=tensor(ONES[1:]))), "data[0].loss_fn_inputs.weights"),

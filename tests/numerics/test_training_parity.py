@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import tiny_models
-from selfloop.types.datum import IGNORED_TARGET
+from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.operation import AdamParams
 
 SEQUENCES = [tiny_models.random_ids(n, seed=n) for n in (12, 30, 7)]
@@ -178,3 +178,146 @@ def test_masked_targets_have_no_part_in_loss_or_gradient(zoo):
     theirs = engine._runs["other"].accumulated
     assert ours.num_tokens == theirs.num_tokens == keep
     torch.testing.assert_close(ours.grad_P, theirs.grad_P, atol=1e-5, rtol=1e-5)
+
+
+def log_softmax(model, ids):
+    return model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+
+
+def assert_gradients_equal(engine, reference, divisor):
+    """The engine's accumulated sum against the reference's, as the optimizer uses them."""
+    run = engine._runs["run"]
+    gradients = named_gradients(reference)
+    ours = {p.name: p.view for p in run.shape.named(run.accumulated.grad_P)}
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name] / divisor, gradient / divisor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("budget", [16, 1024])
+def test_a_mixture_of_targets_equals_peft(zoo, budget):
+    """Three targets a position, some of them masked, some of weight zero, one position without any."""
+    engine = zoo.engine("llama", train_token_budget=budget)
+    engine.init_run("run", rank=4, seed=3)
+    disturb(engine)
+    reference = zoo.peft("llama", engine, "run")
+    examples, total, num_trained, shown = [], torch.zeros(()), 0, []
+    for seed, ids in enumerate(SEQUENCES):
+        num = len(ids) - 1
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.randint(3, tiny_models.VOCAB_SIZE, (num, 3), generator=generator)
+        targets[torch.rand(num, 3, generator=generator) < 0.2] = IGNORED_TARGET
+        targets[2] = IGNORED_TARGET
+        weights = torch.rand(num, 3, generator=generator)
+        weights[4] = 0
+        active = targets != IGNORED_TARGET
+        inputs = {
+            "target_tokens": Tensor.of(targets.flatten().tolist(), "int64", (num, 3)),
+            "weights": Tensor.of(weights.flatten().tolist(), "float32", (num, 3)),
+        }
+        examples.append(Datum(Tensor.of(ids[:-1], "int64"), inputs))
+        logprobs = log_softmax(reference, ids).gather(1, targets.clamp(min=0))
+        total = total - (logprobs * weights)[active].sum()
+        num_trained += int((active & (weights != 0)).any(1).sum())
+        shown.append(logprobs.detach().masked_fill(~active, float("nan")))
+    total.backward()
+
+    result = engine.forward_backward("run", examples, "cross_entropy", {})
+    assert result.metrics["num_trained_tokens"] == num_trained
+    assert result.loss == pytest.approx(float(total.detach()) / num_trained, abs=1e-4)
+    for ours, expected in zip(result.logprobs, shown, strict=True):
+        assert ours.shape == tuple(expected.shape)
+        values = torch.tensor(ours.values()).reshape(ours.shape)
+        torch.testing.assert_close(values, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert_gradients_equal(engine, reference, num_trained)
+
+
+@pytest.mark.parametrize("budget", [16, 1024])
+def test_dpo_equals_peft(zoo, budget):
+    """Two pairs; the reference is the base model, the prompt is masked by targets in one row, by weights elsewhere."""
+    engine = zoo.engine("llama", train_token_budget=budget)
+    engine.init_run("run", rank=4, seed=3)
+    disturb(engine)
+    policy, base = zoo.peft("llama", engine, "run"), zoo.reference("llama")
+    rows = [*SEQUENCES, tiny_models.random_ids(9, seed=77)]
+    examples, sums = [], []
+    for index, ids in enumerate(rows):
+        targets, mask = torch.tensor(ids[1:]), torch.arange(len(ids) - 1) >= 3
+        with torch.no_grad():
+            ref = log_softmax(base, ids).gather(1, targets[:, None])[:, 0]
+        now = log_softmax(policy, ids).gather(1, targets[:, None])[:, 0]
+        sums.append(((now - ref) * mask).sum())
+        name = "ref_logprobs" if index % 2 else "logprobs"
+        inputs = {name: Tensor.of(ref.tolist(), "float32")}
+        if index == 2:
+            targets = targets.masked_fill(~mask, IGNORED_TARGET)
+        else:
+            inputs["weights"] = Tensor.of(mask.float().tolist(), "float32")
+        inputs["target_tokens"] = Tensor.of(targets.tolist(), "int64")
+        examples.append(Datum(Tensor.of(ids[:-1], "int64"), inputs))
+    deltas = 0.3 * torch.stack([sums[0] - sums[1], sums[2] - sums[3]])
+    expected = -(0.9 * F.logsigmoid(deltas) + 0.1 * F.logsigmoid(-deltas)).sum()
+    expected.backward()
+
+    result = engine.forward_backward("run", examples, "dpo", {"beta": 0.3, "label_smoothing": 0.1})
+    assert result.loss == pytest.approx(float(expected.detach()) / 2, abs=1e-4)
+    assert result.metrics["num_trained_pairs"] == 2
+    assert result.metrics["num_trained_tokens"] == sum(len(ids) - 4 for ids in rows)
+    assert result.metrics["accuracy"] == float((deltas > 0).float().mean())
+    assert result.metrics["margin"] == pytest.approx(float(deltas.detach().mean()), abs=1e-4)
+    assert_gradients_equal(engine, policy, 2)
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    metrics = engine.optim_step("run", AdamParams(learning_rate=0.0)).metrics
+    assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()) / 2, rel=1e-4)
+
+
+def test_the_likeliest_tokens_equal_peft(zoo):
+    engine = zoo.engine("llama", train_token_budget=16)
+    engine.init_run("run", rank=4, seed=3)
+    disturb(engine)
+    reference = zoo.peft("llama", engine, "run")
+    targets = [*SEQUENCES[0][1:5], *([IGNORED_TARGET] * 3), *SEQUENCES[0][8:]]
+    first = Datum(Tensor.of(SEQUENCES[0][:-1], "int64"), {"target_tokens": Tensor.of(targets, "int64")})
+    result = engine.forward("run", [first, *data()[1:]], "cross_entropy", {}, 5)
+    again = engine.forward_backward("run", [first, *data()[1:]], "cross_entropy", {}, 5)
+    assert [t.data for t in (*result.topk_tokens, *result.topk_logprobs)] == [
+        t.data for t in (*again.topk_tokens, *again.topk_logprobs)
+    ]
+    for index, ids in enumerate(SEQUENCES):
+        with torch.no_grad():
+            top = log_softmax(reference, ids).topk(5, dim=1)
+        tokens, logprobs = top.indices, top.values
+        if index == 0:
+            tokens[4:7], logprobs[4:7] = -1, float("nan")
+        ours = result.topk_logprobs[index]
+        assert ours.shape == result.topk_tokens[index].shape == (len(ids) - 1, 5)
+        assert list(result.topk_tokens[index].values()) == tokens.flatten().tolist()
+        values = torch.tensor(ours.values()).reshape(ours.shape)
+        torch.testing.assert_close(values, logprobs, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_a_custom_loss_in_two_calls_has_the_gradient_of_autograd_in_one(zoo):
+    """As the client does it: logprobs out, dC/dlogprob computed there, sent back as the weights -dC/dlogprob."""
+    skip = {"skip_token_normalization": True}
+    engine = zoo.engine("llama")
+    engine.init_run("run", rank=4, seed=3)
+    disturb(engine)
+    reference = zoo.peft("llama", engine, "run")
+
+    def custom(logprobs):
+        return sum((lp.exp() * lp - 0.3 * lp.square()).sum() for lp in logprobs)
+
+    zeros = [[0.0] * (len(ids) - 1) for ids in SEQUENCES]
+    asked = engine.forward("run", data(zeros), "cross_entropy", skip)
+    leaves = [torch.tensor(t.values()).requires_grad_() for t in asked.logprobs]
+    custom(leaves).backward()
+    engine.forward_backward("run", data([(-leaf.grad).tolist() for leaf in leaves]), "cross_entropy", skip)
+
+    logits = [reference(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1) for ids in SEQUENCES]
+    targets = [torch.tensor(ids[1:])[:, None] for ids in SEQUENCES]
+    custom([row.gather(1, target)[:, 0] for row, target in zip(logits, targets, strict=True)]).backward()
+    run = engine._runs["run"]
+    ours = {p.name: p.view for p in run.shape.named(run.accumulated.grad_P)}
+    num_tokens = sum(len(ids) - 1 for ids in SEQUENCES)
+    for name, gradient in named_gradients(reference).items():
+        torch.testing.assert_close(ours[name] / num_tokens, gradient / num_tokens, atol=1e-4, rtol=1e-4, msg=name)

@@ -155,8 +155,15 @@ class Engine:
         """Forget a run; unknown ids are fine."""
         self._runs.pop(run_id, None)
 
-    def forward(self, run_id: str, data: list[Datum], loss_fn: str, config: Mapping[str, float | bool]) -> LossResult:
-        """Loss and logprobs; the run is only read.
+    def forward(
+        self,
+        run_id: str,
+        data: list[Datum],
+        loss_fn: str,
+        config: Mapping[str, float | bool],
+        top_k_logprobs: int = 0,
+    ) -> LossResult:
+        """Loss, logprobs and each position's ``top_k_logprobs`` likeliest tokens; the run is only read.
 
         Raises:
             BadRequest: a datum does not fit the loss or the model.
@@ -164,16 +171,21 @@ class Engine:
         """
         full = _full_config(loss_fn, config)
         batches = self._micro_batches(data, loss_fn)
-        totals = LossStep(self._decoder, loss_fn, full).forward(self._run(run_id), batches)
+        totals = LossStep(self._decoder, loss_fn, full, top_k_logprobs).forward(self._run(run_id), batches)
         return _loss_result(totals, data, skip=bool(full.get(_SKIP)))
 
     def forward_backward(
-        self, run_id: str, data: list[Datum], loss_fn: str, config: Mapping[str, float | bool]
+        self,
+        run_id: str,
+        data: list[Datum],
+        loss_fn: str,
+        config: Mapping[str, float | bool],
+        top_k_logprobs: int = 0,
     ) -> LossResult:
         """Like :meth:`forward`, and adds the gradient of the loss sum to the run's; all or nothing.
 
         Raises:
-            BadRequest: as :meth:`forward`; or normalised and unnormalised gradients would share a step.
+            BadRequest: as :meth:`forward`; or gradients that are divided by different things would share a step.
             OperationFailed: loss or gradient is not finite.
         """
         run = self._run(run_id)
@@ -183,21 +195,27 @@ class Engine:
         if before is not None and before.normalised == skip:
             kind = "unnormalised" if skip else "normalised"
             raise BadRequest(f"loss_fn_config.{_SKIP}", f"{kind} and other gradients cannot share an optim_step")
+        if before is not None and (before.num_pairs is not None) != (LOSSES[loss_fn].rows == 2):
+            raise BadRequest(
+                "loss_fn", "gradients divided by pairs (dpo) and by tokens (other losses) cannot share an optim_step"
+            )
         batches = self._micro_batches(data, loss_fn)
-        totals, grad_P = LossStep(self._decoder, loss_fn, full).forward_backward(run, batches)
-        num_tokens = totals.num_tokens
+        totals, grad_P = LossStep(self._decoder, loss_fn, full, top_k_logprobs).forward_backward(run, batches)
+        num_tokens, num_pairs = totals.num_tokens, totals.num_pairs
         if before is not None:
             grad_P.add_(before.grad_P)
             num_tokens += before.num_tokens
+            if num_pairs is not None and before.num_pairs is not None:
+                num_pairs += before.num_pairs
             if not all_finite(grad_P):
                 raise OperationFailed(
                     "the sum with the gradients accumulated before is not finite", "NonFiniteGradient"
                 )
-        run.accumulated = Accumulated(grad_P, num_tokens, normalised=not skip)
+        run.accumulated = Accumulated(grad_P, num_tokens, normalised=not skip, num_pairs=num_pairs)
         return _loss_result(totals, data, skip=skip)
 
     def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
-        """Divide the accumulated gradient by its trained tokens (unless it is unnormalised), clip, apply, clear."""
+        """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""
         run = self._run(run_id)
         num_tokens = 0 if run.accumulated is None else run.accumulated.num_tokens
         grad_norm = optim_step(run, adam)
@@ -303,11 +321,13 @@ class Engine:
 
     def _micro_batches(self, data: list[Datum], loss_fn: str) -> list[MicroBatch]:
         spec, config = LOSSES[loss_fn], self._config
+        if len(data) % spec.rows != 0:
+            raise BadRequest("data", f"{loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
         examples = [
             read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
             for index, datum in enumerate(data)
         ]
-        return micro_batches(examples, self._train_token_budget, self._decoder.device)
+        return micro_batches(examples, self._train_token_budget, self._decoder.device, spec.rows)
 
 
 def _full_config(loss_fn: str, config: Mapping[str, float | bool]) -> dict[str, float | bool]:
@@ -324,14 +344,24 @@ def _full_config(loss_fn: str, config: Mapping[str, float | bool]) -> dict[str, 
 def _loss_result(totals: LossTotals, data: list[Datum], *, skip: bool) -> LossResult:
     loss = totals.loss_sum
     if not skip:
-        loss = loss / totals.num_tokens if totals.num_tokens > 0 else 0.0
+        loss = loss / totals.num_units if totals.num_units > 0 else 0.0
     assert math.isfinite(loss)
     metrics = {"loss": loss, "num_trained_tokens": float(totals.num_tokens)}
+    if totals.num_pairs is not None:
+        metrics["num_trained_pairs"] = float(totals.num_pairs)
+    for name, value in totals.metric_sums.items():
+        metrics[name] = value / totals.num_units if totals.num_units > 0 else 0.0
     if skip:
         metrics[_SKIP] = 1.0
     shapes = [datum.loss_inputs["target_tokens"].shape for datum in data]
     logprobs = [from_torch(x, shape) for x, shape in zip(totals.logprobs, shapes, strict=True)]
-    return LossResult(loss, logprobs, metrics)
+    return LossResult(
+        loss,
+        logprobs,
+        metrics,
+        [from_torch(x, tuple(x.shape), "int64") for x in totals.top_tokens],
+        [from_torch(x, tuple(x.shape)) for x in totals.top_logprobs],
+    )
 
 
 def _saved(run: Run, size_bytes: int) -> SavedState:

@@ -41,7 +41,7 @@ class Datum(msgspec.Struct, frozen=True):
     """One example: ``tokens`` (N,) int64 in, and per-token inputs of the loss.
 
     ``loss_inputs["target_tokens"]`` is (N,) int64, already shifted: position i holds the token that
-    position i must predict, or ``IGNORED_TARGET``.
+    position i must predict, or ``IGNORED_TARGET``. Cross entropy also takes (N, K): K targets a position.
     """
 
     tokens: Tensor

@@ -1,6 +1,9 @@
 """What each loss takes, declared once: the gateway validates from it, the engine computes by it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+
+from selfloop.types.errors import BadRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,14 +12,25 @@ class LossSpec:
 
     Args:
         required: per-token float inputs (N,) that must come with every datum, besides ``target_tokens``.
+        one_of: names of one further input that must come with every datum, under exactly one of them.
         optional: per-token float inputs (N,) that may come.
         config: configuration fields with their defaults; a bool default makes a flag.
+        rows: consecutive datums that make one unit: 1, or 2 for a loss of pairs. A unit is never divided.
+        many_targets: True when targets may be (N, K), with the optional inputs of the same shape.
     """
 
     name: str
     required: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     config: dict[str, float | bool] = field(default_factory=dict[str, "float | bool"])
+    rows: int = 1
+    many_targets: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Every input that a datum may carry."""
+        return ("target_tokens", *self.required, *self.one_of, *self.optional)
 
 
 _POLICY = ("logprobs", "advantages")
@@ -29,10 +43,33 @@ LOSSES: dict[str, LossSpec] = {
             "cross_entropy",
             optional=("weights",),
             config={"skip_token_normalization": False},
+            many_targets=True,
         ),
         LossSpec("importance_sampling", required=_POLICY),
         LossSpec("ppo", required=_POLICY, config=_CLIP),
         LossSpec("cispo", required=_POLICY, config=_CLIP),
         LossSpec("dro", required=_POLICY, config={"beta": 0.05}),
+        LossSpec(
+            "dppo",
+            required=_POLICY,
+            config={"dppo_mask_high": 0.2, "dppo_mask_low": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3},
+        ),
+        LossSpec(
+            "dpo",
+            # The official client's helper writes the first name; the interface it was read out of has the second.
+            one_of=("ref_logprobs", "logprobs"),
+            optional=("weights",),
+            config={"beta": 0.1, "label_smoothing": 0.0},
+            rows=2,
+        ),
     )
 }
+
+
+def one_of(given: Collection[str], spec: LossSpec, field: str) -> str:
+    """The name under which ``spec.one_of`` came; raises BadRequest below ``field`` for none and for several."""
+    found = [name for name in spec.one_of if name in given]
+    if len(found) != 1:
+        wrong = found[1] if found else spec.one_of[0]
+        raise BadRequest(f"{field}.{wrong}", f"{spec.name} takes exactly one of {', '.join(spec.one_of)}")
+    return found[0]

@@ -28,6 +28,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
     data: list[Datum]
     loss_fn: str
     loss_config: dict[str, float | bool]
+    top_k_logprobs: int = 0
 
 
 class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
@@ -36,6 +37,7 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     data: list[Datum]
     loss_fn: str
     loss_config: dict[str, float | bool]
+    top_k_logprobs: int = 0
 
 
 class OptimStep(msgspec.Struct, frozen=True, tag="optim_step"):

@@ -15,14 +15,18 @@ class LossResult(msgspec.Struct, frozen=True, tag="loss"):
     """Result of forward and forward_backward.
 
     Args:
-        loss: mean over the request's trained tokens (the plain sum with ``skip_token_normalization``).
+        loss: mean over the request's trained tokens, or pairs (the plain sum with ``skip_token_normalization``).
         logprobs: one float32 tensor per datum, in the shape of its targets; NaN where masked.
         metrics: plain numbers.
+        topk_tokens: one int64 (N, k) tensor per datum, the likeliest first; -1 where masked. Empty unless asked for.
+        topk_logprobs: their logprobs, float32 (N, k); NaN where masked.
     """
 
     loss: float
     logprobs: list[Tensor]
     metrics: dict[str, float]
+    topk_tokens: list[Tensor] = []
+    topk_logprobs: list[Tensor] = []
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="optim_step"):

@@ -174,10 +174,10 @@ class Worker:
         match operation:
             case InitTrainer(lora_rank):
                 return engine.init_run(run_id, rank=lora_rank, seed=context.seed, initial=_path(context.initial))
-            case Forward(data, loss_fn, config):
-                return engine.forward(run_id, data, loss_fn, config)
-            case ForwardBackward(data, loss_fn, config):
-                return engine.forward_backward(run_id, data, loss_fn, config)
+            case Forward(data, loss_fn, config, top_k):
+                return engine.forward(run_id, data, loss_fn, config, top_k)
+            case ForwardBackward(data, loss_fn, config, top_k):
+                return engine.forward_backward(run_id, data, loss_fn, config, top_k)
             case OptimStep(adam):
                 return engine.optim_step(run_id, adam)
             case LoadState(with_optimizer=with_optimizer):

@@ -30,6 +30,7 @@ from baseten.loops import (
     TrainingClient,
     training_client,
 )
+from baseten.loops.helpers.datum import attach_reference_logprobs
 
 MODEL = "tiny/llama"
 AT_ONCE_S = 3.0
@@ -205,6 +206,52 @@ def check_weights_scale_the_loss():
     values = whole.loss_fn_outputs[0]["logprobs"].data
     close([part.loss], [-sum(values[:8]) / 8], 1e-4)
     close([whole.loss], [-sum(values) / 16], 1e-4)
+
+
+def check_dpo_from_reference_logprobs_of_a_sampler():
+    """As the client's helper asks for it: the full sequence goes in, and weights mask the last position."""
+    client = trainer()
+    reference = client.save_weights_and_get_sampling_client("reference")
+    rows = []
+    for question in ("Hi", "Sky?"):
+        for answer in ("Ahoy!", "Blue, I think."):
+            prompt = prompt_of(question)
+            tokens = [*prompt, *tokenizer().encode(answer, add_special_tokens=False), tokenizer().eos_token_id]
+            weights = [0.0] * (len(prompt) - 1) + [1.0] * (len(tokens) - len(prompt)) + [0.0]
+            inputs = {
+                "target_tokens": TensorData.from_list([*tokens[1:], 0], dtype="int64"),
+                "weights": TensorData.from_list(weights),
+            }
+            rows.append(Datum(model_input=ModelInput.from_ints(tokens), loss_fn_inputs=inputs))
+    data = attach_reference_logprobs(rows, reference)
+    config = {"beta": 0.2}
+    results = []
+    for _ in range(6):
+        results.append(client.forward_backward(data, "dpo", loss_fn_config=config).result())
+        client.optim_step(ADAM).result()
+    close([results[0].loss], [math.log(2)], 1e-4)
+    last = results[-1]
+    assert last.loss < 0.5, last.loss
+    assert last.metrics["accuracy"] == 1.0, last.metrics
+    assert last.metrics["margin"] > results[0].metrics["margin"], last.metrics
+    refused(lambda: client.forward_backward(rows[:2], "dpo").result(), "ref_logprobs", 422)
+
+
+def check_several_targets_a_position():
+    client = trainer()
+    tokens, others = ids(1, 17), ids(2, 17)
+    rows = [list(pair) for pair in zip(tokens[1:], others[1:], strict=True)]
+    inputs = {
+        "target_tokens": TensorData.from_list(rows, dtype="int64"),
+        "weights": TensorData.from_list([[0.5, 0.5]] * 16),
+    }
+    datum = Datum(model_input=ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+    result = client.forward_backward([datum], "cross_entropy", top_k_logprobs=3).result()
+    own = result.loss_fn_outputs[0]["logprobs"]
+    assert own.shape == [16, 2]
+    close(own.data[::2], logprobs(client, tokens), 1e-4)
+    close([result.loss], [-0.5 * sum(own.data) / 16], 1e-4)
+    assert result.loss_fn_outputs[0]["topk_token_ids"].shape == [16, 3]
 
 
 def check_metrics_of_a_step():

@@ -358,3 +358,120 @@ def test_gradients_whose_sum_overflows_leave_the_run_as_it_was(trained):
     with pytest.raises(OperationFailed, match="not finite"):
         trained.forward_backward("run", [large], "cross_entropy", {})
     assert same(before, state(trained))
+
+
+def columns(datum, num_targets=1):
+    """The same datum with its targets and weights in ``num_targets`` equal columns."""
+    num = datum.tokens.num_elements
+    repeated = {
+        name: Tensor.of([v for v in tensor.values() for _ in range(num_targets)], tensor.dtype, (num, num_targets))
+        for name, tensor in datum.loss_inputs.items()
+    }
+    return Datum(datum.tokens, repeated)
+
+
+def test_one_column_of_targets_is_the_same_as_none(trained, load):
+    other = load()
+    other.init_run("run", rank=4, seed=1)
+    other._runs["run"].theta_P.copy_(trained._runs["run"].theta_P)
+    flat = trained.forward_backward("run", some_data(), "cross_entropy", {})
+    column = other.forward_backward("run", [columns(d) for d in some_data()], "cross_entropy", {})
+    assert (flat.loss, flat.metrics) == (column.loss, column.metrics)
+    assert [t.data for t in flat.logprobs] == [t.data for t in column.logprobs]
+    assert [len(t.shape) for t in column.logprobs] == [2] * 4
+    assert torch.equal(trained._runs["run"].accumulated.grad_P, other._runs["run"].accumulated.grad_P)
+
+
+def test_equal_columns_multiply_the_loss_and_count_a_token_once(trained):
+    flat = trained.forward("run", some_data(), "cross_entropy", {})
+    three = trained.forward("run", [columns(d, 3) for d in some_data()], "cross_entropy", {})
+    assert three.loss == pytest.approx(3 * flat.loss, rel=1e-5)
+    assert three.metrics["num_trained_tokens"] == flat.metrics["num_trained_tokens"]
+
+
+def test_all_datums_have_as_many_targets(trained):
+    with pytest.raises(BadRequest) as error:
+        trained.forward(
+            "run", [columns(d, k) for d, k in zip(some_data(3), (2, 2, 3), strict=True)], "cross_entropy", {}
+        )
+    assert error.value.field == "data[2].loss_fn_inputs.target_tokens"
+
+
+def pairs(num=4):
+    """Rows that follow each other as chosen and rejected, with made-up reference logprobs."""
+    return [
+        Datum(d.tokens, d.loss_inputs | {"ref_logprobs": Tensor.of([-3.0] * d.tokens.num_elements, "float32")})
+        for d in some_data(num)
+    ]
+
+
+def test_split_pairs_accumulate_like_one_call(trained, load):
+    other = load(train_token_budget=8)
+    other.init_run("run", rank=4, seed=1)
+    other._runs["run"].theta_P.copy_(trained._runs["run"].theta_P)
+    data = pairs(6)
+    whole = trained.forward_backward("run", data, "dpo", {})
+    parts = [other.forward_backward("run", data[at : at + 2], "dpo", {}) for at in (0, 2, 4)]
+    assert whole.loss == pytest.approx(sum(part.loss for part in parts) / 3, abs=1e-5)
+    one, many = trained._runs["run"].accumulated, other._runs["run"].accumulated
+    assert one.num_pairs == many.num_pairs == 3
+    torch.testing.assert_close(one.grad_P, many.grad_P, atol=1e-4, rtol=1e-4)
+    norms = [engine.optim_step("run", ADAM).metrics["grad_norm"] for engine in (trained, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_training_on_pairs_widens_the_margin(trained):
+    results = []
+    for _ in range(6):
+        results.append(trained.forward_backward("run", pairs(), "dpo", {"beta": 0.5}))
+        trained.optim_step("run", ADAM)
+    assert results[-1].loss < results[0].loss
+    assert results[-1].metrics["margin"] > results[0].metrics["margin"]
+
+
+def test_a_snapshot_keeps_what_pairs_are_divided_by(trained, tmp_path):
+    trained.forward_backward("run", pairs(), "dpo", {})
+    trained.snapshot("run", tmp_path / "snapshot")
+    trained.restore("again", tmp_path / "snapshot")
+    assert trained._runs["again"].accumulated.num_pairs == 2
+    results = [trained.optim_step(run_id, ADAM).metrics for run_id in ("run", "again")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dpo_first", [True, False])
+def test_gradients_of_pairs_and_of_tokens_cannot_share_a_step(trained, dpo_first):
+    calls = [(pairs(), "dpo", {}), (some_data(), "cross_entropy", {})]
+    first, second = calls if dpo_first else calls[::-1]
+    trained.forward_backward("run", *first)
+    before = state(trained)
+    with pytest.raises(BadRequest) as error:
+        trained.forward_backward("run", *second)
+    assert error.value.field == "loss_fn"
+    assert same(before, state(trained))
+    trained.optim_step("run", ADAM)
+    trained.forward_backward("run", *second)
+
+
+def test_pairs_that_are_no_pairs(trained):
+    with pytest.raises(BadRequest) as odd:
+        trained.forward("run", pairs(3), "dpo", {})
+    assert odd.value.field == "data"
+    with pytest.raises(BadRequest) as neither:
+        trained.forward("run", some_data(2), "dpo", {})
+    assert neither.value.field == "data[0].loss_fn_inputs.ref_logprobs"
+    both = [Datum(d.tokens, d.loss_inputs | {"logprobs": d.loss_inputs["ref_logprobs"]}) for d in pairs(2)]
+    with pytest.raises(BadRequest) as twice:
+        trained.forward("run", both, "dpo", {})
+    assert twice.value.field == "data[0].loss_fn_inputs.logprobs"
+
+
+def test_a_pair_whose_loss_is_not_finite_is_named(trained):
+    data = pairs(4)
+    wild = Tensor.of([3e38] * data[2].tokens.num_elements, "float32")
+    data[2] = Datum(data[2].tokens, data[2].loss_inputs | {"ref_logprobs": wild})
+    with pytest.raises(OperationFailed, match=r"data\[2\] and data\[3\] is not finite"):
+        trained.forward_backward("run", data, "dpo", {})
+    # The other way round the loss would be zero, but the margin has no number.
+    data[2], data[3] = data[3], data[2]
+    with pytest.raises(OperationFailed, match=r"data\[2\] and data\[3\] is not finite"):
+        trained.forward("run", data, "dpo", {})

@@ -29,6 +29,7 @@ class AccumulatedState(msgspec.Struct, frozen=True):
 
     num_tokens: int
     normalised: bool
+    num_pairs: int | None = None
 
 
 class RunState(msgspec.Struct, frozen=True):
@@ -70,7 +71,7 @@ def write_snapshot(directory: Path, run: Run, config: ModelConfig) -> int:
         run.shape.rank,
         run.alpha,
         _write_moments(writer, run),
-        None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised),
+        None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
     )
     writer.json(STATE_FILE, state)
     return writer.close()
@@ -93,7 +94,11 @@ def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> 
         square_P = _flat(run.shape, "exp_avg_sq", tensors).to(device)
         run.moments = Moments(mean_P, square_P, state.num_updates)
     elif not (directory / OPTIMIZER_FILE).is_file():
-        raise OperationFailed(f"no {OPTIMIZER_FILE}: this is not a trainer checkpoint", "CheckpointInvalid")
+        raise OperationFailed(
+            f"no {OPTIMIZER_FILE}: this is an imported or a sampler's checkpoint, not a trainer checkpoint with "
+            "its optimizer; load its weights alone",
+            "CheckpointInvalid",
+        )
     return run
 
 
@@ -103,7 +108,7 @@ def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) ->
     pending = _read_state(directory, run).accumulated
     if pending is not None:
         grad_P = _flat(run.shape, "grad", _read_tensors(directory / GRADIENTS_FILE)).to(device)
-        run.accumulated = Accumulated(grad_P, pending.num_tokens, pending.normalised)
+        run.accumulated = Accumulated(grad_P, pending.num_tokens, pending.normalised, pending.num_pairs)
     return run
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 class LossInputs:
     """One micro-batch of packed sequences.
 
+    With K targets a token the tensors are (T, K) instead of (T,).
+
     Args:
         logprobs_T: float32 logprob of each target under the weights being trained; 0 where masked.
         active_T: True where the target is not masked.

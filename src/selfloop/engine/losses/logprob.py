@@ -3,9 +3,12 @@
 log p_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t in the compute dtype, the rest in float32. As each logprob
 depends on its own row only, d log p_t / d h_t = W[y_t] - softmax(z_t) W is computed in the forward, while
 the chunk's logits are at hand; the backward only scales it, and no logits are computed twice.
+
+With K targets a row that slope would be (N, K, D). There the backward makes each chunk's logits anew, and goes
+through them with what the K targets together ask for: sum_k g_k W[y_k] - (sum_k g_k) softmax(z) W.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +18,30 @@ _MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_ELEMENTS = 8 * 2**20
 
 
-def target_logprobs(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """float32 (N,) logprobs of ``targets_N``; gradients reach ``h_ND`` and never the frozen head."""
-    assert h_ND.shape[0] == targets_N.shape[0]
-    return _TargetLogprobs.apply(h_ND, head_VD, targets_N)  # pyright: ignore[reportReturnType]
+class Scores(NamedTuple):
+    """Logprobs of targets, and of each row's likeliest tokens.
+
+    Args:
+        logprobs: float32 (N,) or (N, K), as the targets; carries the gradient.
+        top_tokens_NJ: int64, the likeliest first; J is 0 when none were asked for.
+        top_logprobs_NJ: float32.
+    """
+
+    logprobs: Tensor
+    top_tokens_NJ: Tensor
+    top_logprobs_NJ: Tensor
+
+
+def target_logprobs(h_ND: Tensor, head_VD: Tensor, targets: Tensor) -> Tensor:
+    """float32 logprobs of ``targets``, (N,) or (N, K); gradients reach ``h_ND`` and never the frozen head."""
+    return score(h_ND, head_VD, targets, 0).logprobs
+
+
+def score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int) -> Scores:
+    """As :func:`target_logprobs`, with each row's ``num_top`` likeliest tokens beside (all, if there are fewer)."""
+    assert h_ND.shape[0] == targets.shape[0]
+    function = _TargetLogprobs if targets.dim() == 1 else _ManyTargetLogprobs
+    return Scores(*function.apply(h_ND, head_VD, targets, min(num_top, head_VD.shape[0])))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def chunk_rows(vocab_size: int) -> int:
@@ -26,28 +49,85 @@ def chunk_rows(vocab_size: int) -> int:
     return max(1, min(_MAX_CHUNK_ROWS, _MAX_CHUNK_ELEMENTS // vocab_size))
 
 
+def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
+    rows = chunk_rows(vocab_size)
+    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+
+
+class _Tops:
+    """The likeliest tokens, filled in chunk by chunk."""
+
+    def __init__(self, num_rows: int, num_top: int, device: torch.device) -> None:
+        self.tokens_NJ = torch.empty(num_rows, num_top, dtype=torch.int64, device=device)
+        self.logprobs_NJ = torch.empty(num_rows, num_top, dtype=torch.float32, device=device)
+
+    def take(self, chunk: slice, logits_CV: Tensor, normaliser_C1: Tensor) -> None:
+        num_top = self.tokens_NJ.shape[1]
+        if num_top > 0:
+            logits_CJ, self.tokens_NJ[chunk] = logits_CV.topk(num_top, dim=1)
+            self.logprobs_NJ[chunk] = logits_CJ - normaliser_C1
+
+    def outputs(self, ctx: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(self.tokens_NJ, self.logprobs_NJ)
+        return self.tokens_NJ, self.logprobs_NJ
+
+
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad: bool = ctx.needs_input_grad[0]
         logprobs_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
         slope_ND = torch.empty_like(h_ND) if wants_grad else None
-        rows = chunk_rows(head_VD.shape[0])
-        for start in range(0, h_ND.shape[0], rows):
-            chunk = slice(start, start + rows)
+        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
             targets_C1 = targets_N[chunk, None]
             logits_CV = F.linear(h_ND[chunk], head_VD).float()
             normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_N[chunk] = (logits_CV.gather(1, targets_C1) - normaliser_C1).squeeze(1)
+            tops.take(chunk, logits_CV, normaliser_C1)
             if slope_ND is not None:
                 slope_CV = logits_CV.sub_(normaliser_C1).exp_().neg_()
                 slope_CV.scatter_add_(1, targets_C1, torch.ones_like(normaliser_C1))
                 slope_ND[chunk] = slope_CV.to(head_VD.dtype) @ head_VD
         if slope_ND is not None:
             ctx.save_for_backward(slope_ND)
-        return logprobs_N
+        return logprobs_N, *tops.outputs(ctx)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_ND,) = ctx.saved_tensors
-        return (slope_ND.float() * grads[0][:, None]).to(slope_ND.dtype), None, None
+        return (slope_ND.float() * grads[0][:, None]).to(slope_ND.dtype), None, None, None
+
+
+class _ManyTargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_NK: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
+        normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
+        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
+            logits_CV = F.linear(h_ND[chunk], head_VD).float()
+            normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
+            logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
+            tops.take(chunk, logits_CV, normaliser_N1[chunk])
+        ctx.save_for_backward(h_ND, head_VD, targets_NK, normaliser_N1)
+        return logprobs_NK, *tops.outputs(ctx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        h_ND, head_VD, targets_NK, normaliser_N1 = ctx.saved_tensors
+        grad_NK = grads[0]
+        grad_ND = torch.empty_like(h_ND)
+        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
+            slope_CV = F.linear(h_ND[chunk], head_VD).float().sub_(normaliser_N1[chunk]).exp_()
+            slope_CV.mul_(-grad_NK[chunk].sum(1, keepdim=True))
+            # One scatter a target: with all K at once a token that is there twice would make the order matter.
+            for k in range(targets_NK.shape[1]):
+                slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
+            grad_ND[chunk] = slope_CV.to(head_VD.dtype) @ head_VD
+        return grad_ND, None, None, None

@@ -38,6 +38,24 @@ def dro(batch: LossInputs) -> Tensor:
     return _masked(batch, penalty_T - batch.logprobs_T * batch.inputs["advantages"])
 
 
+def dppo(batch: LossInputs) -> Tensor:
+    """-keep * adv_tau * A * r + kl_tau * (lp - q)^2, with a trust region in probabilities rather than ratios.
+
+    ``keep`` is 0 where A > 0 and exp(lp) - exp(q) > mask_high, or A <= 0 and exp(lp) - exp(q) < -mask_low: the
+    token has already moved far enough. It has no gradient, and the second term acts on dropped tokens, too.
+    The default loss of prime-rl, https://github.com/PrimeIntellect-ai/prime-rl, src/prime_rl/trainer/rl/loss.py,
+    after https://arxiv.org/abs/2602.04879 (the mask) and https://arxiv.org/abs/2602.02276 (the squared drift).
+    """
+    logprobs_T, old_T, advantages_T = batch.logprobs_T, batch.inputs["logprobs"], batch.inputs["advantages"]
+    moved_T = logprobs_T.detach().exp() - old_T.exp()
+    dropped_T = torch.where(
+        advantages_T > 0, moved_T > batch.config["dppo_mask_high"], moved_T < -batch.config["dppo_mask_low"]
+    )
+    gain_T = batch.config["adv_tau"] * advantages_T * _ratio_T(batch)
+    penalty_T = batch.config["kl_tau"] * (logprobs_T - old_T).square()
+    return _masked(batch, penalty_T - torch.where(dropped_T, 0.0, gain_T))
+
+
 def _ratio_T(batch: LossInputs) -> Tensor:
     return torch.exp(batch.logprobs_T - batch.inputs["logprobs"])
 

@@ -6,10 +6,14 @@ from torch import Tensor
 
 from selfloop.engine.losses.cross_entropy import cross_entropy
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.policy import cispo, dro, importance_sampling, ppo
+from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, ppo
+from selfloop.engine.losses.preference import dpo, dpo_metrics
 
 LossFunction = Callable[[LossInputs], Tensor]
-"""Gives each token's share (T,) of the loss; the objective is their sum."""
+"""Gives each token's share (T,) of the loss, or each pair's (G,); the objective is their sum."""
+
+MetricsFunction = Callable[[LossInputs], dict[str, Tensor]]
+"""Sums over the trained tokens, or pairs; what is reported is the mean."""
 
 LOSS_FUNCTIONS: dict[str, LossFunction] = {
     "cross_entropy": cross_entropy,
@@ -17,4 +21,8 @@ LOSS_FUNCTIONS: dict[str, LossFunction] = {
     "ppo": ppo,
     "cispo": cispo,
     "dro": dro,
+    "dppo": dppo,
+    "dpo": dpo,
 }
+
+METRICS_FUNCTIONS: dict[str, MetricsFunction] = {"dpo": dpo_metrics}

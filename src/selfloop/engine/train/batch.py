@@ -9,39 +9,51 @@ from torch import Tensor
 from selfloop.types import datum as types
 from selfloop.types.datum import IGNORED_TARGET, Datum
 from selfloop.types.errors import BadRequest
-from selfloop.types.losses import LossSpec
+from selfloop.types.losses import LossSpec, one_of
 
 _TORCH_DTYPE: dict[types.DType, torch.dtype] = {"int64": torch.int64, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A validated datum on the CPU: ids and targets int64 (N,), inputs float32 (N,)."""
+    """A validated datum on the CPU: ids int64 (N,), targets int64 (N,) or (N, K > 1), inputs float32 like those."""
 
     tokens_N: Tensor
-    targets_N: Tensor
+    targets: Tensor
     inputs: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed sequences of some datums, on the compute device."""
+    """Packed sequences of some datums, on the compute device.
+
+    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token.
+    """
 
     indices: list[int]
     lengths: list[int]
     tokens_T: Tensor
-    targets_T: Tensor
+    targets: Tensor
     inputs: Mapping[str, Tensor]
+
+    @property
+    def active(self) -> Tensor:
+        """True where a target is not masked; in the shape of the targets."""
+        return self.targets != IGNORED_TARGET
 
     @property
     def active_T(self) -> Tensor:
         """True where there is a target to predict."""
-        return self.targets_T != IGNORED_TARGET
+        return _any_T(self.active)
 
     @property
     def trained_T(self) -> Tensor:
         """True where the loss counts the token: a target, and a weight that is not zero."""
-        return self.active_T & (self.inputs["weights"] != 0)
+        return _any_T(self.active & (self.inputs["weights"] != 0))
+
+
+def _any_T(flags: Tensor) -> Tensor:
+    return flags if flags.dim() == 1 else flags.any(1)
 
 
 def to_torch(tensor: types.Tensor) -> Tensor:
@@ -52,10 +64,10 @@ def to_torch(tensor: types.Tensor) -> Tensor:
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tensor.shape)
 
 
-def from_torch(values: Tensor, shape: tuple[int, ...]) -> types.Tensor:
-    """A float32 wire tensor of ``values`` in ``shape``."""
-    flat = values.detach().to("cpu", torch.float32).contiguous()
-    return types.Tensor("float32", shape, flat.numpy().tobytes())
+def from_torch(values: Tensor, shape: tuple[int, ...], dtype: types.DType = "float32") -> types.Tensor:
+    """A wire tensor of ``values`` in ``shape``."""
+    flat = values.detach().to("cpu", _TORCH_DTYPE[dtype]).contiguous()
+    return types.Tensor(dtype, shape, flat.numpy().tobytes())
 
 
 def read_example(index: int, datum: Datum, spec: LossSpec, vocab_size: int, max_length: int) -> Example:
@@ -71,22 +83,28 @@ def read_example(index: int, datum: Datum, spec: LossSpec, vocab_size: int, max_
     for name in ("target_tokens", *spec.required):
         if name not in given:
             raise BadRequest(f"{prefix}.{name}", f"required by loss {spec.name!r}")
-    targets_N = _read(f"{prefix}.target_tokens", given["target_tokens"], "int64", num)
-    _check_ids(f"{prefix}.target_tokens", targets_N[targets_N != IGNORED_TARGET], vocab_size)
-    inputs = {"weights": torch.ones(num)}
+    shape = given["target_tokens"].shape
+    num_targets = shape[1] if spec.many_targets and len(shape) == 2 else 1
+    targets = _read(f"{prefix}.target_tokens", given["target_tokens"], "int64", num, num_targets)
+    _check_ids(f"{prefix}.target_tokens", targets[targets != IGNORED_TARGET], vocab_size)
+    inputs = {"weights": torch.ones(targets.shape)}
     for name in (*spec.required, *spec.optional):
         if name in given:
-            inputs[name] = _read(f"{prefix}.{name}", given[name], "float32", num)
-    return Example(tokens_N, targets_N, inputs)
+            inputs[name] = _read(f"{prefix}.{name}", given[name], "float32", num, num_targets)
+    if spec.one_of:
+        name = one_of(given, spec, prefix)
+        inputs[spec.one_of[0]] = _read(f"{prefix}.{name}", given[name], "float32", num)
+    return Example(tokens_N, targets, inputs)
 
 
-def _read(field: str, tensor: types.Tensor, dtype: types.DType, num: int | None) -> Tensor:
+def _read(field: str, tensor: types.Tensor, dtype: types.DType, num: int | None, num_columns: int = 1) -> Tensor:
+    """(num,), or (num, num_columns) when there is more than one."""
     if tensor.dtype != dtype:
         raise BadRequest(field, f"expected {dtype}, got {tensor.dtype}")
     flat = to_torch(tensor).flatten()
-    if num is not None and flat.shape[0] != num:
-        raise BadRequest(field, f"expected {num} elements, one a token, got {flat.shape[0]}")
-    return flat
+    if num is not None and (num_columns < 1 or flat.shape[0] != num * num_columns):
+        raise BadRequest(field, f"expected {num} x {num_columns} elements for {num} tokens, got {flat.shape[0]}")
+    return flat if num_columns == 1 else flat.reshape(-1, num_columns)
 
 
 def _check_ids(field: str, ids: Tensor, vocab_size: int) -> None:
@@ -94,23 +112,31 @@ def _check_ids(field: str, ids: Tensor, vocab_size: int) -> None:
         raise BadRequest(field, f"token ids must be in 0..{vocab_size - 1}")
 
 
-def pack(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """Split indices into consecutive groups of at most ``token_budget`` tokens; a longer one is alone."""
+def pack(lengths: list[int], token_budget: int, rows: int = 1) -> list[list[int]]:
+    """Split indices into consecutive groups of at most ``token_budget`` tokens.
+
+    ``rows`` indices in a row, from the first on, stay together; a unit longer than the budget is alone.
+    """
     assert token_budget >= 1
+    assert len(lengths) % rows == 0
     groups: list[list[int]] = []
     room = 0
-    for index, length in enumerate(lengths):
+    for start in range(0, len(lengths), rows):
+        length = sum(lengths[start : start + rows])
         if not groups or length > room:
             groups.append([])
             room = token_budget
-        groups[-1].append(index)
+        groups[-1] += range(start, start + rows)
         room -= length
     return groups
 
 
-def micro_batches(examples: list[Example], token_budget: int, device: torch.device) -> list[MicroBatch]:
-    """Pack examples in order."""
-    groups = pack([e.tokens_N.shape[0] for e in examples], token_budget)
+def micro_batches(examples: list[Example], token_budget: int, device: torch.device, rows: int = 1) -> list[MicroBatch]:
+    """Pack examples in order, ``rows`` of them together. Raises BadRequest unless all have as many targets."""
+    for index, example in enumerate(examples):
+        if example.targets.shape[1:] != examples[0].targets.shape[1:]:
+            raise BadRequest(f"data[{index}].loss_fn_inputs.target_tokens", "as many targets a token as data[0] has")
+    groups = pack([e.tokens_N.shape[0] for e in examples], token_budget, rows)
     return [_stack(group, [examples[i] for i in group], device) for group in groups]
 
 
@@ -121,9 +147,9 @@ def _stack(indices: list[int], examples: list[Example], device: torch.device) ->
         indices=indices,
         lengths=[e.tokens_N.shape[0] for e in examples],
         tokens_T=torch.cat([e.tokens_N for e in examples]).to(device),
-        targets_T=torch.cat([e.targets_N for e in examples]).to(device),
+        targets=torch.cat([e.targets for e in examples]).to(device),
         inputs={
-            name: torch.cat([e.inputs.get(name, torch.zeros(e.tokens_N.shape)) for e in examples]).to(device)
+            name: torch.cat([e.inputs.get(name, torch.zeros(e.targets.shape)) for e in examples]).to(device)
             for name in sorted(names)
         },
     )

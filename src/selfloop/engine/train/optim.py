@@ -34,7 +34,9 @@ def optim_step(run: Run, adam: AdamParams) -> float:
 
 
 def _divisor(accumulated: Accumulated) -> float:
-    return float(accumulated.num_tokens) if accumulated.normalised else 1.0
+    if not accumulated.normalised:
+        return 1.0
+    return float(accumulated.num_tokens if accumulated.num_pairs is None else accumulated.num_pairs)
 
 
 def _grad_norm(accumulated: Accumulated) -> float:

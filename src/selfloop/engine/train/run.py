@@ -28,11 +28,13 @@ class Accumulated:
         grad_P: float32 sum of gradients.
         num_tokens: trained tokens that went into it.
         normalised: False when the step is to take the sum as it is.
+        num_pairs: trained pairs that went into it; None when it is divided by tokens.
     """
 
     grad_P: Tensor
     num_tokens: int
     normalised: bool
+    num_pairs: int | None = None
 
 
 @dataclass(slots=True)

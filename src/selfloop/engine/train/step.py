@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,13 +10,15 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.logprob import target_logprobs
-from selfloop.engine.losses.registry import LOSS_FUNCTIONS
+from selfloop.engine.losses.logprob import score
+from selfloop.engine.losses.preference import trained_pairs_G
+from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.models.attention import PackedCausalAttention
 from selfloop.engine.models.decoder import Decoder, positions_of
 from selfloop.engine.train.batch import MicroBatch
 from selfloop.engine.train.run import Run
 from selfloop.types.errors import OperationFailed
+from selfloop.types.losses import LOSSES
 
 
 @dataclass(slots=True)
@@ -24,29 +26,51 @@ class LossTotals:
     """Sums over a request.
 
     Args:
-        loss_sum: plain sum of the tokens' losses.
+        loss_sum: plain sum of the losses of the tokens, or of the pairs.
         num_tokens: trained tokens.
+        num_pairs: trained pairs; None when the loss is not one of pairs.
+        metric_sums: what the loss reports beside itself, summed over the trained tokens or pairs.
         logprobs: one float32 CPU tensor a datum, in the order of the request; NaN where masked.
+        top_tokens: likewise int64 (N, J); -1 where masked. Empty unless asked for.
+        top_logprobs: likewise float32 (N, J); NaN where masked.
     """
 
-    loss_sum: float
-    num_tokens: int
-    logprobs: list[Tensor]
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+    num_pairs: int | None = None
+    metric_sums: dict[str, float] = field(default_factory=dict[str, float])
+    logprobs: list[Tensor] = field(default_factory=list[Tensor])
+    top_tokens: list[Tensor] = field(default_factory=list[Tensor])
+    top_logprobs: list[Tensor] = field(default_factory=list[Tensor])
+
+    @property
+    def num_units(self) -> int:
+        """What the loss sum is divided by for its mean."""
+        return self.num_tokens if self.num_pairs is None else self.num_pairs
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    loss_T: Tensor
-    logprobs_T: Tensor
+    """``loss_U`` is one number a token, or a pair; ``logprobs`` have the shape of the targets."""
+
+    loss_U: Tensor
+    num_pairs: int | None
+    metric_sums: dict[str, Tensor]
+    logprobs: Tensor
+    top_tokens_TJ: Tensor
+    top_logprobs_TJ: Tensor
 
 
 class LossStep:
-    """Runs one loss over micro-batches with the decoder."""
+    """Runs one loss over micro-batches with the decoder; reports ``num_top`` likeliest tokens a position."""
 
-    def __init__(self, decoder: Decoder, loss_fn: str, config: Mapping[str, float | bool]) -> None:
+    def __init__(self, decoder: Decoder, loss_fn: str, config: Mapping[str, float | bool], num_top: int = 0) -> None:
         self._decoder = decoder
         self._loss = LOSS_FUNCTIONS[loss_fn]
+        self._metrics = METRICS_FUNCTIONS.get(loss_fn)
+        self._of_pairs = LOSSES[loss_fn].rows == 2
         self._config = config
+        self._num_top = num_top
 
     def forward(self, run: Run, batches: list[MicroBatch]) -> LossTotals:
         """No gradient. Raises OperationFailed on a loss that is not finite."""
@@ -68,8 +92,8 @@ class LossStep:
         for batch in batches:
             outcome = self._outcome(batch, run.shape.adapter(leaf_P, run.alpha))
             totals.add(batch, outcome)
-            if outcome.loss_T.requires_grad:
-                batch_grad_P = torch.autograd.grad(outcome.loss_T.sum(), leaf_P)[0]
+            if outcome.loss_U.requires_grad:
+                batch_grad_P = torch.autograd.grad(outcome.loss_U.sum(), leaf_P)[0]
                 if not all_finite(batch_grad_P):
                     raise OperationFailed(f"the gradient of data{batch.indices} is not finite", "NonFiniteGradient")
                 grad_P += batch_grad_P
@@ -85,11 +109,23 @@ class LossStep:
             AdapterBatch.of([(num, adapter)]),
         )
         active_N = batch.active_T.nonzero().squeeze(1)
-        logprobs_N = target_logprobs(h_TD[active_N], decoder.weights.head_VD, batch.targets_T[active_N])
-        zeros_T = torch.zeros(num, device=decoder.device)
-        logprobs_T = zeros_T.index_put((active_N,), logprobs_N)
-        loss_T = self._loss(LossInputs(logprobs_T, batch.active_T, batch.inputs, batch.lengths, self._config))
-        return _Outcome(loss_T, logprobs_T.detach())
+        # A row with several targets may have some of them masked: they are scored as token 0 and left out below.
+        targets = batch.targets[active_N].clamp_(min=0)
+        scores = score(h_TD[active_N], decoder.weights.head_VD, targets, self._num_top)
+        zeros = torch.zeros(batch.targets.shape, device=decoder.device)
+        logprobs = zeros.index_put((active_N,), scores.logprobs)
+        if logprobs.dim() > 1:
+            logprobs = torch.where(batch.active, logprobs, 0.0)
+        inputs = LossInputs(logprobs, batch.active, batch.inputs, batch.lengths, self._config)
+        num_top = scores.top_tokens_NJ.shape[1]
+        return _Outcome(
+            loss_U=self._loss(inputs),
+            num_pairs=int(trained_pairs_G(inputs).sum()) if self._of_pairs else None,
+            metric_sums={} if self._metrics is None else self._metrics(inputs),
+            logprobs=logprobs.detach(),
+            top_tokens_TJ=active_N.new_full((num, num_top), -1).index_put_((active_N,), scores.top_tokens_NJ),
+            top_logprobs_TJ=zeros.new_full((num, num_top), math.nan).index_put_((active_N,), scores.top_logprobs_NJ),
+        )
 
 
 def all_finite(values: Tensor) -> bool:
@@ -101,25 +137,39 @@ class _Totals:
     """Collects micro-batches, which come in the order of the request."""
 
     def __init__(self) -> None:
-        self._loss_sum = 0.0
-        self._num_tokens = 0
-        self._logprobs: list[Tensor] = []
+        self._totals = LossTotals()
 
     def add(self, batch: MicroBatch, outcome: _Outcome) -> None:
-        finite_T = outcome.loss_T.detach().isfinite()
-        if not bool(finite_T.all()):
-            row = int((~finite_T).nonzero()[0])
-            position, index = row, 0
-            while position >= batch.lengths[index]:
-                position -= batch.lengths[index]
-                index += 1
-            raise OperationFailed(
-                f"the loss of data[{batch.indices[index]}] is not finite at token {position}", "NonFiniteLoss"
-            )
-        self._loss_sum += float(outcome.loss_T.detach().double().sum())
-        self._num_tokens += int(batch.trained_T.sum())
-        shown_T = outcome.logprobs_T.masked_fill(~batch.active_T, float("nan")).cpu()
-        self._logprobs += shown_T.split(batch.lengths)
+        finite_U = outcome.loss_U.detach().isfinite()
+        if not bool(finite_U.all()):
+            row = int((~finite_U).nonzero()[0])
+            where = _token(batch, row) if outcome.num_pairs is None else _pair(batch, row)
+            raise OperationFailed(f"the loss of {where}", "NonFiniteLoss")
+        totals = self._totals
+        totals.loss_sum += float(outcome.loss_U.detach().double().sum())
+        totals.num_tokens += int(batch.trained_T.sum())
+        if outcome.num_pairs is not None:
+            before = 0 if totals.num_pairs is None else totals.num_pairs
+            totals.num_pairs = before + outcome.num_pairs
+        for name, value in outcome.metric_sums.items():
+            totals.metric_sums[name] = totals.metric_sums.get(name, 0.0) + float(value)
+        totals.logprobs += outcome.logprobs.masked_fill(~batch.active, math.nan).cpu().split(batch.lengths)
+        if outcome.top_tokens_TJ.shape[1] > 0:
+            totals.top_tokens += outcome.top_tokens_TJ.cpu().split(batch.lengths)
+            totals.top_logprobs += outcome.top_logprobs_TJ.cpu().split(batch.lengths)
 
     def result(self) -> LossTotals:
-        return LossTotals(self._loss_sum, self._num_tokens, self._logprobs)
+        return self._totals
+
+
+def _token(batch: MicroBatch, row: int) -> str:
+    position, index = row, 0
+    while position >= batch.lengths[index]:
+        position -= batch.lengths[index]
+        index += 1
+    return f"data[{batch.indices[index]}] is not finite at token {position}"
+
+
+def _pair(batch: MicroBatch, pair: int) -> str:
+    chosen, rejected = batch.indices[2 * pair : 2 * pair + 2]
+    return f"data[{chosen}] and data[{rejected}] is not finite"

@@ -18,11 +18,11 @@ def render(stored: bytes, run_id: str) -> dict[str, object]:
     match _decoder.decode(stored):
         case InitResult(step, lora_rank):
             return {"step": step, "lora_rank": lora_rank}
-        case LossResult(loss, logprobs, metrics):
+        case LossResult(loss, _, metrics) as result:
             return {
                 "loss": loss,
                 "loss_fn_output_type": "logprobs",
-                "loss_fn_outputs": [{"logprobs": _tensor(t)} for t in logprobs],
+                "loss_fn_outputs": _outputs(result),
                 "metrics": metrics,
             }
         case StepResult(metrics):
@@ -34,6 +34,17 @@ def render(stored: bytes, run_id: str) -> dict[str, object]:
             return {"version": saved.step, "path": path}
         case LoadResult(step):
             return {"step": step}
+
+
+def _outputs(result: LossResult) -> list[dict[str, object]]:
+    """One a datum. What the client calls the likeliest tokens is not published: these names are ours."""
+    if not result.topk_tokens:
+        return [{"logprobs": _tensor(logprobs)} for logprobs in result.logprobs]
+    datums = zip(result.logprobs, result.topk_tokens, result.topk_logprobs, strict=True)
+    return [
+        {"logprobs": _tensor(own), "topk_token_ids": _tensor(tokens), "topk_logprobs": _tensor(logprobs)}
+        for own, tokens, logprobs in datums
+    ]
 
 
 def _tensor(tensor: Tensor) -> dict[str, object]:

@@ -104,13 +104,15 @@ async def init_trainer_server(request: Request, run: RunOf, control: ControlOf) 
 @router.post("/forward", status_code=202)
 async def forward(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw, body, data, loss_fn, config = await _loss_request(request, run, control)
-    return await _accept(request, run, control, raw, body, Forward(data, loss_fn, config))
+    operation = Forward(data, loss_fn, config, body.top_k_logprobs)
+    return await _accept(request, run, control, raw, body, operation)
 
 
 @router.post("/forward_backward", status_code=202)
 async def forward_backward(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw, body, data, loss_fn, config = await _loss_request(request, run, control)
-    return await _accept(request, run, control, raw, body, ForwardBackward(data, loss_fn, config))
+    operation = ForwardBackward(data, loss_fn, config, body.top_k_logprobs)
+    return await _accept(request, run, control, raw, body, operation)
 
 
 @router.post("/optim_step", status_code=202)

@@ -12,7 +12,7 @@ import msgspec
 from selfloop.server.loops import wire
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
-from selfloop.types.losses import LOSSES, LossSpec
+from selfloop.types.losses import LOSSES, LossSpec, one_of
 from selfloop.types.operation import AdamParams
 from selfloop.types.uris import NAME_RULE, is_checkpoint_name
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 _MSGSPEC_PATH = re.compile(r" - at `\$\.?(.*)`$")
 # Below this no product of Adam's factors leaves float32.
 _MAX_ADAM = 1e9
+_MAX_TOP_K = 20
 _INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
 _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
@@ -64,15 +65,31 @@ class Limits:
 
 def loss_call(body: wire.ForwardBody, limits: Limits) -> tuple[list[Datum], str, dict[str, float | bool]]:
     """The checked data, loss name and complete configuration of a forward or forward_backward."""
-    if body.top_k_logprobs != 0:
-        raise BadRequest("top_k_logprobs", f"0: top-k logprobs are not served, got {body.top_k_logprobs}")
+    if not 0 <= body.top_k_logprobs <= _MAX_TOP_K:
+        raise BadRequest("top_k_logprobs", f"0 to {_MAX_TOP_K}, got {body.top_k_logprobs}")
     spec = LOSSES.get(body.loss_fn)
     if spec is None:
         raise BadRequest("loss_fn", f"one of {', '.join(LOSSES)}; got {body.loss_fn!r}")
     config = _loss_config(body.loss_fn_config, spec)
     if not body.data:
         raise BadRequest("data", "at least one datum")
-    return [_datum(d, f"data[{i}]", spec, limits) for i, d in enumerate(body.data)], spec.name, config
+    if len(body.data) % spec.rows != 0:
+        raise BadRequest("data", f"pairs of a chosen and a rejected datum, so an even number; got {len(body.data)}")
+    data = [_datum(d, f"data[{i}]", spec, limits) for i, d in enumerate(body.data)]
+    _check_same_columns(data)
+    return data, spec.name, config
+
+
+def _check_same_columns(data: list[Datum]) -> None:
+    """(N, K) targets: K is the same everywhere."""
+    first = data[0].loss_inputs["target_tokens"].shape
+    for i, datum in enumerate(data):
+        shape = datum.loss_inputs["target_tokens"].shape
+        if shape[1:] != first[1:]:
+            expected = "[N]" if len(first) == 1 else f"[N, {first[1]}]"
+            raise BadRequest(
+                f"data[{i}].loss_fn_inputs.target_tokens.shape", f"{expected} as in data[0]; got {list(shape)}"
+            )
 
 
 def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[str, float | bool]:
@@ -107,26 +124,36 @@ def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits) -> Dat
 
 def _loss_inputs(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, num_tokens: int) -> dict[str, Tensor]:
     given = datum.loss_fn_inputs
-    taken = ("target_tokens", *spec.required, *spec.optional)
     for name in given:
-        if name not in taken:
-            raise BadRequest(f"{field}.{name}", f"{spec.name} takes {', '.join(taken)}")
+        if name not in spec.inputs:
+            raise BadRequest(f"{field}.{name}", f"{spec.name} takes {', '.join(spec.inputs)}")
     for name in ("target_tokens", *spec.required):
         if name not in given:
             raise BadRequest(f"{field}.{name}", f"required by {spec.name}")
-    inputs = {"target_tokens": _targets(given["target_tokens"], f"{field}.target_tokens", limits, num_tokens)}
-    masked = [target == IGNORED_TARGET for target in inputs["target_tokens"].values()]
+    if spec.one_of:
+        one_of(given, spec, field)
+    targets = _targets(given["target_tokens"], f"{field}.target_tokens", spec, limits, num_tokens)
+    inputs = {"target_tokens": targets}
+    masked = [target == IGNORED_TARGET for target in targets.values()]
     for name, data in given.items():
         if name != "target_tokens":
             # What forward answers null for a masked position may come back as it is, except as a weight.
-            inputs[name] = _floats(data, f"{field}.{name}", num_tokens, None if name == "weights" else masked)
+            inputs[name] = _floats(data, f"{field}.{name}", targets.shape, None if name == "weights" else masked)
     return inputs
 
 
-def _targets(data: wire.TensorData, field: str, limits: Limits, num_tokens: int) -> Tensor:
+def _targets(data: wire.TensorData, field: str, spec: LossSpec, limits: Limits, num_tokens: int) -> Tensor:
     if data.dtype not in _INT_DTYPES:
         raise BadRequest(f"{field}.dtype", f"an integer type such as int64, got {data.dtype!r}")
-    flat = _flat(data, field, num_tokens)
+    shape = tuple(data.shape)
+    if not (len(shape) == 1 or (len(shape) == 2 and spec.many_targets)):
+        forms = "[N] or [N, K]" if spec.many_targets else "[N]"
+        raise BadRequest(f"{field}.shape", f"{forms}, one row a token; got {data.shape}")
+    if len(shape) == 2 and shape[1] < 1:
+        raise BadRequest(f"{field}.shape", f"at least one target a token, got {data.shape}")
+    flat = _flat(data, field, shape)
+    if shape[0] != num_tokens:
+        raise BadRequest(field, f"as many rows as model_input has tokens ({num_tokens}), got {shape[0]}")
     try:
         packed = array("q", flat)  # type: ignore[arg-type]
     except (TypeError, OverflowError):
@@ -137,13 +164,15 @@ def _targets(data: wire.TensorData, field: str, limits: Limits, num_tokens: int)
         raise BadRequest(
             f"{field}.data", f"token ids from 0 to {limits.vocab_size - 1}, or {IGNORED_TARGET} to mask; got {wrong}"
         )
-    return Tensor("int64", (len(packed),), packed.tobytes())
+    return Tensor("int64", shape, packed.tobytes())
 
 
-def _floats(data: wire.TensorData, field: str, num_tokens: int, nullable: list[bool] | None) -> Tensor:
+def _floats(data: wire.TensorData, field: str, shape: tuple[int, ...], nullable: list[bool] | None) -> Tensor:
     if data.dtype not in _FLOAT_DTYPES | _INT_DTYPES:
         raise BadRequest(f"{field}.dtype", f"a number type such as float32, got {data.dtype!r}")
-    flat = _flat(data, field, num_tokens)
+    if tuple(data.shape) != shape:
+        raise BadRequest(f"{field}.shape", f"{list(shape)} as target_tokens has, got {data.shape}")
+    flat = _flat(data, field, shape)
     if nullable is not None:
         flat = [0.0 if value is None and may else value for value, may in zip(flat, nullable, strict=True)]
     try:
@@ -152,17 +181,18 @@ def _floats(data: wire.TensorData, field: str, num_tokens: int, nullable: list[b
         raise BadRequest(f"{field}.data", "finite numbers; null (NaN) stands for a masked position only") from None
     if not all(map(math.isfinite, packed)):
         raise BadRequest(f"{field}.data", "finite float32 numbers")
-    return Tensor("float32", (len(packed),), packed.tobytes())
+    return Tensor("float32", shape, packed.tobytes())
 
 
-def _flat(data: wire.TensorData, field: str, num_tokens: int) -> list[wire.Number]:
-    if len(data.shape) != 1:
-        raise BadRequest(f"{field}.shape", f"[N], one value a token; got {data.shape}")
-    flat = [value for value in data.data if not isinstance(value, list)]
-    if len(flat) != len(data.data) or data.shape[0] != len(flat):
+def _flat(data: wire.TensorData, field: str, shape: tuple[int, ...]) -> list[wire.Number]:
+    """The values of ``data``, which is flat, or for (N, K) nested: a list of N lists of K."""
+    flat: list[wire.Number] = [value for value in data.data if not isinstance(value, list)]
+    rows = [row for row in data.data if isinstance(row, list)]
+    nested = len(shape) == 2 and bool(rows)
+    if nested and not flat and len(rows) == shape[0] and all(len(row) == shape[1] for row in rows):
+        return [value for row in rows for value in row]
+    if rows or len(flat) != math.prod(shape) or min(shape) < 0:
         raise BadRequest(f"{field}.shape", f"the shape of data ({len(data.data)} values), got {data.shape}")
-    if len(flat) != num_tokens:
-        raise BadRequest(field, f"as many values as model_input has tokens ({num_tokens}), got {len(flat)}")
     return flat
 
 
