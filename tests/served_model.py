@@ -1,11 +1,13 @@
 """A tiny model that can be served whole: weights, a byte-level tokenizer and a ChatML template."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tiny_models import save_quietly
 
@@ -56,6 +58,22 @@ def save(directory: Path) -> Path:
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (directory / "chat_template.jinja").write_text(_CHATML)
     return directory
+
+
+def save_adapter(model_dir: Path, folder: Path, **settings: object) -> Path:
+    """An adapter that the PEFT library made and saved: rank 4, alpha 16, on some of the projections."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(5)
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        base.name_or_path = NAME
+        options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]} | settings
+        model = get_peft_model(base, LoraConfig(**options))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder)
+    return folder
 
 
 def _tokenizer() -> Tokenizer:

@@ -404,7 +404,7 @@ def test_key_revoked_while_the_server_runs(gateway: Gateway):
     client = gateway.http(selfloop("keys", "create", "short-lived", *data_dir).split()[-1])
     assert client.get("/v1/teams").status_code == 200
     shown = selfloop("keys", "list", *data_dir)
-    (key_id,) = {line.split()[1] for line in shown.splitlines() if "short-lived" in line}
+    (key_id,) = {line.split()[0] for line in shown.splitlines() if "short-lived" in line}
     selfloop("keys", "revoke", key_id, *data_dir)
     assert client.get("/v1/teams").status_code == 401
     assert gateway.http(KEY).get("/v1/teams").status_code == 200

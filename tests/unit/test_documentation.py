@@ -24,6 +24,8 @@ DOCS = ROOT / "docs"
 COMMANDS = {
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--data-dir", "--port"],
+    "selfloop export": ["FOLDER", "URI", "--data-dir", "--to"],
+    "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
     "selfloop keys create": ["NAME", "--data-dir", "--team"],
     "selfloop keys list": ["--data-dir"],
     "selfloop keys revoke": ["KEY_ID", "--data-dir"],

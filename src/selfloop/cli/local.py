@@ -2,15 +2,17 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from selfloop.control.control import DataDirectory
 from selfloop.server.settings import default_data_dir
@@ -47,8 +49,18 @@ def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
     try:
         return asyncio.run(work())
     except SelfloopError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress() -> Generator[Callable[[str, float], None]]:
+    """A bar on standard error for the length of a block; called with a stage and the fraction that is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("looking", total=1.0)
+        yield lambda stage, part: bar.update(task, description=stage, completed=part)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import selfloop
-from selfloop.cli import keys, models, runs
+from selfloop.cli import adapters, keys, models, runs
 
 app = typer.Typer(
     name="selfloop",
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys", help="API keys: create, list, revoke.")
 app.add_typer(models.app, name="models", help="The model catalogue: list, add.")
+app.command("export")(adapters.export)
+app.command("import")(adapters.import_adapter)
 app.command("runs", help="List the runs of a data directory.")(runs.runs)
 
 

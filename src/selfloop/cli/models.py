@@ -3,8 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from selfloop.cli import local
@@ -39,18 +37,16 @@ def add(
     data_dir: local.DataDir = None,
 ) -> None:
     """Put a model in the catalogue, or serve one under further names."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
 
     async def work() -> str:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("looking", total=1.0)
+        with local.progress() as report:
             async with local.opened(data_dir) as data:
                 model = await data.catalogue.add(
                     source,
                     name=name,
                     revision=revision,
                     aliases=alias or [],
-                    on_progress=lambda stage, part: progress.update(task, description=stage, completed=part),
+                    on_progress=report,
                 )
         return model.name
 

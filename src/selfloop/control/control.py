@@ -17,6 +17,8 @@ from selfloop.control.operations import Operations
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
+from selfloop.control.resources.exports import Exports
+from selfloop.control.resources.imports import Imports
 from selfloop.control.resources.runs import Runs
 from selfloop.control.resources.samplers import Samplers
 from selfloop.control.sampling import Sampling
@@ -57,6 +59,9 @@ class DataDirectory:
         self._db = Database(path / DATABASE_FILE)
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
         self.catalogue = Catalogue(self._db, path / "models")
+        blobs = LocalBlobs(path)
+        self.exports = Exports(self._db, blobs, self.catalogue)
+        self.imports = Imports(self._db, blobs, self.catalogue, self.access)
 
     async def seed(self) -> None:
         """Give a new data directory what a server's start would give it: the first team, the embedded model."""

@@ -60,10 +60,19 @@ async def launch_worker(command: WorkerCommand, address: str) -> asyncio.subproc
 
 async def launch_prepare(*arguments: str) -> asyncio.subprocess.Process:
     """Launch the program that turns a model source into a served folder; progress on its stdout."""
+    return await _launch_program("selfloop.worker.prepare", *arguments)
+
+
+async def launch_adapters(*arguments: str) -> asyncio.subprocess.Process:
+    """Launch the program that takes adapters out of checkpoints and into them; progress on its stdout."""
+    return await _launch_program("selfloop.worker.adapters", *arguments)
+
+
+async def _launch_program(module: str, *arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "selfloop.worker.prepare",
+        module,
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

@@ -106,6 +106,31 @@ class Access:
             session.add(_key_row(row.id, name, key))
         return key
 
+    async def team(self, name: str | None) -> TeamRow:
+        """A team by name; without one the default team, made in a new data directory."""
+        if name is None:
+            return await self.ensure_default_team()
+        async with self._db.read() as session:
+            team = await queries_access.team_named(session, name)
+        if team is None:
+            raise NotFound("team", name, "`selfloop keys list` shows the teams")
+        return team
+
+    async def owner_key(self, team: TeamRow) -> KeyRow:
+        """The key that owns what the command line makes: the team's first valid one, or else its first.
+
+        A team without any gets one that nobody knows and that is revoked from the start.
+        """
+        async with self._db.write() as session:
+            known = [row for row in await queries_access.keys(session) if row.team_id == team.id]
+            valid = [row for row in known if row.revoked_at is None]
+            if known:
+                return (valid or known)[0]
+            key = _key_row(team.id, "command line", _new_key())
+            key.revoked_at = key.created_at
+            session.add(key)
+        return key
+
     async def keys(self) -> Sequence[KeyRow]:
         async with self._db.read() as session:
             return await queries_access.keys(session)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
-
+from selfloop.control.programs import run_program
 from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
@@ -38,12 +37,6 @@ class Model:
     path: Path | None
     vocab_size: int
     max_position_embeddings: int
-
-
-class _Progress(msgspec.Struct):
-    stage: str = ""
-    fraction: float = 0.0
-    error: str = ""
 
 
 class Catalogue:
@@ -232,26 +225,8 @@ def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, 
 
 async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, float], None]) -> None:
     """Run the preparing program to its end. Raises :class:`OperationFailed` with what it said."""
-    process = await launch_prepare(*arguments)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors = asyncio.create_task(process.stderr.read())
-    cause = ""
     try:
-        async for line in process.stdout:
-            progress = msgspec.json.decode(line, type=_Progress)
-            cause = progress.error or cause
-            if progress.stage:
-                on_progress(progress.stage, progress.fraction)
-        code = await process.wait()
-    except BaseException:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        errors.cancel()
-        raise
-    said = (await errors).decode(errors="replace").strip()
-    if code != 0:
-        log.warning("preparing %s failed: %s\n%s", " ".join(arguments), cause, said)
-        cause = cause or (said.splitlines()[-1] if said else f"exit status {code}")
-        raise OperationFailed(f"the model's files could not be prepared: {cause}", "PrepareFailed")
+        await run_program(await launch_prepare(*arguments), on_progress)
+    except OperationFailed as error:
+        log.warning("preparing %s failed", " ".join(arguments))
+        raise OperationFailed(f"the model's files could not be prepared: {error}", "PrepareFailed") from error

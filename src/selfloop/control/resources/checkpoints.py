@@ -40,11 +40,12 @@ class Checkpoints:
 
     async def start(self) -> None:
         """Clear away what a crash left half-written, then watch over expiry."""
-        async with self._c.db.read() as session:
+        # A writer, so that an import beside us gives its folder a name and a row either before this or after.
+        async with self._c.db.write() as session:
             recorded = await queries_checkpoints.all_ids(session)
-        for name in list(self._c.blobs.children("checkpoints")):
-            if name not in recorded:
-                await asyncio.to_thread(self._c.blobs.delete, f"checkpoints/{name}")
+            for name in list(self._c.blobs.children("checkpoints")):
+                if name not in recorded:
+                    await asyncio.to_thread(self._c.blobs.delete, f"checkpoints/{name}")
         self._expirer = asyncio.create_task(self._expire(), name="expire-checkpoints")
 
     async def stop(self) -> None:

@@ -1,9 +1,9 @@
 """Read a Hugging Face model folder into the decoder's layout, one tensor at a time."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.models.decoder import BaseWeights, LayerWeights, Linear
 from selfloop.types.errors import OperationFailed
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
@@ -48,7 +48,7 @@ def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device
     weights = _allocate(config, places)
     remaining = dict(places.slots)
     unexpected: list[str] = []
-    for path in _weight_files(model_dir):
+    for path in weight_files(model_dir):
         unexpected += _fill_from(path, remaining)
     if config.tie_word_embeddings:
         unexpected = [name for name in unexpected if name != "lm_head.weight"]
@@ -59,6 +59,76 @@ def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device
     for layer in weights.layers:
         _spread_qk_norm(config, layer)
     return weights
+
+
+def open_base_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype) -> BaseWeights:
+    """Like :func:`load_base_weights` on the CPU, but each layer is read when it is asked for and not kept.
+
+    One pass over the layers then needs the memory of one.
+    """
+    files = {name: path for path in weight_files(model_dir) for name in _names(path)}
+    places = _Destinations(torch.device("cpu"), dtype)
+    vocab_hidden = config.vocab_size, config.hidden_size
+    embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
+    weights = BaseWeights(
+        embedding_VD=embedding_VD,
+        layers=_LayersOnDisk(config, files, dtype),
+        final_norm_D=places.alone("model.norm.weight", config.hidden_size),
+        head_VD=embedding_VD if config.tie_word_embeddings else places.alone("lm_head.weight", *vocab_hidden),
+    )
+    _fill(places, files)
+    return weights
+
+
+class _LayersOnDisk(Sequence[LayerWeights]):
+    """A model's layers, each made from the files anew."""
+
+    def __init__(self, config: ModelConfig, files: dict[str, Path], dtype: torch.dtype) -> None:
+        self._config = config
+        self._files = files
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return self._config.num_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
+    def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
+        if isinstance(index, slice):
+            return [self._layer(i) for i in range(*index.indices(len(self)))]
+        return self._layer(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[LayerWeights]:
+        return (self._layer(index) for index in range(len(self)))
+
+    def _layer(self, index: int) -> LayerWeights:
+        places = _Destinations(torch.device("cpu"), self._dtype)
+        layer = _allocate_layer(self._config, f"model.layers.{index}", places)
+        _fill(places, self._files)
+        _spread_qk_norm(self._config, layer)
+        return layer
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise OperationFailed(f"{path} cannot be read: {error}") from error
+
+
+def _fill(places: _Destinations, files: dict[str, Path]) -> None:
+    """Copy each place's tensor out of the file that has it."""
+    absent = sorted(places.slots.keys() - files.keys())
+    if absent:
+        raise OperationFailed(f"the weights lack {len(absent)} tensors, e.g. {absent[:3]}")
+    for path in sorted({files[name] for name in places.slots}):
+        with safe_open(path, framework="pt") as file:
+            for name, place in places.slots.items():
+                if files[name] == path:
+                    _copy(name, file.get_tensor(name), place)
 
 
 def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:
@@ -110,8 +180,9 @@ def _spread_qk_norm(config: ModelConfig, layer: LayerWeights) -> None:
         k_Gd[1:] = k_Gd[0].clone()
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
-    index = model_dir / _INDEX
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that hold the weights: those of the index, or without one every ``*.safetensors``."""
+    index = model_dir / INDEX_FILE
     if not index.is_file():
         paths = sorted(model_dir.glob("*.safetensors"))
         if not paths:
@@ -121,7 +192,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
     paths = [model_dir / name for name in sorted(set(raw["weight_map"].values()))]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise OperationFailed(f"{_INDEX} names files that are not there: {absent[:3]}")
+        raise OperationFailed(f"{INDEX_FILE} names files that are not there: {absent[:3]}")
     return paths
 
 

@@ -33,6 +33,15 @@ class DirectoryWriter:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
         self._paths.append(path)
 
+    def text(self, name: str, content: str) -> None:
+        self.file(name).write_text(content, encoding="utf-8")
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the caller writes."""
+        path = self._directory / name
+        self._paths.append(path)
+        return path
+
     def close(self) -> int:
         """Fsync every file and the directory; returns the bytes written."""
         for path in (*self._paths, self._directory):

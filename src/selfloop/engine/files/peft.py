@@ -38,6 +38,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    # The others (pissa, olora, corda, loftq) train against a changed base model.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -51,11 +53,16 @@ class LoadedAdapter:
 
 
 def write_peft(
-    writer: DirectoryWriter, shape: AdapterShape, theta_P: Tensor, alpha: float, config: ModelConfig
+    writer: DirectoryWriter,
+    shape: AdapterShape,
+    theta_P: Tensor,
+    alpha: float,
+    config: ModelConfig,
+    base_model: str | None = None,
 ) -> None:
     """Write both files, in float32, so that ``PeftModel.from_pretrained`` reads them."""
     writer.tensors(WEIGHTS_FILE, {_key(p.name): p.view for p in shape.named(theta_P)})
-    writer.json(CONFIG_FILE, _peft_config(shape.rank, alpha, config))
+    writer.json(CONFIG_FILE, _peft_config(shape.rank, alpha, config, base_model))
 
 
 def read_peft(directory: Path, config: ModelConfig) -> LoadedAdapter:
@@ -86,11 +93,11 @@ def _key(name: str) -> str:
     return f"{_PREFIX}{name}.weight"
 
 
-def _peft_config(rank: int, alpha: float, config: ModelConfig) -> dict[str, Any]:
+def _peft_config(rank: int, alpha: float, config: ModelConfig, base_model: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -110,7 +117,10 @@ def _peft_config(rank: int, alpha: float, config: ModelConfig) -> dict[str, Any]
 def _read_config(path: Path) -> tuple[int, float]:
     if not path.is_file():
         raise OperationFailed(f"no {CONFIG_FILE} in the checkpoint", "CheckpointInvalid")
-    raw: dict[str, Any] = json.loads(path.read_text())
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OperationFailed(f"{CONFIG_FILE} cannot be read: {error}", "CheckpointInvalid") from error
     if raw.get("peft_type") != "LORA":
         raise OperationFailed(f"peft_type {raw.get('peft_type')!r} is not supported", "CheckpointInvalid")
     for name, plain in _PLAIN.items():

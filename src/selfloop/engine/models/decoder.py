@@ -1,5 +1,6 @@
 """The one decoder of training and sampling: packed tokens in, hidden states out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class BaseWeights:
     """Frozen weights of a model; ``head_VD`` is ``embedding_VD`` itself when tied."""
 
     embedding_VD: Tensor
-    layers: list[LayerWeights]
+    layers: Sequence[LayerWeights]
     final_norm_D: Tensor
     head_VD: Tensor
 

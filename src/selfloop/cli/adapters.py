@@ -1,0 +1,69 @@
+"""``selfloop export`` and ``selfloop import``: checkpoints out of a data directory, adapters into it."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfloop.cli import local
+from selfloop.control.resources.exports import Exported, ExportPlan
+from selfloop.control.resources.imports import Imported
+
+
+class ExportFormat(StrEnum):
+    peft = "peft"
+    merged = "merged"
+
+
+def export(
+    uri: Annotated[str, typer.Argument(help="A trainer or sampler checkpoint: bt://loops:...")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    to: Annotated[
+        ExportFormat, typer.Option("--to", help="peft: the adapter. merged: the base model with the adapter in it.")
+    ],
+    data_dir: local.DataDir = None,
+) -> None:
+    """Write a checkpoint as a folder for PEFT or Transformers."""
+
+    async def work() -> tuple[ExportPlan, Exported]:
+        async with local.opened(data_dir) as data:
+            with local.progress() as report:
+                plan = await data.exports.plan(uri, folder, to.value, lambda stage: report(stage, 0.0))
+            typer.echo(f"writing about {_megabytes(plan.needed_bytes)} to {plan.target}", err=True)
+            with local.progress() as report:
+                return plan, await data.exports.write(plan, report)
+
+    plan, done = local.run(work)
+    if done.difference is not None:
+        typer.echo(
+            f"checked: logits differ from base + adapter by at most {done.difference:.2g} (allowed for {done.dtype}: "
+            f"{done.tolerance:.2g}; the adapter moves them by up to {done.effect:.2g})",
+            err=True,
+        )
+    typer.echo(f"{plan.target}: {_megabytes(done.size_bytes)}, {plan.format}, of {plan.base_model}")
+
+
+def import_adapter(
+    folder: Annotated[Path, typer.Argument(help="A folder that the PEFT library wrote.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model as it is called here. Default: what the adapter names.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run. Default: the folder's.")] = None,
+    team: Annotated[str | None, typer.Option(help="Team to own it. Default: the first team.")] = None,
+    data_dir: local.DataDir = None,
+) -> None:
+    """Make a PEFT adapter a trainer checkpoint, to go on from."""
+
+    async def work() -> Imported:
+        async with local.opened(data_dir) as data:
+            with local.progress() as report:
+                return await data.imports.add(folder, base_model=base_model, name=name, team=team, on_progress=report)
+
+    done = local.run(work)
+    typer.echo(f"rank {done.lora_rank}, alpha {done.lora_alpha:g}, of {done.base_model}", err=True)
+    typer.echo(done.uri)
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,125 @@
+"""Exports: a checkpoint as a folder that the rest of the world reads."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from selfloop.control.programs import run_program
+from selfloop.control.resources.catalogue import Catalogue
+from selfloop.control.settle import checkpoint_key
+from selfloop.storage.blobs.local import LocalBlobs, sync_directory
+from selfloop.storage.db import queries_checkpoints
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import CheckpointRow
+from selfloop.types.errors import Conflict, NotFound, OperationFailed
+from selfloop.types.ids import new_id
+from selfloop.types.model_folder import read_facts, tokenizer_files
+from selfloop.types.uris import parse_checkpoint_uri
+from selfloop.worker.launch_local import launch_adapters
+
+Format = Literal["peft", "merged"]
+
+_SPARE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """An export that can begin: its checkpoint, base model and target, and the disk space that it takes."""
+
+    uri: str
+    checkpoint: CheckpointRow
+    base_model: str
+    model_dir: Path
+    target: Path
+    format: Format
+    needed_bytes: int
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """What was written; of a merged model also how its logits compare with those of base plus adapter."""
+
+    size_bytes: int
+    difference: float | None = None
+    tolerance: float | None = None
+    effect: float | None = None
+    dtype: str | None = None
+
+
+class Exports:
+    def __init__(self, db: Database, blobs: LocalBlobs, catalogue: Catalogue) -> None:
+        self._db = db
+        self._blobs = blobs
+        self._catalogue = catalogue
+
+    async def plan(
+        self, uri: str, target: Path, format: Format, on_stage: Callable[[str], None] = lambda _stage: None
+    ) -> ExportPlan:
+        """Check everything that can be checked before any work; a base model that was never used is prepared.
+
+        Raises:
+            BadRequest: a malformed URI.
+            NotFound: no such checkpoint, or its base model is not in the catalogue any more.
+            Conflict: the target is there already.
+            OperationFailed: the disk is too full, or the base model cannot be had.
+        """
+        parsed = parse_checkpoint_uri(uri, "uri")
+        async with self._db.read() as session:
+            row = await queries_checkpoints.named(session, parsed.run_id, parsed.target, parsed.name)
+        if row is None:
+            raise NotFound("checkpoint", uri)
+        target = target.expanduser().absolute()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise Conflict(f"{target} exists already and is not an empty folder")
+        model = await self._catalogue.resolve(row.base_model)
+        model_dir = await self._catalogue.prepare(model.name, on_stage)
+        needed = _SPARE_BYTES + self._needed(row, model_dir, format)
+        free = shutil.disk_usage(_existing(target)).free
+        if free < needed:
+            raise OperationFailed(f"the export needs {needed:,} bytes; the disk of {target} has {free:,}")
+        return ExportPlan(uri, row, model.name, model_dir, target, format, needed)
+
+    def _needed(self, row: CheckpointRow, model_dir: Path, format: Format) -> int:
+        if format == "merged":
+            others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
+            return read_facts(model_dir).size_bytes + others
+        folder = self._blobs.path(checkpoint_key(row.id))
+        return sum(path.stat().st_size for path in folder.glob("adapter_*"))
+
+    async def write(self, plan: ExportPlan, on_progress: Callable[[str, float], None]) -> Exported:
+        """Write and check the folder; it appears whole or not at all.
+
+        Raises:
+            OperationFailed: with the cause; nothing is left behind.
+        """
+        aside = plan.target.with_name(f".{plan.target.name}.{new_id()}.partial")
+        source = self._blobs.path(checkpoint_key(plan.checkpoint.id))
+        try:
+            await asyncio.to_thread(plan.target.parent.mkdir, parents=True, exist_ok=True)
+            arguments = [plan.format, str(source), str(plan.model_dir), str(aside), "--base-model", plan.base_model]
+            facts = await run_program(await launch_adapters(*arguments), on_progress)
+            await asyncio.to_thread(_publish, aside, plan.target)
+        except OSError as error:
+            raise OperationFailed(f"{plan.target} cannot be written: {error}") from error
+        finally:
+            await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+        return msgspec.json.decode(facts, type=Exported)
+
+
+def _publish(aside: Path, target: Path) -> None:
+    # The checkpoint's own files are for their owner alone; these go by the umask, as the folder does.
+    mode = aside.stat().st_mode & 0o666
+    for path in aside.iterdir():
+        path.chmod(mode)
+    # Replaces an empty folder; one that was filled meanwhile is an error.
+    os.rename(aside, target)
+    sync_directory(target.parent)
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())

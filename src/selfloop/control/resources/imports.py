@@ -1,0 +1,173 @@
+"""Imports: somebody's PEFT adapter as a trainer checkpoint, to go on from."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from selfloop.control.lifecycle import record_change
+from selfloop.control.programs import run_program
+from selfloop.control.resources.access import Access
+from selfloop.control.resources.catalogue import Catalogue, Model
+from selfloop.control.resources.runs import MAX_LORA_RANK
+from selfloop.control.settle import checkpoint_key
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, KeyRow, RunRow, SessionRow
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.ids import RunId, new_id
+from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
+from selfloop.types.uris import CheckpointUri
+from selfloop.worker.launch_local import launch_adapters
+
+CHECKPOINT_NAME = "imported"
+_CONFIG_FILE = "adapter_config.json"
+
+
+class _AdapterConfig(msgspec.Struct):
+    base_model_name_or_path: str | None = None
+
+
+class _Facts(msgspec.Struct):
+    size_bytes: int
+    lora_rank: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """The checkpoint that an adapter became."""
+
+    uri: str
+    base_model: str
+    lora_rank: int
+    lora_alpha: float
+
+
+class Imports:
+    def __init__(self, db: Database, blobs: LocalBlobs, catalogue: Catalogue, access: Access) -> None:
+        self._db = db
+        self._blobs = blobs
+        self._catalogue = catalogue
+        self._access = access
+
+    async def add(
+        self,
+        folder: Path,
+        *,
+        base_model: str | None,
+        name: str | None,
+        team: str | None,
+        on_progress: Callable[[str, float], None],
+    ) -> Imported:
+        """Check the adapter against its base model and store it under an ended run of its own.
+
+        Raises:
+            BadRequest: no PEFT adapter, or its base model is not known here.
+            NotFound: no such base model or team.
+            OperationFailed: the adapter is more than plain LoRA, broken, or does not fit the base model.
+        """
+        folder = folder.expanduser().absolute()
+        named = await asyncio.to_thread(_read_base_model, folder)
+        model = await self._base_model(base_model, named)
+        owner = await self._access.owner_key(await self._access.team(team))
+        model_dir = await self._catalogue.prepare(model.name, lambda stage: on_progress(stage, 0.0))
+        checkpoint_id = new_id()
+        key = checkpoint_key(checkpoint_id)
+        aside = self._blobs.prepare_folder(key + ".part")
+        try:
+            arguments = ["import", str(folder), str(model_dir), str(aside)]
+            body = await run_program(await launch_adapters(*arguments), on_progress)
+            facts = msgspec.json.decode(body, type=_Facts)
+            if facts.lora_rank > MAX_LORA_RANK:
+                raise OperationFailed(f"the adapter has rank {facts.lora_rank}; at most {MAX_LORA_RANK} is served")
+            run = await self._record(checkpoint_id, model, facts, owner, name or folder.name)
+        except OSError as error:
+            raise OperationFailed(f"the checkpoint cannot be stored: {error}; import it again") from error
+        finally:
+            await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+        uri = CheckpointUri(RunId(run.id), CheckpointTarget.TRAINER, CHECKPOINT_NAME)
+        return Imported(str(uri), model.name, facts.lora_rank, facts.lora_alpha)
+
+    async def _base_model(self, asked: str | None, named: str | None) -> Model:
+        if asked is not None:
+            return await self._catalogue.resolve(asked, "--base-model")
+        if named is None:
+            raise BadRequest("--base-model", f"the base model's name here, as {_CONFIG_FILE} gives none")
+        try:
+            return await self._catalogue.resolve(named)
+        except NotFound as error:
+            hint = "Or name the same model as it is called here with --base-model"
+            raise BadRequest(_CONFIG_FILE, f"base_model_name_or_path: {error}. {hint}") from error
+
+    async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: KeyRow, name: str) -> RunRow:
+        """The folder gets its name and its rows together: a server that starts clears away folders without one."""
+        now = time.time()
+        session_row = SessionRow(id=new_id(), team_id=owner.team_id, key_id=owner.id, created_at=now)
+        deployment = DeploymentRow(
+            id=new_id(),
+            base_model=model.name,
+            model_name=model.name,
+            status=DeploymentStatus.STOPPED,
+            scale_down_delay_s=0,
+            team_id=owner.team_id,
+            key_id=owner.id,
+            created_at=now,
+        )
+        run = RunRow(
+            id=new_id(),
+            session_id=session_row.id,
+            deployment_id=deployment.id,
+            name=name,
+            base_model=model.name,
+            model_name=model.name,
+            lora_rank=facts.lora_rank,
+            initial_rank=facts.lora_rank,
+            max_seq_len=model.max_position_embeddings,
+            seed=0,
+            status=RunStatus.INACTIVE,
+            team_id=owner.team_id,
+            key_id=owner.id,
+            created_at=now,
+        )
+        deployment.latest_run_id = run.id
+        checkpoint = CheckpointRow(
+            id=checkpoint_id,
+            run_id=run.id,
+            team_id=owner.team_id,
+            name=CHECKPOINT_NAME,
+            target=CheckpointTarget.TRAINER,
+            base_model=model.name,
+            step=0,
+            lora_rank=facts.lora_rank,
+            lora_alpha=facts.lora_alpha,
+            size_bytes=facts.size_bytes,
+            created_at=now,
+        )
+        key = checkpoint_key(checkpoint_id)
+        try:
+            async with self._db.write() as session:
+                for row in (session_row, deployment, run, checkpoint):
+                    session.add(row)
+                    await session.flush()
+                record_change(session, "deployment", deployment.id, deployment.status, "made for an imported adapter")
+                record_change(session, "run", run.id, run.status, "imported: it holds a checkpoint and is not trained")
+                await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
+        except BaseException:
+            await asyncio.to_thread(self._blobs.delete, key)
+            raise
+        return run
+
+
+def _read_base_model(folder: Path) -> str | None:
+    file = folder / _CONFIG_FILE
+    if not file.is_file():
+        raise BadRequest("FOLDER", f"a PEFT adapter; {folder} has no {_CONFIG_FILE}")
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_AdapterConfig).base_model_name_or_path
+    except msgspec.MsgspecError as error:
+        raise BadRequest("FOLDER", f"a PEFT adapter; {file} cannot be read: {error}") from error

@@ -1,0 +1,63 @@
+"""Is a merged model the base model with its adapter? Both read a few tokens, layer by layer from the files."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.files.base_weights import open_base_weights
+from selfloop.engine.files.peft import LoadedAdapter
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.models.attention import PackedCausalAttention
+from selfloop.engine.models.config import read_config
+from selfloop.engine.models.decoder import Decoder
+
+# The largest difference of logits, as a part of the largest logit, that rounding to the base's dtype may make.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NUM_TOKENS = 24
+
+
+class Comparison(NamedTuple):
+    """Of the logits, in float32.
+
+    Args:
+        difference: the largest between the merged model and base plus adapter.
+        tolerance: what it may be.
+        effect: the largest between base plus adapter and the base alone.
+    """
+
+    difference: float
+    tolerance: float
+    effect: float
+
+
+@torch.inference_mode()
+def compare(model_dir: Path, adapter: LoadedAdapter, merged_dir: Path, stored: torch.dtype) -> Comparison:
+    """Logits of ``merged_dir`` beside those of ``model_dir`` plus ``adapter``, whose weights are kept in ``stored``.
+
+    Raises:
+        OperationFailed: one of the folders is not a whole model.
+    """
+    multiplied = adapter.shape.adapter(adapter.theta_P, adapter.alpha)
+    expected_TV, base_TV = _logits(model_dir, multiplied), _logits(model_dir, None)
+    merged_TV = _logits(merged_dir, None)
+    limit = _TOLERANCE[stored] * float(expected_TV.abs().max())
+    return Comparison(_largest(merged_TV - expected_TV), limit, _largest(expected_TV - base_TV))
+
+
+def _logits(model_dir: Path, adapter: Adapter | None) -> Tensor:
+    config = read_config(model_dir)
+    decoder = Decoder(config, open_base_weights(model_dir, config, torch.float32))
+    num = min(_NUM_TOKENS, config.max_position_embeddings)
+    tokens_T = torch.randint(config.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
+    batch = AdapterBatch.of([(num, adapter)])
+    h_TD = decoder.forward(tokens_T, torch.arange(num), PackedCausalAttention([num]), batch)
+    return decoder.logits(h_TD)
+
+
+def _largest(difference_TV: Tensor) -> float:
+    """The largest magnitude; infinite when a value is not a number."""
+    largest = float(difference_TV.abs().max())
+    return largest if largest == largest else float("inf")

@@ -1,0 +1,113 @@
+"""Write a base model's weights with an adapter added to them: W + scaling * B A.
+
+The files are those of the base, header for header: same names, same shards, same dtypes. Only the bytes of the
+projections that the adapter changes are others, so one tensor is in memory at a time.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from selfloop.engine.files.base_weights import INDEX_FILE, weight_files
+from selfloop.engine.files.directory import DirectoryWriter
+from selfloop.engine.files.peft import LoadedAdapter
+from selfloop.types.errors import OperationFailed
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_CHUNK_BYTES = 16 * 2**20
+
+
+class _Stored(msgspec.Struct):
+    """Where a tensor lies in a safetensors file; offsets count from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class _Delta(NamedTuple):
+    a_RI: Tensor
+    b_OR: Tensor
+
+
+def write_merged(
+    writer: DirectoryWriter, model_dir: Path, adapter: LoadedAdapter, on_bytes: Callable[[int], None]
+) -> None:
+    """Write every weight file of ``model_dir``, merged, and its index; ``on_bytes`` hears of each tensor's size.
+
+    The sum is taken in float32 (float64 for float64 weights) and rounded once, to the dtype of the base.
+
+    Raises:
+        OperationFailed: a file cannot be read, or a merged value does not fit the dtype.
+    """
+    deltas = _deltas(adapter)
+    scaling = adapter.alpha / adapter.shape.rank
+    for path in weight_files(model_dir):
+        with path.open("rb") as source, writer.file(path.name).open("wb") as target:
+            header = _read_header(path, source)
+            target.write(struct.pack("<Q", len(header)) + header)
+            tensors: dict[str, Any] = json.loads(header)
+            tensors.pop("__metadata__", None)
+            stored = msgspec.convert(tensors, dict[str, _Stored])
+            for name, place in sorted(stored.items(), key=lambda item: item[1].data_offsets):
+                size = place.data_offsets[1] - place.data_offsets[0]
+                delta = deltas.pop(name, None)
+                if delta is None:
+                    _copy(source, target, size)
+                else:
+                    target.write(_merged(name, _read(source, size), place, delta, scaling))
+                on_bytes(size)
+    if deltas:
+        raise OperationFailed(f"{model_dir} lacks {len(deltas)} tensors, e.g. {sorted(deltas)[:3]}")
+    if (model_dir / INDEX_FILE).is_file():
+        shutil.copyfile(model_dir / INDEX_FILE, writer.file(INDEX_FILE))
+
+
+def _deltas(adapter: LoadedAdapter) -> dict[str, _Delta]:
+    """A and B of each projection by the name of its weight."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for parameter in adapter.shape.named(adapter.theta_P):
+        weight = f"model.{parameter.name.removesuffix('.' + parameter.kind)}.weight"
+        pairs.setdefault(weight, {})[parameter.kind] = parameter.view
+    return {name: _Delta(pair["lora_A"], pair["lora_B"]) for name, pair in pairs.items()}
+
+
+def _read_header(path: Path, file: BufferedReader) -> bytearray:
+    (length,) = struct.unpack("<Q", _read(file, 8))
+    if length > path.stat().st_size - 8:
+        raise OperationFailed(f"{path} cannot be read: it is cut short")
+    return _read(file, length)
+
+
+def _read(file: BufferedReader, size: int) -> bytearray:
+    data = bytearray(size)
+    if file.readinto(data) != size:
+        raise OperationFailed(f"{file.name} cannot be read: it is cut short")
+    return data
+
+
+def _copy(source: BufferedReader, target: BufferedWriter, size: int) -> None:
+    while size > 0:
+        target.write(_read(source, min(size, _CHUNK_BYTES)))
+        size -= _CHUNK_BYTES
+
+
+def _merged(name: str, data: bytearray, place: _Stored, delta: _Delta, scaling: float) -> memoryview:
+    if place.dtype not in _DTYPES:
+        raise OperationFailed(f"{name} is {place.dtype}; only {sorted(_DTYPES)} can be merged")
+    dtype = _DTYPES[place.dtype]
+    weight_OI = torch.frombuffer(data, dtype=dtype).view(place.shape)
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    sum_OI = torch.addmm(weight_OI.to(sum_dtype), delta.b_OR.to(sum_dtype), delta.a_RI.to(sum_dtype), alpha=scaling)
+    merged_OI = sum_OI.to(dtype)
+    if not bool(merged_OI.isfinite().all()):
+        raise OperationFailed(f"{name}: merged values do not fit {dtype}".replace("torch.", ""))
+    return merged_OI.view(torch.uint8).numpy().data

@@ -1,0 +1,166 @@
+"""Takes adapters out of checkpoints and into them. Runs as a process of its own:
+
+    python -m selfloop.worker.adapters peft CHECKPOINT MODEL TARGET --base-model NAME
+    python -m selfloop.worker.adapters merged CHECKPOINT MODEL TARGET --base-model NAME
+    python -m selfloop.worker.adapters import ADAPTER MODEL TARGET
+
+``MODEL`` is the base model's folder, ``TARGET`` a folder that does not exist yet. Stdout is JSON lines, as those of
+:mod:`selfloop.worker.prepare`: progress, and last ``{"stage": "done", "fraction": 1.0, "facts": {...}}`` (exit 0) or
+``{"error": "..."}`` (exit 1). At exit 0 ``TARGET`` is whole, checked and on disk; otherwise it is not there.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from safetensors import safe_open
+
+from selfloop.engine.files.base_weights import weight_files
+from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
+from selfloop.engine.files.compare import compare
+from selfloop.engine.files.directory import DirectoryWriter
+from selfloop.engine.files.merge import write_merged
+from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
+from selfloop.engine.models.config import read_config
+from selfloop.engine.train.run import Run
+from selfloop.types.errors import OperationFailed, SelfloopError
+from selfloop.types.model_folder import tokenizer_files
+from selfloop.worker.model_card import adapter_card, merged_card
+
+Report = Callable[[str, float], None]
+"""Called with a stage and the fraction of the whole that is done."""
+
+Facts = dict[str, Any]
+
+# How the work is divided: reading, writing, checking.
+_READ, _WRITTEN = 0.05, 0.75
+
+
+def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
+    """The adapter alone, as ``PeftModel.from_pretrained`` reads it."""
+    report("read", 0.0)
+    config = read_config(model_dir)
+    loaded = read_peft(checkpoint, config)
+    report("write", _READ)
+    writer = DirectoryWriter(target)
+    write_peft(writer, loaded.shape, loaded.theta_P, loaded.alpha, config, base_model)
+    writer.text("README.md", adapter_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
+    size_bytes = writer.close()
+    report("check", _WRITTEN)
+    written = read_peft(target, config)
+    if written.alpha != loaded.alpha or not torch.equal(written.theta_P, loaded.theta_P):
+        raise OperationFailed("the adapter that was written is not the checkpoint's; is the disk sound?")
+    return {"size_bytes": size_bytes}
+
+
+def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
+    """The base model with the adapter in its weights, as ``AutoModelForCausalLM.from_pretrained`` reads it."""
+    report("read", 0.0)
+    loaded = read_peft(checkpoint, read_config(model_dir))
+    total = sum(path.stat().st_size for path in weight_files(model_dir))
+    written = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal written
+        written += size
+        report("merge", _READ + (_WRITTEN - _READ) * written / total)
+
+    writer = DirectoryWriter(target)
+    for name in tokenizer_files(model_dir):
+        shutil.copyfile(model_dir / name, writer.file(name))
+    write_merged(writer, model_dir, loaded, on_bytes)
+    writer.text("README.md", merged_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
+    size_bytes = writer.close()
+    report("check", _WRITTEN)
+    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, target)
+
+
+def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) -> Facts:
+    """An adapter of the PEFT library as a checkpoint of ours, at step 0 and without optimizer state."""
+    report("read", 0.0)
+    if not any(adapter.glob("*.safetensors")) and any(adapter.glob("*.bin")):
+        raise OperationFailed(f"{adapter} has only pickled weights, which are never loaded; save safetensors")
+    config = read_config(model_dir)
+    loaded = read_peft(adapter, config)
+    report("write", _WRITTEN)
+    size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P), config)
+    return {"size_bytes": size_bytes, "lora_rank": loaded.shape.rank, "lora_alpha": loaded.alpha}
+
+
+def _checked(model_dir: Path, loaded: LoadedAdapter, target: Path) -> Facts:
+    """What the comparison gave. Raises :class:`OperationFailed` when the merged model is another."""
+    stored = _stored_dtype(model_dir)
+    found = compare(model_dir, loaded, target, stored)
+    dtype = str(stored).removeprefix("torch.")
+    if found.difference > found.tolerance:
+        raise OperationFailed(
+            f"the merged model is not base plus adapter: logits differ by up to {found.difference:.3g}, "
+            f"{found.tolerance:.3g} is allowed for {dtype}"
+        )
+    return {**found._asdict(), "dtype": dtype}
+
+
+def _stored_dtype(model_dir: Path) -> torch.dtype:
+    """The coarsest dtype among the weights."""
+    order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    found: set[torch.dtype] = set()
+    for path in weight_files(model_dir):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name)[:1].dtype for name in file.keys()}  # noqa: SIM118 - no mapping
+    return next(dtype for dtype in order if dtype in found)
+
+
+def _step(checkpoint: Path) -> int:
+    return msgspec.json.decode((checkpoint / STATE_FILE).read_bytes(), type=RunState).step
+
+
+def _print_progress(stage: str, fraction: float) -> None:
+    print(json.dumps({"stage": stage, "fraction": round(fraction, 4)}), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selfloop.worker.adapters", description="Adapters out of and into files.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in ("peft", "merged", "import"):
+        arguments = kinds.add_parser(kind)
+        arguments.add_argument("source", type=Path)
+        arguments.add_argument("model", type=Path)
+        arguments.add_argument("target", type=Path)
+        if kind != "import":
+            arguments.add_argument("--base-model", required=True)
+    return parser
+
+
+def _work(args: argparse.Namespace) -> Facts:
+    if args.kind == "import":
+        return import_peft(args.source, args.model, args.target, _print_progress)
+    export = export_peft if args.kind == "peft" else export_merged
+    return export(args.source, args.model, args.target, args.base_model, _print_progress)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    args = _parser().parse_args(argv)
+    if args.target.exists():
+        print(json.dumps({"error": f"{args.target} exists already"}), flush=True)
+        sys.exit(1)
+    try:
+        facts = _work(args)
+        # Whoever does not hear of it (it was killed) would not know to take or to remove the folder.
+        print(json.dumps({"stage": "done", "fraction": 1.0, "facts": facts}), flush=True)
+    except BaseException as error:
+        shutil.rmtree(args.target, ignore_errors=True)
+        if isinstance(error, SelfloopError | OSError):
+            print(json.dumps({"error": str(error)}), flush=True)
+            sys.exit(1)
+        raise
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

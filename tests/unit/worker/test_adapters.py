@@ -1,0 +1,305 @@
+"""Adapters out of checkpoints and into them: the program, against PEFT and Transformers."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import served_model
+import tiny_models
+from selfloop.engine.engine import Engine
+from selfloop.engine.files import compare
+from selfloop.types.errors import OperationFailed
+from selfloop.worker import adapters
+
+Report = Callable[[str, float], None]
+
+
+def quiet(_stage: str, _fraction: float) -> None:
+    pass
+
+
+def make_checkpoint(model_dir: Path, folder: Path, *, rank: int = 4, alpha: float = 32.0, seed: int = 1) -> Path:
+    """A sampler checkpoint of an adapter that matters."""
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine.init_run("run", rank=rank, seed=1)
+    run = engine._runs["run"]
+    run.alpha, run.step = alpha, 7
+    run.theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
+    engine.save_sampler_checkpoint("run", folder)
+    return folder
+
+
+def sharded(model_dir: Path, target: Path) -> Path:
+    """The model in several files, with an index."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+        model.save_pretrained(target, max_shard_size="40KB")
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(target)
+    assert (target / "model.safetensors.index.json").is_file()
+    return target
+
+
+def load(folder: Path, **settings: object) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32} | settings)).eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids])).logits[0].float()
+
+
+IDS = tiny_models.random_ids(20, seed=3)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_merged_model_is_what_peft_merges(family: str, tmp_path: Path):
+    model_dir = tiny_models.save(family, tmp_path / "model")
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
+    facts = adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+    merged = load_adapter(load(model_dir), checkpoint).merge_and_unload()
+    ours = load(tmp_path / "out")
+    assert (logits(ours, IDS) - logits(merged, IDS)).abs().max() < 1e-4
+    assert (logits(ours, IDS) - logits(load(model_dir), IDS)).abs().max() > 0.1
+    assert facts["difference"] <= facts["tolerance"] < facts["effect"]
+    assert facts["dtype"] == "float32"
+    tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    assert tied == (family == "llama-tied")
+
+
+def test_a_merged_model_is_whole(tiny_model_folder: Path, tmp_path: Path):
+    """Shards, tokenizer, chat template and dtype are those of the base."""
+    model_dir = sharded(tiny_model_folder, tmp_path / "model")
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    facts = adapters.export_merged(checkpoint, model_dir, out, "tiny/llama", quiet)
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in model_dir.iterdir()} | {"README.md"}
+    assert facts["size_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    for path in model_dir.glob("*.safetensors"):
+        assert path.stat().st_size == (out / path.name).stat().st_size
+    messages = [{"role": "user", "content": "Ahoy"}]
+    ours, base = (AutoTokenizer.from_pretrained(folder) for folder in (out, model_dir))
+    assert ours.apply_chat_template(messages) == base.apply_chat_template(messages)
+    expected = logits(load_adapter(load(model_dir), checkpoint), IDS)
+    assert (logits(load(out), IDS) - expected).abs().max() < 1e-4
+    card = (out / "README.md").read_text()
+    assert "tiny/llama" in card
+    assert "| LoRA rank | 4 |" in card
+    assert "| training steps | 7 |" in card
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_rounds_once_to_the_dtype_of_the_base(dtype: torch.dtype, tmp_path: Path):
+    model_dir = tmp_path / "model"
+    tiny_models.save_quietly(tiny_models.build("llama-tied").to(dtype), model_dir)
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
+    facts = adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+    assert facts["dtype"] == str(dtype).removeprefix("torch.")
+    base = safetensors.torch.load_file(model_dir / "model.safetensors")
+    ours = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    lora = safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+    assert base.keys() == ours.keys()
+    for name, weight in base.items():
+        assert ours[name].dtype == dtype
+        module = "base_model.model." + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in lora:
+            a, b = (lora[f"{module}.lora_{kind}.weight"] for kind in "AB")
+            torch.testing.assert_close(ours[name], (weight.float() + 8.0 * (b @ a)).to(dtype))
+        else:
+            assert torch.equal(ours[name], weight)
+
+
+def test_an_exported_adapter_loads_in_peft(tiny_model_folder: Path, tmp_path: Path):
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint", alpha=12.0)
+    out = tmp_path / "out"
+    adapters.export_peft(checkpoint, tiny_model_folder, out, "tiny/llama", quiet)
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny/llama", 4, 12)
+    assert "base_model: tiny/llama" in (out / "README.md").read_text()
+    model = load_adapter(load(tiny_model_folder), out)
+    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine.init_run("run", rank=4, seed=0, initial=checkpoint)
+    result = engine.forward("run", [tiny_models.next_token_datum(IDS)], "cross_entropy", {})
+    ours = torch.tensor(result.logprobs[0].values())
+    expected = logits(model, IDS[:-1]).log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    assert (ours - expected).abs().max() < 1e-4
+
+
+def run_program(*arguments: object) -> tuple[int, list[dict]]:
+    command = [sys.executable, "-m", "selfloop.worker.adapters", *map(str, arguments)]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_program_tells_how_far_it_is(tiny_model_folder: Path, tmp_path: Path):
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
+    code, lines = run_program("merged", checkpoint, tiny_model_folder, tmp_path / "out", "--base-model", "tiny/llama")
+    assert code == 0
+    fractions = [line["fraction"] for line in lines]
+    assert fractions == sorted(fractions)
+    assert {line["stage"] for line in lines} == {"read", "merge", "check", "done"}
+    assert lines[-1]["facts"]["difference"] <= lines[-1]["facts"]["tolerance"]
+
+
+def test_a_failure_is_one_json_line_and_leaves_nothing(tiny_model_folder: Path, tmp_path: Path):
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
+    path = checkpoint / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    out = tmp_path / "out"
+    code, lines = run_program("merged", checkpoint, tiny_model_folder, out, "--base-model", "tiny/llama")
+    assert code == 1
+    assert "cannot be read" in lines[-1]["error"]
+    assert not out.exists()
+
+
+def test_an_export_that_nobody_waits_for_leaves_nothing(tiny_model_folder: Path, tmp_path: Path):
+    """The command line was killed: the pipe is closed."""
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    arguments = ["peft", str(checkpoint), str(tiny_model_folder), str(out), "--base-model", "tiny/llama"]
+    command = [sys.executable, "-m", "selfloop.worker.adapters", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(60) != 0
+    assert not out.exists()
+
+
+def test_an_existing_folder_is_left_alone(tiny_model_folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    code, lines = run_program("peft", tmp_path, tiny_model_folder, out, "--base-model", "tiny/llama")
+    assert code == 1
+    assert "exists already" in lines[-1]["error"]
+    assert (out / "mine").read_text() == "mine"
+
+
+def fail_to_merge(checkpoint: Path, model_dir: Path, out: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        adapters.main(["merged", str(checkpoint), str(model_dir), str(out), "--base-model", "tiny/llama"])
+    assert ended.value.code == 1
+
+
+def test_a_merged_model_that_is_another_is_not_given_out(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
+    other = make_checkpoint(tiny_model_folder, tmp_path / "other", seed=2)
+    genuine = adapters.write_merged
+
+    def write_another(writer, model_dir, loaded, on_bytes):
+        genuine(writer, model_dir, adapters.read_peft(other, adapters.read_config(model_dir)), on_bytes)
+
+    monkeypatch.setattr(adapters, "write_merged", write_another)
+    fail_to_merge(checkpoint, tiny_model_folder, tmp_path / "out")
+    assert "is not base plus adapter" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
+
+    def torn(writer, model_dir, loaded, on_bytes):
+        writer.file("model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapters, "write_merged", torn)
+    fail_to_merge(checkpoint, tiny_model_folder, tmp_path / "out")
+    assert "No space left" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_no_numbers_are_no_match():
+    assert compare._largest(torch.tensor([1.0, float("nan")])) == float("inf")
+    assert compare._largest(torch.tensor([1.0, -3.0])) == 3.0
+
+
+def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path):
+    model_dir = tmp_path / "model"
+    tiny_models.save_quietly(tiny_models.build("llama").to(torch.float16), model_dir)
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", alpha=1e9)
+    with pytest.raises(OperationFailed, match="do not fit float16"):
+        adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+
+
+# -- import ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_peft_is_imported(tiny_model_folder: Path, tmp_path: Path):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    out = tmp_path / "checkpoint"
+    facts = adapters.import_peft(folder, tiny_model_folder, out, quiet)
+    assert facts == {"size_bytes": sum(p.stat().st_size for p in out.iterdir()), "lora_rank": 4, "lora_alpha": 16.0}
+    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine.init_run("run", rank=64, seed=0)
+    engine.load_checkpoint("run", out, with_optimizer=False)
+    assert engine._runs["run"].alpha == 16.0
+    with pytest.raises(OperationFailed, match="load its weights alone"):
+        engine.load_checkpoint("run", out, with_optimizer=True)
+    # Alpha outlives a save and a snapshot.
+    assert engine.save_trainer_checkpoint("run", tmp_path / "saved").lora_alpha == 16.0
+    engine.snapshot("run", tmp_path / "snapshot")
+    engine.restore("run", tmp_path / "snapshot")
+    assert engine._runs["run"].alpha == 16.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, "no place for"),
+    ],
+)
+def test_what_is_more_than_plain_lora_is_refused_by_name(
+    settings: dict, message: str, tiny_model_folder: Path, tmp_path: Path
+):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter", **settings)
+    with pytest.raises(OperationFailed, match=message):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model_folder: Path, tmp_path: Path):
+    other = tiny_models.save("qwen2", tmp_path / "other")
+    folder = served_model.save_adapter(other, tmp_path / "adapter")
+    code, lines = run_program("import", folder, tiny_model_folder, tmp_path / "checkpoint")
+    assert code == 1
+    assert "has shape" in lines[-1]["error"]
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_pickled_weights_are_refused(tiny_model_folder: Path, tmp_path: Path):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(OperationFailed, match="pickled"):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
