@@ -55,7 +55,6 @@ class _Member:
     id: str
     status: str
     reason: str = ""
-    changed_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -239,7 +238,7 @@ class Lifecycle:
         if member.status == status:
             return
         log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason)
-        member.status, member.changed_at = status, time.time()
+        member.status = status
         async with self._db.write() as session:
             if member.kind == "deployment":
                 await queries_resources.update_deployment(session, member.id, status=status)

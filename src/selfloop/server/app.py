@@ -54,7 +54,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         return {"status": "ok", "version": selfloop.__version__}
 
     app.include_router(management.router)
-    app.include_router(management.public_router())
+    app.include_router(management.public)
     app.include_router(trainer.router)
     app.include_router(sampler.router)
     app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))

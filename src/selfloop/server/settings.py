@@ -6,8 +6,6 @@ from pathlib import Path
 
 from selfloop.control.control import ControlConfig
 
-DEFAULT_PORT = 8000
-
 
 def default_data_dir() -> Path:
     return Path(os.environ.get("SELFLOOP_DATA_DIR", "~/.selfloop")).expanduser()

@@ -3,14 +3,7 @@
 import secrets
 from typing import NewType
 
-SessionId = NewType("SessionId", str)
 RunId = NewType("RunId", str)
-DeploymentId = NewType("DeploymentId", str)
-SamplerId = NewType("SamplerId", str)
-CheckpointId = NewType("CheckpointId", str)
-TeamId = NewType("TeamId", str)
-KeyId = NewType("KeyId", str)
-OperationId = NewType("OperationId", str)
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 _ID_LENGTH = 7

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Body, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Query
+from fastapi.responses import FileResponse
 
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import RunRequest, RunView
@@ -313,16 +314,10 @@ async def teams(caller: CallerOf, control: ControlOf) -> s.TeamsResponseV1:
     )
 
 
-def public_router() -> APIRouter:
-    """Routes that need no key: the links of the files route."""
-    from fastapi.responses import FileResponse
+public = APIRouter(tags=["management"])
+"""Routes that need no key: the links of the files route."""
 
-    public = APIRouter(tags=["management"])
 
-    @public.get("/files/{checkpoint_id}/{name:path}", summary="Download a file by its link; Range is served.")
-    async def file(
-        request: Request, checkpoint_id: str, name: str, control: ControlOf, expires: int, signature: str
-    ) -> FileResponse:
-        return FileResponse(control.checkpoints.open_link(checkpoint_id, name, expires, signature))
-
-    return public
+@public.get("/files/{checkpoint_id}/{name:path}", summary="Download a file by its link; Range is served.")
+async def file(checkpoint_id: str, name: str, control: ControlOf, expires: int, signature: str) -> FileResponse:
+    return FileResponse(control.checkpoints.open_link(checkpoint_id, name, expires, signature))
