@@ -9,10 +9,11 @@ import pytest
 
 from gateway import KEY, Gateway, environment
 
-SCRIPT = Path(__file__).parent / "scripts" / "loops_checks.py"
+SCRIPT = Path(__file__).parent / "scripts" / "loops_checks"
 CHECKS = [
     node.name.removeprefix("check_")
-    for node in ast.parse(SCRIPT.read_text()).body
+    for module in sorted(SCRIPT.glob("*.py"))
+    for node in ast.parse(module.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 

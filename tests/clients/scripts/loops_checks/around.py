@@ -1,0 +1,77 @@
+"""Tokenizer, capabilities, async variants, reuse, teams."""
+
+import asyncio
+import os
+
+from baseten.loops import (
+    ModelInput,
+    SamplingParams,
+    ServiceClient,
+)
+from shared import ADAM, MODEL, close, ids, logprobs, plain, service, tokenizer, trainer
+
+
+def check_tokenizer_comes_from_the_server():
+    text = "Hello, <|im_end|> ñ"
+    encoded = tokenizer().encode(text, add_special_tokens=False)
+    assert tokenizer().decode(encoded) == text
+    assert (tokenizer().eos_token_id, max(encoded) < 259) == (2, True)
+    chat = tokenizer().apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nHi<|im_end|>\n", chat
+    assert trainer().get_tokenizer().encode(text) == tokenizer().encode(text)
+
+
+def check_capabilities():
+    models = service().get_server_capabilities().supported_models
+    assert {model.model_name: model.max_context_length for model in models}[MODEL] == 256
+    assert asyncio.run(service().get_server_capabilities_async()).supported_models == models
+
+
+def check_async_variants():
+    async def work() -> None:
+        client = await service().create_lora_training_client_async(MODEL, rank=8, seed=1)
+        futures = [await client.forward_backward_async([plain(1)]), await client.optim_step_async(ADAM)]
+        result, optim = await asyncio.gather(*(future.result_async() for future in futures))
+        assert result.loss > 0
+        assert optim.metrics["step"] == 1
+        assert (await (await client.forward_async([plain(2)])).result_async()).loss > 0
+        assert (await (await client.save_state_async("a")).result_async()).path.endswith("/weights/a")
+        loaded = await client.load_state_with_optimizer_async(f"bt://loops:{client.run_id}/weights/a")
+        assert (await loaded.result_async()).step == 1
+        sampler = await client.save_weights_and_get_sampling_client_async("b")
+        params = SamplingParams(max_tokens=4)
+        prompts = [ModelInput.from_ints(ids(seed)) for seed in range(16)]
+        responses = await asyncio.gather(*(sampler.sample_async(p, 2, params) for p in prompts))
+        assert all(len(r.sequences) == 2 and r.policy_version == 1 for r in responses)
+        seen = await sampler.compute_logprobs_async(prompts[0])
+        close(seen[1:], logprobs(client, ids(0)), 1e-4)
+        base = await service().create_sampling_client_async(MODEL)
+        assert len((await base.sample_async(prompts[0], 1, params)).sequences) == 1
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+def check_reuse_from_run_id():
+    first = trainer()
+    os.environ["LOOPS_REUSE_FROM_RUN_ID"] = first.run_id
+    try:
+        reusing = ServiceClient()
+    finally:
+        del os.environ["LOOPS_REUSE_FROM_RUN_ID"]
+    second = reusing.create_lora_training_client(MODEL, rank=8)
+    assert second.run_id != first.run_id
+    assert second._deployment.deployment_id == first._deployment.deployment_id
+    assert trainer()._deployment.deployment_id != first._deployment.deployment_id
+
+
+def check_team_by_name():
+    client = ServiceClient(team="default")
+    assert client.create_lora_training_client(MODEL, rank=4, with_sampler=True).policy_version == 0
+
+
+def check_health_and_info():
+    client = trainer(max_seq_len=64, name="named")
+    client.health()
+    assert client.get_info().max_seq_len == 64
+    client.close()
