@@ -157,6 +157,16 @@ LOSS_CALLS: dict[str, tuple[Json, str]] = {
         loss(with_inputs(logprobs=tensor(ONES), advantages=tensor(ONES)), loss_fn="dppo", loss_fn_config={"beta": 1}),
         "loss_fn_config.beta",
     ),
+    "negative clip": (loss(GOOD, loss_fn="ppo", loss_fn_config={"clip_low_threshold": -0.1}), "clip_low_threshold"),
+    "clip bounds swapped": (
+        loss(GOOD, loss_fn="cispo", loss_fn_config={"clip_low_threshold": 1.3}),
+        "loss_fn_config.clip_low_threshold: at most clip_high_threshold = 1.2",
+    ),
+    "absurd beta": (loss(GOOD, loss_fn="dro", loss_fn_config={"beta": 1e300}), "loss_fn_config.beta"),
+    "smoothing that turns pairs round": (
+        loss(PAIRED, PAIRED, loss_fn="dpo", loss_fn_config={"label_smoothing": 0.6}),
+        "loss_fn_config.label_smoothing: a number from 0 to 0.5",
+    ),
     "half a pair": (loss(PAIRED, PAIRED, PAIRED, loss_fn="dpo"), "data: pairs of a chosen and a rejected datum"),
     "pair without a reference": (loss(PAIRED, GOOD, loss_fn="dpo"), "data[1].loss_fn_inputs.ref_logprobs"),
     "pair with two references": (

@@ -14,7 +14,9 @@ class LossSpec:
         required: per-token float inputs (N,) that must come with every datum, besides ``target_tokens``.
         one_of: names of one further input that must come with every datum, under exactly one of them.
         optional: per-token float inputs (N,) that may come.
-        config: configuration fields with their defaults; a bool default makes a flag.
+        config: configuration fields with their defaults; a bool default makes a flag. Numbers are >= 0.
+        at_most: upper bounds of configuration numbers.
+        ordered: pairs of configuration fields of which the first may not exceed the second.
         rows: consecutive datums that make one unit: 1, or 2 for a loss of pairs. A unit is never divided.
         many_targets: True when targets may be (N, K), with the optional inputs of the same shape.
     """
@@ -24,6 +26,8 @@ class LossSpec:
     one_of: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     config: dict[str, float | bool] = field(default_factory=dict[str, "float | bool"])
+    at_most: dict[str, float] = field(default_factory=dict[str, float])
+    ordered: tuple[tuple[str, str], ...] = ()
     rows: int = 1
     many_targets: bool = False
 
@@ -35,6 +39,7 @@ class LossSpec:
 
 _POLICY = ("logprobs", "advantages")
 _CLIP: dict[str, float | bool] = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+_CLIP_ORDER = (("clip_low_threshold", "clip_high_threshold"),)
 
 LOSSES: dict[str, LossSpec] = {
     spec.name: spec
@@ -46,8 +51,8 @@ LOSSES: dict[str, LossSpec] = {
             many_targets=True,
         ),
         LossSpec("importance_sampling", required=_POLICY),
-        LossSpec("ppo", required=_POLICY, config=_CLIP),
-        LossSpec("cispo", required=_POLICY, config=_CLIP),
+        LossSpec("ppo", required=_POLICY, config=_CLIP, ordered=_CLIP_ORDER),
+        LossSpec("cispo", required=_POLICY, config=_CLIP, ordered=_CLIP_ORDER),
         LossSpec("dro", required=_POLICY, config={"beta": 0.05}),
         LossSpec(
             "dppo",
@@ -60,6 +65,8 @@ LOSSES: dict[str, LossSpec] = {
             one_of=("ref_logprobs", "logprobs"),
             optional=("weights",),
             config={"beta": 0.1, "label_smoothing": 0.0},
+            # At one half both answers count the same; beyond it the rejected one would be preferred.
+            at_most={"label_smoothing": 0.5},
             rows=2,
         ),
     )

@@ -22,6 +22,7 @@ _MSGSPEC_PATH = re.compile(r" - at `\$\.?(.*)`$")
 # Below this no product of Adam's factors leaves float32.
 _MAX_ADAM = 1e9
 _MAX_TOP_K = 20
+_MAX_CONFIG = 1e9
 _INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
 _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
@@ -101,7 +102,12 @@ def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[
             raise BadRequest(field, f"{spec.name} takes {', '.join(spec.config) or 'no configuration'}")
         if isinstance(default, bool) is not isinstance(value, bool):
             raise BadRequest(field, "true or false" if isinstance(default, bool) else "a number")
+        if not 0 <= value <= spec.at_most.get(name, _MAX_CONFIG):
+            raise BadRequest(field, f"a number from 0 to {spec.at_most.get(name, _MAX_CONFIG):g}, got {value}")
         config[name] = value
+    for low, high in spec.ordered:
+        if config[low] > config[high]:
+            raise BadRequest(f"loss_fn_config.{low}", f"at most {high} = {config[high]}, got {config[low]}")
     return config
 
 
