@@ -1,7 +1,7 @@
 """The connection: one writer at a time, readers beside it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,49 @@ class Database:
         event.listen(self._engine.sync_engine, "begin", _begin)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._write_lock = asyncio.Lock()
+        self._finishing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[AsyncSession]:
         """A session for queries only."""
-        async with self._sessions() as session:
+        session = self._sessions()
+        try:
             yield session
+        finally:
+            await self._finish(session.close())
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncSession]:
         """A transaction: committed (and on disk) at the end of the block, rolled back on an exception."""
-        async with self._write_lock, self._sessions() as session:
-            await session.connection(execution_options={"immediate": True})
-            yield session
-            await session.commit()
+        async with self._write_lock:
+            session = self._sessions()
+            try:
+                await session.connection(execution_options={"immediate": True})
+                yield session
+            except BaseException:
+                await self._finish(session.close())
+                raise
+            await self._finish(_commit(session))
+
+    async def _finish(self, work: Coroutine[None, None, None]) -> None:
+        """Give a connection back in a task of its own: a caller that is cancelled meanwhile must not break it off."""
+        task = asyncio.create_task(work)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        await asyncio.shield(task)
 
     async def close(self) -> None:
+        """Let go of the file, once the sessions of callers that were cancelled have given their connections back."""
+        while self._finishing:
+            await asyncio.gather(*self._finishing, return_exceptions=True)
         await self._engine.dispose()
+
+
+async def _commit(session: AsyncSession) -> None:
+    try:
+        await session.commit()
+    finally:
+        await session.close()
 
 
 def _configure(connection: Any, _record: Any) -> None:
