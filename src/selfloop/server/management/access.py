@@ -1,0 +1,23 @@
+"""What every management route asks for: a caller in the path's team, a renderer, a list's scope."""
+
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query
+
+from selfloop.control.resources.access import Caller
+from selfloop.server.auth import CallerOf
+from selfloop.server.management.render import Renderer
+from selfloop.types.errors import NotFound
+
+RenderOf = Annotated[Renderer, Depends(Renderer)]
+Scope = Annotated[Literal["org"] | None, Query(description="`org` lists the whole team's, not only your own.")]
+
+
+async def _member(caller: CallerOf, team_id: str | None = None) -> Caller:
+    """The caller, checked to belong to the team that the path names (if it names one)."""
+    if team_id is not None and team_id != caller.team_id:
+        raise NotFound("team", team_id)
+    return caller
+
+
+MemberOf = Annotated[Caller, Depends(_member)]

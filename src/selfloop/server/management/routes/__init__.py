@@ -1,0 +1,11 @@
+"""Routes below ``/v1``, a file per resource. A team's twin of a route answers as the plain one, for that team."""
+
+from fastapi import APIRouter
+
+from selfloop.server.management.routes import account, checkpoints, deployments, runs, samplers
+
+router = APIRouter(prefix="/v1", tags=["management"])
+for part in (runs, samplers, deployments, checkpoints, account):
+    router.include_router(part.router)
+
+public = checkpoints.public

@@ -1,0 +1,92 @@
+"""Sessions and the runs made in them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body
+
+from selfloop.control.resources.runs import RunRequest
+from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.management import schemas as s
+from selfloop.server.management.access import MemberOf, RenderOf, Scope
+from selfloop.server.management.render import refuse_unserved
+
+router = APIRouter()
+
+
+@router.post("/loops/sessions", summary="Create a Loops session.")
+@router.post("/teams/{team_id}/loops/sessions", summary="Create a Loops session in a team.")
+async def create_session(
+    caller: MemberOf,
+    control: ControlOf,
+    body: Annotated[s.CreateLoopsSessionRequestV1 | None, Body()] = None,
+) -> s.LoopsSessionResponseV1:
+    row = await control.runs.create_session(caller, body.training_project_id if body else None)
+    return s.LoopsSessionResponseV1(session=s.LoopsSessionV1(id=row.id))
+
+
+@router.get("/loops/sessions/{session_id}", summary="Get a Loops session.")
+async def get_session(session_id: str, caller: CallerOf, control: ControlOf) -> s.LoopsSessionResponseV1:
+    row = await control.runs.session(caller, session_id)
+    return s.LoopsSessionResponseV1(session=s.LoopsSessionV1(id=row.id))
+
+
+def _run_request(body: s.CreateLoopsRunRequestV1) -> RunRequest:
+    refuse_unserved(body)
+    return RunRequest(
+        session_id=body.session_id,
+        base_model=body.base_model,
+        # Unset is not the same as 64: a checkpoint at `path` brings its own rank.
+        lora_rank=body.lora_rank if "lora_rank" in body.model_fields_set else None,
+        default_lora_rank=body.lora_rank,
+        max_seq_len=body.max_seq_len,
+        seed=body.seed,
+        scale_down_delay_s=body.scale_down_delay_seconds,
+        path=body.path,
+        reuse_from_session_id=body.reuse_from_session_id,
+        reuse_from_run_id=body.reuse_from_run_id,
+        name=body.name,
+    )
+
+
+@router.post("/loops/runs", summary="Create a Loops run.")
+@router.post("/teams/{team_id}/loops/runs", summary="Create a Loops run in a team.")
+async def create_run(
+    body: s.CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> s.CreateLoopsRunResponseV1:
+    """Creates a Loops run with an associated sampler in the given session."""
+    view = await control.runs.create(caller, _run_request(body), with_sampler=True)
+    return s.CreateLoopsRunResponseV1(run=render.run(view))
+
+
+@router.post("/loops/trainers", summary="Create a Loops run without a sampler.")
+@router.post("/teams/{team_id}/loops/trainers", summary="Create a Loops run without a sampler in a team.")
+async def create_trainer(
+    body: s.CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> s.LoopsTrainerResponseV1:
+    view = await control.runs.create(caller, _run_request(body), with_sampler=False)
+    return s.LoopsTrainerResponseV1(run=render.trainer(view))
+
+
+@router.get("/loops/runs", summary="List Loops runs.")
+@router.get("/teams/{team_id}/loops/runs", summary="List a team's Loops runs.")
+async def list_runs(
+    caller: MemberOf,
+    control: ControlOf,
+    render: RenderOf,
+    run_id: str | None = None,
+    base_model: str | None = None,
+    scope: Scope = None,
+) -> s.ListLoopsRunsResponseV1:
+    views = await control.runs.list(caller, run_id=run_id, base_model=base_model, whole_team=scope == "org")
+    return s.ListLoopsRunsResponseV1(runs=[render.trainer(view) for view in views])
+
+
+@router.get("/loops/runs/{run_id}", summary="Get a Loops run.")
+async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.LoopsTrainerResponseV1:
+    return s.LoopsTrainerResponseV1(run=render.trainer(await control.runs.get(caller, run_id)))
+
+
+@router.post("/loops/runs/{run_id}/deactivate", summary="Deactivate a Loops run; its checkpoints stay.")
+async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf) -> s.DeactivateLoopsRunResponseV1:
+    view = await control.runs.deactivate(caller, run_id)
+    return s.DeactivateLoopsRunResponseV1(id=view.run.id, base_model=view.run.base_model)
