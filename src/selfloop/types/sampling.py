@@ -5,6 +5,19 @@ from typing import Literal
 import msgspec
 
 
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """What the text of every sample must match.
+
+    Args:
+        kind: how to read ``spec``.
+        spec: a JSON schema, a regular expression, a JSON list of strings (``choice``) or a grammar
+            (Lark or GBNF); ``{}`` with ``json_schema`` is any JSON.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    spec: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to draw tokens.
 
@@ -16,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         seed: reproduces the draw; sample i of a request uses a stream of its own. None draws afresh.
         stop: strings that end a sample; the text stops before, the tokens include the completing one.
         stop_token_ids: tokens that end a sample, besides the model's own end tokens; returned.
+        structured: what the sampled text must match; None for anything.
     """
 
     max_tokens: int
@@ -25,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int | None = None
     stop: list[str] = []
     stop_token_ids: list[int] = []
+    structured: StructuredOutput | None = None
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -40,6 +55,8 @@ class SampleRequest(msgspec.Struct, frozen=True):
     Args:
         adapter: None samples the base model.
         prompt_logprobs: None for none; k >= 0 for the prompt's own logprobs and the top k beside each.
+        top_logprobs: the k likeliest tokens beside each drawn one, 0 for none.
+        token_bytes: whether the answer also carries the bytes that each token stands for.
     """
 
     request_id: str
@@ -48,23 +65,53 @@ class SampleRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     adapter: AdapterRef | None = None
     prompt_logprobs: int | None = None
+    top_logprobs: int = 0
+    token_bytes: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """A token, its logprob under the untempered distribution, and its rank there (1 is the likeliest)."""
+    """A token, its logprob under the untempered distribution, and its rank there (1 is the likeliest).
+
+    ``raw`` is what the token stands for, where the request asked for them.
+    """
 
     token: int
     logprob: float
     rank: int
+    raw: bytes | None = None
 
 
 class SampledSequence(msgspec.Struct, frozen=True):
-    """One sample: new tokens (an end token included), their untempered logprobs, and the decoded text."""
+    """One sample: new tokens (an end token included), their untempered logprobs, and the decoded text.
+
+    Args:
+        top_logprobs: when asked for, the likeliest tokens at each position, the likeliest first.
+        token_bytes: when asked for, what each token stands for.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     stop_reason: Literal["stop", "length"]
     text: str
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    token_bytes: list[bytes] | None = None
+
+
+class SampleDelta(msgspec.Struct, frozen=True):
+    """What sample ``index`` grew by; the deltas of a sample add up to its :class:`SampledSequence`.
+
+    Args:
+        text: new text; a part that may yet become a stop string, or an unfinished character, is held back.
+        stop_reason: of the last delta only.
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    stop_reason: Literal["stop", "length"] | None = None
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    token_bytes: list[bytes] | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True):

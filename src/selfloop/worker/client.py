@@ -6,7 +6,7 @@ import itertools
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import zmq
@@ -21,6 +21,7 @@ from selfloop.worker.protocol import (
     LoadFailed,
     Loading,
     ModelInfo,
+    Partial,
     Ready,
     Reply,
     ReplyError,
@@ -44,6 +45,7 @@ class WorkerClient:
         self._on_loading = on_loading
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._begun: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -72,15 +74,37 @@ class WorkerClient:
 
     def call(self, command: Command, payload: bytes = b"") -> asyncio.Future[bytes]:
         """Send a command (also before ``ready``: it waits in the worker's queue)."""
+        return self._send(next(self._tickets), command, payload)
+
+    def _send(self, ticket: int, command: Command, payload: bytes = b"") -> asyncio.Future[bytes]:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if self.lost.done():
             future.set_exception(WorkerLost(self.lost.result()))
             return future
-        ticket = next(self._tickets)
         self._waiting[ticket] = future
         # With no high-water mark a PAIR socket takes the message at once, so order is the order of calls.
         self._socket.send_multipart([encode(Call(ticket, command)), payload], copy=False)
         return future
+
+    async def stream(self, command: Command) -> AsyncGenerator[bytes]:
+        """Send a command that answers in parts; yields each part, then the answer itself.
+
+        Raises:
+            OperationFailed: the worker refused or failed, also after parts.
+            WorkerLost: the process ended.
+        """
+        parts: asyncio.Queue[bytes | None] = asyncio.Queue()
+        ticket = next(self._tickets)
+        self._streams[ticket] = parts
+        answer = self._send(ticket, command)
+        answer.add_done_callback(lambda _: parts.put_nowait(None))
+        try:
+            while (part := await parts.get()) is not None:
+                yield part
+            yield answer.result()
+        finally:
+            self._streams.pop(ticket, None)
+            answer.add_done_callback(_retrieve)
 
     async def stop(self) -> None:
         """Ask the process to exit, then make it."""
@@ -114,6 +138,9 @@ class WorkerClient:
                 case ReplyError(ticket, error, error_class):
                     failure = OperationFailed(error, error_class)
                     self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
+                case Partial(ticket):
+                    if ticket in self._streams:
+                        self._streams[ticket].put_nowait(frames[1])
                 case Begun(ticket):
                     self._begun = ticket
                 case Loading(stage):

@@ -43,11 +43,13 @@ from selfloop.worker.protocol import (
     ModelInfo,
     OpenRun,
     Ready,
+    RenderChat,
     Reply,
     ReplyError,
     Sample,
     Shutdown,
     Snapshot,
+    Tokenize,
     call_decoder,
     encode,
 )
@@ -119,6 +121,8 @@ class Worker:
                 if ticket is not None:
                     self._send(ReplyError(ticket, "the sample was cancelled", "Cancelled"))
                 self._send(Reply(call.ticket))
+            case Tokenize() | RenderChat():
+                self._send(ReplyError(call.ticket, "this worker has no tokenizer", "OperationFailed"))
             case Shutdown():
                 self._stopping = True
 

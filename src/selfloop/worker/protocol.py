@@ -51,9 +51,37 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sample(msgspec.Struct, frozen=True, tag=True):
-    """Draw samples; joins the batch that is running."""
+    """Draw samples; joins the batch that is running.
+
+    Args:
+        stream: send ``Partial`` events with the msgpack bytes of ``list[SampleDelta]`` before the reply.
+    """
 
     request: SampleRequest
+    stream: bool = False
+
+
+class Tokenize(msgspec.Struct, frozen=True, tag=True):
+    """Token ids of each text, as the model's tokenizer makes them; the reply is ``list[list[int]]``."""
+
+    texts: list[str]
+    add_special_tokens: bool = True
+
+
+class RenderChat(msgspec.Struct, frozen=True, tag=True):
+    """Token ids of a conversation in the model's own chat template; the reply is ``list[int]``.
+
+    Args:
+        messages: JSON of the list of messages.
+        tools: JSON of the list of tools, if any.
+        options: JSON of an object of further variables of the template.
+    """
+
+    messages: bytes
+    tools: bytes | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    options: bytes | None = None
 
 
 class CancelSample(msgspec.Struct, frozen=True, tag=True):
@@ -66,7 +94,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish the call in hand and exit."""
 
 
-Command = OpenRun | CloseRun | Execute | Snapshot | Sample | CancelSample | Shutdown
+Command = OpenRun | CloseRun | Execute | Snapshot | Sample | CancelSample | Tokenize | RenderChat | Shutdown
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -110,6 +138,12 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     ticket: int
 
 
+class Partial(msgspec.Struct, frozen=True, tag=True):
+    """The call has something to show before its answer; the bytes are the second frame."""
+
+    ticket: int
+
+
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """The call succeeded; its result's msgpack bytes (perhaps none) are the second frame."""
 
@@ -124,7 +158,7 @@ class ReplyError(msgspec.Struct, frozen=True, tag=True):
     error_class: str
 
 
-Event = Loading | Ready | LoadFailed | Begun | Reply | ReplyError
+Event = Loading | Ready | LoadFailed | Begun | Partial | Reply | ReplyError
 
 call_decoder = msgspec.msgpack.Decoder(Call)
 event_decoder: "msgspec.msgpack.Decoder[Event]" = msgspec.msgpack.Decoder(Event)
