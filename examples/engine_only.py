@@ -23,7 +23,7 @@ PAIRS = [
 
 model_dir = Path(sys.argv[1])
 tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-engine = Engine.load(model_dir, decode=tokenizer.decode)
+engine = Engine.load(model_dir)
 end_token = engine.info.eos_token_ids[0]
 
 
@@ -49,4 +49,4 @@ for question, _ in PAIRS:
     engine.submit_sample(SampleRequest(question, prompt, 1, params, AdapterRef("trained", "")))
 while engine.num_sampling:
     for result in engine.sample_step():
-        print(result.request_id, result.sequences[0].text)
+        print(result.request_id, tokenizer.decode(result.sequences[0].tokens))

@@ -19,6 +19,7 @@ VOCAB_SIZE = 264
 MAX_POSITIONS = 256
 
 _CHATML = (
+    "{% for tool in tools or [] %}<tool_call>{{ tool['function']['name'] }}</tool_call>\n{% endfor %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

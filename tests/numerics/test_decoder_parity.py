@@ -20,7 +20,7 @@ def test_logits_equal_transformers(zoo, family):
     with torch.no_grad():
         expected = zoo.reference(family)(input_ids=ids[None]).logits[0]
         h = decoder.forward(ids, torch.arange(150), PackedCausalAttention([150]), AdapterBatch([]))
-        logits = decoder.logits(h)
+        logits = decoder.logits(h, AdapterBatch([]))
     assert expected.abs().max() > 1, "a flat model would hide mistakes"
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 

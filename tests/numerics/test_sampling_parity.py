@@ -105,3 +105,18 @@ def test_prompt_logprobs_rank_the_actual_token(zoo):
         for entry in (actual, *others):
             assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-4)
             assert order[entry.rank - 1] == entry.token
+
+
+def test_top_logprobs_equal_transformers(zoo):
+    engine = zoo.engine("qwen3")
+    prompt = tiny_models.random_ids(9, seed=3)
+    params = SamplingParams(max_tokens=20, temperature=2.0, top_k=30, seed=5)
+    (sequence,) = run_all(engine, SampleRequest("q", prompt, 1, params, top_logprobs=4))["q"].sequences
+    with torch.no_grad():
+        logits = zoo.reference("qwen3")(input_ids=torch.tensor([[*prompt, *sequence.tokens]])).logits[0]
+    rows = logits.log_softmax(-1)[len(prompt) - 1 :]
+    for row, token, logprob, top in zip(rows, sequence.tokens, sequence.logprobs, sequence.top_logprobs, strict=False):
+        values, order = row.topk(4)
+        assert [t.token for t in top] == order.tolist()
+        assert [t.logprob for t in top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert logprob == pytest.approx(float(row[token]), abs=1e-4)

@@ -65,10 +65,12 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers
 def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_pages, budget, max_batch):
     decoder = tiny_decoder()
     pool = PagePool(decoder.config, num_pages * 16, decoder.device, decoder.dtype)
-    scheduler = SamplingScheduler(decoder, pool, prefill_budget=budget, max_batch=max_batch, decode=None)
+    scheduler = SamplingScheduler(
+        decoder, pool, prefill_budget=budget, max_batch=max_batch, vocabulary=None, compile_grammar=None
+    )
     for index, (length, num_samples, max_tokens) in enumerate(requests):
         params = SamplingParams(max_tokens=max_tokens, seed=index)
-        scheduler.submit(SampleRequest(str(index), [1] * length, num_samples, params), None)
+        scheduler.submit(SampleRequest(str(index), [1] * length, num_samples, params), None, stream=False)
     finished = {}
     for _ in range(2000):
         if not scheduler.num_requests:

@@ -19,19 +19,21 @@ from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import Decoder, num_parameters
 from selfloop.engine.sample.bank import AdapterBank
+from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.kv_cache import PagePool
 from selfloop.engine.sample.scheduler import SamplingScheduler
-from selfloop.engine.sample.stop import Decode
+from selfloop.engine.sample.text import Vocabulary
 from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example
 from selfloop.engine.train.optim import optim_step
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.engine.train.step import LossStep, LossTotals, all_finite
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.lora import LoraTargets
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
 from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
-from selfloop.types.sampling import SampleRequest, SampleResult
+from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 
 _SKIP = "skip_token_normalization"
 _MAX_BATCH = 256
@@ -68,7 +70,8 @@ class Engine:
         train_token_budget: int,
         max_kv_tokens: int,
         max_adapters: int,
-        decode: Decode | None,
+        vocabulary: Vocabulary | None,
+        compile_grammar: CompileGrammar | None,
     ) -> None:
         config = decoder.config
         self._decoder = decoder
@@ -80,7 +83,8 @@ class Engine:
             PagePool(config, max_kv_tokens, decoder.device, decoder.dtype),
             prefill_budget=train_token_budget,
             max_batch=_MAX_BATCH,
-            decode=decode,
+            vocabulary=vocabulary,
+            compile_grammar=compile_grammar,
         )
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
@@ -101,7 +105,8 @@ class Engine:
         train_token_budget: int | None = None,
         max_kv_tokens: int | None = None,
         max_adapters: int = 32,
-        decode: Decode | None = None,
+        vocabulary: Vocabulary | None = None,
+        compile_grammar: CompileGrammar | None = None,
     ) -> "Engine":
         """Load a Hugging Face model folder (``config.json``, ``*.safetensors``).
 
@@ -111,7 +116,8 @@ class Engine:
             train_token_budget: tokens of a micro-batch, of training and of prefill; sets the peak of memory.
             max_kv_tokens: tokens the KV cache holds over all requests.
             max_adapters: sampling adapters kept in memory.
-            decode: token ids to text; without it texts are empty and stop strings are refused.
+            vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
+            compile_grammar: reads what samples must match; without it such requests are refused.
 
         Raises:
             OperationFailed: the folder holds no model that this engine computes.
@@ -127,26 +133,39 @@ class Engine:
             train_token_budget=budget,
             max_kv_tokens=kv_tokens,
             max_adapters=max_adapters,
-            decode=decode,
+            vocabulary=vocabulary,
+            compile_grammar=compile_grammar,
         )
 
     # Training runs
 
-    def init_run(self, run_id: str, *, rank: int, seed: int, initial: Path | None = None) -> InitResult:
-        """Create a run, or reset it, at step 0 without moments or gradients.
+    def init_run(
+        self,
+        run_id: str,
+        *,
+        rank: int,
+        seed: int,
+        initial: Path | None = None,
+        with_optimizer: bool = False,
+        targets: LoraTargets = LoraTargets(),
+    ) -> InitResult:
+        """Create a run, or reset it, without gradients.
 
         Args:
             rank: LoRA rank; a checkpoint's own rank wins over it.
             seed: of the fresh adapter.
             initial: a checkpoint directory to take the weights from instead.
+            with_optimizer: take moments and step from there, too; otherwise there are none, and the step is 0.
+            targets: what the fresh adapter changes; a checkpoint's own targets win.
         """
         if initial is not None:
-            run = checkpoint.read_weights(initial, self._config, self._decoder.device)
+            read = checkpoint.read_trainer if with_optimizer else checkpoint.read_weights
+            run = read(initial, self._config, self._decoder.device)
         else:
-            shape = AdapterShape(self._config, rank)
+            shape = AdapterShape(self._config, rank, targets)
             run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._decoder.device))
         self._runs[run_id] = run
-        return InitResult(step=0, lora_rank=run.shape.rank)
+        return InitResult(step=run.step, lora_rank=run.shape.rank)
 
     def has_run(self, run_id: str) -> bool:
         return run_id in self._runs
@@ -162,8 +181,12 @@ class Engine:
         loss_fn: str,
         config: Mapping[str, float | bool],
         top_k_logprobs: int = 0,
+        *,
+        summed: bool = False,
     ) -> LossResult:
         """Loss, logprobs and each position's ``top_k_logprobs`` likeliest tokens; the run is only read.
+
+        ``summed`` leaves the loss, and in :meth:`forward_backward` the gradient, a plain sum whatever the loss.
 
         Raises:
             BadRequest: a datum does not fit the loss or the model.
@@ -172,7 +195,7 @@ class Engine:
         full = _full_config(loss_fn, config)
         batches = self._micro_batches(data, loss_fn)
         totals = LossStep(self._decoder, loss_fn, full, top_k_logprobs).forward(self._run(run_id), batches)
-        return _loss_result(totals, data, skip=bool(full.get(_SKIP)))
+        return _loss_result(totals, data, skip=summed or bool(full.get(_SKIP)))
 
     def forward_backward(
         self,
@@ -181,6 +204,8 @@ class Engine:
         loss_fn: str,
         config: Mapping[str, float | bool],
         top_k_logprobs: int = 0,
+        *,
+        summed: bool = False,
     ) -> LossResult:
         """Like :meth:`forward`, and adds the gradient of the loss sum to the run's; all or nothing.
 
@@ -190,7 +215,7 @@ class Engine:
         """
         run = self._run(run_id)
         full = _full_config(loss_fn, config)
-        skip = bool(full.get(_SKIP))
+        skip = summed or bool(full.get(_SKIP))
         before = run.accumulated
         if before is not None and before.normalised == skip:
             kind = "unnormalised" if skip else "normalised"
@@ -280,17 +305,21 @@ class Engine:
         """Forget an adapter; requests under way keep it to their end."""
         self._bank.drop(checkpoint_id)
 
-    def submit_sample(self, request: SampleRequest) -> None:
+    def submit_sample(self, request: SampleRequest, *, stream: bool = False) -> None:
         """Queue a request; its adapter must be in the bank.
+
+        Args:
+            stream: tell of its samples as they grow, by :meth:`take_sample_deltas`.
 
         Raises:
             NotFound: the adapter is not in the bank.
-            BadRequest: the request exceeds the context or the KV cache, or needs a decoder that is not there.
+            BadRequest: the request exceeds the context or the KV cache, needs a vocabulary that is not there,
+                or asks for outputs of a form that cannot be compiled.
         """
         if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
             raise BadRequest("prompt", f"token ids must be in 0..{self.info.vocab_size - 1}")
         adapter = None if request.adapter is None else self._bank.get(request.adapter.checkpoint_id)
-        self._scheduler.submit(request, adapter)
+        self._scheduler.submit(request, adapter, stream=stream)
 
     def cancel_sample(self, request_id: str) -> None:
         """Forget a request; no result will come."""
@@ -300,6 +329,13 @@ class Engine:
     def sample_step(self) -> list[SampleResult]:
         """One step of continuous batching; returns the requests that finished in it."""
         return self._scheduler.step()
+
+    def take_sample_deltas(self) -> dict[str, list[SampleDelta]]:
+        """What the samples of streaming requests grew by in :meth:`sample_step`, by request; ask after each.
+
+        The deltas of a sample add up to the sequence that the result has, whose last one carries its stop reason.
+        """
+        return self._scheduler.take_deltas()
 
     def take_failed_samples(self) -> list[tuple[str, OperationFailed]]:
         """Requests that ended in an error during :meth:`sample_step`; to be asked after each."""

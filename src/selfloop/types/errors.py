@@ -13,7 +13,9 @@ SelfloopError
 
 
 class SelfloopError(Exception):
-    """Base of every error that a caller is meant to see."""
+    """Base of every error that a caller is meant to see; ``reason`` is a stable code finer than the class."""
+
+    reason: str | None = None
 
 
 class BadRequest(SelfloopError):
@@ -24,10 +26,11 @@ class BadRequest(SelfloopError):
         expected: what would have been right, in words.
     """
 
-    def __init__(self, field: str, expected: str) -> None:
+    def __init__(self, field: str, expected: str, *, reason: str | None = None) -> None:
         super().__init__(f"{field}: {expected}")
         self.field = field
         self.expected = expected
+        self.reason = reason
 
 
 class Denied(SelfloopError):
@@ -45,6 +48,10 @@ class NotFound(SelfloopError):
 
 class Conflict(SelfloopError):
     """The request contradicts what already happened."""
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class TooLarge(SelfloopError):

@@ -55,6 +55,14 @@ LOSSES: dict[str, LossSpec] = {
         LossSpec("cispo", required=_POLICY, config=_CLIP, ordered=_CLIP_ORDER),
         LossSpec("dro", required=_POLICY, config={"beta": 0.05}),
         LossSpec(
+            "gspo",
+            required=_POLICY,
+            optional=("sequence_ratio_mask",),
+            # Distances from a ratio of 1, as in its paper.
+            config={"clip_low_threshold": 3e-4, "clip_high_threshold": 4e-4},
+        ),
+        LossSpec("stable_reinforce", required=_POLICY, config={"ratio_cap": 2.0, "kl_coeff": 0.0}),
+        LossSpec(
             "dppo",
             required=_POLICY,
             config={"dppo_mask_high": 0.2, "dppo_mask_low": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3},

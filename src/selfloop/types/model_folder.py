@@ -75,6 +75,15 @@ class _GenerationConfig(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TokenizerConfig(msgspec.Struct):
+    chat_template: str | list[_NamedTemplate] | None = None
+
+
 class _WeightsIndex(msgspec.Struct):
     weight_map: dict[str, str]
 
@@ -121,6 +130,19 @@ def weight_files(path: Path) -> list[str]:
     """Names of the safetensors files of ``path`` and their index, sorted."""
     names = [file.name for file in path.glob("*.safetensors") if file.is_file()]
     return sorted([*names, WEIGHTS_INDEX] if (path / WEIGHTS_INDEX).is_file() else names)
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The text of the folder's chat template, as its tokenizer would choose it when tools are given."""
+    for file in (path / "additional_chat_templates" / "tool_use.jinja", path / "chat_template.jinja"):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    config = path / "tokenizer_config.json"
+    template = _decode(config, _TokenizerConfig).chat_template if config.is_file() else None
+    if isinstance(template, list):
+        by_name = {entry.name: entry.template for entry in template}
+        return by_name.get("tool_use") or by_name.get("default")
+    return template
 
 
 def content_hash(file: Path) -> str:

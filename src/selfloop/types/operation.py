@@ -23,21 +23,29 @@ class InitTrainer(msgspec.Struct, frozen=True, tag="init_trainer_server"):
 
 
 class Forward(msgspec.Struct, frozen=True, tag="forward"):
-    """Loss and logprobs without gradient; accumulated gradients stay untouched."""
+    """Loss and logprobs without gradient; accumulated gradients stay untouched.
+
+    ``summed`` tells that the loss is the plain sum over tokens, whatever the loss.
+    """
 
     data: list[Datum]
     loss_fn: str
     loss_config: dict[str, float | bool]
     top_k_logprobs: int = 0
+    summed: bool = False
 
 
 class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
-    """Loss, logprobs and gradients, added to what is already accumulated."""
+    """Loss, logprobs and gradients, added to what is already accumulated.
+
+    ``summed`` tells that the loss is the plain sum over tokens, and that the step is to take it as it is.
+    """
 
     data: list[Datum]
     loss_fn: str
     loss_config: dict[str, float | bool]
     top_k_logprobs: int = 0
+    summed: bool = False
 
 
 class OptimStep(msgspec.Struct, frozen=True, tag="optim_step"):
@@ -47,20 +55,26 @@ class OptimStep(msgspec.Struct, frozen=True, tag="optim_step"):
 
 
 class SaveState(msgspec.Struct, frozen=True, tag="save_state"):
-    """Write a trainer checkpoint (adapter, moments, step)."""
+    """Write a trainer checkpoint (adapter, moments, step). ``user_metadata`` is kept beside it."""
 
     checkpoint_id: str
     name: str
     ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
 
 
 class SaveWeightsForSampler(msgspec.Struct, frozen=True, tag="save_weights_for_sampler"):
-    """Write a sampler checkpoint (PEFT adapter); ``publish`` makes it the live adapter of the paired sampler."""
+    """Write a sampler checkpoint (PEFT adapter); ``publish`` makes it the live adapter of the paired sampler.
+
+    With ``sampler_id`` it is for that sampler alone: no URI names it.
+    """
 
     checkpoint_id: str
     name: str
     publish: bool
     ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+    sampler_id: str | None = None
 
 
 class LoadState(msgspec.Struct, frozen=True, tag="load_state"):

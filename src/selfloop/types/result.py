@@ -6,12 +6,23 @@ from selfloop.types.datum import Tensor
 from selfloop.types.status import CheckpointTarget
 
 
-class InitResult(msgspec.Struct, frozen=True, tag="init_trainer_server"):
+class Spent(msgspec.Struct, frozen=True):
+    """What a piece of work took: seconds of the worker's time, tokens that went through the model."""
+
+    device_s: float = 0.0
+    num_tokens: int = 0
+
+
+class _Result(msgspec.Struct, frozen=True, kw_only=True):
+    spent: Spent = Spent()
+
+
+class InitResult(_Result, frozen=True, tag="init_trainer_server"):
     step: int
     lora_rank: int
 
 
-class LossResult(msgspec.Struct, frozen=True, tag="loss"):
+class LossResult(_Result, frozen=True, tag="loss"):
     """Result of forward and forward_backward.
 
     Args:
@@ -29,11 +40,11 @@ class LossResult(msgspec.Struct, frozen=True, tag="loss"):
     topk_logprobs: list[Tensor] = []
 
 
-class StepResult(msgspec.Struct, frozen=True, tag="optim_step"):
+class StepResult(_Result, frozen=True, tag="optim_step"):
     metrics: dict[str, float]
 
 
-class SaveResult(msgspec.Struct, frozen=True, tag="save"):
+class SaveResult(_Result, frozen=True, tag="save"):
     """A checkpoint written whole: its name, step count, rank and size on disk; ``target`` says for whom."""
 
     checkpoint_id: str
@@ -45,7 +56,7 @@ class SaveResult(msgspec.Struct, frozen=True, tag="save"):
     size_bytes: int
 
 
-class LoadResult(msgspec.Struct, frozen=True, tag="load_state"):
+class LoadResult(_Result, frozen=True, tag="load_state"):
     step: int
     lora_rank: int
 

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from selfloop.types.result import Spent
+
 
 class StructuredOutput(msgspec.Struct, frozen=True):
     """What the text of every sample must match.
@@ -30,6 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         stop: strings that end a sample; the text stops before, the tokens include the completing one.
         stop_token_ids: tokens that end a sample, besides the model's own end tokens; returned.
         structured: what the sampled text must match; None for anything.
+        use_end_tokens: whether the model's own end tokens end a sample.
     """
 
     max_tokens: int
@@ -40,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop: list[str] = []
     stop_token_ids: list[int] = []
     structured: StructuredOutput | None = None
+    use_end_tokens: bool = True
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -87,6 +91,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
     Args:
         top_logprobs: when asked for, the likeliest tokens at each position, the likeliest first.
         token_bytes: when asked for, what each token stands for.
+        stop_string: the stop string that ended it; None where something else did.
     """
 
     tokens: list[int]
@@ -95,6 +100,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
     text: str
     top_logprobs: list[list[TokenLogprob]] | None = None
     token_bytes: list[bytes] | None = None
+    stop_string: str | None = None
 
 
 class SampleDelta(msgspec.Struct, frozen=True):
@@ -102,7 +108,7 @@ class SampleDelta(msgspec.Struct, frozen=True):
 
     Args:
         text: new text; a part that may yet become a stop string, or an unfinished character, is held back.
-        stop_reason: of the last delta only.
+        stop_reason: of the last delta only, as ``stop_string``.
     """
 
     index: int
@@ -112,6 +118,7 @@ class SampleDelta(msgspec.Struct, frozen=True):
     stop_reason: Literal["stop", "length"] | None = None
     top_logprobs: list[list[TokenLogprob]] | None = None
     token_bytes: list[bytes] | None = None
+    stop_string: str | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True):
@@ -125,3 +132,4 @@ class SampleResult(msgspec.Struct, frozen=True):
     request_id: str
     sequences: list[SampledSequence]
     prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    spent: Spent = Spent()

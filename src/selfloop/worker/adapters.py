@@ -2,6 +2,7 @@
 
     python -m selfloop.worker.adapters peft CHECKPOINT MODEL TARGET --base-model NAME
     python -m selfloop.worker.adapters merged CHECKPOINT MODEL TARGET --base-model NAME
+    python -m selfloop.worker.adapters gguf CHECKPOINT MODEL TARGET --base-model NAME [--dtype f32|f16|bf16]
     python -m selfloop.worker.adapters import ADAPTER MODEL TARGET
 
 ``MODEL`` is the base model's folder, ``TARGET`` a folder that does not exist yet. Stdout is JSON lines, as those of
@@ -23,7 +24,7 @@ from safetensors import safe_open
 
 from selfloop.engine.files.base_weights import weight_files
 from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
-from selfloop.engine.files.compare import compare
+from selfloop.engine.files.compare import ModelOnDisk, compare, model_in
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.merge import write_merged
 from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
@@ -31,12 +32,18 @@ from selfloop.engine.models.config import read_config
 from selfloop.engine.train.run import Run
 from selfloop.types.errors import OperationFailed, SelfloopError
 from selfloop.types.model_folder import tokenizer_files
-from selfloop.worker.model_card import adapter_card, merged_card
+from selfloop.worker.gguf_read import GgufSource
+from selfloop.worker.gguf_write import write_gguf
+from selfloop.worker.model_card import adapter_card, gguf_card, merged_card
 
 Report = Callable[[str, float], None]
 """Called with a stage and the fraction of the whole that is done."""
 
 Facts = dict[str, Any]
+
+GGUF_FILE = "model.gguf"
+
+_GGUF_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 # How the work is divided: reading, writing, checking.
 _READ, _WRITTEN = 0.05, 0.75
@@ -63,22 +70,32 @@ def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: s
     """The base model with the adapter in its weights, as ``AutoModelForCausalLM.from_pretrained`` reads it."""
     report("read", 0.0)
     loaded = read_peft(checkpoint, read_config(model_dir))
-    total = sum(path.stat().st_size for path in weight_files(model_dir))
-    written = 0
-
-    def on_bytes(size: int) -> None:
-        nonlocal written
-        written += size
-        report("merge", _READ + (_WRITTEN - _READ) * written / total)
-
     writer = DirectoryWriter(target)
     for name in tokenizer_files(model_dir):
         shutil.copyfile(model_dir / name, writer.file(name))
-    write_merged(writer, model_dir, loaded, on_bytes)
+    write_merged(writer, model_dir, loaded, _progress(model_dir, report))
     writer.text("README.md", merged_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()
     report("check", _WRITTEN)
-    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, target)
+    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, model_in(target), _stored_dtype(model_dir))
+
+
+def export_gguf(
+    checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report, dtype: str | None = None
+) -> Facts:
+    """The merged model as one file, as llama.cpp reads it; matrices in ``dtype``, by default that of the base."""
+    report("read", 0.0)
+    config = read_config(model_dir)
+    loaded = read_peft(checkpoint, config)
+    stored = _gguf_dtype(model_dir) if dtype is None else _GGUF_DTYPES[dtype]
+    writer = DirectoryWriter(target)
+    path = writer.file(GGUF_FILE)
+    write_gguf(path, model_dir, loaded, base_model, stored, _progress(model_dir, report))
+    writer.text("README.md", gguf_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
+    size_bytes = writer.close()
+    report("check", _WRITTEN)
+    source = GgufSource(path, config)
+    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, ModelOnDisk(source.config, source), stored)
 
 
 def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) -> Facts:
@@ -93,10 +110,22 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     return {"size_bytes": size_bytes, "lora_rank": loaded.shape.rank, "lora_alpha": loaded.alpha}
 
 
-def _checked(model_dir: Path, loaded: LoadedAdapter, target: Path) -> Facts:
+def _progress(model_dir: Path, report: Report) -> Callable[[int], None]:
+    """Reports how much of the base's weights is merged; called with the size of each tensor."""
+    total = sum(path.stat().st_size for path in weight_files(model_dir))
+    written = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal written
+        written += size
+        report("merge", _READ + (_WRITTEN - _READ) * written / total)
+
+    return on_bytes
+
+
+def _checked(model_dir: Path, loaded: LoadedAdapter, merged: ModelOnDisk, stored: torch.dtype) -> Facts:
     """What the comparison gave. Raises :class:`OperationFailed` when the merged model is another."""
-    stored = _stored_dtype(model_dir)
-    found = compare(model_dir, loaded, target, stored)
+    found = compare(model_in(model_dir), loaded, merged, stored)
     dtype = str(stored).removeprefix("torch.")
     if found.difference > found.tolerance:
         raise OperationFailed(
@@ -104,6 +133,11 @@ def _checked(model_dir: Path, loaded: LoadedAdapter, target: Path) -> Facts:
             f"{found.tolerance:.3g} is allowed for {dtype}"
         )
     return {**found._asdict(), "dtype": dtype}
+
+
+def _gguf_dtype(model_dir: Path) -> torch.dtype:
+    stored = _stored_dtype(model_dir)
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def _stored_dtype(model_dir: Path) -> torch.dtype:
@@ -127,19 +161,23 @@ def _print_progress(stage: str, fraction: float) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfloop.worker.adapters", description="Adapters out of and into files.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in ("peft", "merged", "import"):
+    for kind in ("peft", "merged", "gguf", "import"):
         arguments = kinds.add_parser(kind)
         arguments.add_argument("source", type=Path)
         arguments.add_argument("model", type=Path)
         arguments.add_argument("target", type=Path)
         if kind != "import":
             arguments.add_argument("--base-model", required=True)
+        if kind == "gguf":
+            arguments.add_argument("--dtype", choices=list(_GGUF_DTYPES))
     return parser
 
 
 def _work(args: argparse.Namespace) -> Facts:
     if args.kind == "import":
         return import_peft(args.source, args.model, args.target, _print_progress)
+    if args.kind == "gguf":
+        return export_gguf(args.source, args.model, args.target, args.base_model, _print_progress, args.dtype)
     export = export_peft if args.kind == "peft" else export_merged
     return export(args.source, args.model, args.target, args.base_model, _print_progress)
 

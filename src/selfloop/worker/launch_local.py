@@ -6,6 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# A worker's log that has grown beyond this is put aside at the next launch; one such file is kept.
+_MAX_LOG_BYTES = 32 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerCommand:
@@ -46,6 +49,8 @@ async def launch_worker(command: WorkerCommand, address: str) -> asyncio.subproc
     if command.num_threads is not None:
         arguments += ["--num-threads", str(command.num_threads)]
     command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    if command.log_path.exists() and command.log_path.stat().st_size > _MAX_LOG_BYTES:
+        command.log_path.replace(command.log_path.with_suffix(".log.1"))
     with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
         return await asyncio.create_subprocess_exec(
             *arguments,

@@ -46,6 +46,27 @@ tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 """
 
 
+def gguf_card(base_model: str, rank: int, alpha: float, step: int) -> str:
+    return f"""---
+base_model: {base_model}
+library_name: gguf
+pipeline_tag: text-generation
+---
+
+# {base_model}, fine-tuned
+
+The base model with a LoRA adapter merged into its weights, as llama.cpp reads it. The terms of the base model's license
+apply to it.
+
+{_facts(base_model, rank, alpha, step)}
+
+```
+llama-cli -m model.gguf
+llama-quantize model.gguf model-q4_k_m.gguf Q4_K_M
+```
+"""
+
+
 def _facts(base_model: str, rank: int, alpha: float, step: int) -> str:
     return f"""| | |
 | --- | --- |

@@ -17,7 +17,9 @@ import torch
 import zmq
 
 from selfloop.engine.engine import Engine
+from selfloop.engine.models.config import read_config
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.logline import JsonFormatter, Scope, bind_only
 from selfloop.types.operation import (
     Forward,
     ForwardBackward,
@@ -28,20 +30,24 @@ from selfloop.types.operation import (
     SaveState,
     SaveWeightsForSampler,
 )
-from selfloop.types.result import Result, SaveResult
+from selfloop.types.result import Result, SaveResult, Spent
 from selfloop.types.sampling import SampleRequest
 from selfloop.types.status import CheckpointTarget
+from selfloop.worker.chat import ChatTemplate
+from selfloop.worker.grammars import GrammarCompiler
 from selfloop.worker.protocol import (
     Begun,
     Call,
     CancelSample,
     CloseRun,
+    Detokenize,
     Event,
     Execute,
     LoadFailed,
     Loading,
     ModelInfo,
     OpenRun,
+    Partial,
     Ready,
     RenderChat,
     Reply,
@@ -53,7 +59,7 @@ from selfloop.worker.protocol import (
     call_decoder,
     encode,
 )
-from selfloop.worker.tokens import load_decoder
+from selfloop.worker.tokens import MAX_CHARS, ModelTokenizer
 
 log = logging.getLogger("selfloop.worker")
 
@@ -65,15 +71,22 @@ _PR_SET_PDEATHSIG = 1
 class Worker:
     """One loop, one thread: receive, then give the device to whichever kind of work had less of it."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", engine: Engine) -> None:
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", engine: Engine, tokenizer: ModelTokenizer, chat: ChatTemplate
+    ) -> None:
         self._socket = socket
         self._engine = engine
+        self._tokenizer = tokenizer
+        self._chat = chat
         # Calls of one run in order; runs take turns.
         self._queues: dict[str, deque[tuple[Call, bytes]]] = {}
         self._turns: deque[str] = deque()
         self._samples: dict[str, int] = {}
         self._train_s = 0.0
         self._sample_s = 0.0
+        # Seconds that each sampling request has had of the device since the start: a step is shared evenly.
+        self._share_s = 0.0
+        self._share_at_submit_s: dict[str, float] = {}
         self._stopping = False
 
     def run(self) -> None:
@@ -113,34 +126,57 @@ class Worker:
                 queue.append((call, payload))
                 if len(queue) == 1:
                     self._turns.append(run_id)
-            case Sample(request):
-                self._guard(call.ticket, lambda: self._submit(call.ticket, request))
+            case Sample(request, stream):
+                self._guard(call.ticket, lambda: self._submit(call.ticket, request, stream=stream))
             case CancelSample(request_id):
                 self._engine.cancel_sample(request_id)
+                self._share_at_submit_s.pop(request_id, None)
                 ticket = self._samples.pop(request_id, None)
                 if ticket is not None:
                     self._send(ReplyError(ticket, "the sample was cancelled", "Cancelled"))
                 self._send(Reply(call.ticket))
-            case Tokenize() | RenderChat():
-                self._send(ReplyError(call.ticket, "this worker has no tokenizer", "OperationFailed"))
+            case Tokenize() as tokenize:
+                self._guard(call.ticket, lambda: self._answer(call.ticket, self._tokenize(tokenize)))
+            case Detokenize(tokens):
+                self._answer(call.ticket, [self._tokenizer.token_bytes(token) for token in tokens])
+            case RenderChat() as conversation:
+                self._guard(call.ticket, lambda: self._answer(call.ticket, self._chat.tokens(conversation)))
             case Shutdown():
                 self._stopping = True
 
-    def _submit(self, ticket: int, request: SampleRequest) -> None:
+    def _tokenize(self, command: Tokenize) -> list[list[int]]:
+        if sum(map(len, command.texts)) > MAX_CHARS:
+            raise BadRequest("prompt", f"at most {MAX_CHARS} characters")
+        return [self._tokenizer.encode(text, add_special_tokens=command.add_special_tokens) for text in command.texts]
+
+    def _answer(self, ticket: int, result: object) -> None:
+        self._send(Reply(ticket), encode(result))
+
+    def _submit(self, ticket: int, request: SampleRequest, *, stream: bool) -> None:
         adapter = request.adapter
         if adapter is not None and not self._engine.has_adapter(adapter.checkpoint_id):
             self._engine.load_adapter(adapter.checkpoint_id, Path(adapter.path))
-        self._engine.submit_sample(request)
+        self._engine.submit_sample(request, stream=stream)
+        self._share_at_submit_s[request.request_id] = self._share_s
         self._samples[request.request_id] = ticket
 
     def _sample_once(self) -> None:
-        for result in self._engine.sample_step():
+        num_requests, started = max(len(self._share_at_submit_s), 1), time.monotonic()
+        results = self._engine.sample_step()
+        self._share_s += (time.monotonic() - started) / num_requests
+        for request_id, deltas in self._engine.take_sample_deltas().items():
+            self._send(Partial(self._samples[request_id]), encode(deltas))
+        for result in results:
+            spent = Spent(self._share_s - self._share_at_submit_s.pop(result.request_id))
+            result = msgspec.structs.replace(result, spent=spent)
             self._send(Reply(self._samples.pop(result.request_id)), encode(result))
         for request_id, error in self._engine.take_failed_samples():
+            self._share_at_submit_s.pop(request_id, None)
             self._send(ReplyError(self._samples.pop(request_id), str(error), error.error_class))
 
     def _train_once(self) -> None:
         run_id = self._turns.popleft()
+        bind_only(Scope(run_id=run_id))
         queue = self._queues[run_id]
         call, payload = queue.popleft()
         if queue:
@@ -148,6 +184,7 @@ class Worker:
         else:
             del self._queues[run_id]
         self._guard(call.ticket, lambda: self._perform(call, payload))
+        bind_only(Scope())
 
     def _perform(self, call: Call, payload: bytes) -> None:
         body = b""
@@ -160,7 +197,11 @@ class Worker:
                 self._engine.snapshot(run_id, Path(write_to))
             case Execute() as execute:
                 self._send(Begun(call.ticket))
-                body = encode(self._execute(execute, _operation_decoder.decode(payload)))
+                operation = _operation_decoder.decode(payload)
+                started = time.monotonic()
+                result = self._execute(execute, operation)
+                spent = Spent(time.monotonic() - started, _num_tokens(operation))
+                body = encode(msgspec.structs.replace(result, spent=spent))
             case other:
                 raise AssertionError(other)
         self._send(Reply(call.ticket), body)
@@ -170,18 +211,29 @@ class Worker:
             self._engine.restore(command.run_id, Path(command.snapshot))
         else:
             self._engine.init_run(
-                command.run_id, rank=command.lora_rank, seed=command.seed, initial=_path(command.initial)
+                command.run_id,
+                rank=command.lora_rank,
+                seed=command.seed,
+                initial=_path(command.initial),
+                with_optimizer=command.with_optimizer,
+                targets=command.targets,
             )
 
     def _execute(self, context: Execute, operation: Operation) -> Result:
         engine, run_id = self._engine, context.run_id
         match operation:
             case InitTrainer(lora_rank):
-                return engine.init_run(run_id, rank=lora_rank, seed=context.seed, initial=_path(context.initial))
-            case Forward(data, loss_fn, config, top_k):
-                return engine.forward(run_id, data, loss_fn, config, top_k)
-            case ForwardBackward(data, loss_fn, config, top_k):
-                return engine.forward_backward(run_id, data, loss_fn, config, top_k)
+                return engine.init_run(
+                    run_id,
+                    rank=lora_rank,
+                    seed=context.seed,
+                    initial=_path(context.initial),
+                    targets=context.targets,
+                )
+            case Forward(data, loss_fn, config, top_k, summed):
+                return engine.forward(run_id, data, loss_fn, config, top_k, summed=summed)
+            case ForwardBackward(data, loss_fn, config, top_k, summed):
+                return engine.forward_backward(run_id, data, loss_fn, config, top_k, summed=summed)
             case OptimStep(adam):
                 return engine.optim_step(run_id, adam)
             case LoadState(with_optimizer=with_optimizer):
@@ -209,6 +261,13 @@ class Worker:
 
     def _send(self, event: Event, body: bytes = b"") -> None:
         self._socket.send_multipart([encode(event), body])
+
+
+def _num_tokens(operation: Operation) -> int:
+    """Tokens that an operation sends through the model."""
+    if isinstance(operation, Forward | ForwardBackward):
+        return sum(datum.tokens.num_elements for datum in operation.data)
+    return 0
 
 
 def _path(text: str | None) -> Path | None:
@@ -239,7 +298,9 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args()
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     _die_with(options.parent_pid)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -249,8 +310,15 @@ def main() -> None:
     socket.connect(options.address)
     try:
         socket.send_multipart([encode(Loading("loading the base model")), b""])
+        tokenizer = ModelTokenizer.load(options.model_dir)
+        chat = ChatTemplate.load(options.model_dir, tokenizer)
+        config = read_config(options.model_dir)
         engine = Engine.load(
-            options.model_dir, device=options.device, dtype=options.dtype, decode=load_decoder(options.model_dir)
+            options.model_dir,
+            device=options.device,
+            dtype=options.dtype,
+            vocabulary=tokenizer,
+            compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
         )
     except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
         log.exception("cannot load %s", options.model_dir)
@@ -263,7 +331,7 @@ def main() -> None:
         ModelInfo(info.vocab_size, info.max_position_embeddings, info.num_parameters, str(info.dtype), str(info.device))
     )
     socket.send_multipart([encode(ready), b""])
-    Worker(socket, engine).run()
+    Worker(socket, engine, tokenizer, chat).run()
 
 
 if __name__ == "__main__":

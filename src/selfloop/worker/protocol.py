@@ -7,17 +7,23 @@ each call once, with ``Reply`` (followed by the result's bytes) or ``ReplyError`
 
 import msgspec
 
+from selfloop.types.lora import LoraTargets
 from selfloop.types.sampling import SampleRequest
 
 
 class OpenRun(msgspec.Struct, frozen=True, tag=True):
-    """Bring a run into the worker: from ``snapshot``, else fresh (or from the ``initial`` checkpoint folder)."""
+    """Bring a run into the worker: from ``snapshot``, else fresh (or from the ``initial`` checkpoint folder).
+
+    ``with_optimizer`` takes the moments and the step of ``initial``, too.
+    """
 
     run_id: str
     lora_rank: int
     seed: int
     initial: str | None
     snapshot: str | None
+    targets: LoraTargets = LoraTargets()
+    with_optimizer: bool = False
 
 
 class CloseRun(msgspec.Struct, frozen=True, tag=True):
@@ -34,6 +40,7 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
         write_to: folder to create and sync, for the two saves.
         initial: folder of the run's starting checkpoint, for ``init_trainer_server``.
         seed: the run's seed, for ``init_trainer_server``.
+        targets: what the run's fresh adapter changes, for ``init_trainer_server``.
     """
 
     run_id: str
@@ -41,6 +48,7 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
     read_from: str | None = None
     write_to: str | None = None
     initial: str | None = None
+    targets: LoraTargets = LoraTargets()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True):
@@ -66,6 +74,12 @@ class Tokenize(msgspec.Struct, frozen=True, tag=True):
 
     texts: list[str]
     add_special_tokens: bool = True
+
+
+class Detokenize(msgspec.Struct, frozen=True, tag=True):
+    """What each token stands for; the reply is ``list[bytes]``."""
+
+    tokens: list[int]
 
 
 class RenderChat(msgspec.Struct, frozen=True, tag=True):
@@ -94,7 +108,9 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish the call in hand and exit."""
 
 
-Command = OpenRun | CloseRun | Execute | Snapshot | Sample | CancelSample | Tokenize | RenderChat | Shutdown
+Command = (
+    OpenRun | CloseRun | Execute | Snapshot | Sample | CancelSample | Tokenize | Detokenize | RenderChat | Shutdown
+)
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -17,15 +17,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save("llama-tied", tmp_path_factory.mktemp("model"))
 
 
-def decode(tokens: list[int]) -> str:
+class Letters:
     """Each id as one letter, so that texts and tokens have the same length."""
-    return "".join(chr(0x4E00 + token) for token in tokens)
+
+    drops_first_space = False
+
+    def token_bytes(self, token: int) -> bytes:
+        return chr(0x4E00 + token).encode()
+
+    text_bytes = token_bytes
 
 
 @pytest.fixture
 def load(model_dir: Path) -> Callable[..., Engine]:
     def build(**settings: object) -> Engine:
-        return Engine.load(model_dir, device="cpu", dtype="float32", **{"decode": decode, **settings})
+        return Engine.load(model_dir, device="cpu", dtype="float32", **{"vocabulary": Letters(), **settings})
 
     return build
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfloop.engine.sample.sampler import draw, filtered_probabilities
+from selfloop.engine.sample.sampler import Row, draw, filtered_probabilities
 from selfloop.engine.sample.sequence import sample_generator
 from selfloop.types.sampling import SamplingParams
 
@@ -48,8 +48,7 @@ def test_rows_are_filtered_each_by_its_own_parameters():
 
 def test_uniform_numbers_walk_the_distribution():
     uniforms = [0.0, 0.49, 0.51, 0.69, 0.71, 0.9999999]
-    params = [SamplingParams(max_tokens=1)] * len(uniforms)
-    drawn = draw(LOGITS.repeat(len(uniforms), 1), params, uniforms)
+    drawn = draw(LOGITS.repeat(len(uniforms), 1), [Row(SamplingParams(max_tokens=1), u) for u in uniforms])
     assert drawn.tokens == [0, 0, 1, 1, 2, 4]
 
 
@@ -58,7 +57,7 @@ def test_logprobs_are_untempered_and_unfiltered():
         SamplingParams(max_tokens=1, temperature=0),
         SamplingParams(max_tokens=1, temperature=0.1, top_k=1),
     ]
-    drawn = draw(LOGITS.repeat(2, 1) + 3.0, params, [0.5, 0.5])
+    drawn = draw(LOGITS.repeat(2, 1) + 3.0, [Row(p, 0.5) for p in params])
     assert drawn.tokens == [0, 0]
     assert drawn.logprobs == pytest.approx([float(LOGITS[0])] * 2, abs=1e-6)
 
@@ -73,8 +72,35 @@ def test_streams_are_stable_and_differ():
 
 
 def test_rows_drawn_in_several_passes_are_the_same(monkeypatch):
-    uniforms = [0.1, 0.6, 0.95]
-    params = [SamplingParams(max_tokens=1, temperature=t) for t in (1.0, 0.0, 1.0)]
-    at_once = draw(LOGITS.repeat(3, 1), params, uniforms)
+    mask = torch.tensor([False, True, False, True, True])
+    rows = [
+        Row(SamplingParams(max_tokens=1), 0.1, num_top=2),
+        Row(SamplingParams(max_tokens=1, temperature=0), 0.6),
+        Row(SamplingParams(max_tokens=1), 0.95, mask, num_top=5),
+    ]
+    at_once = draw(LOGITS.repeat(3, 1), rows)
     monkeypatch.setattr("selfloop.engine.sample.sampler._MAX_ELEMENTS", 2 * len(LOGITS))
-    assert draw(LOGITS.repeat(3, 1), params, uniforms) == at_once
+    assert draw(LOGITS.repeat(3, 1), rows) == at_once
+
+
+def test_a_mask_holds_for_its_row_only_and_leaves_logprobs_alone():
+    mask = torch.tensor([False, False, True, False, True])
+    greedy, free = SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1)
+    rows = [Row(greedy, 0.0, mask), Row(greedy, 0.0), Row(free, 0.74, mask), Row(free, 0.76, mask), Row(free, 0.74)]
+    drawn = draw(LOGITS.repeat(5, 1), rows)
+    assert drawn.tokens == [2, 0, 2, 4, 2]
+    assert drawn.logprobs == pytest.approx([float(LOGITS[token]) for token in drawn.tokens], abs=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 1.0])
+def test_the_largest_uniform_number_never_draws_what_is_masked(top_p):
+    mask = torch.tensor([True, True, False, False, False])
+    row = Row(SamplingParams(max_tokens=1, top_p=top_p), 1 - 2**-53, mask)
+    assert draw(LOGITS[None], [row]).tokens[0] in (0, 1)
+
+
+def test_the_likeliest_tokens_come_first():
+    rows = [Row(SamplingParams(max_tokens=1), 0.99, num_top=k) for k in (0, 2, 9)]
+    tops = draw(LOGITS.repeat(3, 1), rows).tops
+    assert [[token for token, _ in top] for top in tops] == [[], [0, 1], [0, 1, 2, 3, 4]]
+    assert [logprob for _, logprob in tops[2]] == pytest.approx(LOGITS.tolist(), abs=1e-6)

@@ -99,9 +99,9 @@ def test_a_stop_string_over_two_tokens_cuts_the_text_before_it(engine):
     assert stopped.text == text_of(free.tokens[:3])
 
 
-def test_stop_strings_need_a_decoder(load):
+def test_stop_strings_need_a_vocabulary(load):
     with pytest.raises(BadRequest, match="stop"):
-        load(decode=None).submit_sample(request(stop=["x"]))
+        load(vocabulary=None).submit_sample(request(stop=["x"]))
 
 
 def test_more_tokens_than_the_cache_holds_are_refused(load):

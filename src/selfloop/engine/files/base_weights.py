@@ -1,9 +1,9 @@
 """Read a Hugging Face model folder into the decoder's layout, one tensor at a time."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,31 +61,61 @@ def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device
     return weights
 
 
-def open_base_weights(model_dir: Path, config: ModelConfig, dtype: torch.dtype) -> BaseWeights:
+class TensorSource(Protocol):
+    """Named tensors that are read when they are asked for."""
+
+    def names(self) -> Collection[str]: ...
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each of ``names``, in any order, in the layout of a Hugging Face checkpoint."""
+        ...
+
+
+class SafetensorsSource:
+    """The weight files of a model folder."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._files = {name: path for path in weight_files(model_dir) for name in _names(path)}
+
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for path in sorted({self._files[name] for name in names}):
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if self._files[name] == path:
+                        yield name, file.get_tensor(name)
+
+
+def open_base_weights(source: TensorSource, config: ModelConfig, dtype: torch.dtype) -> BaseWeights:
     """Like :func:`load_base_weights` on the CPU, but each layer is read when it is asked for and not kept.
 
     One pass over the layers then needs the memory of one.
     """
-    files = {name: path for path in weight_files(model_dir) for name in _names(path)}
     places = _Destinations(torch.device("cpu"), dtype)
     vocab_hidden = config.vocab_size, config.hidden_size
     embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
     weights = BaseWeights(
         embedding_VD=embedding_VD,
-        layers=_LayersOnDisk(config, files, dtype),
+        layers=_LayersOnDisk(config, source, dtype),
         final_norm_D=places.alone("model.norm.weight", config.hidden_size),
         head_VD=embedding_VD if config.tie_word_embeddings else places.alone("lm_head.weight", *vocab_hidden),
     )
-    _fill(places, files)
+    _fill(places, source)
     return weights
 
 
 class _LayersOnDisk(Sequence[LayerWeights]):
     """A model's layers, each made from the files anew."""
 
-    def __init__(self, config: ModelConfig, files: dict[str, Path], dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> None:
         self._config = config
-        self._files = files
+        self._source = source
         self._dtype = dtype
 
     def __len__(self) -> int:
@@ -106,7 +136,7 @@ class _LayersOnDisk(Sequence[LayerWeights]):
     def _layer(self, index: int) -> LayerWeights:
         places = _Destinations(torch.device("cpu"), self._dtype)
         layer = _allocate_layer(self._config, f"model.layers.{index}", places)
-        _fill(places, self._files)
+        _fill(places, self._source)
         _spread_qk_norm(self._config, layer)
         return layer
 
@@ -119,16 +149,13 @@ def _names(path: Path) -> list[str]:
         raise OperationFailed(f"{path} cannot be read: {error}") from error
 
 
-def _fill(places: _Destinations, files: dict[str, Path]) -> None:
-    """Copy each place's tensor out of the file that has it."""
-    absent = sorted(places.slots.keys() - files.keys())
+def _fill(places: _Destinations, source: TensorSource) -> None:
+    """Copy each place's tensor out of the source."""
+    absent = sorted(places.slots.keys() - set(source.names()))
     if absent:
         raise OperationFailed(f"the weights lack {len(absent)} tensors, e.g. {absent[:3]}")
-    for path in sorted({files[name] for name in places.slots}):
-        with safe_open(path, framework="pt") as file:
-            for name, place in places.slots.items():
-                if files[name] == path:
-                    _copy(name, file.get_tensor(name), place)
+    for name, tensor in source.read(places.slots.keys()):
+        _copy(name, tensor, places.slots[name])
 
 
 def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:

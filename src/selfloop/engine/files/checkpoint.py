@@ -18,6 +18,7 @@ from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.train.run import Accumulated, Moments, Run
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
 
 STATE_FILE = "selfloop.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -33,7 +34,7 @@ class AccumulatedState(msgspec.Struct, frozen=True):
 
 
 class RunState(msgspec.Struct, frozen=True):
-    """``selfloop.json``: the scalars of a run."""
+    """``selfloop.json``: the scalars of a run; no ``targets`` are the usual ones."""
 
     step: int
     lora_rank: int
@@ -41,13 +42,14 @@ class RunState(msgspec.Struct, frozen=True):
     num_updates: int = 0
     accumulated: AccumulatedState | None = None
     format: int = 1
+    targets: str | None = None
 
 
 def write_sampler(directory: Path, run: Run, config: ModelConfig) -> int:
     """Adapter and step only; returns bytes written."""
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha, config)
-    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha))
+    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, targets=str(run.shape.targets)))
     return writer.close()
 
 
@@ -55,7 +57,8 @@ def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
     """Adapter, moments and step; returns bytes written."""
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha, config)
-    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run)))
+    state = RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run), targets=str(run.shape.targets))
+    writer.json(STATE_FILE, state)
     return writer.close()
 
 
@@ -72,6 +75,7 @@ def write_snapshot(directory: Path, run: Run, config: ModelConfig) -> int:
         run.alpha,
         _write_moments(writer, run),
         None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
+        targets=str(run.shape.targets),
     )
     writer.json(STATE_FILE, state)
     return writer.close()
@@ -79,7 +83,10 @@ def write_snapshot(directory: Path, run: Run, config: ModelConfig) -> int:
 
 def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> Run:
     """A run that starts from a checkpoint's weights: step 0, no moments, no gradients."""
-    loaded = read_peft(directory, config)
+    path = directory / STATE_FILE
+    # An adapter of another program has no such file: it may adapt anything.
+    stored = _decode_state(path).targets if path.is_file() else None
+    loaded = read_peft(directory, config, None if stored is None else LoraTargets.parse(stored))
     return Run(loaded.shape, loaded.alpha, loaded.theta_P.to(device))
 
 
@@ -140,13 +147,17 @@ def _read_state(directory: Path, run: Run) -> RunState:
     path = directory / STATE_FILE
     if not path.is_file():
         raise OperationFailed(f"no {STATE_FILE} in the checkpoint", "CheckpointInvalid")
-    try:
-        state = msgspec.json.decode(path.read_bytes(), type=RunState)
-    except msgspec.DecodeError as error:
-        raise OperationFailed(f"{STATE_FILE} cannot be read: {error}", "CheckpointInvalid") from error
+    state = _decode_state(path)
     if state.lora_rank != run.shape.rank:
         raise OperationFailed(f"{STATE_FILE} and the adapter disagree on the rank", "CheckpointInvalid")
     return state
+
+
+def _decode_state(path: Path) -> RunState:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunState)
+    except msgspec.DecodeError as error:
+        raise OperationFailed(f"{STATE_FILE} cannot be read: {error}", "CheckpointInvalid") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

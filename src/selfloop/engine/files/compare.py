@@ -6,17 +6,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.files.base_weights import open_base_weights
+from selfloop.engine.files.base_weights import SafetensorsSource, TensorSource, open_base_weights
 from selfloop.engine.files.peft import LoadedAdapter
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.attention import PackedCausalAttention
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import Decoder
+from selfloop.types.errors import OperationFailed
 
 # The largest difference of logits, as a part of the largest logit, that rounding to the base's dtype may make.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _NUM_TOKENS = 24
+
+
+class ModelOnDisk(NamedTuple):
+    """A model's shape, and where its weights are read from."""
+
+    config: ModelConfig
+    tensors: TensorSource
 
 
 class Comparison(NamedTuple):
@@ -34,27 +42,34 @@ class Comparison(NamedTuple):
 
 
 @torch.inference_mode()
-def compare(model_dir: Path, adapter: LoadedAdapter, merged_dir: Path, stored: torch.dtype) -> Comparison:
-    """Logits of ``merged_dir`` beside those of ``model_dir`` plus ``adapter``, whose weights are kept in ``stored``.
+def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: ModelOnDisk, stored: torch.dtype) -> Comparison:
+    """Logits of ``merged``, whose weights are kept in ``stored``, beside those of ``base`` plus ``adapter``.
 
     Raises:
-        OperationFailed: one of the folders is not a whole model.
+        OperationFailed: one of them is not a whole model.
     """
     multiplied = adapter.shape.adapter(adapter.theta_P, adapter.alpha)
-    expected_TV, base_TV = _logits(model_dir, multiplied), _logits(model_dir, None)
-    merged_TV = _logits(merged_dir, None)
+    expected_TV, base_TV = _logits(base, multiplied), _logits(base, None)
+    merged_TV = _logits(merged, None)
+    if merged_TV.shape != expected_TV.shape:
+        raise OperationFailed(f"the merged model gives logits {list(merged_TV.shape)}, not {list(expected_TV.shape)}")
     limit = _TOLERANCE[stored] * float(expected_TV.abs().max())
     return Comparison(_largest(merged_TV - expected_TV), limit, _largest(expected_TV - base_TV))
 
 
-def _logits(model_dir: Path, adapter: Adapter | None) -> Tensor:
-    config = read_config(model_dir)
-    decoder = Decoder(config, open_base_weights(model_dir, config, torch.float32))
+def model_in(folder: Path) -> ModelOnDisk:
+    """The model of a Hugging Face folder."""
+    return ModelOnDisk(read_config(folder), SafetensorsSource(folder))
+
+
+def _logits(model: ModelOnDisk, adapter: Adapter | None) -> Tensor:
+    config = model.config
+    decoder = Decoder(config, open_base_weights(model.tensors, config, torch.float32))
     num = min(_NUM_TOKENS, config.max_position_embeddings)
     tokens_T = torch.randint(config.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
     batch = AdapterBatch.of([(num, adapter)])
     h_TD = decoder.forward(tokens_T, torch.arange(num), PackedCausalAttention([num]), batch)
-    return decoder.logits(h_TD)
+    return decoder.logits(h_TD, batch)
 
 
 def _largest(difference_TV: Tensor) -> float:

@@ -1,6 +1,6 @@
-"""Write a base model's weights with an adapter added to them: W + scaling * B A.
+"""A base model's weights with an adapter added to them: W + scaling * B A.
 
-The files are those of the base, header for header: same names, same shards, same dtypes. Only the bytes of the
+Written files are those of the base, header for header: same names, same shards, same dtypes. Only the bytes of the
 projections that the adapter changes are others, so one tensor is in memory at a time.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from selfloop.engine.files.base_weights import INDEX_FILE, weight_files
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import LoadedAdapter
+from selfloop.engine.lora.targets import HEAD
 from selfloop.types.errors import OperationFailed
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -38,6 +39,41 @@ class _Delta(NamedTuple):
     b_OR: Tensor
 
 
+class Deltas:
+    """What an adapter adds to the weights of its base model."""
+
+    def __init__(self, adapter: LoadedAdapter) -> None:
+        self._scaling = adapter.alpha / adapter.shape.rank
+        self._left = _pairs(adapter)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def added(self, name: str, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight_OI`` with its delta, if it has one.
+
+        The sum is taken in float32 (float64 for float64 weights) and rounded once, to ``dtype``.
+
+        Raises:
+            OperationFailed: a value does not fit ``dtype``.
+        """
+        delta = self._left.pop(name, None)
+        sum_OI = weight_OI
+        if delta is not None:
+            sum_dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
+            b_OR, a_RI = delta.b_OR.to(sum_dtype), delta.a_RI.to(sum_dtype)
+            sum_OI = torch.addmm(weight_OI.to(sum_dtype), b_OR, a_RI, alpha=self._scaling)
+        merged_OI = sum_OI.to(dtype)
+        if not bool(merged_OI.isfinite().all()):
+            raise OperationFailed(f"{name}: merged values do not fit {dtype}".replace("torch.", ""))
+        return merged_OI
+
+    def check_used(self, model_dir: Path) -> None:
+        """Raises OperationFailed when a weight that the adapter changes was never asked for."""
+        if self._left:
+            raise OperationFailed(f"{model_dir} lacks {len(self._left)} tensors, e.g. {sorted(self._left)[:3]}")
+
+
 def write_merged(
     writer: DirectoryWriter, model_dir: Path, adapter: LoadedAdapter, on_bytes: Callable[[int], None]
 ) -> None:
@@ -48,8 +84,7 @@ def write_merged(
     Raises:
         OperationFailed: a file cannot be read, or a merged value does not fit the dtype.
     """
-    deltas = _deltas(adapter)
-    scaling = adapter.alpha / adapter.shape.rank
+    deltas = Deltas(adapter)
     for path in weight_files(model_dir):
         with path.open("rb") as source, writer.file(path.name).open("wb") as target:
             header = _read_header(path, source)
@@ -59,23 +94,22 @@ def write_merged(
             stored = msgspec.convert(tensors, dict[str, _Stored])
             for name, place in sorted(stored.items(), key=lambda item: item[1].data_offsets):
                 size = place.data_offsets[1] - place.data_offsets[0]
-                delta = deltas.pop(name, None)
-                if delta is None:
-                    _copy(source, target, size)
+                if name in deltas:
+                    target.write(_merged(name, _read(source, size), place, deltas))
                 else:
-                    target.write(_merged(name, _read(source, size), place, delta, scaling))
+                    _copy(source, target, size)
                 on_bytes(size)
-    if deltas:
-        raise OperationFailed(f"{model_dir} lacks {len(deltas)} tensors, e.g. {sorted(deltas)[:3]}")
+    deltas.check_used(model_dir)
     if (model_dir / INDEX_FILE).is_file():
         shutil.copyfile(model_dir / INDEX_FILE, writer.file(INDEX_FILE))
 
 
-def _deltas(adapter: LoadedAdapter) -> dict[str, _Delta]:
+def _pairs(adapter: LoadedAdapter) -> dict[str, _Delta]:
     """A and B of each projection by the name of its weight."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for parameter in adapter.shape.named(adapter.theta_P):
-        weight = f"model.{parameter.name.removesuffix('.' + parameter.kind)}.weight"
+        module = parameter.name.removesuffix("." + parameter.kind)
+        weight = f"{module if module == HEAD else 'model.' + module}.weight"
         pairs.setdefault(weight, {})[parameter.kind] = parameter.view
     return {name: _Delta(pair["lora_A"], pair["lora_B"]) for name, pair in pairs.items()}
 
@@ -100,14 +134,9 @@ def _copy(source: BufferedReader, target: BufferedWriter, size: int) -> None:
         size -= _CHUNK_BYTES
 
 
-def _merged(name: str, data: bytearray, place: _Stored, delta: _Delta, scaling: float) -> memoryview:
+def _merged(name: str, data: bytearray, place: _Stored, deltas: Deltas) -> memoryview:
     if place.dtype not in _DTYPES:
         raise OperationFailed(f"{name} is {place.dtype}; only {sorted(_DTYPES)} can be merged")
     dtype = _DTYPES[place.dtype]
-    weight_OI = torch.frombuffer(data, dtype=dtype).view(place.shape)
-    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    sum_OI = torch.addmm(weight_OI.to(sum_dtype), delta.b_OR.to(sum_dtype), delta.a_RI.to(sum_dtype), alpha=scaling)
-    merged_OI = sum_OI.to(dtype)
-    if not bool(merged_OI.isfinite().all()):
-        raise OperationFailed(f"{name}: merged values do not fit {dtype}".replace("torch.", ""))
+    merged_OI = deltas.added(name, torch.frombuffer(data, dtype=dtype).view(place.shape), dtype)
     return merged_OI.view(torch.uint8).numpy().data

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.lora.adapter import AdapterShape
-from selfloop.engine.lora.targets import linear_groups
+from selfloop.engine.lora.targets import HEAD, adapted_groups, head_group
 from selfloop.engine.models.config import ModelConfig
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model.model."
+_PREFIX = "base_model.model."
 
 # Features that change what the files mean; any value but these (or an absent key) is refused.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -62,20 +63,24 @@ def write_peft(
 ) -> None:
     """Write both files, in float32, so that ``PeftModel.from_pretrained`` reads them."""
     writer.tensors(WEIGHTS_FILE, {_key(p.name): p.view for p in shape.named(theta_P)})
-    writer.json(CONFIG_FILE, _peft_config(shape.rank, alpha, config, base_model))
+    writer.json(CONFIG_FILE, _peft_config(shape, alpha, config, base_model))
 
 
-def read_peft(directory: Path, config: ModelConfig) -> LoadedAdapter:
-    """Read and check an adapter; projections it leaves out get B = 0, which changes nothing.
+def read_peft(directory: Path, config: ModelConfig, targets: LoraTargets | None = None) -> LoadedAdapter:
+    """Read and check an adapter; projections of ``targets`` that it leaves out get B = 0, which changes nothing.
+
+    Without ``targets`` they are every projection of every layer, and the output layer if it is there.
 
     Raises:
         OperationFailed: files are missing or unreadable, use a feature beyond plain LoRA, or do not fit the model.
     """
     rank, alpha = _read_config(directory / CONFIG_FILE)
-    shape = AdapterShape(config, rank)
-    theta_P = shape.initial(seed=0)
     tensors = _read_tensors(directory / WEIGHTS_FILE)
     _check_pairs(set(tensors))
+    if targets is None:
+        targets = LoraTargets(unembed=_key(f"{HEAD}.lora_A") in tensors)
+    shape = AdapterShape(config, rank, targets)
+    theta_P = shape.initial(seed=0)
     for parameter in shape.named(theta_P):
         tensor = tensors.pop(_key(parameter.name), None)
         if tensor is not None:
@@ -90,16 +95,17 @@ def read_peft(directory: Path, config: ModelConfig) -> LoadedAdapter:
 
 
 def _key(name: str) -> str:
-    return f"{_PREFIX}{name}.weight"
+    return f"{_PREFIX}{name if name.startswith(HEAD) else 'model.' + name}.weight"
 
 
-def _peft_config(rank: int, alpha: float, config: ModelConfig, base_model: str | None) -> dict[str, Any]:
+def _peft_config(shape: AdapterShape, alpha: float, config: ModelConfig, base_model: str | None) -> dict[str, Any]:
+    groups = [*adapted_groups(config, shape.targets), head_group(config) if shape.targets.unembed else None]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": rank,
+        "r": shape.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -110,7 +116,7 @@ def _peft_config(rank: int, alpha: float, config: ModelConfig, base_model: str |
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,
-        "target_modules": [target.name for group in linear_groups(config) for target in group.targets],
+        "target_modules": [target.name for group in groups if group for target in group.targets],
     }
 
 

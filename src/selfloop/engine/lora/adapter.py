@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.lora.targets import LinearGroup, linear_groups
+from selfloop.engine.lora.targets import LinearGroup, adapted_groups, head_group
 from selfloop.engine.models.config import ModelConfig
+from selfloop.types.lora import LoraTargets
 
 DEFAULT_ALPHA = 32.0
 
@@ -35,32 +36,39 @@ class NamedParameter(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank."""
+    """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank; None where nothing is adapted."""
 
     scaling: float
-    layers: list[tuple[LoraGroup, ...]]
+    layers: list[tuple[LoraGroup | None, ...]]
+    head: LoraGroup | None = None
 
 
 class AdapterShape:
-    """Layout of the flat vector for one model and rank."""
+    """Layout of the flat vector for one model, rank and choice of targets: layer by layer, then the head."""
 
-    def __init__(self, config: ModelConfig, rank: int) -> None:
+    def __init__(self, config: ModelConfig, rank: int, targets: LoraTargets = LoraTargets()) -> None:
         assert rank >= 1
         self.rank = rank
+        self.targets = targets
         self.num_layers = config.num_layers
-        self._groups = linear_groups(config)
-        self._layer_sizes = [size for group in self._groups for size in self._group_sizes(group)]
-        self.num_parameters = self.num_layers * sum(self._layer_sizes)
+        self._groups = adapted_groups(config, targets)
+        self._head = head_group(config) if targets.unembed else None
+        self._layer_sizes = [size for group in self._groups if group for size in self._group_sizes(group)]
+        self._head_sizes = self._group_sizes(self._head) if self._head else []
+        self.num_parameters = self.num_layers * sum(self._layer_sizes) + sum(self._head_sizes)
 
     def _group_sizes(self, group: LinearGroup) -> list[int]:
         a_size = len(group.targets) * self.rank * group.in_features
         return [a_size, *(target.out_features * self.rank for target in group.targets)]
 
-    def views(self, flat_P: Tensor) -> list[tuple[LoraGroup, ...]]:
-        """The groups of every layer as views; gradients flow back into one flat gradient."""
+    def adapter(self, flat_P: Tensor, alpha: float) -> Adapter:
+        """The multipliable form of ``flat_P``, which is in the compute dtype: views, so gradients flow back into it."""
         assert flat_P.shape == (self.num_parameters,)
-        parts = iter(flat_P.split(self._layer_sizes * self.num_layers))
-        return [tuple(self._view(group, parts) for group in self._groups) for _ in range(self.num_layers)]
+        parts = iter(flat_P.split(self._layer_sizes * self.num_layers + self._head_sizes))
+        layers = [
+            tuple(self._view(group, parts) if group else None for group in self._groups) for _ in range(self.num_layers)
+        ]
+        return Adapter(alpha / self.rank, layers, self._view(self._head, parts) if self._head else None)
 
     def _view(self, group: LinearGroup, parts: Iterator[Tensor]) -> LoraGroup:
         a = next(parts).view(-1, group.in_features)
@@ -68,12 +76,18 @@ class AdapterShape:
 
     def named(self, flat_P: Tensor) -> Iterator[NamedParameter]:
         """Every A and B as a view, under PEFT's module names."""
-        for index, layer in enumerate(self.views(flat_P)):
-            for group, (a, b) in zip(self._groups, layer, strict=True):
-                for target, a_RI, b_OR in zip(group.targets, a.split(self.rank), b, strict=True):
-                    prefix = f"layers.{index}.{target.module}"
-                    yield NamedParameter(f"{prefix}.lora_A", "lora_A", a_RI)
-                    yield NamedParameter(f"{prefix}.lora_B", "lora_B", b_OR)
+        adapter = self.adapter(flat_P, alpha=1.0)
+        for index, layer in enumerate(adapter.layers):
+            for group, views in zip(self._groups, layer, strict=True):
+                if group is not None and views is not None:
+                    yield from self._named(f"layers.{index}.", group, views)
+        if self._head is not None and adapter.head is not None:
+            yield from self._named("", self._head, adapter.head)
+
+    def _named(self, prefix: str, group: LinearGroup, views: LoraGroup) -> Iterator[NamedParameter]:
+        for target, a_RI, b_OR in zip(group.targets, views.a.split(self.rank), views.b, strict=True):
+            yield NamedParameter(f"{prefix}{target.module}.lora_A", "lora_A", a_RI)
+            yield NamedParameter(f"{prefix}{target.module}.lora_B", "lora_B", b_OR)
 
     def initial(self, seed: int) -> Tensor:
         """Fresh flat float32 parameters on the CPU: A as PEFT draws it, B zero.
@@ -87,7 +101,3 @@ class AdapterShape:
                 bound = 1 / math.sqrt(parameter.view.shape[1])
                 parameter.view.uniform_(-bound, bound, generator=generator)
         return flat_P
-
-    def adapter(self, flat_P: Tensor, alpha: float) -> Adapter:
-        """The multipliable form of ``flat_P``, which must be in the compute dtype already."""
-        return Adapter(alpha / self.rank, self.views(flat_P))

@@ -1,9 +1,10 @@
 """Which rows of a packed batch go through which adapter."""
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
-from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.adapter import Adapter, LoraGroup
 from selfloop.engine.lora.grouped_matmul import LoraSegment
 
 
@@ -39,7 +40,15 @@ class AdapterBatch:
 
     def at(self, layer: int, group: int) -> list[LoraSegment]:
         """The segments for one fused projection of one layer."""
+        return self._segments(lambda adapter: adapter.layers[layer][group])
+
+    def at_head(self) -> list[LoraSegment]:
+        """The segments for the output layer."""
+        return self._segments(lambda adapter: adapter.head)
+
+    def _segments(self, group_of: Callable[[Adapter], LoraGroup | None]) -> list[LoraSegment]:
         return [
-            LoraSegment(start, stop, adapter.scaling, *adapter.layers[layer][group])
+            LoraSegment(start, stop, adapter.scaling, *group)
             for start, stop, adapter in self.rows
+            if (group := group_of(adapter)) is not None
         ]

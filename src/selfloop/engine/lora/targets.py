@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 from selfloop.engine.models.config import ModelConfig
+from selfloop.types.lora import LoraTargets
+
+HEAD = "lm_head"
+"""Name of the output layer, which belongs to no layer of the decoder."""
 
 QKV, OUT, GATE_UP, DOWN = range(4)
 """Index of each group in :func:`linear_groups`, in the base weights of a layer and in an adapter's layer."""
@@ -27,6 +31,17 @@ class LinearGroup:
     in_features: int
     targets: tuple[Target, ...]
     bias: bool
+
+
+def adapted_groups(config: ModelConfig, targets: LoraTargets) -> tuple[LinearGroup | None, ...]:
+    """The groups of one layer, None where ``targets`` leaves one as it is."""
+    adapted = (targets.attn, targets.attn, targets.mlp, targets.mlp)
+    return tuple(group if on else None for group, on in zip(linear_groups(config), adapted, strict=True))
+
+
+def head_group(config: ModelConfig) -> LinearGroup:
+    """The output layer."""
+    return LinearGroup(config.hidden_size, (Target(HEAD, config.vocab_size),), bias=False)
 
 
 def linear_groups(config: ModelConfig) -> tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]:

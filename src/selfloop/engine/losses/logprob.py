@@ -18,6 +18,14 @@ _MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_ELEMENTS = 8 * 2**20
 
 
+class HeadAdapter(NamedTuple):
+    """Low-rank addition to the head: logits get ``scaling`` * (h A^T) B^T; A is (R, D), B is (V, R)."""
+
+    a_RD: Tensor
+    b_VR: Tensor
+    scaling: float
+
+
 class Scores(NamedTuple):
     """Logprobs of targets, and of each row's likeliest tokens.
 
@@ -37,11 +45,24 @@ def target_logprobs(h_ND: Tensor, head_VD: Tensor, targets: Tensor) -> Tensor:
     return score(h_ND, head_VD, targets, 0).logprobs
 
 
-def score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int) -> Scores:
-    """As :func:`target_logprobs`, with each row's ``num_top`` likeliest tokens beside (all, if there are fewer)."""
+def score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None) -> Scores:
+    """As :func:`target_logprobs`, with each row's ``num_top`` likeliest tokens beside (all, if there are fewer).
+
+    With an ``adapter`` on the head gradients reach its A and B, too.
+    """
     assert h_ND.shape[0] == targets.shape[0]
+    if adapter is not None:
+        return _adapted_score(h_ND, head_VD, targets, min(num_top, head_VD.shape[0]), adapter)
     function = _TargetLogprobs if targets.dim() == 1 else _ManyTargetLogprobs
     return Scores(*function.apply(h_ND, head_VD, targets, min(num_top, head_VD.shape[0])))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _adapted_score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int, adapter: HeadAdapter) -> Scores:
+    u_NR = F.linear(h_ND, adapter.a_RD)
+    targets_NK = targets[:, None] if targets.dim() == 1 else targets
+    found = _AdaptedTargetLogprobs.apply(h_ND, u_NR, head_VD, adapter.b_VR, adapter.scaling, targets_NK, num_top)
+    scores = Scores(*found)  # pyright: ignore[reportGeneralTypeIssues]
+    return scores._replace(logprobs=scores.logprobs.view(targets.shape))
 
 
 def chunk_rows(vocab_size: int) -> int:
@@ -131,3 +152,52 @@ class _ManyTargetLogprobs(torch.autograd.Function):
                 slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
             grad_ND[chunk] = slope_CV.to(head_VD.dtype) @ head_VD
         return grad_ND, None, None, None
+
+
+class _AdaptedTargetLogprobs(torch.autograd.Function):
+    """As :class:`_ManyTargetLogprobs`, of the logits W h + scaling * B u."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        u_NR: Tensor,
+        head_VD: Tensor,
+        b_VR: Tensor,
+        scaling: float,
+        targets_NK: Tensor,
+        num_top: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
+        normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
+        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
+            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head_VD, b_VR, scaling)
+            normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
+            logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
+            tops.take(chunk, logits_CV, normaliser_N1[chunk])
+        ctx.scaling = scaling
+        ctx.save_for_backward(h_ND, u_NR, head_VD, b_VR, targets_NK, normaliser_N1)
+        return logprobs_NK, *tops.outputs(ctx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, u_NR, head_VD, b_VR, targets_NK, normaliser_N1 = ctx.saved_tensors
+        grad_NK = grads[0]
+        grad_ND, grad_NR = torch.empty_like(h_ND), torch.empty_like(u_NR)
+        grad_VR = torch.zeros(b_VR.shape, dtype=torch.float32, device=b_VR.device)
+        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
+            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head_VD, b_VR, ctx.scaling)
+            slope_CV = logits_CV.sub_(normaliser_N1[chunk]).exp_().mul_(-grad_NK[chunk].sum(1, keepdim=True))
+            for k in range(targets_NK.shape[1]):
+                slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
+            slope_CV = slope_CV.to(head_VD.dtype)
+            grad_ND[chunk] = slope_CV @ head_VD
+            grad_NR[chunk] = (slope_CV @ b_VR).mul_(ctx.scaling)
+            grad_VR.add_((slope_CV.t() @ u_NR[chunk]).float(), alpha=ctx.scaling)
+        return grad_ND, grad_NR, None, grad_VR.to(b_VR.dtype), None, None, None
+
+
+def _adapted_logits(h_CD: Tensor, u_CR: Tensor, head_VD: Tensor, b_VR: Tensor, scaling: float) -> Tensor:
+    """float32 (C, V), rounded as the sampler's own."""
+    return F.linear(h_CD, head_VD).addmm_(u_CR, b_VR.t(), alpha=scaling).float()

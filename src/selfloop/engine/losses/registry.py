@@ -8,6 +8,7 @@ from selfloop.engine.losses.cross_entropy import cross_entropy
 from selfloop.engine.losses.inputs import LossInputs
 from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, ppo
 from selfloop.engine.losses.preference import dpo, dpo_metrics
+from selfloop.engine.losses.sequence import gspo, stable_reinforce
 
 LossFunction = Callable[[LossInputs], Tensor]
 """Gives each token's share (T,) of the loss, or each pair's (G,); the objective is their sum."""
@@ -21,6 +22,8 @@ LOSS_FUNCTIONS: dict[str, LossFunction] = {
     "ppo": ppo,
     "cispo": cispo,
     "dro": dro,
+    "gspo": gspo,
+    "stable_reinforce": stable_reinforce,
     "dppo": dppo,
     "dpo": dpo,
 }

@@ -76,9 +76,9 @@ class Decoder:
             h_TD = h_TD + self._project(index, DOWN, layer, act_TF, adapters)
         return rms_norm(h_TD, self.weights.final_norm_D, eps)
 
-    def logits(self, h_ND: Tensor) -> Tensor:
-        """Logits (N, V) in float32 of the rows asked for."""
-        return F.linear(h_ND, self.weights.head_VD).float()
+    def logits(self, h_ND: Tensor, adapters: AdapterBatch) -> Tensor:
+        """Logits (N, V) in float32 of the rows asked for; ``adapters`` counts these rows."""
+        return lora_linear(h_ND, self.weights.head_VD, None, adapters.at_head()).float()
 
     def _attend(
         self,

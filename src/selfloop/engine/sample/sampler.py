@@ -10,41 +10,79 @@ from selfloop.types.sampling import SamplingParams
 _MAX_ELEMENTS = 4 * 2**20  # of one float64 pass over the vocabulary
 
 
+class Row(NamedTuple):
+    """How to draw one row.
+
+    Args:
+        uniform: a number in [0, 1), the row's only randomness.
+        mask_V: tokens that may be drawn, on the CPU; None for all.
+        num_top: how many of the likeliest tokens to report.
+    """
+
+    params: SamplingParams
+    uniform: float
+    mask_V: Tensor | None = None
+    num_top: int = 0
+
+
 class Draw(NamedTuple):
-    """Tokens, and their logprobs under the untempered, unfiltered distribution."""
+    """Tokens, their logprobs, and the likeliest (token, logprob) pairs where asked for.
+
+    Logprobs are those of the model: untempered, unfiltered, and without the mask of a grammar.
+    """
 
     tokens: list[int]
     logprobs: list[float]
+    tops: list[list[tuple[int, float]]]
 
 
-def draw(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Draw:
-    """One token a row.
-
-    Args:
-        logits_BV: float32.
-        params: how to draw each row.
-        uniforms: a number in [0, 1) for each row, its only randomness.
-    """
-    assert logits_BV.shape[0] == len(params) == len(uniforms)
+def draw(logits_BV: Tensor, rows: list[Row]) -> Draw:
+    """One token a row from float32 logits."""
+    assert logits_BV.shape[0] == len(rows)
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
-    result = Draw([], [])
-    for start in range(0, len(params), rows_per_pass):
-        rows = slice(start, start + rows_per_pass)
-        drawn = _draw_rows(logits_BV[rows], params[rows], uniforms[rows])
+    result = Draw([], [], [])
+    for start in range(0, len(rows), rows_per_pass):
+        part = slice(start, start + rows_per_pass)
+        drawn = _draw_rows(logits_BV[part], rows[part])
         result.tokens.extend(drawn.tokens)
         result.logprobs.extend(drawn.logprobs)
+        result.tops.extend(drawn.tops)
     return result
 
 
-def _draw_rows(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Draw:
-    tokens_B = logits_BV.argmax(-1)
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
+def _draw_rows(logits_BV: Tensor, rows: list[Row]) -> Draw:
+    masked_BV = _masked(logits_BV, rows)
+    tokens_B = masked_BV.argmax(-1)
+    drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits_BV.device)
-        tokens_B[rows] = _invert(logits_BV[rows], [params[r] for r in drawn], [uniforms[r] for r in drawn])
+        at_N = torch.tensor(drawn, device=logits_BV.device)
+        tokens_B[at_N] = _invert(masked_BV[at_N], [rows[at].params for at in drawn], [rows[at].uniform for at in drawn])
     chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    logprobs_B = chosen_B - logits_BV.logsumexp(-1)
-    return Draw(tokens_B.tolist(), logprobs_B.tolist())
+    logsumexp_B = logits_BV.logsumexp(-1)
+    logprobs_B = chosen_B - logsumexp_B
+    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(logits_BV, logsumexp_B, rows))
+
+
+def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
+    masks = [row.mask_V for row in rows]
+    if all(mask_V is None for mask_V in masks):
+        return logits_BV
+    everything_V = torch.ones(logits_BV.shape[1], dtype=torch.bool)
+    allowed_BV = torch.stack([everything_V if mask_V is None else mask_V for mask_V in masks])
+    return logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
+
+
+def _tops(logits_BV: Tensor, logsumexp_B: Tensor, rows: list[Row]) -> list[list[tuple[int, float]]]:
+    tops: list[list[tuple[int, float]]] = [[] for _ in rows]
+    asked = [at for at, row in enumerate(rows) if row.num_top > 0]
+    if asked:
+        at_N = torch.tensor(asked, device=logits_BV.device)
+        k = min(max(rows[at].num_top for at in asked), logits_BV.shape[1])
+        values_NK, tokens_NK = logits_BV[at_N].topk(k)
+        logprobs_NK = values_NK - logsumexp_B[at_N, None]
+        for at, tokens, logprobs in zip(asked, tokens_NK.tolist(), logprobs_NK.tolist(), strict=True):
+            tops[at] = list(zip(tokens, logprobs, strict=True))[: rows[at].num_top]
+    return tops
 
 
 def filtered_probabilities(logits_BV: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -78,6 +116,8 @@ def _top_k_top_p(probs_BV: Tensor, params: list[SamplingParams]) -> Tensor:
 def _invert(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """The first token whose cumulative probability exceeds the row's uniform number."""
     cdf_BV = filtered_probabilities(logits_BV, params).cumsum(-1)
-    level_B1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)[:, None] * cdf_BV[:, -1:]
-    tokens_B = torch.searchsorted(cdf_BV, level_B1, right=True).squeeze(1)
-    return tokens_B.clamp_(max=logits_BV.shape[1] - 1)
+    total_B1 = cdf_BV[:, -1:]
+    level_B1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)[:, None] * total_B1
+    # Below the total even after rounding, so that it is never a token without probability that is found.
+    level_B1 = torch.minimum(level_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, level_B1, right=True).squeeze(1)

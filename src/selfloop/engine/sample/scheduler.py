@@ -15,13 +15,14 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.decoder import Decoder
 from selfloop.engine.sample.attention import DecodeAttention, PrefillAttention, PromptChunk
+from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PagePool
 from selfloop.engine.sample.prompt_logprobs import prompt_logprobs
-from selfloop.engine.sample.sampler import draw
-from selfloop.engine.sample.sequence import ActiveRequest, Sample, sample_generator
-from selfloop.engine.sample.stop import Decode, Ending, ending
+from selfloop.engine.sample.sampler import Row, draw
+from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
+from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
 from selfloop.types.errors import BadRequest, OperationFailed
-from selfloop.types.sampling import SampledSequence, SampleRequest, SampleResult
+from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob
 
 _Item = TypeVar("_Item")
 
@@ -36,18 +37,21 @@ class SamplingScheduler:
         *,
         prefill_budget: int,
         max_batch: int,
-        decode: Decode | None,
+        vocabulary: Vocabulary | None,
+        compile_grammar: CompileGrammar | None,
     ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
-        self._decode_text = decode
+        self._vocabulary = vocabulary
+        self._compile_grammar = compile_grammar
         self._end_tokens = frozenset(decoder.config.eos_token_ids)
         self._waiting: deque[ActiveRequest] = deque()
         self._active: list[ActiveRequest] = []
         self._samples: list[Sample] = []
         self._failures: list[tuple[str, OperationFailed]] = []
+        self._deltas: dict[str, list[SampleDelta]] = {}
 
     @property
     def num_requests(self) -> int:
@@ -57,7 +61,7 @@ class SamplingScheduler:
         """``id`` of every adapter that a request still needs."""
         return {id(r.adapter) for r in (*self._waiting, *self._active) if r.adapter is not None}
 
-    def submit(self, request: SampleRequest, adapter: Adapter | None) -> None:
+    def submit(self, request: SampleRequest, adapter: Adapter | None, *, stream: bool) -> None:
         """Queue a request. Raises BadRequest when it could never run here."""
         params = request.params
         assert request.num_samples >= 1
@@ -65,17 +69,39 @@ class SamplingScheduler:
         assert params.temperature >= 0
         assert request.prompt, "a prompt has at least one token"
         assert request.request_id not in {r.request.request_id for r in (*self._waiting, *self._active)}
-        if params.stop and self._decode_text is None:
-            raise BadRequest("stop", "stop strings need a tokenizer, and this engine has none")
+        assert all(params.stop), "a stop string is not empty"
+        assert request.top_logprobs >= 0
+        for name, asked in (("stop", params.stop), ("token_bytes", request.token_bytes)):
+            if asked and self._vocabulary is None:
+                raise BadRequest(name, "this needs a tokenizer, and this engine has none")
         context = self._decoder.config.max_position_embeddings
         if len(request.prompt) + params.max_tokens > context:
             raise BadRequest(
                 "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
             )
-        active = ActiveRequest(request, adapter)
+        stops = [StopString(stop) for stop in params.stop]
+        active = ActiveRequest(request, adapter, stream, self._grammar(request), stops)
         if active.prompt_pages + active.sample_pages > self._pool.num_pages:
             raise BadRequest("max_tokens", "prompt and max_tokens exceed the KV cache of this sampler")
         self._waiting.append(active)
+
+    def _grammar(self, request: SampleRequest) -> Grammar | None:
+        structured = request.params.structured
+        if structured is None:
+            return None
+        if self._compile_grammar is None:
+            raise BadRequest("structured_outputs", "this engine compiles no grammars")
+        grammar = self._compile_grammar(structured)
+        if self._constraint(request, grammar).must_end:
+            raise BadRequest("structured_outputs", "something that more than the empty text matches")
+        return grammar
+
+    def _constraint(self, request: SampleRequest, grammar: Grammar) -> Constraint:
+        final_tokens = self._ends(request.params) | frozenset(request.params.stop_token_ids)
+        return Constraint(grammar, self._decoder.config.vocab_size, self._end_tokens, final_tokens)
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        return self._end_tokens if params.use_end_tokens else frozenset()
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; unknown ids are finished ones."""
@@ -88,6 +114,11 @@ class SamplingScheduler:
         failures, self._failures = self._failures, []
         return failures
 
+    def take_deltas(self) -> dict[str, list[SampleDelta]]:
+        """What the samples of streaming requests grew by since the last call, by request."""
+        deltas, self._deltas = self._deltas, {}
+        return deltas
+
     def step(self) -> list[SampleResult]:
         """Prefill within the budget, grow every running sample by one token; returns what finished."""
         running = list(self._samples)
@@ -96,6 +127,9 @@ class SamplingScheduler:
         self._prefill()
         self._start_samples()
         self._grow([sample for sample in running if sample in self._samples])
+        for sample in self._samples:
+            if sample.parent.stream and sample.sent.tokens < len(sample.tokens):
+                self._tell(sample, None)
         return self._collect()
 
     def _admit(self) -> None:
@@ -148,9 +182,16 @@ class SamplingScheduler:
         k = request.request.prompt_logprobs
         if k is not None:
             targets = request.request.prompt[chunk.start + 1 : chunk.stop + 1]
-            request.prompt_logprobs += prompt_logprobs(self._decoder, h_ND[: len(targets)], targets, k)
+            request.prompt_logprobs += prompt_logprobs(
+                self._decoder,
+                h_ND[: len(targets)],
+                targets,
+                k,
+                request.adapter,
+                lambda token: self._raw(request, token),
+            )
         if chunk.stop == request.prompt_length:
-            request.first_logits_V = self._decoder.logits(h_ND[-1:])[0]
+            request.first_logits_V = self._decoder.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
 
     def _start_samples(self) -> None:
         """Start samples of prefilled requests while there is room, and draw their first tokens."""
@@ -183,7 +224,15 @@ class SamplingScheduler:
         index = request.num_started
         request.num_started += 1
         generator = sample_generator(request.request.params.seed, index)
-        return Sample(request, index, [*shared, *own], generator)
+        text = SampleText(self._vocabulary, request.stops)
+        sample = Sample(request, index, [*shared, *own], generator, text)
+        if request.grammar is not None:
+            sample.constraint = self._constraint(request.request, request.grammar)
+        if request.request.top_logprobs > 0:
+            sample.top_logprobs = []
+        if request.request.token_bytes:
+            sample.token_bytes = []
+        return sample
 
     def _grow(self, samples: list[Sample]) -> None:
         if not samples:
@@ -191,41 +240,82 @@ class SamplingScheduler:
         samples = _by_adapter(samples, lambda s: s.parent.adapter)
         device = self._decoder.device
         positions = [s.position for s in samples]
+        adapters = AdapterBatch.of([(1, s.parent.adapter) for s in samples])
         h_BD = self._decoder.forward(
             torch.tensor([s.tokens[-1] for s in samples], device=device),
             torch.tensor(positions, device=device),
             DecodeAttention(self._pool, [s.pages for s in samples], positions, device),
-            AdapterBatch.of([(1, s.parent.adapter) for s in samples]),
+            adapters,
         )
-        self._draw(samples, self._decoder.logits(h_BD))
+        self._draw(samples, self._decoder.logits(h_BD, adapters))
 
     def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
         finite: list[bool] = logits_BV.isfinite().all(-1).tolist()
         if not all(finite):
-            self._fail([s for s, ok in zip(samples, finite, strict=True) if not ok])
+            for sample, ok in zip(samples, finite, strict=True):
+                if not ok:
+                    self._fail(sample, OperationFailed("the model's logits are not finite", "NonFiniteLogits"))
             kept = [row for row, s in enumerate(samples) if s in self._samples]
             samples, logits_BV = [samples[row] for row in kept], logits_BV[kept]
             if not samples:
                 return
-        params = [s.parent.request.params for s in samples]
-        drawn = draw(logits_BV, params, [s.uniform() for s in samples])
-        for sample, token, logprob in zip(samples, *drawn, strict=True):
-            sample.tokens.append(token)
-            sample.logprobs.append(logprob)
-            end = ending(sample.tokens, sample.parent.request.params, self._end_tokens, self._decode_text)
-            if end is not None:
-                self._finish(sample, end)
+        drawn = draw(logits_BV, [_row(sample) for sample in samples])
+        for sample, token, logprob, top in zip(samples, *drawn, strict=True):
+            self._append(sample, token, logprob, top)
+        for sample in samples:
+            # Looked at when all have grown: a failure takes its siblings along.
+            if sample in self._samples:
+                self._look_for_the_end(sample)
 
-    def _finish(self, sample: Sample, end: Ending) -> None:
+    def _append(self, sample: Sample, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        request = sample.parent
+        sample.tokens.append(token)
+        sample.logprobs.append(logprob)
+        if sample.top_logprobs is not None:
+            sample.top_logprobs.append(
+                [TokenLogprob(t, value, rank, self._raw(request, t)) for rank, (t, value) in enumerate(top, start=1)]
+            )
+        if sample.token_bytes is not None:
+            assert self._vocabulary is not None
+            sample.token_bytes.append(self._vocabulary.token_bytes(token))
+
+    def _raw(self, request: ActiveRequest, token: int) -> bytes | None:
+        if not request.request.token_bytes or self._vocabulary is None:
+            return None
+        return self._vocabulary.token_bytes(token)
+
+    def _look_for_the_end(self, sample: Sample) -> None:
+        token, params = sample.tokens[-1], sample.parent.request.params
+        if token in self._ends(params) or token in params.stop_token_ids or sample.text.add(token):
+            self._finish(sample, "stop")
+            return
+        if sample.constraint is not None:
+            try:
+                sample.constraint.accept(token)
+            except OperationFailed as error:
+                self._fail(sample, error)
+                return
+            if sample.constraint.must_end:
+                self._finish(sample, "stop")
+                return
+        if len(sample.tokens) == params.max_tokens:
+            self._finish(sample, "length")
+
+    def _finish(self, sample: Sample, reason: StopReason) -> None:
         self._pool.release(sample.pages)
         self._samples.remove(sample)
-        sample.parent.finished[sample.index] = SampledSequence(sample.tokens, sample.logprobs, end.reason, end.text)
+        sample.text.finish()
+        if sample.parent.stream:
+            self._tell(sample, reason)
+        sample.parent.finished[sample.index] = sample.finished(reason)
 
-    def _fail(self, samples: list[Sample]) -> None:
-        for request in {s.parent for s in samples}:
-            error = OperationFailed("the model's logits are not finite", "NonFiniteLogits")
-            self._failures.append((request.request.request_id, error))
-            self._drop(request)
+    def _tell(self, sample: Sample, reason: StopReason | None) -> None:
+        self._deltas.setdefault(sample.parent.request.request_id, []).append(sample.delta(reason))
+
+    def _fail(self, sample: Sample, error: OperationFailed) -> None:
+        if sample in self._samples:
+            self._failures.append((sample.parent.request.request_id, error))
+            self._drop(sample.parent)
 
     def _drop(self, request: ActiveRequest) -> None:
         for sample in [s for s in self._samples if s.parent is request]:
@@ -233,6 +323,7 @@ class SamplingScheduler:
             self._samples.remove(sample)
         self._pool.release(request.pages)
         self._active.remove(request)
+        self._deltas.pop(request.request.request_id, None)
 
     def _collect(self) -> list[SampleResult]:
         done = [r for r in self._active if r.is_finished]
@@ -245,6 +336,12 @@ class SamplingScheduler:
             )
             for r in done
         ]
+
+
+def _row(sample: Sample) -> Row:
+    mask_V = None if sample.constraint is None else sample.constraint.mask_V
+    request = sample.parent.request
+    return Row(request.params, sample.uniform(), mask_V, request.top_logprobs)
 
 
 def _by_adapter(items: list[_Item], adapter_of: Callable[[_Item], Adapter | None]) -> list[_Item]:

@@ -3,13 +3,18 @@
 import hashlib
 import secrets
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.sample.grammar import Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, pages_for
-from selfloop.types.sampling import SampledSequence, SampleRequest, TokenLogprob
+from selfloop.engine.sample.text import SampleText, StopString
+from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
+
+StopReason = Literal["stop", "length"]
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +22,8 @@ class ActiveRequest:
     """State of one request.
 
     Args:
+        stream: whether the samples are told of as they grow.
+        grammar: what every sample must match.
         pages: cache of the prompt, until every sample has started.
         num_prefilled: prompt tokens already in the cache.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
@@ -26,6 +33,9 @@ class ActiveRequest:
 
     request: SampleRequest
     adapter: Adapter | None
+    stream: bool = False
+    grammar: Grammar | None = None
+    stops: list[StopString] = field(default_factory=list[StopString])
     pages: list[int] = field(default_factory=list[int])
     num_prefilled: int = 0
     first_logits_V: Tensor | None = None
@@ -60,16 +70,35 @@ class ActiveRequest:
         return len(self.finished) == self.request.num_samples
 
 
+class Sent(NamedTuple):
+    """Tokens and pieces of text."""
+
+    tokens: int
+    pieces: int
+
+
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One continuation being drawn."""
+    """One continuation being drawn.
+
+    Args:
+        constraint: what it may draw next; None for anything.
+        top_logprobs: the likeliest tokens at each position, when asked for.
+        token_bytes: what each token stands for, when asked for.
+        sent: how much of it was told of.
+    """
 
     parent: ActiveRequest
     index: int
     pages: list[int]
     generator: torch.Generator
+    text: SampleText
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    token_bytes: list[bytes] | None = None
+    sent: Sent = field(default_factory=lambda: Sent(0, 0))
 
     @property
     def position(self) -> int:
@@ -79,6 +108,32 @@ class Sample:
     def uniform(self) -> float:
         """The next number in [0, 1) of this sample's own stream."""
         return float(torch.rand((), dtype=torch.float64, generator=self.generator))
+
+    def finished(self, reason: StopReason) -> SampledSequence:
+        return SampledSequence(
+            self.tokens,
+            self.logprobs,
+            reason,
+            str(self.text),
+            self.top_logprobs,
+            self.token_bytes,
+            self.text.stopped_by,
+        )
+
+    def delta(self, reason: StopReason | None) -> SampleDelta:
+        """What it grew by since the last call."""
+        start, piece = self.sent
+        self.sent = Sent(len(self.tokens), len(self.text.pieces))
+        return SampleDelta(
+            self.index,
+            self.tokens[start:],
+            self.logprobs[start:],
+            "".join(self.text.pieces[piece:]),
+            reason,
+            None if self.top_logprobs is None else self.top_logprobs[start:],
+            None if self.token_bytes is None else self.token_bytes[start:],
+            None if reason is None else self.text.stopped_by,
+        )
 
 
 def sample_generator(seed: int | None, index: int) -> torch.Generator:

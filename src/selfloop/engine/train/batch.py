@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -132,12 +133,16 @@ def pack(lengths: list[int], token_budget: int, rows: int = 1) -> list[list[int]
 
 
 def micro_batches(examples: list[Example], token_budget: int, device: torch.device, rows: int = 1) -> list[MicroBatch]:
-    """Pack examples in order, ``rows`` of them together. Raises BadRequest unless all have as many targets."""
-    for index, example in enumerate(examples):
-        if example.targets.shape[1:] != examples[0].targets.shape[1:]:
-            raise BadRequest(f"data[{index}].loss_fn_inputs.target_tokens", "as many targets a token as data[0] has")
-    groups = pack([e.tokens_N.shape[0] for e in examples], token_budget, rows)
-    return [_stack(group, [examples[i] for i in group], device) for group in groups]
+    """Pack examples in order, ``rows`` of them together; a batch has one number of targets a token."""
+    batches: list[MicroBatch] = []
+    start = 0
+    for _columns, alike in groupby(examples, key=lambda e: e.targets.shape[1:]):
+        lengths = [e.tokens_N.shape[0] for e in alike]
+        for group in pack(lengths, token_budget, rows):
+            indices = [start + i for i in group]
+            batches.append(_stack(indices, [examples[i] for i in indices], device))
+        start += len(lengths)
+    return batches
 
 
 def _stack(indices: list[int], examples: list[Example], device: torch.device) -> MicroBatch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.logprob import score
+from selfloop.engine.losses.logprob import HeadAdapter, score
 from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.models.attention import PackedCausalAttention
@@ -111,7 +111,8 @@ class LossStep:
         active_N = batch.active_T.nonzero().squeeze(1)
         # A row with several targets may have some of them masked: they are scored as token 0 and left out below.
         targets = batch.targets[active_N].clamp_(min=0)
-        scores = score(h_TD[active_N], decoder.weights.head_VD, targets, self._num_top)
+        head = None if adapter.head is None else HeadAdapter(adapter.head.a, adapter.head.b[0], adapter.scaling)
+        scores = score(h_TD[active_N], decoder.weights.head_VD, targets, self._num_top, head)
         zeros = torch.zeros(batch.targets.shape, device=decoder.device)
         logprobs = zeros.index_put((active_N,), scores.logprobs)
         if logprobs.dim() > 1:

@@ -1,0 +1,56 @@
+"""Policy-gradient losses with one importance ratio a sequence; names as in :mod:`selfloop.engine.losses.policy`.
+
+Which tokens make up a sequence's ratio: those that ``sequence_ratio_mask`` marks with another number than 0, without
+it those whose advantage is not 0. Masked targets never do. A sequence without such a token has the ratio 1.
+"""
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.losses.inputs import LossInputs
+
+
+def gspo(batch: LossInputs) -> Tensor:
+    """-min(s * A, clip(s, 1 - low, 1 + high) * A) a token, Zheng et al. 2025, https://arxiv.org/abs/2507.18071, eq. 5.
+
+    s is the sequence's exp(mean(lp - q)); each token's s carries the gradient of its own lp alone (the paper's
+    GSPO-token, eq. 14). The thresholds are distances from 1.
+    """
+    ratio_T = _per_token(batch, torch.exp(_drift(batch, mean=True)))
+    ratio_T = ratio_T * torch.exp(batch.logprobs_T - batch.logprobs_T.detach())
+    low, high = 1 - batch.config["clip_low_threshold"], 1 + batch.config["clip_high_threshold"]
+    advantages_T = batch.inputs["advantages"]
+    loss_T = -torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
+    return torch.where(batch.active_T, loss_T, 0.0)
+
+
+def stable_reinforce(batch: LossInputs) -> Tensor:
+    """-min(r, ratio_cap) * lp * A + kl_coeff * (lp - q)^2 / 2, r = exp(sum(lp - q)) of the sequence, without gradient.
+
+    The loss known under this name is not published. This is REINFORCE (Williams 1992,
+    https://doi.org/10.1007/BF00992696) corrected for samples of an older policy by truncated importance sampling
+    (Ionides 2008, https://doi.org/10.1198/106186008X320456) over whole sequences.
+    """
+    ratio_T = _per_token(batch, torch.exp(_drift(batch, mean=False)).clamp(max=batch.config["ratio_cap"]))
+    drift_T = batch.logprobs_T - batch.inputs["logprobs"]
+    trained_T = batch.active_T & (batch.inputs["advantages"] != 0)
+    penalty_T = torch.where(trained_T, 0.5 * batch.config["kl_coeff"] * drift_T.square(), 0.0)
+    loss_T = penalty_T - ratio_T * batch.logprobs_T * batch.inputs["advantages"]
+    return torch.where(batch.active_T, loss_T, 0.0)
+
+
+def _drift(batch: LossInputs, *, mean: bool) -> Tensor:
+    """lp - q of each sequence (B,), summed or averaged over its tokens; without gradient."""
+    mask_T = batch.inputs.get("sequence_ratio_mask", batch.inputs["advantages"])
+    counted_T = batch.active_T & (mask_T != 0)
+    drift_T = torch.where(counted_T, batch.logprobs_T.detach() - batch.inputs["logprobs"], 0.0)
+    sums_B = torch.stack([row.sum() for row in drift_T.split(batch.lengths)])
+    if not mean:
+        return sums_B
+    counts_B = torch.stack([row.sum() for row in counted_T.split(batch.lengths)])
+    return sums_B / counts_B.clamp(min=1)
+
+
+def _per_token(batch: LossInputs, values_B: Tensor) -> Tensor:
+    lengths_B = torch.tensor(batch.lengths, device=values_B.device)
+    return values_B.repeat_interleave(lengths_B)
