@@ -39,7 +39,7 @@ class FakeHouse:
             lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config)
         )
         catalogue = Catalogue(self.db, folder / "models")
-        context = Context(
+        self.context = Context(
             self.db,
             self.blobs,
             self.journal,
@@ -49,7 +49,7 @@ class FakeHouse:
             self.scheduler,
             catalogue,
         )
-        self.operations = Operations(context)
+        self.operations = Operations(self.context)
 
     @classmethod
     async def open(cls, folder: Path, config: SchedulerConfig | None = None) -> "FakeHouse":

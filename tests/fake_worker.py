@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,19 @@ from selfloop.types.operation import (
     SaveWeightsForSampler,
 )
 from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
+from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, SampleResult
 from selfloop.types.status import CheckpointTarget
-from selfloop.worker.protocol import CloseRun, Command, Execute, OpenRun, Snapshot
+from selfloop.worker.protocol import (
+    CancelSample,
+    CloseRun,
+    Command,
+    Execute,
+    OpenRun,
+    RenderChat,
+    Sample,
+    Snapshot,
+    Tokenize,
+)
 
 _decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 _MODULUS = 1_000_003
@@ -68,6 +79,17 @@ class FakeState:
         return cls(**json.loads((folder / "state.json").read_text()))
 
 
+def drawn(request: SampleRequest, salt: int = 0) -> list[SampledSequence]:
+    """What a fake worker draws: a letter a token, by seed and place."""
+    seed = request.params.seed or 0
+    sequences: list[SampledSequence] = []
+    for index in range(request.num_samples):
+        tokens = [(seed * 31 + index * 7 + i * i + salt * i) % 26 for i in range(request.params.max_tokens)]
+        text = "".join(chr(ord("a") + token) for token in tokens)
+        sequences.append(SampledSequence(tokens, [-token / 10 for token in tokens], "length", text))
+    return sequences
+
+
 class FakeWorker:
     """Answers calls in order, each after a turn of the event loop, until it is told to die."""
 
@@ -77,6 +99,9 @@ class FakeWorker:
         self.executed: list[str] = []
         self.dies_at: int | None = None
         self.full_disk = False
+        self.cancelled: list[str] = []
+        self.dies_after_parts: int | None = None
+        self.salt = 0
         self._begun: asyncio.Future[bytes] | None = None
         self._calls: asyncio.Queue[tuple[Command, bytes, asyncio.Future[bytes]]] = asyncio.Queue()
         self._task = asyncio.create_task(self._serve())
@@ -89,6 +114,25 @@ class FakeWorker:
             self._calls.put_nowait((command, payload, future))
         return future
 
+    async def stream(self, command: Command) -> AsyncGenerator[bytes]:
+        """A part a token, its sample's in turn, then the answer."""
+        assert isinstance(command, Sample)
+        request, sequences = command.request, drawn(command.request, self.salt)
+        num_parts = 0
+        for i in range(request.params.max_tokens if command.stream else 0):
+            for index, s in enumerate(sequences):
+                if num_parts == self.dies_after_parts:
+                    self.die()
+                    raise WorkerLost("killed by the test")
+                await asyncio.sleep(0)
+                reason = s.stop_reason if i + 1 == len(s.tokens) else None
+                num_parts += 1
+                yield msgspec.msgpack.encode([SampleDelta(index, [s.tokens[i]], [s.logprobs[i]], s.text[i], reason)])
+        if num_parts == self.dies_after_parts:
+            self.die()
+            raise WorkerLost("killed by the test")
+        yield msgspec.msgpack.encode(SampleResult(request.request_id, sequences))
+
     def die(self) -> None:
         if self.lost.done():
             return
@@ -96,6 +140,10 @@ class FakeWorker:
         self._task.cancel()
         while not self._calls.empty():
             self._lose(self._calls.get_nowait()[2])
+
+    async def call_is_done(self) -> None:
+        """Every call that was made before this has been answered."""
+        await self.call(Tokenize(["a"]))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -143,6 +191,16 @@ class FakeWorker:
             case Execute(run_id):
                 self.executed.append(run_id)
                 return msgspec.msgpack.encode(self._execute(command, _decoder.decode(payload)))
+            case CancelSample(request_id):
+                self.cancelled.append(request_id)
+                return b""
+            case Tokenize(texts, add_special_tokens):
+                if "" in texts:
+                    raise OperationFailed("prompt: at least one character", "BadRequest")
+                first = [0] if add_special_tokens else []
+                return msgspec.msgpack.encode([first + list(text.encode()) for text in texts])
+            case RenderChat(messages):
+                return msgspec.msgpack.encode(list(messages))
             case other:
                 raise AssertionError(other)
 
@@ -174,11 +232,18 @@ class FakeLifecycle:
     dies_at: int | None = None
     always_dies_at: int | None = None
 
+    sample_deaths: list[int] = field(default_factory=list)
+    """After how many parts of a stream each worker dies, in turn."""
+    salts: list[int] = field(default_factory=list)
+    """Makes each worker, in turn, draw something else."""
+
     async def wake(self, _id: str) -> FakeWorker:
         if self.failure is not None:
             raise self.failure
         if not self.workers or self.workers[-1].lost.done():
             worker = FakeWorker()
+            worker.dies_after_parts = self.sample_deaths.pop(0) if self.sample_deaths else None
+            worker.salt = self.salts.pop(0) if self.salts else 0
             worker.dies_at = self.dies_at if self.always_dies_at is None else self.always_dies_at
             self.dies_at = None
             self.workers.append(worker)
@@ -190,8 +255,14 @@ class FakeLifecycle:
 
     def touch(self, _id: str) -> None: ...
 
+    def key_of(self, _id: str) -> str | None:
+        return None
+
     def describe(self, _id: str) -> str:
         return "loading"
+
+    def status(self, _id: str) -> str:
+        return "LOADING_MODEL"
 
     async def close(self) -> None:
         for worker in self.workers:

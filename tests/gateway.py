@@ -63,7 +63,7 @@ class Gateway:
         self.process: subprocess.Popen[bytes] | None = None
         self._clients: list[httpx.Client] = []
 
-    def start(self, key: str | None = KEY) -> "Gateway":
+    def start(self, key: str | None = KEY, *options: str) -> "Gateway":
         given = {} if key is None else {"SELFLOOP_API_KEY": key}
         arguments = [
             "serve",
@@ -74,6 +74,7 @@ class Gateway:
             "--dtype",
             "float32",
             "--no-prepare",
+            *options,
         ]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(

@@ -10,21 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from selfloop.control import held
 from selfloop.control.context import Context
+from selfloop.control.disk_room import DiskRoom
+from selfloop.control.jobs import Jobs
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.observe.observations import Observations
+from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
+from selfloop.control.queued_samples import QueuedSamples
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
+from selfloop.control.resources.cleanup import Cleanup
+from selfloop.control.resources.deploys import Deploys
 from selfloop.control.resources.exports import Exports
 from selfloop.control.resources.imports import Imports
 from selfloop.control.resources.runs import Runs
 from selfloop.control.resources.samplers import Samplers
+from selfloop.control.resources.sessions import Sessions
+from selfloop.control.resources.user_config import UserConfigs
+from selfloop.control.sampled_once import SampledOnce
 from selfloop.control.sampling import Sampling
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
-from selfloop.control.workers import WorkerPool, WorkerSlot
+from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.database import Database
@@ -62,6 +73,7 @@ class DataDirectory:
         blobs = LocalBlobs(path)
         self.exports = Exports(self._db, blobs, self.catalogue)
         self.imports = Imports(self._db, blobs, self.catalogue, self.access)
+        self.usage = Usage(self._db)
 
     async def seed(self) -> None:
         """Give a new data directory what a server's start would give it: the first team, the embedded model."""
@@ -91,6 +103,7 @@ class Control:
         journal = Journal(self.db, blobs)
         settlement = Settlement(self.db, blobs, journal)
         self.catalogue = Catalogue(self.db, data_dir / "models")
+        settlement.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
         self.lifecycle = Lifecycle(self.db, pool)
 
@@ -101,20 +114,32 @@ class Control:
         self.lifecycle.park = scheduler.park
         self._context = Context(self.db, blobs, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue)
         self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
-        self.runs = Runs(self._context)
-        self.samplers = Samplers(self._context)
+        self.user_configs = UserConfigs(self._context, config.device)
+        self.runs = Runs(self._context, self.user_configs)
+        self.samplers = Samplers(self._context, self.user_configs)
+        self.cleanup = Cleanup(self._context)
+        self.deploys = Deploys(self._context, self.user_configs)
         self.checkpoints = Checkpoints(self._context, _secret(data_dir / "link_secret"))
+        self.observations = Observations(self._context, self.runs, data_dir, _secret(data_dir / "link_secret"))
         self.operations = Operations(self._context)
         self.sampling = Sampling(self._context)
+        self.queued_samples = QueuedSamples(self._context, self.sampling)
+        self.sampled_once = SampledOnce()
+        self.sessions = Sessions(self._context)
+        self.jobs = Jobs()
         self._preparing: asyncio.Task[None] | None = None
 
     async def start(self, first_key: str | None) -> str | None:
         """Take up what an earlier gateway left; returns the first key if one was made just now."""
         await self.catalogue.seed()
         made = await self.access.ensure_first_key(first_key)
+        await self.access.start()
+        await self.observations.start()
         await self.lifecycle.start()
+        await held.clear_leftovers(self.db, self._context.blobs)
         await self.checkpoints.start()
         await self.operations.start()
+        await self.queued_samples.start()
         if self.config.prepare_embedded:
             self._preparing = asyncio.create_task(self.catalogue.prepare_embedded(), name="prepare-embedded")
         return made
@@ -124,9 +149,12 @@ class Control:
             self._preparing.cancel()
             await asyncio.gather(self._preparing, return_exceptions=True)
         await self.operations.stop()
+        await self.queued_samples.stop()
+        await self.jobs.stop()
         await self._context.scheduler.stop(_STOP_GRACE_S)
         await self.lifecycle.stop()
         await self._context.pool.stop()
+        await self.observations.stop()
         await self.checkpoints.stop()
         await self.db.close()
         self._lock.close()
@@ -135,10 +163,13 @@ class Control:
         config = self.config
 
         def command(name: str, folder: Path) -> WorkerCommand:
-            log_path = config.data_dir / "logs" / f"worker-{name.replace('/', '--')}.log"
-            return WorkerCommand(folder, config.device, config.dtype, log_path)
+            return WorkerCommand(folder, config.device, config.dtype, self.observations.worker_log(name))
 
-        return WorkerSlot(model_name, self.catalogue.prepare, command, self.lifecycle.on_worker_state)
+        async def on_state(name: str, state: WorkerState, reason: str) -> None:
+            await self.observations.on_worker_state(name, state, reason)
+            await self.lifecycle.on_worker_state(name, state, reason)
+
+        return WorkerSlot(model_name, self.catalogue.prepare, command, on_state)
 
 
 def _lock(data_dir: Path) -> IO[str]:

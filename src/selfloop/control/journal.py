@@ -13,6 +13,7 @@ from selfloop.storage.db import queries_operations, queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import Conflict
+from selfloop.types.logline import current
 from selfloop.types.operation import CHANGES_STATE
 from selfloop.types.status import OperationState
 
@@ -90,16 +91,14 @@ class Journal:
             created_at=time.time(),
             payload=None if payload_key else submission.payload,
             payload_key=payload_key,
+            key_id=current().key_id or None,
         )
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
             next_seq = first_missing(seq + 1, sorted(parked))
         try:
-            async with self._db.write() as session:
-                session.add(row)
-                await session.flush()
-                await queries_resources.update_run(session, run.id, epoch=epoch, next_seq=next_seq)
+            await self._db.write_grouped(lambda connection: queries_operations.add(connection, row, next_seq))
         except IntegrityError:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         run.epoch, run.next_seq = epoch, next_seq
@@ -115,6 +114,41 @@ class Journal:
         if by_seq is not None:
             return _same_request(by_seq, submission, "seq_id")
         raise Conflict(f"seq_id {row.seq} came too late: the run has gone on to seq_id {next_seq} without it")
+
+    async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> Accepted:
+        """Note at the submission's place that it was refused; the run's order goes on by :meth:`skip_gap`.
+
+        Raises:
+            Conflict: the id or the sequence id was used for a different request.
+        """
+        assert submission.seq is not None
+        now = time.time()
+        row = OperationRow(
+            run_id=run.id,
+            id=submission.id,
+            epoch=run.epoch,
+            seq=submission.seq,
+            kind=submission.kind,
+            fingerprint=submission.fingerprint,
+            state=OperationState.ERROR,
+            created_at=now,
+            error=error,
+            error_class=error_class,
+            finished_at=now,
+        )
+        try:
+            async with self._db.write() as session:
+                session.add(row)
+                await session.flush()
+        except IntegrityError:
+            return Accepted(await self._known(row, submission, run.next_seq), is_new=False)
+        return Accepted(row, is_new=True)
+
+    async def refused_ahead(self, run: RunRow) -> list[int]:
+        """Sequence ids from the run's next one on that were refused when they came."""
+        async with self._db.read() as session:
+            rows = await queries_operations.in_state(session, OperationState.ERROR, run.id)
+        return [row.seq for row in rows if row.epoch == run.epoch and row.seq >= run.next_seq]
 
     async def skip_gap(self, run: RunRow, next_seq: int) -> None:
         """Stop waiting for the sequence ids below ``next_seq``."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.control.observe.observer import status_extra
 from selfloop.control.workers import WorkerPool, WorkerState
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
@@ -27,6 +29,7 @@ _DEPLOYMENT_STATUS: dict[WorkerState, DeploymentStatus] = {
     "preparing": DeploymentStatus.DEPLOYING,
     "loading": DeploymentStatus.DEPLOYING,
     "restarting": DeploymentStatus.DEPLOYING,
+    "crashing": DeploymentStatus.FAILED,
     "ready": DeploymentStatus.RUNNING,
     "failed": DeploymentStatus.FAILED,
 }
@@ -34,19 +37,33 @@ _SAMPLER_STATUS: dict[WorkerState, SamplerStatus] = {
     "preparing": SamplerStatus.DEPLOYING,
     "loading": SamplerStatus.LOADING_MODEL,
     "restarting": SamplerStatus.LOADING_MODEL,
+    "crashing": SamplerStatus.UNHEALTHY,
     "ready": SamplerStatus.ACTIVE,
     "failed": SamplerStatus.DEPLOY_FAILED,
 }
 _ENDED = {DeploymentStatus.STOPPED, SamplerStatus.INACTIVE}
 _SLEEPING = {DeploymentStatus.SCALED_TO_ZERO, SamplerStatus.SCALED_TO_ZERO}
+# A sampler that has been up before: what it cannot load now, it could.
+_HAS_SERVED = {
+    SamplerStatus.ACTIVE,
+    SamplerStatus.SCALED_TO_ZERO,
+    SamplerStatus.WAKING_UP,
+    SamplerStatus.UNHEALTHY,
+    SamplerStatus.FAILED,
+}
 _SETTLED = {
     SamplerStatus.ACTIVE,
+    SamplerStatus.UNHEALTHY,
     SamplerStatus.DEPLOY_FAILED,
     SamplerStatus.INACTIVE,
     SamplerStatus.SCALED_TO_ZERO,
     SamplerStatus.FAILED,
 }
 _REAPER_PAUSE_S = 0.25
+# How long a deactivated sampler waits for the samples that it is drawing, and how long its caller for the worker's
+# end: together less than the 5 s after which common HTTP clients give up.
+_DRAIN_S = 3.0
+_STOP_WAIT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -55,6 +72,9 @@ class _Member:
     id: str
     status: str
     reason: str = ""
+    has_served: bool = False
+    num_uses: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -88,7 +108,7 @@ class Lifecycle:
         """Set by the scheduler: stores the state of a deployment's runs and takes them out of the worker."""
 
     async def start(self) -> None:
-        """Take up what the database knows; whatever was awake sleeps until it is needed again."""
+        """Take up what the database knows; whatever was awake sleeps until it is needed again, save what stands."""
         async with self._db.read() as session:
             deployments = await queries_resources.deployments(session)
             samplers = await queries_resources.samplers(session)
@@ -99,10 +119,15 @@ class Lifecycle:
         for row in samplers:
             if row.status not in _ENDED:
                 key = runs[row.run_id].deployment_id if row.run_id else row.id
-                self.add("sampler", row.id, key, row.model_name, row.scale_down_delay_s, row.status)
+                delay_s = math.inf if row.standing else row.scale_down_delay_s
+                self.add("sampler", row.id, key, row.model_name, delay_s, row.status)
+            if row.status == SamplerStatus.DEACTIVATING:
+                await self.end(row.id, "deactivated before the server was restarted")
         for group in list(self._groups.values()):
             if group.is_awake:
                 await self._set_sleeping(group, "the server was restarted")
+            if group.delay_s == math.inf:
+                self.wake_soon(next(iter(group.members)))
         self._spawn(self._keep_reaping(), "reaper")
 
     async def stop(self) -> None:
@@ -113,18 +138,30 @@ class Lifecycle:
     # -- who is there ---------------------------------------------------------------------------------
 
     def add(self, kind: Kind, id: str, key: str, model_name: str, delay_s: float, status: str) -> None:
-        """Register capacity; ``key`` is the trainer deployment it lives with, or its own id."""
+        """Register capacity; ``key`` is the trainer deployment it lives with, or its own id.
+
+        A ``delay_s`` of infinity is for what never sleeps, and is brought up at every start.
+        """
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(key, model_name, delay_s, self._clock())
         group.delay_s = delay_s
-        group.members[id] = _Member(kind, id, status)
+        group.members[id] = _Member(kind, id, status, has_served=status in _HAS_SERVED)
         self._group_of[id] = group
 
     def status(self, id: str) -> str | None:
         """The present status of live capacity, None for what ended or never was."""
         group = self._group_of.get(id)
         return group.members[id].status if group else None
+
+    def key_of(self, id: str) -> str | None:
+        """The trainer deployment that live capacity belongs to (or its own id), None for what ended."""
+        group = self._group_of.get(id)
+        return group.key if group else None
+
+    def awake(self) -> list[tuple[str, str]]:
+        """Key and base model of all capacity that is not asleep."""
+        return [(group.key, group.model_name) for group in self._groups.values() if group.is_awake]
 
     def describe(self, id: str) -> str:
         """Why the capacity is in its status, in words."""
@@ -150,12 +187,17 @@ class Lifecycle:
         if group is None:
             yield
             return
+        member = group.members[id]
         group.num_uses += 1
+        member.num_uses += 1
         try:
             yield
         finally:
             group.num_uses -= 1
+            member.num_uses -= 1
             group.last_used = self._clock()
+            if member.status == SamplerStatus.DEACTIVATING and not member.num_uses:
+                member.idle.set()
 
     async def wake(self, id: str) -> WorkerClient:
         """Bring the capacity up (if it is not) and give its worker.
@@ -191,17 +233,31 @@ class Lifecycle:
                 await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _SETTLED)
 
     async def end(self, id: str, reason: str) -> None:
-        """Deactivate capacity for good; the worker ends when nothing else needs it."""
+        """Deactivate capacity for good; the worker ends when nothing else needs it.
+
+        A sampler first finishes what it is drawing, for at most 3 s, and takes nothing new meanwhile. A worker
+        that is still loading is ended once it can be told to; nobody waits for that.
+        """
         group = self._group_of.get(id)
         if group is None:
             return
         member = group.members[id]
-        final = DeploymentStatus.STOPPED if member.kind == "deployment" else SamplerStatus.INACTIVE
+        final = DeploymentStatus.STOPPED
+        if member.kind == "sampler":
+            final = SamplerStatus.INACTIVE
+            member.idle.clear()
+            if member.num_uses:
+                await self._set(member, SamplerStatus.DEACTIVATING, f"{reason}; {member.num_uses} requests are running")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(member.idle.wait(), _DRAIN_S)
+        if self._group_of.pop(id, None) is None:
+            return  # Somebody else ended it meanwhile.
         await self._set(member, final, reason)
-        del group.members[id], self._group_of[id]
+        del group.members[id]
         if not group.members:
-            del self._groups[group.key]
-        await self._stop_unneeded(group.model_name, reason)
+            self._groups.pop(group.key, None)
+        stopping = self._spawn(self._stop_unneeded(group.model_name, reason), f"stop-{group.model_name}")
+        await asyncio.wait({stopping}, timeout=_STOP_WAIT_S)
 
     # -- transitions ----------------------------------------------------------------------------------
 
@@ -209,17 +265,24 @@ class Lifecycle:
         """The worker of a base model changed: so did the capacity on it that is awake."""
         if state == "stopped":
             return
-        for group in list(self._groups.values()):
-            if group.model_name == model_name and group.is_awake:
-                await self._follow(group, state, reason)
+        awake = [g for g in list(self._groups.values()) if g.model_name == model_name and g.is_awake]
+        for group in awake:
+            await self._follow(group, state, reason)
+        members = [id for group in awake for id in group.members]
+        if state == "restarting" and members:
+            self.wake_soon(members[0])
 
     async def _follow(self, group: _Group, state: WorkerState, reason: str) -> None:
         for member in list(group.members.values()):
             waking = member.status == SamplerStatus.WAKING_UP and state in ("preparing", "loading")
-            if member.status in _SLEEPING or waking:
+            if member.status in _SLEEPING or member.status == SamplerStatus.DEACTIVATING or waking:
                 continue
-            table = _DEPLOYMENT_STATUS if member.kind == "deployment" else _SAMPLER_STATUS
-            await self._set(member, table[state], reason)
+            if member.kind == "deployment":
+                await self._set(member, _DEPLOYMENT_STATUS[state], reason)
+            elif state == "failed" and member.has_served:
+                await self._set(member, SamplerStatus.FAILED, reason)
+            else:
+                await self._set(member, _SAMPLER_STATUS[state], reason)
 
     async def _set_waking(self, group: _Group) -> None:
         for member in group.members.values():
@@ -235,9 +298,11 @@ class Lifecycle:
 
     async def _set(self, member: _Member, status: str, reason: str) -> None:
         member.reason = reason
+        member.has_served = member.has_served or status == SamplerStatus.ACTIVE
         if member.status == status:
             return
-        log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason)
+        extra = status_extra(member.kind, member.id, status)
+        log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason, extra=extra)
         member.status = status
         async with self._db.write() as session:
             if member.kind == "deployment":
@@ -281,14 +346,17 @@ class Lifecycle:
         await self._stop_unneeded(group.model_name, reason)
 
     async def _stop_unneeded(self, model_name: str, reason: str) -> None:
-        if any(g.model_name == model_name and g.is_awake for g in self._groups.values()):
-            return
-        await self._pool.slot(model_name).stop(reason)
+        def is_needed() -> bool:
+            return any(g.model_name == model_name and g.is_awake for g in self._groups.values())
 
-    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        if not is_needed():
+            await self._pool.slot(model_name).stop(reason, is_needed)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def record_change(session: AsyncSession, resource: str, id: str, status: str, reason: str) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from selfloop.control.context import Context
@@ -12,6 +11,7 @@ from selfloop.control.journal import Submission, first_missing
 from selfloop.control.recovery import clear_leftovers
 from selfloop.control.scheduler import RunActor
 from selfloop.control.settle import Outcome
+from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
@@ -39,7 +39,7 @@ class _Live:
     """An operation without an outcome, and those who wait for it."""
 
     def __init__(self) -> None:
-        self.settled = asyncio.Event()
+        self.waiters = Waiters()
         self.outcome: Outcome | None = None
 
 
@@ -49,7 +49,7 @@ class Operations:
         self._live: dict[tuple[str, str], _Live] = {}
         self._left_out: dict[str, set[tuple[int, int]]] = {}
         self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
-        self._closing = asyncio.Event()
+        self._closing = False
         self._purger: asyncio.Task[None] | None = None
         context.settlement.on_settled = self._settled
 
@@ -68,14 +68,22 @@ class Operations:
                 )
                 continue
             self._live[row.run_id, row.id] = _Live()
+            self._c.settlement.observer.accepted(run, row)
             self._c.scheduler.actor(run).push(row)
+        for run_id in {row.run_id for row in queued} & {
+            run.id for run in runs.values() if run.status == RunStatus.ACTIVE
+        }:
+            for seq in await self._c.journal.refused_ahead(runs[run_id]):
+                await self.leave_out(runs[run_id], seq)
         if queued:
             log.info("resuming %d queued operations", len(queued))
         self._purger = asyncio.create_task(self._purge(), name="purge-results")
 
     async def stop(self) -> None:
         """Send the long polls home; their clients ask again."""
-        self._closing.set()
+        self._closing = True
+        for live in self._live.values():
+            live.waiters.release()
         if self._purger is not None:
             self._purger.cancel()
             await asyncio.gather(self._purger, return_exceptions=True)
@@ -87,15 +95,37 @@ class Operations:
             Conflict: the run is inactive, or the id or sequence id was used for a different request.
         """
         if run.status != RunStatus.ACTIVE:
-            raise Conflict(f"run {run.id} is INACTIVE: it was deactivated and takes no more operations")
+            raise Conflict(
+                f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
+            )
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
             self._c.lifecycle.touch(run.deployment_id)
             if accepted.is_new:
                 self._live[run.id, accepted.row.id] = _Live()
+                self._c.settlement.observer.accepted(actor.run, accepted.row)
                 actor.push(accepted.row)
                 await self._pass_left_out(actor)
+        return accepted.row.id
+
+    async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> str:
+        """Give an operation that cannot be served its place and an error as its outcome; returns its id.
+
+        For a client that has counted its sequence id and asks for the outcome: those behind do not wait for it.
+
+        Raises:
+            Conflict: the run is inactive, or the id or sequence id was used for a different request.
+        """
+        if run.status != RunStatus.ACTIVE:
+            raise Conflict(
+                f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
+            )
+        assert submission.seq is not None
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
+            accepted = await self._c.journal.refuse(actor.run, submission, error, error_class)
+        await self.leave_out(actor.run, submission.seq)
         return accepted.row.id
 
     async def leave_out(self, run: RunRow, seq: int) -> None:
@@ -132,8 +162,8 @@ class Operations:
         if live is None:
             outcome = self._recent.get(key)
             return await self._stored(run_id, operation_id) if outcome is None else outcome
-        if live.outcome is None:
-            await first_of(timeout_s, live.settled.wait(), self._closing.wait())
+        if live.outcome is None and not self._closing:
+            await live.waiters.wait(timeout_s)
         if live.outcome is not None:
             return live.outcome
         actor = self._c.scheduler.known(run_id)
@@ -170,6 +200,18 @@ class Operations:
         if uri.run_id != run.id or actor is None or not actor.saves_named(uri.name, kind):
             raise NotFound("checkpoint", path)
 
+    async def check_name_is_free(self, run: RunRow, name: str) -> None:
+        """Check that the run has no trainer checkpoint of that name, stored or still being saved.
+
+        Raises:
+            BadRequest: it has one.
+        """
+        async with self._c.db.read() as session:
+            row = await queries_checkpoints.named(session, run.id, CheckpointTarget.TRAINER, name)
+        actor = self._c.scheduler.known(run.id)
+        if row is not None or (actor is not None and actor.saves_named(name, "save_state")):
+            raise BadRequest("path", f"a name that is free, or overwrite: this run has a checkpoint {name!r}")
+
     async def _row(self, run_id: str, operation_id: str) -> OperationRow:
         row = await self._c.journal.get(run_id, operation_id)
         if row is None:
@@ -190,7 +232,7 @@ class Operations:
         live = self._live.pop(key, None)
         if live is not None:
             live.outcome = outcome
-            live.settled.set()
+            live.waiters.release()
         # The poll that asks for it is mostly on its way: save it the look into the database.
         if len(outcome.result or b"") <= _RECENT_MAX_BYTES:
             self._recent[key] = outcome
@@ -201,16 +243,6 @@ class Operations:
         while True:
             await asyncio.sleep(_PURGE_EVERY_S)
             await self._c.journal.purge(time.time() - RESULT_KEPT_S)
-
-
-async def first_of(timeout_s: float, *waits: Awaitable[object]) -> None:
-    """Return when the first of ``waits`` does, or after ``timeout_s``."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def checked_operation_id(key: str) -> str:

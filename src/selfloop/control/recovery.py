@@ -11,6 +11,7 @@ from selfloop.control.settle import Settlement
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
 from selfloop.types.status import RunStatus
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import Execute, OpenRun, Snapshot
@@ -31,13 +32,14 @@ async def reopen(
     """
     initial = None if run.initial_key is None else str(blobs.path(run.initial_key))
     snapshot = None if run.snapshot_key is None else str(blobs.path(run.snapshot_key))
-    await worker.call(OpenRun(run.id, run.initial_rank, run.seed, initial, snapshot))
+    targets = LoraTargets.parse(run.targets)
+    await worker.call(OpenRun(run.id, run.initial_rank, run.seed, initial, snapshot, targets, run.with_optimizer))
     rows = await journal.to_replay(run)
     if rows:
         log.info("run %s: replaying %d operations", run.id, len(rows))
     for row in rows:
         payload = await journal.payload(row)
-        context = Execute(run.id, run.seed, initial=initial)
+        context = Execute(run.id, run.seed, initial=initial, targets=targets)
         if row.kind == "load_state":
             context = msgspec.structs.replace(context, read_from=await settlement.read_from(run, payload))
         try:

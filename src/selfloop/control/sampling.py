@@ -1,25 +1,38 @@
 """Draw samples: pick the weights, bring the sampler up, and hold the caller until the tokens are there."""
 
 import asyncio
+import contextlib
 import logging
+import secrets
 import uuid
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from selfloop.control.context import Context
+from selfloop.control.continuation import Continuation
+from selfloop.control.held import held_key
 from selfloop.control.settle import checkpoint_key
-from selfloop.storage.db import queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import CheckpointRow, SamplerRow
-from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, WorkerLost
-from selfloop.types.sampling import AdapterRef, SampleRequest, SampleResult, SamplingParams
+from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
+from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
+from selfloop.types.model_folder import read_chat_template
+from selfloop.types.sampling import AdapterRef, SampleDelta, SampleRequest, SampleResult, SamplingParams
 from selfloop.types.status import SamplerStatus
-from selfloop.worker.protocol import CancelSample, Sample
+from selfloop.worker.client import WorkerClient
+from selfloop.worker.protocol import CancelSample, Command, Detokenize, RenderChat, Sample, Tokenize
 
 log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
-_result_decoder: "msgspec.msgpack.Decoder[SampleResult]" = msgspec.msgpack.Decoder(SampleResult)
+# A list is a part of a stream, a map the answer itself.
+_sample_decoder: "msgspec.msgpack.Decoder[list[SampleDelta] | SampleResult]" = msgspec.msgpack.Decoder(
+    list[SampleDelta] | SampleResult
+)
+_prompt_decoder: "msgspec.msgpack.Decoder[list[int]]" = msgspec.msgpack.Decoder(list[int])
+_prompts_decoder: "msgspec.msgpack.Decoder[list[list[int]]]" = msgspec.msgpack.Decoder(list[list[int]])
+_bytes_decoder: "msgspec.msgpack.Decoder[list[bytes]]" = msgspec.msgpack.Decoder(list[bytes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +45,25 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A sampling request as a dialect hands it over."""
+    """A sampling request as a dialect hands it over; see :class:`SampleRequest`."""
 
     prompt: list[int]
     num_samples: int
     params: SamplingParams
-    prompt_logprobs: int | None
+    prompt_logprobs: int | None = None
+    top_logprobs: int = 0
+    token_bytes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation for the chat template: JSON of its messages, tools and further variables."""
+
+    messages: bytes
+    tools: bytes | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    options: bytes | None = None
 
 
 class Sampling:
@@ -48,7 +74,11 @@ class Sampling:
         context.settlement.on_published = self._announce
 
     async def weights(
-        self, sampler: SamplerRow, checkpoint: CheckpointRow | None, min_version: int | None, timeout_s: float
+        self,
+        sampler: SamplerRow,
+        checkpoint: CheckpointRow | HeldCheckpointRow | None,
+        min_version: int | None,
+        timeout_s: float,
     ) -> Weights:
         """Choose the weights: the live adapter, unless a checkpoint is pinned and the live one is behind.
 
@@ -69,9 +99,13 @@ class Sampling:
             if live_id is None:
                 return Weights(None, 0)
             async with self._c.db.read() as session:
-                checkpoint = await queries_checkpoints.get(session, live_id)
+                checkpoint = await queries_models_deployed.held_one(session, sampler.id, live_id)
+                checkpoint = checkpoint or await queries_checkpoints.stored(session, live_id)
             if checkpoint is None:
-                raise NotFound("checkpoint", live_id, "it expired or was deleted, and this sampler served it")
+                raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
+        if isinstance(checkpoint, HeldCheckpointRow):
+            path = self._c.blobs.path(held_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
+            return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step)
         path = self._c.blobs.path(checkpoint_key(checkpoint.id))
         return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step)
 
@@ -82,12 +116,71 @@ class Sampling:
         """Sample, waiting for the worker where it still loads; a worker that dies is replaced and asked again.
 
         Raises:
-            BadRequest: the prompt leaves no room within the sampler's length.
+            BadRequest: the prompt leaves no room within the sampler's length, or the worker refused a field.
             Conflict: the sampler was deactivated, or its adapter gives no finite numbers.
             OperationFailed: the base model cannot be loaded, or the engine refused.
         """
-        if sampler.status == SamplerStatus.INACTIVE:
-            raise Conflict(f"sampler {sampler.id} is INACTIVE: it was deactivated")
+        async with contextlib.aclosing(self._sample(sampler, weights, draw, stream=False)) as parts:
+            async for part in parts:
+                if isinstance(part, SampleResult):
+                    return part
+        raise AssertionError("a sample ends in its result")
+
+    async def check(self, sampler: SamplerRow, draw: Draw) -> None:
+        """Refuse what could never be drawn, before it waits. Raises as :meth:`draw` does."""
+        _check_live(sampler)
+        await self._check_tokens(sampler, draw)
+
+    async def stream(
+        self, sampler: SamplerRow, weights: Weights, draw: Draw
+    ) -> AsyncGenerator[SampleDelta | SampleResult]:
+        """What the samples grow by, as they grow, then all of them. Closing the generator ends the sampling.
+
+        A worker that dies is replaced and the request drawn again with the same seed; the stream goes on
+        where it was.
+
+        Raises:
+            WorkerLost: besides what :meth:`draw` raises: a second drawing did not repeat what was given out.
+        """
+        if draw.params.seed is None:
+            params = msgspec.structs.replace(draw.params, seed=secrets.randbits(63))
+            draw = replace(draw, params=params)
+        async with contextlib.aclosing(self._sample(sampler, weights, draw, stream=True)) as parts:
+            async for part in parts:
+                yield part
+
+    async def tokenize(
+        self, sampler: SamplerRow, texts: list[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text, as the model's own tokenizer makes them."""
+        return _prompts_decoder.decode(await self._ask(sampler, Tokenize(texts, add_special_tokens)))
+
+    async def token_bytes(self, sampler: SamplerRow, tokens: list[int]) -> list[bytes]:
+        """What each token stands for."""
+        model = await self._c.catalogue.resolve(sampler.base_model)
+        _check_vocabulary("prompt", tokens, model.vocab_size)
+        return _bytes_decoder.decode(await self._ask(sampler, Detokenize(tokens)))
+
+    async def render_chat(self, sampler: SamplerRow, chat: Chat) -> list[int]:
+        """Token ids of a conversation in the model's own chat template.
+
+        Raises:
+            BadRequest: the model has no template, or its template refuses the conversation.
+        """
+        command = RenderChat(
+            chat.messages, chat.tools, chat.add_generation_prompt, chat.continue_final_message, chat.options
+        )
+        return _prompt_decoder.decode(await self._ask(sampler, command))
+
+    async def chat_template(self, sampler: SamplerRow) -> str | None:
+        """The text of the model's chat template, None if it has none."""
+        folder = await self._c.catalogue.folder(sampler.model_name)
+        return None if folder is None else await asyncio.to_thread(read_chat_template, folder)
+
+    async def _sample(
+        self, sampler: SamplerRow, weights: Weights, draw: Draw, *, stream: bool
+    ) -> AsyncGenerator[SampleDelta | SampleResult]:
+        _check_live(sampler)
         await self._check_tokens(sampler, draw)
         request = SampleRequest(
             request_id=uuid.uuid4().hex,
@@ -96,27 +189,46 @@ class Sampling:
             params=draw.params,
             adapter=weights.adapter,
             prompt_logprobs=draw.prompt_logprobs,
+            top_logprobs=draw.top_logprobs,
+            token_bytes=draw.token_bytes,
         )
-        with self._c.lifecycle.using(sampler.id):
+        continuation = Continuation()
+        observer = self._c.settlement.observer
+        with self._c.lifecycle.using(sampler.id), observer.sampling(self._c.lifecycle.key_of(sampler.id)) as drawn:
             for attempt in range(1, _MAX_ATTEMPTS + 1):
                 worker = await self._c.lifecycle.wake(sampler.id)
-                reply = worker.call(Sample(request))
+                continuation.restart()
                 try:
-                    return _result_decoder.decode(await reply)
+                    async with contextlib.aclosing(_parts(worker, request, stream)) as parts:
+                        async for part in parts:
+                            if isinstance(part, SampleResult):
+                                drawn(sampler, len(draw.prompt), part)
+                                yield part
+                                return
+                            fresh = continuation.fresh(part)
+                            if fresh is not None:
+                                yield fresh
                 except OperationFailed as error:
-                    if error.error_class == "BadRequest":
-                        raise BadRequest("prompt", str(error)) from None
-                    if error.error_class == "NonFiniteLogits":
-                        raise Conflict(f"{error}: the adapter that was asked for has diverged in training") from None
-                    raise
+                    raise _refusal(error) from None
                 except WorkerLost as lost:
-                    log.warning("sample %s lost its worker (%d): %s", request.request_id, attempt, lost)
-                except asyncio.CancelledError:
-                    # The caller went away: free its place in the batch.
                     if not worker.lost.done():
-                        worker.call(CancelSample(request.request_id)).add_done_callback(_seen)
-                    raise
+                        raise
+                    log.warning("sample %s lost its worker (%d): %s", request.request_id, attempt, lost)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times while sampling this request")
+
+    async def _ask(self, sampler: SamplerRow, command: Command) -> bytes:
+        """A question about text, which the worker answers beside its work."""
+        _check_live(sampler)
+        with self._c.lifecycle.using(sampler.id):
+            for _attempt in range(_MAX_ATTEMPTS):
+                worker = await self._c.lifecycle.wake(sampler.id)
+                try:
+                    return await worker.call(command)
+                except OperationFailed as error:
+                    raise _refusal(error) from None
+                except WorkerLost as lost:
+                    log.warning("%s lost its worker: %s", type(command).__name__, lost)
+        raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times at this request")
 
     async def _check_tokens(self, sampler: SamplerRow, draw: Draw) -> None:
         model = await self._c.catalogue.resolve(sampler.base_model)
@@ -128,8 +240,7 @@ class Sampling:
                 f"sampler's {limit} tokens",
             )
         for name, tokens in (("prompt", draw.prompt), ("stop_token_ids", draw.params.stop_token_ids)):
-            if tokens and not (min(tokens) >= 0 and max(tokens) < model.vocab_size):
-                raise BadRequest(name, f"token ids from 0 to {model.vocab_size - 1}")
+            _check_vocabulary(name, tokens, model.vocab_size)
 
     async def _row(self, sampler_id: str) -> SamplerRow:
         async with self._c.db.read() as session:
@@ -157,6 +268,49 @@ class Sampling:
         task = asyncio.create_task(announce())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _parts(
+    worker: WorkerClient, request: SampleRequest, stream: bool
+) -> AsyncGenerator[SampleDelta | SampleResult]:
+    """The worker's answer to one asking; a caller that goes away before its end frees its place in the batch."""
+    ended = False
+    try:
+        async with contextlib.aclosing(worker.stream(Sample(request, stream))) as answers:
+            async for answer in answers:
+                part = _sample_decoder.decode(answer)
+                if isinstance(part, SampleResult):
+                    ended = True
+                    yield part
+                else:
+                    for delta in part:
+                        yield delta
+    except OperationFailed:
+        ended = True
+        raise
+    finally:
+        if not ended and not worker.lost.done():
+            worker.call(CancelSample(request.request_id)).add_done_callback(_seen)
+
+
+def _refusal(error: OperationFailed) -> SelfloopError:
+    """What the worker's refusal means to whoever asked."""
+    if error.error_class == "BadRequest":
+        field, _, expected = str(error).partition(": ")
+        return BadRequest(field, expected)
+    if error.error_class == "NonFiniteLogits":
+        return Conflict(f"{error}: the adapter that was asked for has diverged in training")
+    return error
+
+
+def _check_live(sampler: SamplerRow) -> None:
+    if sampler.status in (SamplerStatus.INACTIVE, SamplerStatus.DEACTIVATING):
+        raise Conflict(f"sampler {sampler.id} is {sampler.status}: it was deactivated", reason="SAMPLER_INACTIVE")
+
+
+def _check_vocabulary(field: str, tokens: list[int], vocab_size: int) -> None:
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        raise BadRequest(field, f"token ids from 0 to {vocab_size - 1}")
 
 
 def _seen(future: "asyncio.Future[bytes]") -> None:

@@ -18,6 +18,8 @@ from selfloop.control.settle import Settlement
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.logline import Scope, bind_only
+from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import Operation, SaveState, SaveWeightsForSampler
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import CloseRun, Execute
@@ -166,6 +168,7 @@ class RunActor:
     # -- the run's own task ---------------------------------------------------------------------------
 
     async def _drive(self) -> None:
+        bind_only(Scope(team_id=self.run.team_id, deployment_id=self.run.deployment_id, run_id=self.run.id))
         while True:
             self._wakeup.clear()
             try:
@@ -213,6 +216,7 @@ class RunActor:
             heapq.heappop(self._queue)
             reply = worker.call(command, payload)
             self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
+            self._settlement.observer.begun(queued.row)
 
     def _may_send(self) -> bool:
         if self._halted or not self._queue or not self._is_ready(self._queue[0]):
@@ -250,13 +254,14 @@ class RunActor:
         return worker
 
     async def _command(self, row: OperationRow, payload: bytes) -> Execute:
-        context = Execute(self.run.id, self.run.seed, initial=self._folder(self.run.initial_key))
+        targets = LoraTargets.parse(self.run.targets)
+        context = Execute(self.run.id, self.run.seed, initial=self._folder(self.run.initial_key), targets=targets)
         if row.kind == "load_state":
             return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
         if row.kind in _SAVES:
             operation = _operation_decoder.decode(payload)
             assert isinstance(operation, SaveState | SaveWeightsForSampler)
-            return msgspec.structs.replace(context, write_to=self._settlement.write_to(operation.checkpoint_id))
+            return msgspec.structs.replace(context, write_to=await self._settlement.write_to(self.run, operation))
         return context
 
     def _folder(self, key: str | None) -> str | None:
@@ -276,6 +281,8 @@ class RunActor:
             try:
                 body = flight.reply.result()
             except OperationFailed as error:
+                if row.kind in _SAVES:
+                    await self._settlement.discard(row)
                 self._in_flight.popleft()
                 await self._settlement.fail(row, str(error), error.error_class)
                 return

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from selfloop.control import retention
+from selfloop.control.disk_room import DiskRoom
 from selfloop.control.journal import Journal
+from selfloop.control.observe.observer import Observer
+from selfloop.control.observe.usage import Usage, counts_of, operation_key
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.storage.db import queries_checkpoints, queries_operations, queries_resources
+from selfloop.storage.db import queries_checkpoints, queries_observations, queries_operations, queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.errors import OperationFailed
@@ -46,8 +50,11 @@ class Settlement:
         self._db = db
         self._blobs = blobs
         self._journal = journal
+        self.observer = Observer(Usage(db))
         self.on_settled: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
         self.on_published: Callable[[], None] = lambda: None
+        self.disk_room: DiskRoom | None = None
+        """Set by control: refuses saves that do not fit."""
 
     async def read_from(self, run: RunRow, payload: bytes) -> str:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
@@ -60,14 +67,23 @@ class Settlement:
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
         return str(self._blobs.path(checkpoint_key(row.id)))
 
-    def write_to(self, checkpoint_id: str) -> str:
-        """The folder that a save writes, aside until it is whole."""
-        return str(self._blobs.prepare_folder(checkpoint_key(checkpoint_id) + ".part"))
+    async def write_to(self, run: RunRow, operation: SaveState | SaveWeightsForSampler) -> str:
+        """The folder that a save writes, aside until it is whole. Raises :class:`OperationFailed` without room."""
+        if self.disk_room is not None:
+            await self.disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
+        return str(self._blobs.prepare_folder(checkpoint_key(operation.checkpoint_id) + ".part"))
+
+    async def discard(self, row: OperationRow) -> None:
+        """Remove what a save that failed has written."""
+        operation = _operation_decoder.decode(await self._journal.payload(row))
+        if isinstance(operation, SaveState | SaveWeightsForSampler):
+            await asyncio.to_thread(self._blobs.delete, checkpoint_key(operation.checkpoint_id) + ".part")
 
     async def done(self, run: RunRow, row: OperationRow, body: bytes) -> None:
         """Store a result and what it changes in the run's resources."""
         result = _result_decoder.decode(body)
-        replaced: str | None = None
+        counts = counts_of(row, result)
+        gone: list[str] = []
         operation: SaveState | SaveWeightsForSampler | None = None
         if isinstance(result, SaveResult):
             decoded = _operation_decoder.decode(await self._journal.payload(row))
@@ -82,6 +98,10 @@ class Settlement:
             settled = await queries_operations.finish(
                 session, row, state=OperationState.DONE, at=time.time(), result=inline, result_key=result_key
             )
+            if settled:
+                # In this transaction: what is replayed or settled twice counts once.
+                account = operation_key(run, row, time.time())
+                await queries_observations.add_usage(session, account, counts)
             match result:
                 case InitResult(step=step, lora_rank=rank) | LoadResult(step=step, lora_rank=rank):
                     run.step, run.lora_rank = step, rank
@@ -94,7 +114,7 @@ class Settlement:
                     checkpoint = _checkpoint_row(run, operation, result)
                     old = await queries_checkpoints.holder_of_name(session, run.id, checkpoint.target, checkpoint.name)
                     if old is not None:
-                        replaced = old.id
+                        gone.append(old.id)
                         await queries_checkpoints.remove(session, old.id)
                         await session.flush()
                     session.add(checkpoint)
@@ -103,11 +123,16 @@ class Settlement:
                             await queries_resources.update_sampler(
                                 session, sampler.id, live_checkpoint_id=checkpoint.id, live_version=result.step
                             )
+                    await session.flush()
+                    for surplus in await retention.beyond_last(session, run, checkpoint.target):
+                        gone.append(surplus.id)
+                        await queries_checkpoints.remove(session, surplus.id)
                 case _:
                     pass
-        if replaced is not None:
-            await asyncio.to_thread(self._blobs.delete, checkpoint_key(replaced))
+        for id in gone:
+            await asyncio.to_thread(self._blobs.delete, checkpoint_key(id))
         if settled:
+            self.observer.finished(row, result, counts)
             self.on_settled(row, Outcome(body))
         if operation is not None:
             self.on_published()
@@ -116,8 +141,8 @@ class Settlement:
         self, row: OperationRow, error: str, error_class: str, state: OperationState = OperationState.ERROR
     ) -> None:
         """Store an error as the operation's outcome."""
-        log.info("run %s: %s %s failed: %s", row.run_id, row.kind, row.id, error)
         if await self._journal.fail(row, error, error_class, state):
+            self.observer.failed(row, error, error_class, state)
             self.on_settled(row, Outcome(None, error, error_class))
 
     async def snapshot_taken(self, run: RunRow, key: str, position: tuple[int, int]) -> None:
@@ -143,4 +168,9 @@ def _checkpoint_row(run: RunRow, operation: SaveState | SaveWeightsForSampler, r
         size_bytes=result.size_bytes,
         created_at=now,
         expires_at=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+        sampler_id=operation.sampler_id if isinstance(operation, SaveWeightsForSampler) else None,
+        targets=run.targets,
+        user_metadata=None
+        if operation.user_metadata is None
+        else msgspec.json.encode(operation.user_metadata).decode(),
     )

@@ -13,12 +13,15 @@ from selfloop.worker.launch_local import WorkerCommand
 
 log = logging.getLogger(__name__)
 
-WorkerState = Literal["stopped", "preparing", "loading", "ready", "restarting", "failed"]
+WorkerState = Literal["stopped", "preparing", "loading", "ready", "restarting", "crashing", "failed"]
 
 # A model that could not be loaded is not tried again before this, so that a queue of waiters fails fast.
 _RETRY_FAILED_S = 10.0
 # Deaths in a row before a worker counts as unable to start.
 _MAX_STARTS = 3
+# A loaded worker that died this often within this time is crashing over and over.
+_MAX_CRASHES = 3
+_CRASH_WINDOW_S = 60.0
 
 
 class WorkerSlot:
@@ -40,6 +43,7 @@ class WorkerSlot:
         self._client: WorkerClient | None = None
         self._lock = asyncio.Lock()
         self._failed_at = float("-inf")
+        self._crashed_at: list[float] = []
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -54,8 +58,10 @@ class WorkerSlot:
             OperationFailed: the model cannot be prepared or loaded, with the cause.
         """
         async with self._lock:
-            if self._client is not None and not self._client.lost.done():
-                return self._client
+            if self._client is not None:
+                if not self._client.lost.done():
+                    return self._client
+                await self._crashed(self._client.lost.result())
             if self.state == "failed" and time.monotonic() - self._failed_at < _RETRY_FAILED_S:
                 raise OperationFailed(self.reason, "LoadFailed")
             try:
@@ -67,12 +73,13 @@ class WorkerSlot:
 
     async def _start(self) -> WorkerClient:
         self._client = None
-        if self.state != "restarting":
+        if self.state not in ("restarting", "crashing"):
             await self._set("preparing", "preparing the model's files")
         folder = await self._prepare(self.model_name, self._note)
         lost = ""
         for attempt in range(1, _MAX_STARTS + 1):
-            await self._set("loading", "starting the worker process")
+            if self.state != "crashing":
+                await self._set("loading", "starting the worker process")
             client = WorkerClient(self._command(self.model_name, folder), self._note)
             await client.start()
             try:
@@ -95,13 +102,26 @@ class WorkerSlot:
     async def _watch_client(self, client: WorkerClient) -> None:
         reason = await asyncio.shield(client.lost)
         await client.kill(reason)
-        if self._client is client and self.state == "ready":
-            log.warning("worker of %s is lost: %s", self.model_name, reason)
-            await self._set("restarting", reason)
+        if self._client is client:
+            await self._crashed(reason)
 
-    async def stop(self, reason: str) -> None:
-        """End the process and give its memory back."""
+    async def _crashed(self, reason: str) -> None:
+        """The loaded worker is gone, seen by whoever looks first."""
+        self._client = None
+        log.warning("worker of %s is lost: %s", self.model_name, reason)
+        now = time.monotonic()
+        self._crashed_at = [at for at in self._crashed_at if now - at < _CRASH_WINDOW_S] + [now]
+        if len(self._crashed_at) < _MAX_CRASHES:
+            await self._set("restarting", reason)
+        else:
+            died = f"the worker died {len(self._crashed_at)} times within {_CRASH_WINDOW_S:.0f} s"
+            await self._set("crashing", f"{died}: {reason}; it is started again on use")
+
+    async def stop(self, reason: str, is_needed: Callable[[], bool] = lambda: False) -> None:
+        """End the process and give its memory back; not if it is needed again by the time that its load is over."""
         async with self._lock:
+            if is_needed():
+                return
             client, self._client = self._client, None
             await self._set("stopped", reason)
             if self._watch is not None:
@@ -130,6 +150,10 @@ class WorkerPool:
         if model_name not in self._slots:
             self._slots[model_name] = self._make_slot(model_name)
         return self._slots[model_name]
+
+    def slots(self) -> list[WorkerSlot]:
+        """Those that were used since the start."""
+        return list(self._slots.values())
 
     async def stop(self) -> None:
         await asyncio.gather(*(slot.stop("the server is stopping") for slot in self._slots.values()))

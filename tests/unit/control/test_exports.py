@@ -12,7 +12,7 @@ from selfloop.control.resources import exports
 from selfloop.control.resources.imports import _Facts
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
-from selfloop.types.errors import Conflict, NotFound, OperationFailed
+from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -48,7 +48,16 @@ async def test_the_disk_must_have_room(data: DataDirectory, uri: str, tmp_path: 
     merged = await data.exports.plan(uri, tmp_path / "a" / "b", "merged")
     adapter = await data.exports.plan(uri, tmp_path / "a" / "b", "peft")
     assert adapter.needed_bytes == 1000 + exports._SPARE_BYTES < merged.needed_bytes
+    gguf, half = [await data.exports.plan(uri, tmp_path / "a", "gguf", dtype=dtype) for dtype in (None, "f16")]
+    assert gguf.needed_bytes == merged.needed_bytes > half.needed_bytes > merged.needed_bytes / 2
     assert not (tmp_path / "a").exists()
+
+
+async def test_only_a_gguf_has_a_dtype(data: DataDirectory, uri: str, tmp_path: Path):
+    for format in ("merged", "peft"):
+        with pytest.raises(BadRequest) as refused:
+            await data.exports.plan(uri, tmp_path / "out", format, dtype="f16")
+        assert refused.value.field == "dtype"
 
 
 async def test_a_target_that_holds_something_is_refused(data: DataDirectory, uri: str, tmp_path: Path):

@@ -1,7 +1,8 @@
 """Statuses: each transition with its cause, scale to zero by a fake clock, waking."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import cast
 
@@ -34,7 +35,8 @@ class FakeSlot:
             raise self.failure
         return FakeWorker()
 
-    async def stop(self, reason: str) -> None:
+    async def stop(self, reason: str, is_needed: Callable[[], bool]) -> None:
+        assert not is_needed()
         await self._set("stopped", reason)
 
     async def _set(self, state: WorkerState, reason: str) -> None:
@@ -166,3 +168,64 @@ async def test_what_ended_is_no_longer_capacity(house: House) -> None:
         change = await queries_resources.last_change(session, "sam")
     assert change is not None
     assert (change.status, change.reason) == ("INACTIVE", "deactivated")
+
+
+async def test_a_worker_that_dies_is_started_again_while_somebody_is_awake(house: House) -> None:
+    house.add_run("dep", "sam")
+    await house.lifecycle.wake("dep")
+    slot = house.slot("tiny")
+    await slot._set("restarting", "killed")
+    await asyncio.wait_for(_until(lambda: slot.states.count("ready") == 2), 10.0)
+    await asyncio.wait_for(_until(lambda: house.lifecycle.status("sam") == "ACTIVE"), 10.0)
+    assert house.lifecycle.status("dep") == "RUNNING"
+
+
+async def test_a_worker_that_dies_again_and_again_is_unhealthy_until_it_is_used(house: House) -> None:
+    house.add_run("dep", "sam")
+    await house.lifecycle.wake("dep")
+    slot = house.slot("tiny")
+    await slot._set("crashing", "it died 3 times within 60 s")
+    await asyncio.sleep(0)
+    assert (house.lifecycle.status("dep"), house.lifecycle.status("sam")) == ("FAILED", "UNHEALTHY")
+    assert house.lifecycle.describe("sam") == "it died 3 times within 60 s"
+    assert slot.state == "crashing", "nobody starts it again by itself"
+    await house.lifecycle.wake("sam")
+    assert (house.lifecycle.status("dep"), house.lifecycle.status("sam")) == ("RUNNING", "ACTIVE")
+
+
+async def test_what_has_served_and_cannot_be_loaded_any_more_has_failed(house: House) -> None:
+    house.add_run("dep", "sam")
+    await house.lifecycle.wake("dep")
+    await house.pass_time(11.0)
+    house.slot("tiny").failure = OperationFailed("the folder is gone")
+    with pytest.raises(OperationFailed):
+        await house.lifecycle.wake("sam")
+    assert (house.lifecycle.status("dep"), house.lifecycle.status("sam")) == ("FAILED", "FAILED")
+
+
+async def test_a_sampler_finishes_its_samples_before_it_ends(house: House) -> None:
+    house.add_run("dep", "sam")
+    await house.lifecycle.wake("dep")
+    with house.lifecycle.using("sam"):
+        ending = asyncio.create_task(house.lifecycle.end("sam", "deactivated"))
+        await asyncio.wait_for(_until(lambda: house.lifecycle.status("sam") == "DEACTIVATING"), 10.0)
+        await house.lifecycle.on_worker_state("tiny", "ready", "serving")
+        assert house.lifecycle.status("sam") == "DEACTIVATING"
+        assert "1 requests" in house.lifecycle.describe("sam")
+        assert not ending.done()
+    await ending
+    assert house.lifecycle.status("sam") is None
+    assert house.lifecycle.status("dep") == "RUNNING"
+
+
+async def test_what_stands_never_sleeps(house: House) -> None:
+    house.lifecycle.add("sampler", "sam", "sam", "tiny", math.inf, "BUILDING")
+    await house.lifecycle.wake("sam")
+    await house.pass_time(1e9)
+    assert house.lifecycle.status("sam") == "ACTIVE"
+    assert house.slot("tiny").state == "ready"
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what changes is under test, and tells nobody
+        await asyncio.sleep(0)

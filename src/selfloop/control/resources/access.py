@@ -37,6 +37,7 @@ class Access:
         self._db = db
         self._marker = marker
         self._callers: dict[str, Caller] = {}
+        self._names: dict[str, str] = {}
         self._marker_seen = 0
 
     async def authenticate(self, key: str | None) -> Caller:
@@ -54,7 +55,16 @@ class Access:
             if row is None or row.revoked_at is not None:
                 raise Denied("this API key is not valid here")
             self._callers[digest] = Caller(row.team_id, row.id, row.name)
+            self._names[row.id] = row.name
         return self._callers[digest]
+
+    async def start(self) -> None:
+        """Learn the names of the keys that were made before; the others tell theirs when they are first used."""
+        self._names |= {row.id: row.name for row in await self.keys()}
+
+    def name_of(self, key_id: str) -> str | None:
+        """The name of a key: what is known of the person who holds it."""
+        return self._names.get(key_id)
 
     def _last_revocation(self) -> int:
         try:

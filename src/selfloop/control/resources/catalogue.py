@@ -60,9 +60,19 @@ class Catalogue:
     async def described(self) -> list[Model]:
         """Every name that can be used, aliases included, with what it stands for."""
         models, aliases = await self.entries()
-        by_name = {row.name: _describe(row) for row in models}
+        by_name = {row.name: _describe_or_blank(row) for row in models}
         named = [replace(by_name[row.model_name], name=row.alias) for row in aliases]
         return [*by_name.values(), *named]
+
+    def missing(self, model: Model) -> str | None:
+        """What is missing for the model to be loaded, in words; None when nothing is known to be."""
+        if model.source == "folder" and (model.path is None or not model.path.is_dir()):
+            return f"its folder {model.path} is gone"
+        if model.max_position_embeddings == 0:
+            return f"its folder {model.path} cannot be read as a model"
+        if model.source == "embedded" and model.path is None and not _is_installed(EMBEDDED_PACKAGE):
+            return f"its package {EMBEDDED_PACKAGE} is not installed"
+        return None
 
     async def resolve(self, name: str, field: str = "base_model") -> Model:
         """The model served under ``name`` (its own or an alias).
@@ -91,6 +101,11 @@ class Catalogue:
         row = await self._row(name)
         return None if row is None else await self.prepare(row.name, lambda _stage: None)
 
+    async def stored_folder(self, name: str) -> Path | None:
+        """Where the files of a name lie, as it was recorded; None before they are prepared, or for an unknown name."""
+        row = await self._row(name)
+        return None if row is None or row.path is None else Path(row.path)
+
     async def prepare(self, model_name: str, on_stage: Callable[[str], None]) -> Path:
         """Make sure the model's files are on disk, whole.
 
@@ -117,9 +132,7 @@ class Catalogue:
 
     async def prepare_embedded(self) -> None:
         """Prepare the embedded model ahead of its first use, if its package is installed here."""
-        try:
-            metadata.distribution(EMBEDDED_PACKAGE)
-        except metadata.PackageNotFoundError:
+        if not _is_installed(EMBEDDED_PACKAGE):
             return
         try:
             await self.prepare(EMBEDDED_MODEL, lambda _stage: None)
@@ -204,6 +217,14 @@ def _describe(row: ModelRow) -> Model:
     return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
 
 
+def _describe_or_blank(row: ModelRow) -> Model:
+    """As :func:`_describe`; a model whose folder is gone or broken has room for no token."""
+    try:
+        return _describe(row)
+    except BadRequest:
+        return Model(row.name, row.source, Path(row.path or ""), 0, 0)
+
+
 @functools.cache
 def _facts(path: str) -> ModelFacts:
     # Asked for with every operation, and a served folder does not change under a running server.
@@ -230,3 +251,11 @@ async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, floa
     except OperationFailed as error:
         log.warning("preparing %s failed", " ".join(arguments))
         raise OperationFailed(f"the model's files could not be prepared: {error}", "PrepareFailed") from error
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfloop.control import retention
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import CheckpointRow
-from selfloop.types.errors import Denied, NotFound
+from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.types.errors import BadRequest, Conflict, Denied, NotFound
+from selfloop.types.lora import LoraTargets
 from selfloop.types.uris import parse_checkpoint_uri
 
 Checkpoint = CheckpointRow
@@ -21,6 +23,7 @@ Checkpoint = CheckpointRow
 
 LINK_LIFE_S = 3600
 _EXPIRE_EVERY_S = 60.0
+_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,11 @@ class Checkpoints:
                 raise NotFound("run", run_id)
             return await queries_checkpoints.matching(session, caller.team_id, run_id=run_id)
 
-    async def of_model(self, caller: Caller, base_model: str) -> Sequence[CheckpointRow]:
+    async def of_model(self, caller: Caller, base_model: str, *, whole_team: bool) -> Sequence[CheckpointRow]:
+        """Checkpoints of the caller's own runs of a base model, or of the whole team's."""
         async with self._c.db.read() as session:
-            return await queries_checkpoints.matching(session, caller.team_id, base_model=base_model)
+            key_id = None if whole_team else caller.key_id
+            return await queries_checkpoints.matching(session, caller.team_id, base_model=base_model, key_id=key_id)
 
     async def at_path(self, caller: Caller, path: str, field: str) -> CheckpointRow:
         uri = parse_checkpoint_uri(path, field)
@@ -78,6 +83,28 @@ class Checkpoints:
         if row is None or row.team_id != caller.team_id:
             raise NotFound("checkpoint", id)
         return row
+
+    async def validate(self, caller: Caller, path: str, run: RunRow | None) -> None:
+        """Check that a sampler (of ``run``) could load the checkpoint now.
+
+        Raises:
+            BadRequest: malformed, or it does not fit the run: another base model or other adapted parts.
+            NotFound: there is no such checkpoint.
+            Conflict: its files are not whole.
+        """
+        row = await self.at_path(caller, path, "checkpoint_path")
+        if run is not None:
+            await self._c.catalogue.same_model(row.base_model, run.base_model, "checkpoint_path")
+            own, theirs = LoraTargets.parse(row.targets), LoraTargets.parse(run.targets)
+            if own != theirs:
+                raise BadRequest(
+                    "checkpoint_path",
+                    f"a checkpoint that adapts {theirs} as run {run.id} does; this one adapts {own}",
+                    reason="LORA_CONFIG_MISMATCH",
+                )
+        names = {file.name for file in await self.files(caller, row.id)}
+        if missing := _ADAPTER_FILES - names:
+            raise Conflict(f"{path} lacks {', '.join(sorted(missing))}", reason="CHECKPOINT_DAMAGED")
 
     async def files(self, caller: Caller, id: str) -> list[StoredFile]:
         """The checkpoint's files in a stable order."""
@@ -109,7 +136,10 @@ class Checkpoints:
     async def _expire(self) -> None:
         while True:
             async with self._c.db.write() as session:
-                rows = await queries_checkpoints.expired(session, time.time())
+                needed = await retention.needs(session)
+                # What a sampler still serves goes when it serves something else.
+                expired = await queries_checkpoints.expired(session, time.time())
+                rows = [row for row in expired if needed.of(row) is None]
                 for row in rows:
                     await queries_checkpoints.remove(session, row.id)
             for row in rows:

@@ -17,15 +17,17 @@ from selfloop.storage.blobs.local import LocalBlobs, sync_directory
 from selfloop.storage.db import queries_checkpoints
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
-from selfloop.types.errors import Conflict, NotFound, OperationFailed
+from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
 from selfloop.types.ids import new_id
 from selfloop.types.model_folder import read_facts, tokenizer_files
 from selfloop.types.uris import parse_checkpoint_uri
 from selfloop.worker.launch_local import launch_adapters
 
-Format = Literal["peft", "merged"]
+Format = Literal["peft", "merged", "gguf"]
+GgufDtype = Literal["f32", "f16", "bf16"]
 
 _SPARE_BYTES = 2**20
+_DTYPE_BYTES: dict[GgufDtype, int] = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,12 @@ class ExportPlan:
     model_dir: Path
     target: Path
     format: Format
+    dtype: GgufDtype | None
     needed_bytes: int
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """What was written; of a merged model also how its logits compare with those of base plus adapter."""
+    """What was written; of a merged model (GGUF, too) also how its logits compare with those of base plus adapter."""
 
     size_bytes: int
     difference: float | None = None
@@ -58,16 +61,26 @@ class Exports:
         self._catalogue = catalogue
 
     async def plan(
-        self, uri: str, target: Path, format: Format, on_stage: Callable[[str], None] = lambda _stage: None
+        self,
+        uri: str,
+        target: Path,
+        format: Format,
+        on_stage: Callable[[str], None] = lambda _stage: None,
+        dtype: GgufDtype | None = None,
     ) -> ExportPlan:
         """Check everything that can be checked before any work; a base model that was never used is prepared.
 
+        Args:
+            dtype: of a GGUF's matrices; the base's by default.
+
         Raises:
-            BadRequest: a malformed URI.
+            BadRequest: a malformed URI, or a dtype for another format.
             NotFound: no such checkpoint, or its base model is not in the catalogue any more.
             Conflict: the target is there already.
             OperationFailed: the disk is too full, or the base model cannot be had.
         """
+        if dtype is not None and format != "gguf":
+            raise BadRequest("dtype", "a GGUF's; a merged model keeps the dtype of its base, an adapter float32")
         parsed = parse_checkpoint_uri(uri, "uri")
         async with self._db.read() as session:
             row = await queries_checkpoints.named(session, parsed.run_id, parsed.target, parsed.name)
@@ -78,16 +91,18 @@ class Exports:
             raise Conflict(f"{target} exists already and is not an empty folder")
         model = await self._catalogue.resolve(row.base_model)
         model_dir = await self._catalogue.prepare(model.name, on_stage)
-        needed = _SPARE_BYTES + self._needed(row, model_dir, format)
+        needed = _SPARE_BYTES + self._needed(row, model_dir, format, dtype)
         free = shutil.disk_usage(_existing(target)).free
         if free < needed:
             raise OperationFailed(f"the export needs {needed:,} bytes; the disk of {target} has {free:,}")
-        return ExportPlan(uri, row, model.name, model_dir, target, format, needed)
+        return ExportPlan(uri, row, model.name, model_dir, target, format, dtype, needed)
 
-    def _needed(self, row: CheckpointRow, model_dir: Path, format: Format) -> int:
-        if format == "merged":
+    def _needed(self, row: CheckpointRow, model_dir: Path, format: Format, dtype: GgufDtype | None) -> int:
+        if format != "peft":
             others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
-            return read_facts(model_dir).size_bytes + others
+            facts = read_facts(model_dir)
+            weights = facts.size_bytes if dtype is None else facts.num_parameters * _DTYPE_BYTES[dtype]
+            return weights + others
         folder = self._blobs.path(checkpoint_key(row.id))
         return sum(path.stat().st_size for path in folder.glob("adapter_*"))
 
@@ -102,6 +117,8 @@ class Exports:
         try:
             await asyncio.to_thread(plan.target.parent.mkdir, parents=True, exist_ok=True)
             arguments = [plan.format, str(source), str(plan.model_dir), str(aside), "--base-model", plan.base_model]
+            if plan.dtype is not None:
+                arguments += ["--dtype", plan.dtype]
             facts = await run_program(await launch_adapters(*arguments), on_progress)
             await asyncio.to_thread(_publish, aside, plan.target)
         except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.context import Context
@@ -15,11 +16,13 @@ from selfloop.control.journal import END_OF_TIME
 from selfloop.control.lifecycle import record_change
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
+from selfloop.control.resources.user_config import UserConfigs
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
+from selfloop.types.lora import LoraTargets
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, OperationState, RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -30,15 +33,24 @@ Deployment = DeploymentRow
 """What the dialects may know of a deployment."""
 
 MAX_LORA_RANK = 512
+OPTIMIZER_FILE = "optimizer.safetensors"
 _MAX_SEED = 2**63 - 1
 _MAX_DELAY_S = 2**31 - 1
+_MAX_KEPT = 10_000
 _UNUSABLE = {DeploymentStatus.STOPPED, DeploymentStatus.FAILED, DeploymentStatus.PREEMPTED}
 _UNHEALTHY = {SamplerStatus.DEPLOY_FAILED, SamplerStatus.UNHEALTHY, SamplerStatus.FAILED, SamplerStatus.INACTIVE}
 
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What a caller asks of a new run; see the specification for the meaning of each field."""
+    """What a caller asks of a new run; see the specification for the meaning of each field.
+
+    Args:
+        id: of the run, when the caller must know it beforehand; a run that has it already is taken as it is.
+        with_optimizer: begin with the moments and the step of the checkpoint at ``path``, too.
+        targets: what a fresh adapter changes; a checkpoint's own win.
+        keep_last_checkpoints: of each target; older ones that nobody needs are deleted after a save. None keeps all.
+    """
 
     session_id: str
     base_model: str
@@ -51,6 +63,11 @@ class RunRequest:
     reuse_from_run_id: str | None = None
     name: str | None = None
     default_lora_rank: int = 64
+    id: str | None = None
+    with_optimizer: bool = False
+    targets: LoraTargets = LoraTargets()  # noqa: RUF009 - frozen
+    user_metadata: dict[str, str] | None = None
+    keep_last_checkpoints: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +79,9 @@ class RunView:
 
 
 class Runs:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, user_configs: UserConfigs) -> None:
         self._c = context
+        self._user_configs = user_configs
 
     # -- sessions -------------------------------------------------------------------------------------
 
@@ -89,13 +107,16 @@ class Runs:
     # -- runs -----------------------------------------------------------------------------------------
 
     async def create(self, caller: Caller, request: RunRequest, *, with_sampler: bool) -> RunView:
-        """Make a run on reused or fresh capacity, which begins to load at once.
+        """Make a run on reused or fresh capacity, which begins to load at once; or find the one with the id given.
 
         Raises:
             NotFound: unknown session, base model, checkpoint or run to reuse.
             BadRequest: a value that this installation cannot serve, by field.
+            Conflict: the caller's own config excludes this machine.
         """
         await self.session(caller, request.session_id)
+        if request.id is not None and (known := await self._known(caller, request.id)) is not None:
+            return known
         model = await self._c.catalogue.resolve(request.base_model)
         max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
         checkpoint = await self._initial_checkpoint(caller, request)
@@ -104,8 +125,12 @@ class Runs:
             raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
         if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
             raise BadRequest("scale_down_delay_seconds", f"1 to {_MAX_DELAY_S}, got {request.scale_down_delay_s}")
-        reused = await self._reusable(caller, request, model)
-        run_id = new_id()
+        keep_last = request.keep_last_checkpoints
+        if keep_last is not None and not 1 <= keep_last <= _MAX_KEPT:
+            raise BadRequest("keep_last_checkpoints", f"1 to {_MAX_KEPT}, or null to keep all; got {keep_last}")
+        await self._user_configs.check(caller, trainer=True, sampler=with_sampler)
+        reused, capacity_reason = await self._reusable(caller, request, model)
+        run_id = request.id or new_id()
         initial_key = await self._keep_initial(run_id, checkpoint)
         now = time.time()
         async with self._c.db.write() as session:
@@ -128,6 +153,15 @@ class Runs:
                 created_at=now,
                 path=request.path,
                 initial_key=initial_key,
+                step=checkpoint.step if checkpoint is not None and request.with_optimizer else 0,
+                with_optimizer=request.with_optimizer,
+                keep_last_checkpoints=keep_last,
+                reused_from=reused.run_id if reused else None,
+                capacity_reason=capacity_reason,
+                targets=checkpoint.targets if checkpoint is not None else _stored(request.targets),
+                user_metadata=None
+                if request.user_metadata is None
+                else msgspec.json.encode(request.user_metadata).decode(),
             )
             session.add(run)
             record_change(session, "run", run.id, RunStatus.ACTIVE, "created")
@@ -246,6 +280,12 @@ class Runs:
         record_change(session, "deployment", row.id, row.status, "created for a run")
         return row
 
+    async def _known(self, caller: Caller, id: str) -> RunView | None:
+        try:
+            return await self.get(caller, id)
+        except NotFound:
+            return None
+
     async def _initial_checkpoint(self, caller: Caller, request: RunRequest) -> CheckpointRow | None:
         if request.path is None:
             return None
@@ -257,6 +297,9 @@ class Runs:
         if row is None or row.team_id != caller.team_id:
             raise NotFound("checkpoint", request.path)
         await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
+        folder = self._c.blobs.path(checkpoint_key(row.id))
+        if request.with_optimizer and not (folder / OPTIMIZER_FILE).is_file():
+            raise BadRequest("path", "a checkpoint with an optimizer: this one was imported, load its weights alone")
         return row
 
     async def _keep_initial(self, run_id: str, checkpoint: CheckpointRow | None) -> str | None:
@@ -267,34 +310,43 @@ class Runs:
         await asyncio.to_thread(_copy_folder, source, target)
         return key
 
-    async def _reusable(self, caller: Caller, request: RunRequest, model: Model) -> "_Reusable | None":
-        """Warm capacity of the named session or run, if it can take this run; None means: provision."""
+    async def _reusable(self, caller: Caller, request: RunRequest, model: Model) -> tuple["_Reusable | None", str]:
+        """Warm capacity of the named session or run, if it can take this run, and the reason for either."""
         if request.reuse_from_run_id is not None:
+            named = f"run {request.reuse_from_run_id}"
             candidates = [(await self.get(caller, request.reuse_from_run_id)).run]
         elif request.reuse_from_session_id is not None:
+            named = f"session {request.reuse_from_session_id}"
             await self.session(caller, request.reuse_from_session_id)
             async with self._c.db.read() as session:
                 candidates = await queries_resources.runs(
                     session, team_id=caller.team_id, session_id=request.reuse_from_session_id
                 )
         else:
-            return None
+            return None, "fresh: nothing to reuse was named"
+        why = f"{named} has no runs"
         for run in candidates:
             if run.model_name != model.name or run.base_model != request.base_model:
+                why = f"run {run.id} is of base model {run.base_model}"
                 continue
             async with self._c.db.read() as session:
                 deployment = await queries_resources.deployment(session, run.deployment_id)
                 samplers = await queries_resources.samplers(session, run_id=run.id)
             assert deployment is not None
             sampler = samplers[0] if samplers else None
-            if deployment.status in _UNUSABLE or (sampler is not None and sampler.status in _UNHEALTHY):
+            if deployment.status in _UNUSABLE:
+                why = f"deployment {deployment.id} of run {run.id} is {deployment.status}"
                 continue
-            return _Reusable(deployment, sampler)
-        return None
+            if sampler is not None and sampler.status in _UNHEALTHY:
+                why = f"sampler {sampler.id} of run {run.id} is {sampler.status}"
+                continue
+            return _Reusable(run.id, deployment, sampler), f"reused: deployment {deployment.id} of run {run.id}"
+        return None, f"fresh: {why}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Reusable:
+    run_id: str
     deployment: DeploymentRow
     sampler: SamplerRow | None
 
@@ -315,6 +367,8 @@ def paired_sampler_row(run: RunRow, delay_s: int, reused: SamplerRow | None) -> 
         status=SamplerStatus.BUILDING,
         created_at=time.time(),
         run_id=run.id,
+        reused_from=reused.id if reused else None,
+        capacity_reason=f"reused: sampler {reused.id}" if reused else f"fresh: it shares the worker of run {run.id}",
     )
 
 
@@ -337,6 +391,10 @@ def _checked_rank(request: RunRequest, checkpoint: CheckpointRow | None) -> int:
     if not 1 <= rank <= MAX_LORA_RANK:
         raise BadRequest("lora_rank", f"1 to {MAX_LORA_RANK}, got {rank}")
     return rank
+
+
+def _stored(targets: LoraTargets) -> str | None:
+    return None if targets == LoraTargets() else str(targets)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

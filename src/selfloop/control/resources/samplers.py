@@ -3,16 +3,18 @@
 import time
 from collections.abc import Sequence
 
+from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.lifecycle import record_change
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
-from selfloop.storage.db import queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import CheckpointRow, SamplerRow
+from selfloop.control.resources.user_config import UserConfigs
+from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
-from selfloop.types.ids import RunId, new_id
-from selfloop.types.status import CheckpointTarget, RunStatus, SamplerStatus
-from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
+from selfloop.types.ids import new_id
+from selfloop.types.status import RunStatus, SamplerStatus
+from selfloop.types.uris import parse_checkpoint_uri
 
 Sampler = SamplerRow
 """What the dialects may know of a sampler."""
@@ -21,8 +23,10 @@ _DEFAULT_DELAY_S = 3600
 
 
 class Samplers:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, user_configs: UserConfigs) -> None:
         self._c = context
+        self._user_configs = user_configs
+        self._teams: dict[str, str] = {}
 
     async def create_paired(self, caller: Caller, session_id: str, run_id: str) -> SamplerRow:
         """The sampler of a run, made on first asking."""
@@ -35,7 +39,8 @@ class Samplers:
             if existing:
                 return existing[0]
             if run.status == RunStatus.INACTIVE:
-                raise Conflict(f"run {run_id} is INACTIVE")
+                raise Conflict(f"run {run_id} is INACTIVE", reason="RUN_INACTIVE")
+            await self._user_configs.check(caller, trainer=False, sampler=True)
             deployment = await queries_resources.deployment(session, run.deployment_id)
             assert deployment is not None
             row = paired_sampler_row(run, deployment.scale_down_delay_s, None)
@@ -53,9 +58,20 @@ class Samplers:
         model_path: str | None,
         max_seq_len: int | None,
         reuse_from_session_id: str | None,
+        id: str | None = None,
     ) -> SamplerRow:
-        """A sampler of a base model or of one checkpoint."""
+        """A sampler of a base model or of one checkpoint, whose files it holds from then on.
+
+        Args:
+            id: of the sampler, when the caller must know it beforehand; one that has it already is taken as it is.
+        """
         await self._check_session(caller, session_id)
+        if id is not None:
+            async with self._c.db.read() as session:
+                known = await queries_resources.sampler(session, id)
+            if known is not None and known.team_id == caller.team_id:
+                return known
+        await self._user_configs.check(caller, trainer=False, sampler=True)
         checkpoint: CheckpointRow | None = None
         if model_path is not None:
             checkpoint = await self.checkpoint(caller.team_id, model_path, "model_path")
@@ -63,9 +79,9 @@ class Samplers:
         assert base_model is not None
         model = await self._c.catalogue.resolve(base_model)
         seq_len = checked_seq_len(max_seq_len, model, "max_seq_length")
-        reused = await self._reusable(caller, reuse_from_session_id, base_model)
+        reused, capacity_reason = await self._reusable(caller, reuse_from_session_id, base_model)
         row = SamplerRow(
-            id=new_id(),
+            id=id or new_id(),
             session_id=session_id,
             team_id=caller.team_id,
             key_id=caller.key_id,
@@ -78,10 +94,17 @@ class Samplers:
             status=SamplerStatus.BUILDING,
             created_at=time.time(),
             checkpoint_id=checkpoint.id if checkpoint else None,
+            reused_from=reused.id if reused else None,
+            capacity_reason=capacity_reason,
         )
         async with self._c.db.write() as session:
             session.add(row)
             record_change(session, "sampler", row.id, row.status, "created")
+            if checkpoint is not None:
+                await session.flush()
+                if await queries_checkpoints.get(session, checkpoint.id) is None:
+                    raise NotFound("checkpoint", str(model_path))
+                await held.hold(session, self._c.blobs, row.id, [checkpoint])
         self._register(row, row.id)
         return row
 
@@ -92,6 +115,11 @@ class Samplers:
             raise NotFound("sampler", id)
         return row
 
+    async def check_access(self, caller: Caller, id: str) -> None:
+        """Raises :class:`NotFound` unless the sampler is the caller's team's; asks the database once."""
+        if self._teams.get(id) != caller.team_id:
+            self._teams[id] = (await self.get(caller, id)).team_id
+
     async def list(self, caller: Caller, *, whole_team: bool) -> Sequence[SamplerRow]:
         async with self._c.db.read() as session:
             return await queries_resources.samplers(
@@ -101,7 +129,21 @@ class Samplers:
     async def deactivate(self, caller: Caller, id: str) -> SamplerRow:
         await self.get(caller, id)
         await self._c.lifecycle.end(id, "deactivated by request")
+        await held.release(self._c.db, self._c.blobs, id)
         return await self.get(caller, id)
+
+    async def deactivate_version(self, caller: Caller, model_id: str, deployment_id: str) -> bool:
+        """End every live sampler of a deployment; False when there was none. Raises :class:`NotFound`."""
+        async with self._c.db.read() as session:
+            rows = await queries_resources.samplers(
+                session, team_id=caller.team_id, model_id=model_id, deployment_id=deployment_id
+            )
+        if not rows:
+            raise NotFound("deployment", f"{model_id}/{deployment_id}")
+        live = [row for row in rows if row.status != SamplerStatus.INACTIVE]
+        for row in live:
+            await self.deactivate(caller, row.id)
+        return bool(live)
 
     async def by_deployment(self, caller: Caller, model_id: str, deployment_id: str) -> SamplerRow:
         """The newest live sampler behind the ids that the readiness poll names."""
@@ -115,8 +157,25 @@ class Samplers:
 
     def check_live(self, sampler: Sampler) -> None:
         """Raises :class:`Conflict` for a sampler that was deactivated."""
-        if sampler.status == SamplerStatus.INACTIVE:
-            raise Conflict(f"sampler {sampler.id} is INACTIVE: it was deactivated")
+        if sampler.status in (SamplerStatus.INACTIVE, SamplerStatus.DEACTIVATING):
+            raise Conflict(f"sampler {sampler.id} is {sampler.status}: it was deactivated", reason="SAMPLER_INACTIVE")
+
+    async def served(self, sampler: Sampler) -> Sequence[HeldCheckpointRow]:
+        """The checkpoints that the sampler holds files of, its default first; empty for one of a run or a base."""
+        async with self._c.db.read() as session:
+            return await queries_models_deployed.held(session, sampler.id)
+
+    @staticmethod
+    def path_of(row: HeldCheckpointRow) -> str:
+        """The URI under which a held checkpoint is asked for."""
+        return held.uri_of(row)
+
+    async def served_named(self, sampler: Sampler, name: str) -> HeldCheckpointRow | None:
+        """The held checkpoint of that URI, id, or name (where only one has it)."""
+        rows = await self.served(sampler)
+        exact = [row for row in rows if name in (held.uri_of(row), row.checkpoint_id)]
+        named = [row for row in rows if row.name == name]
+        return exact[0] if exact else named[0] if len(named) == 1 else None
 
     async def live_path(self, sampler: Sampler) -> str | None:
         """The URI of the adapter that the sampler serves now, None while it serves the base model."""
@@ -124,10 +183,9 @@ class Samplers:
         if id is None:
             return None
         async with self._c.db.read() as session:
-            row = await queries_checkpoints.get(session, id)
-        if row is None:
-            return None
-        return str(CheckpointUri(RunId(row.run_id), CheckpointTarget(row.target), row.name))
+            row = await queries_models_deployed.held_one(session, sampler.id, id)
+            row = row or await queries_checkpoints.get(session, id)
+        return None if row is None else held.uri_of(row)
 
     async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
         """The checkpoint of a team at a ``bt://`` path; trainer and sampler checkpoints both hold an adapter."""
@@ -149,14 +207,18 @@ class Samplers:
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", session_id)
 
-    async def _reusable(self, caller: Caller, session_id: str | None, base_model: str) -> SamplerRow | None:
+    async def _reusable(self, caller: Caller, session_id: str | None, base_model: str) -> tuple[SamplerRow | None, str]:
+        """Capacity of that session that can take the sampler, and the reason why it is reused or fresh."""
         if session_id is None:
-            return None
+            return None, "fresh: nothing to reuse was named"
         await self._check_session(caller, session_id)
         async with self._c.db.read() as session:
             rows = await queries_resources.samplers(session, team_id=caller.team_id, session_id=session_id)
         usable = (SamplerStatus.ACTIVE, SamplerStatus.SCALED_TO_ZERO, SamplerStatus.LOADING_MODEL)
-        return next((r for r in rows if r.base_model == base_model and r.status in usable), None)
+        found = next((r for r in rows if r.base_model == base_model and r.status in usable), None)
+        if found is None:
+            return None, f"fresh: session {session_id} has no usable sampler of {base_model}"
+        return found, f"reused: sampler {found.id} of session {session_id}"
 
 
 def exactly_one(**given: str | None) -> str:

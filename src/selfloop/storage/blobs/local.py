@@ -61,11 +61,33 @@ class LocalBlobs:
         self.path(aside_key).rename(target)
         sync_directory(target.parent)
 
+    def link_folder(self, source_key: str, key: str) -> None:
+        """A folder with the same files, which stay when the source is deleted: linked where the disk can, else copied.
+
+        Only for files that are never written again.
+        """
+        target = self.prepare_folder(key + ".part")
+        shutil.copytree(self.path(source_key), target, copy_function=_link_or_copy)
+        self.publish_folder(key + ".part", key)
+
+    def free_bytes(self) -> int:
+        """What the disk has left for us."""
+        return shutil.disk_usage(self.root).free
+
     def children(self, key: str) -> Iterator[str]:
         """Names directly under ``key``."""
         folder = self.path(key)
         if folder.is_dir():
             yield from (entry.name for entry in folder.iterdir())
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -1,14 +1,18 @@
 """The connection: one writer at a time, readers beside it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import event
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from selfloop.storage.db.group_commit import GroupCommit
+
+T = TypeVar("T")
 
 # A second process (the command line) may hold the write lock for a moment.
 _BUSY_TIMEOUT_MS = 10_000
@@ -25,6 +29,17 @@ class Database:
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._write_lock = asyncio.Lock()
         self._finishing: set[asyncio.Task[None]] = set()
+        beside = create_engine(self.url.set(drivername="sqlite"), pool_size=1)
+        event.listen(beside, "connect", _configure)
+        event.listen(beside, "begin", _begin)
+        self._grouped = GroupCommit(beside, self._write_lock)
+
+    async def write_grouped(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work``, a few statements, in a transaction shared with whoever writes at the same moment.
+
+        Returns once it is on disk. What ``work`` raises undoes its own changes only. It runs in another thread.
+        """
+        return await self._grouped.run(work)
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[AsyncSession]:
@@ -59,6 +74,7 @@ class Database:
         """Let go of the file, once the sessions of callers that were cancelled have given their connections back."""
         while self._finishing:
             await asyncio.gather(*self._finishing, return_exceptions=True)
+        await self._grouped.close()
         await self._engine.dispose()
 
 

@@ -1,11 +1,11 @@
 """Rows of teams and keys."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import KeyRow, TeamRow
+from selfloop.storage.db.tables import KeyRow, TeamRow, UserConfigRow
 
 
 async def teams(session: AsyncSession) -> Sequence[TeamRow]:
@@ -37,3 +37,17 @@ async def revoke(session: AsyncSession, id: str, at: float) -> bool:
         update(KeyRow).where(KeyRow.id == id, KeyRow.revoked_at.is_(None)).values(revoked_at=at)
     )
     return getattr(changed, "rowcount", 0) == 1
+
+
+async def user_config(session: AsyncSession, key_id: str) -> UserConfigRow | None:
+    return await session.get(UserConfigRow, key_id)
+
+
+async def set_user_config(session: AsyncSession, key_id: str, changes: Mapping[str, list[str] | None]) -> None:
+    """Set the named columns, leave the others."""
+    row = await session.get(UserConfigRow, key_id)
+    if row is None:
+        row = UserConfigRow(key_id=key_id)
+        session.add(row)
+    for column, value in changes.items():
+        setattr(row, column, value)

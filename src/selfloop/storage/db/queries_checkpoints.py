@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sqlalchemy import ColumnElement, delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import CheckpointRow
+from selfloop.storage.db.tables import CheckpointRow, RunRow
 
 
 def _not_expired() -> ColumnElement[bool]:
@@ -15,6 +15,11 @@ def _not_expired() -> ColumnElement[bool]:
 
 async def get(session: AsyncSession, id: str) -> CheckpointRow | None:
     return await session.scalar(select(CheckpointRow).where(CheckpointRow.id == id, _not_expired()))
+
+
+async def stored(session: AsyncSession, id: str) -> CheckpointRow | None:
+    """The row whose files are there, expired or not."""
+    return await session.get(CheckpointRow, id)
 
 
 async def named(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
@@ -28,12 +33,26 @@ async def holder_of_name(session: AsyncSession, run_id: str, target: str, name: 
 
 
 async def matching(
-    session: AsyncSession, team_id: str, *, run_id: str | None = None, base_model: str | None = None
+    session: AsyncSession,
+    team_id: str,
+    *,
+    run_id: str | None = None,
+    base_model: str | None = None,
+    key_id: str | None = None,
 ) -> Sequence[CheckpointRow]:
-    """A team's checkpoints, newest first."""
+    """A team's checkpoints (of the runs of one key), newest first; not the snapshots that belong to one sampler."""
     filters = {"run_id": run_id, "base_model": base_model}
-    query = select(CheckpointRow).filter_by(team_id=team_id, **{k: v for k, v in filters.items() if v is not None})
+    query = select(CheckpointRow).filter_by(
+        team_id=team_id, sampler_id=None, **{k: v for k, v in filters.items() if v is not None}
+    )
+    if key_id is not None:
+        query = query.where(CheckpointRow.run_id.in_(select(RunRow.id).where(RunRow.key_id == key_id)))
     return (await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()))).all()
+
+
+async def of_samplers(session: AsyncSession, sampler_ids: Sequence[str]) -> Sequence[CheckpointRow]:
+    """The snapshots that belong to samplers."""
+    return (await session.scalars(select(CheckpointRow).where(CheckpointRow.sampler_id.in_(sampler_ids)))).all()
 
 
 async def all_ids(session: AsyncSession) -> set[str]:

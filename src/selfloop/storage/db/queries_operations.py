@@ -2,10 +2,20 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, or_, select, tuple_, update
+from sqlalchemy import Connection, delete, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import OperationRow
+from selfloop.storage.db.tables import OperationRow, RunRow
+
+
+def add(connection: Connection, row: OperationRow, next_seq: int) -> None:
+    """Store an accepted operation, and how far its run's order has come with it.
+
+    Raises ``IntegrityError`` when the run has an operation of that id or at that place.
+    """
+    columns = OperationRow.__table__.columns.keys()
+    connection.execute(insert(OperationRow), {name: getattr(row, name) for name in columns})
+    connection.execute(update(RunRow).where(RunRow.id == row.run_id).values(epoch=row.epoch, next_seq=next_seq))
 
 
 async def get(session: AsyncSession, run_id: str, operation_id: str) -> OperationRow | None:

@@ -80,6 +80,10 @@ async def samplers(
     return (await session.scalars(query.order_by(SamplerRow.created_at.desc()))).all()
 
 
+async def update_session(session: AsyncSession, id: str, **values: str | float | None) -> None:
+    await session.execute(update(SessionRow).where(SessionRow.id == id).values(**values))
+
+
 async def update_run(session: AsyncSession, id: str, **values: str | int | float | None) -> None:
     await session.execute(update(RunRow).where(RunRow.id == id).values(**values))
 

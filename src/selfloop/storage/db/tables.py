@@ -1,6 +1,6 @@
 """The tables. Times are UNIX seconds; ids are what ``types.ids`` hands out."""
 
-from sqlalchemy import ForeignKey, Index, LargeBinary, MetaData, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, MetaData, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 
@@ -60,6 +60,8 @@ class AliasRow(Base):
 
 
 class SessionRow(Base):
+    """What one script made. ``details`` is JSON of what its client told of it: tags, metadata, a display name."""
+
     __tablename__ = "sessions"
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -67,6 +69,9 @@ class SessionRow(Base):
     key_id: Mapped[str] = mapped_column(ForeignKey("keys.id"))
     created_at: Mapped[float]
     training_project_id: Mapped[str | None] = mapped_column(default=None)
+    details: Mapped[str | None] = mapped_column(default=None)
+    ended_at: Mapped[float | None] = mapped_column(default=None)
+    end_reason: Mapped[str | None] = mapped_column(default=None)
 
 
 class DeploymentRow(Base):
@@ -91,7 +96,9 @@ class RunRow(Base):
     ``epoch`` counts clients that attached (each starts its ``seq_id`` at 1); ``next_seq`` is the lowest
     sequence id of the epoch that has not arrived. ``snapshot_key`` is the last stored state; it covers the
     operations up to ``(snapshot_epoch, snapshot_seq)``. ``initial_key`` is the folder with our own copy of the
-    checkpoint at ``path``, which may be deleted or replaced while the run lives.
+    checkpoint at ``path``, which may be deleted or replaced while the run lives; ``with_optimizer`` tells that
+    the run starts with that checkpoint's moments and step, too. ``targets`` names the adapted parts of the model,
+    null for the usual ones; ``user_metadata`` is a JSON object of strings.
     """
 
     __tablename__ = "runs"
@@ -119,10 +126,16 @@ class RunRow(Base):
     snapshot_key: Mapped[str | None] = mapped_column(default=None)
     snapshot_epoch: Mapped[int] = mapped_column(default=0)
     snapshot_seq: Mapped[int] = mapped_column(default=0)
+    with_optimizer: Mapped[bool] = mapped_column(default=False)
+    targets: Mapped[str | None] = mapped_column(default=None)
+    user_metadata: Mapped[str | None] = mapped_column(default=None)
+    keep_last_checkpoints: Mapped[int | None] = mapped_column(default=None)
+    reused_from: Mapped[str | None] = mapped_column(default=None)
+    capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
 
 
 class SamplerRow(Base):
-    """Sampling capacity bound to a run, a checkpoint or a base model."""
+    """Sampling capacity bound to a run, a checkpoint or a base model; ``standing`` never scales to zero."""
 
     __tablename__ = "samplers"
     __table_args__ = (Index("ix_samplers_model_id_deployment_id", "model_id", "deployment_id"),)
@@ -143,10 +156,64 @@ class SamplerRow(Base):
     checkpoint_id: Mapped[str | None] = mapped_column(default=None)
     live_checkpoint_id: Mapped[str | None] = mapped_column(default=None)
     live_version: Mapped[int] = mapped_column(default=0)
+    standing: Mapped[bool] = mapped_column(default=False, server_default=false())
+    reused_from: Mapped[str | None] = mapped_column(default=None)
+    capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
+
+
+class HeldCheckpointRow(Base):
+    """A checkpoint that a sampler holds files of its own of, whatever becomes of the original; 0 is its default."""
+
+    __tablename__ = "held_checkpoints"
+
+    sampler_id: Mapped[str] = mapped_column(ForeignKey("samplers.id"), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    run_id: Mapped[str]
+    target: Mapped[str]
+    name: Mapped[str]
+    step: Mapped[int]
+
+
+class DeployedModelRow(Base):
+    """A name under which checkpoints were deployed; each deploy is a version with a standing sampler of its own."""
+
+    __tablename__ = "deployed_models"
+    __table_args__ = (UniqueConstraint("team_id", "name"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
+    name: Mapped[str]
+    created_at: Mapped[float]
+
+
+class ModelVersionRow(Base):
+    """One deploy: the sampler that serves it, and what was said with it."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (UniqueConstraint("model_id", "number"),)
+
+    sampler_id: Mapped[str] = mapped_column(ForeignKey("samplers.id"), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("deployed_models.id"))
+    number: Mapped[int]
+    hf_secret_name: Mapped[str]
+
+
+class UserConfigRow(Base):
+    """Accelerators that the holder of a key allows, the preferred first; null allows every one."""
+
+    __tablename__ = "user_configs"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("keys.id"), primary_key=True)
+    trainer_accelerators: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    sampler_accelerators: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True), default=None)
 
 
 class CheckpointRow(Base):
-    """An immutable folder of files; a row exists only once the folder is whole."""
+    """An immutable folder of files; a row exists only once the folder is whole.
+
+    With ``sampler_id`` it is a snapshot for that sampler alone: it has no address, and goes with its session.
+    """
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("run_id", "target", "name"),)
@@ -163,10 +230,16 @@ class CheckpointRow(Base):
     size_bytes: Mapped[int]
     created_at: Mapped[float]
     expires_at: Mapped[float | None] = mapped_column(default=None)
+    sampler_id: Mapped[str | None] = mapped_column(default=None)
+    targets: Mapped[str | None] = mapped_column(default=None)
+    user_metadata: Mapped[str | None] = mapped_column(default=None)
 
 
 class OperationRow(Base):
-    """One accepted operation. Payload and result lie in the row when small, else in a blob of that key."""
+    """One accepted operation. Payload and result lie in the row when small, else in a blob of that key.
+
+    ``key_id`` is the key that sent it.
+    """
 
     __tablename__ = "operations"
     __table_args__ = (
@@ -180,6 +253,30 @@ class OperationRow(Base):
     epoch: Mapped[int]
     seq: Mapped[int]
     kind: Mapped[str]
+    fingerprint: Mapped[str]
+    state: Mapped[str]
+    created_at: Mapped[float]
+    payload: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
+    payload_key: Mapped[str | None] = mapped_column(default=None)
+    result: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
+    result_key: Mapped[str | None] = mapped_column(default=None)
+    error: Mapped[str | None] = mapped_column(default=None)
+    error_class: Mapped[str | None] = mapped_column(default=None)
+    finished_at: Mapped[float | None] = mapped_column(default=None)
+    key_id: Mapped[str | None] = mapped_column(default=None)
+
+
+class QueuedSampleRow(Base):
+    """An accepted sampling request. Payload and result lie in the row when small, else in a blob of that key."""
+
+    __tablename__ = "queued_samples"
+    __table_args__ = (
+        Index("ix_queued_samples_state", "state"),
+        Index("ix_queued_samples_finished_at", "finished_at"),
+    )
+
+    sampler_id: Mapped[str] = mapped_column(ForeignKey("samplers.id"), primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
     fingerprint: Mapped[str]
     state: Mapped[str]
     created_at: Mapped[float]
@@ -204,3 +301,33 @@ class StatusChangeRow(Base):
     status: Mapped[str]
     reason: Mapped[str]
     at: Mapped[float]
+
+
+class UsageRow(Base):
+    """What a key took in one hour (its start in UNIX seconds) for a run or sampler; empty ids where there is none."""
+
+    __tablename__ = "usage"
+
+    team_id: Mapped[str] = mapped_column(primary_key=True)
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    sampler_id: Mapped[str] = mapped_column(primary_key=True)
+    operations: Mapped[int] = mapped_column(BigInteger)
+    samples: Mapped[int] = mapped_column(BigInteger)
+    tokens_trained: Mapped[int] = mapped_column(BigInteger)
+    tokens_forwarded: Mapped[int] = mapped_column(BigInteger)
+    tokens_prefilled: Mapped[int] = mapped_column(BigInteger)
+    tokens_sampled: Mapped[int] = mapped_column(BigInteger)
+    compute_s: Mapped[float]
+
+
+class DeploymentMinuteRow(Base):
+    """A minute (its start in UNIX seconds) of a trainer deployment's metrics, as msgpack."""
+
+    __tablename__ = "deployment_minutes"
+    __table_args__ = (Index("ix_deployment_minutes_minute", "minute"),)
+
+    deployment_id: Mapped[str] = mapped_column(primary_key=True)
+    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)

@@ -1,0 +1,184 @@
+"""Deployed models: sampler checkpoints under a name, served by a sampler that stays up until it is deactivated."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.control import held
+from selfloop.control.context import Context
+from selfloop.control.lifecycle import record_change
+from selfloop.control.machine import INSTANCE_TYPE_ID
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.user_config import UserConfigs
+from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow, SessionRow
+from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.ids import new_id
+from selfloop.types.status import CheckpointTarget, SamplerStatus
+
+MAX_NAME = 255
+MAX_CHECKPOINTS = 64
+_DELAY_S = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class DeployRequest:
+    """What to serve under which name. ``hf_secret_name`` is a label: nothing is fetched from a hub here."""
+
+    checkpoint_ids: Sequence[str]
+    model_name: str
+    instance_type_id: str
+    hf_secret_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One deployment of a model; what was not made by a deploy has no ``record``."""
+
+    sampler: SamplerRow
+    record: ModelVersionRow | None
+    is_newest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model with its deployments, newest first; the model under a plain sampler is named after it."""
+
+    id: str
+    name: str
+    created_at: float
+    versions: Sequence[Version]
+
+
+class Deploys:
+    def __init__(self, context: Context, user_configs: UserConfigs) -> None:
+        self._c = context
+        self._user_configs = user_configs
+
+    async def check(self, caller: Caller, request: DeployRequest) -> Sequence[CheckpointRow]:
+        """The checkpoints, when all that is asked can be done.
+
+        Raises:
+            BadRequest: a field that cannot be served.
+            NotFound: a checkpoint that is not the team's.
+            Conflict: the caller's own config excludes this machine.
+        """
+        if request.instance_type_id != INSTANCE_TYPE_ID:
+            raise BadRequest(
+                "instance_type_id",
+                f"{INSTANCE_TYPE_ID!r}, this machine (GET /v1/instance_types); got {request.instance_type_id!r}",
+            )
+        _check_text("model_name", request.model_name)
+        _check_text("hf_secret_name", request.hf_secret_name)
+        ids = request.checkpoint_ids
+        if not 1 <= len(ids) <= MAX_CHECKPOINTS or len(set(ids)) < len(ids):
+            raise BadRequest("checkpoint_ids", f"1 to {MAX_CHECKPOINTS} different checkpoint ids")
+        await self._user_configs.check(caller, trainer=False, sampler=True)
+        async with self._c.db.read() as session:
+            rows = [await _checkpoint(session, caller, id) for id in ids]
+        for row in rows:
+            await self._c.catalogue.same_model(row.base_model, rows[0].base_model, "checkpoint_ids")
+        return rows
+
+    async def deploy(self, caller: Caller, request: DeployRequest) -> SamplerRow:
+        """Bring up a standing sampler with its own files of the checkpoints; another version if the name is known.
+
+        Raises:
+            BadRequest: see :meth:`check`.
+            NotFound: see :meth:`check`.
+            Conflict: see :meth:`check`.
+        """
+        rows = await self.check(caller, request)
+        model = await self._c.catalogue.resolve(rows[0].base_model)
+        now = time.time()
+        async with self._c.db.write() as session:
+            rows = [await _checkpoint(session, caller, row.id) for row in rows]
+            named = await queries_models_deployed.models(session, caller.team_id, request.model_name)
+            deployed = named[0] if named else _new_model(session, caller, request.model_name, now)
+            made_for = SessionRow(id=new_id(), team_id=caller.team_id, key_id=caller.key_id, created_at=now)
+            session.add(made_for)
+            await session.flush()
+            sampler = SamplerRow(
+                id=new_id(),
+                session_id=made_for.id,
+                team_id=caller.team_id,
+                key_id=caller.key_id,
+                base_model=rows[0].base_model,
+                model_name=model.name,
+                model_id=deployed.id,
+                deployment_id=new_id(),
+                max_seq_len=model.max_position_embeddings,
+                scale_down_delay_s=_DELAY_S,
+                status=SamplerStatus.BUILDING,
+                created_at=now,
+                checkpoint_id=rows[0].id,
+                standing=True,
+                capacity_reason="fresh: a deployment stands on its own",
+            )
+            session.add(sampler)
+            await session.flush()
+            number = await queries_models_deployed.next_number(session, deployed.id)
+            session.add(
+                ModelVersionRow(
+                    sampler_id=sampler.id, model_id=deployed.id, number=number, hf_secret_name=request.hf_secret_name
+                )
+            )
+            record_change(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
+            await held.hold(session, self._c.blobs, sampler.id, rows)
+        self._c.lifecycle.add("sampler", sampler.id, sampler.id, sampler.model_name, math.inf, sampler.status)
+        self._c.lifecycle.wake_soon(sampler.id)
+        return sampler
+
+    async def models(self, caller: Caller, name: str | None) -> list[ModelView]:
+        """The team's deployed models, newest first."""
+        async with self._c.db.read() as session:
+            rows = await queries_models_deployed.models(session, caller.team_id, name)
+        return [await self.model(caller, row.id) for row in rows]
+
+    async def model(self, caller: Caller, id: str) -> ModelView:
+        """A deployed model, or the one under a sampler. Raises :class:`NotFound`."""
+        async with self._c.db.read() as session:
+            row = await queries_models_deployed.model(session, id)
+            samplers = await queries_resources.samplers(session, team_id=caller.team_id, model_id=id)
+            records = {v.sampler_id: v for v in await queries_models_deployed.versions(session, id)}
+        if not samplers:
+            raise NotFound("model", id)
+        newest = {samplers[0].deployment_id}
+        versions = [Version(s, records.get(s.id), s.deployment_id in newest) for s in samplers]
+        if row is None:
+            return ModelView(id, f"loops-sampler-{samplers[-1].id}", samplers[-1].created_at, versions)
+        return ModelView(id, row.name, row.created_at, versions)
+
+    async def version(self, caller: Caller, model_id: str, deployment_id: str) -> Version:
+        """The newest live sampler behind a deployment, or its last. Raises :class:`NotFound`."""
+        try:
+            view = await self.model(caller, model_id)
+        except NotFound:
+            raise NotFound("deployment", f"{model_id}/{deployment_id}") from None
+        found = [v for v in view.versions if v.sampler.deployment_id == deployment_id]
+        if not found:
+            raise NotFound("deployment", f"{model_id}/{deployment_id}")
+        return next((v for v in found if v.sampler.status != SamplerStatus.INACTIVE), found[0])
+
+
+def _check_text(field: str, text: str) -> None:
+    if not text.strip() or len(text) > MAX_NAME:
+        raise BadRequest(field, f"1 to {MAX_NAME} characters")
+
+
+async def _checkpoint(session: AsyncSession, caller: Caller, id: str) -> CheckpointRow:
+    row = await queries_checkpoints.get(session, id)
+    if row is None or row.team_id != caller.team_id:
+        raise NotFound("checkpoint", id)
+    if row.target != CheckpointTarget.SAMPLER:
+        raise BadRequest("checkpoint_ids", f"sampler checkpoints; {id} is a trainer's (save_weights_for_sampler)")
+    return row
+
+
+def _new_model(session: AsyncSession, caller: Caller, name: str, now: float) -> DeployedModelRow:
+    row = DeployedModelRow(id=new_id(), team_id=caller.team_id, name=name, created_at=now)
+    session.add(row)
+    return row

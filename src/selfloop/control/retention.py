@@ -1,0 +1,65 @@
+"""Which checkpoints may go: what live capacity and accepted operations need stays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db import (
+    queries_checkpoints,
+    queries_models_deployed,
+    queries_operations,
+    queries_resources,
+)
+from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.types.operation import LoadState, Operation
+from selfloop.types.status import OperationState, SamplerStatus
+from selfloop.types.uris import parse_checkpoint_uri
+
+_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Why checkpoints must stay: by id, and by address (run, target, name) of loads that are still queued."""
+
+    by_id: dict[str, str]
+    by_address: dict[tuple[str, str, str], str]
+
+    def of(self, row: CheckpointRow) -> str | None:
+        """Who needs the checkpoint, in words; None when nobody does."""
+        return self.by_id.get(row.id) or self.by_address.get((row.run_id, row.target, row.name))
+
+
+async def needs(session: AsyncSession) -> Needs:
+    """What live samplers serve from the original files, and what queued operations will load."""
+    by_id: dict[str, str] = {}
+    holders = await queries_models_deployed.holders(session)
+    for sampler in await queries_resources.samplers(session):
+        if sampler.status == SamplerStatus.INACTIVE:
+            continue
+        pinned = None if sampler.id in holders else sampler.checkpoint_id
+        for id in (sampler.live_checkpoint_id, pinned):
+            if id is not None:
+                by_id[id] = f"sampler {sampler.id} serves it"
+    by_address: dict[tuple[str, str, str], str] = {}
+    for row in await queries_operations.in_state(session, OperationState.QUEUED):
+        if row.kind == "load_state" and row.payload is not None:
+            operation = _operation_decoder.decode(row.payload)
+            assert isinstance(operation, LoadState)
+            uri = parse_checkpoint_uri(operation.path)
+            by_address[uri.run_id, uri.target, uri.name] = f"operation {row.id} of run {row.run_id} is to load it"
+    return Needs(by_id, by_address)
+
+
+async def beyond_last(session: AsyncSession, run: RunRow, target: str) -> Sequence[CheckpointRow]:
+    """Checkpoints of a run that its ``keep_last_checkpoints`` lets go, for one target."""
+    if run.keep_last_checkpoints is None:
+        return []
+    rows = await queries_checkpoints.matching(session, run.team_id, run_id=run.id)
+    old = [row for row in rows if row.target == target][run.keep_last_checkpoints :]
+    if not old:
+        return []
+    needed = await needs(session)
+    return [row for row in old if needed.of(row) is None]

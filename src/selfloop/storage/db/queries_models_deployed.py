@@ -1,0 +1,54 @@
+"""Rows of deployed models, their versions, and the checkpoints that samplers hold."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import DeployedModelRow, HeldCheckpointRow, ModelVersionRow
+
+
+async def models(session: AsyncSession, team_id: str, name: str | None = None) -> Sequence[DeployedModelRow]:
+    """A team's models, newest first."""
+    query = select(DeployedModelRow).filter_by(team_id=team_id)
+    if name is not None:
+        query = query.filter_by(name=name)
+    return (await session.scalars(query.order_by(DeployedModelRow.created_at.desc()))).all()
+
+
+async def model(session: AsyncSession, id: str) -> DeployedModelRow | None:
+    return await session.get(DeployedModelRow, id)
+
+
+async def versions(session: AsyncSession, model_id: str) -> Sequence[ModelVersionRow]:
+    """A model's versions, newest first."""
+    query = select(ModelVersionRow).filter_by(model_id=model_id)
+    return (await session.scalars(query.order_by(ModelVersionRow.number.desc()))).all()
+
+
+async def version_of(session: AsyncSession, sampler_id: str) -> ModelVersionRow | None:
+    return await session.get(ModelVersionRow, sampler_id)
+
+
+async def next_number(session: AsyncSession, model_id: str) -> int:
+    highest = await session.scalar(select(func.max(ModelVersionRow.number)).filter_by(model_id=model_id))
+    return (highest or 0) + 1
+
+
+async def held(session: AsyncSession, sampler_id: str) -> Sequence[HeldCheckpointRow]:
+    """What a sampler holds, its default first."""
+    query = select(HeldCheckpointRow).filter_by(sampler_id=sampler_id).order_by(HeldCheckpointRow.position)
+    return (await session.scalars(query)).all()
+
+
+async def held_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> HeldCheckpointRow | None:
+    return await session.get(HeldCheckpointRow, (sampler_id, checkpoint_id))
+
+
+async def holders(session: AsyncSession) -> set[str]:
+    """Samplers that hold anything."""
+    return set((await session.scalars(select(HeldCheckpointRow.sampler_id))).all())
+
+
+async def release(session: AsyncSession, sampler_id: str) -> None:
+    await session.execute(delete(HeldCheckpointRow).where(HeldCheckpointRow.sampler_id == sampler_id))
