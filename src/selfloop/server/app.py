@@ -9,12 +9,17 @@ from fastapi import FastAPI
 
 import selfloop
 from selfloop.control.control import Control
-from selfloop.server import errors
+from selfloop.server import errors, openapi
+from selfloop.server.graphql import router as graphql_router
 from selfloop.server.hub.routes import router as hub_router
 from selfloop.server.limits import BodyLimit
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
+from selfloop.server.metrics import router as metrics_router
+from selfloop.server.observe import Observed
+from selfloop.server.openai.routes import mount as mount_openai
 from selfloop.server.settings import Settings
+from selfloop.server.tinker.routes import router as tinker_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +48,28 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         version=selfloop.__version__,
         summary="Open, self-hosted training API for the Loops client",
         lifespan=lifespan,
+        responses=openapi.ERRORS,
     )
     app.state.settings = settings
     app.state.control = control
     errors.install(app)
+    openapi.install(app)
     app.add_middleware(BodyLimit)
+    app.add_middleware(Observed, control=control)
 
     @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": selfloop.__version__}
 
-    app.include_router(management.router)
-    app.include_router(management.public)
+    # Routes are tried in this order: those of the busy data plane first.
     app.include_router(trainer.router)
     app.include_router(sampler.router)
+    app.include_router(metrics_router)
+    app.include_router(management.router)
+    app.include_router(management.public)
+    app.include_router(management.public_archives)
+    app.include_router(graphql_router)
+    app.include_router(tinker_router)
+    mount_openai(app)
     app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))
     return app

@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
+from selfloop.types.logline import bind
 
 _SCHEMES = ("bearer", "api-key")
 
@@ -18,11 +19,18 @@ async def authenticated(request: Request) -> Caller:
     """The caller behind the request. Raises :class:`Denied`."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     known = key.strip() if scheme.lower() in _SCHEMES else None
-    return await control_of(request).access.authenticate(known)
+    caller = await control_of(request).access.authenticate(known)
+    bind(team_id=caller.team_id, key_id=caller.key_id)
+    return caller
+
+
+async def _control(request: Request) -> Control:
+    """Async, like every dependency of ours: the others are run in a thread, which costs more than they do."""
+    return control_of(request)
 
 
 CallerOf = Annotated[Caller, Depends(authenticated)]
-ControlOf = Annotated[Control, Depends(control_of)]
+ControlOf = Annotated[Control, Depends(_control)]
 
 
 def public_base(request: Request) -> str:

@@ -1,11 +1,13 @@
 """The error tree as HTTP. One shape that every Loops client reads; the data plane differs where it must."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from selfloop.types.errors import (
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 # retry for ten minutes. A 4xx that says which gateway refused it reaches the caller at once.
 _DATA_PLANE_PREFIX = "/loops/"
 _FINAL = {"X-Baseten-Error-Source": "06"}
+# Below a sampler's /v1 errors have OpenAI's shape, and what a request gets wrong is a 400.
+_OPENAI_PATH = re.compile(r"/loops/samplers/[^/]+/(sync/)?v1/.*")
+# Nobody reads it; the status that proxies log when a client goes away.
+_CLIENT_CLOSED_REQUEST = 499
 
 _STATUS: dict[type[SelfloopError], int] = {
     BadRequest: 422,
@@ -41,6 +47,8 @@ _STATUS: dict[type[SelfloopError], int] = {
 
 def reason_of(error: SelfloopError) -> str:
     """A stable code for the kind of error, e.g. ``NOT_FOUND``."""
+    if error.reason is not None:
+        return error.reason
     name = type(error).__name__
     return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
 
@@ -53,6 +61,24 @@ def body_of(message: str, reason: str, field: str | None = None) -> dict[str, ob
     return {"code": reason, "message": message, "detail": message, "details": details}
 
 
+def openai_body(status: int, message: str, reason: str, field: str | None = None) -> dict[str, object]:
+    """The error body in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": field, "code": reason.lower()}}
+
+
+def openai_body_of(error: SelfloopError) -> dict[str, object]:
+    """The error in OpenAI's shape, as a body or as an event of a stream that has begun."""
+    reason, field = reason_of(error), None
+    if isinstance(error, BadRequest):
+        field = error.field
+    elif isinstance(error, NotFound):
+        reason, field = f"{error.kind}_not_found", error.kind
+    elif isinstance(error, Denied):
+        reason = "invalid_api_key"
+    return openai_body(_STATUS[type(error)], str(error), reason, field)
+
+
 def response_of(error: SelfloopError, path: str) -> Response:
     status = _STATUS[type(error)]
     reason = reason_of(error)
@@ -63,8 +89,19 @@ def response_of(error: SelfloopError, path: str) -> Response:
         headers["Retry-After"] = f"{error.retry_s:g}"
     elif path.startswith(_DATA_PLANE_PREFIX) and status < 500:
         headers |= _FINAL | {"X-Baseten-Error-Code": reason.lower()}
+    if _OPENAI_PATH.fullmatch(path):
+        if isinstance(error, Conflict):
+            headers["x-should-retry"] = "false"
+        status = 400 if isinstance(error, BadRequest) else status
+        return JSONResponse(openai_body_of(error), status, headers)
     field = error.field if isinstance(error, BadRequest) else None
     return JSONResponse(body_of(str(error), reason, field), status, headers)
+
+
+def _answer(request: Request, status: int, message: str, reason: str, headers: dict[str, str]) -> Response:
+    is_openai = _OPENAI_PATH.fullmatch(request.url.path)
+    body = openai_body(status, message, reason) if is_openai else body_of(message, reason)
+    return JSONResponse(body, status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -95,16 +132,20 @@ def install(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         if request.url.path.startswith(_DATA_PLANE_PREFIX):
             headers |= _FINAL | {"X-Baseten-Error-Code": reason.lower()}
-        return JSONResponse(body_of(message, reason), error.status_code, headers)
+        return _answer(request, error.status_code, message, reason, headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSONResponse(body_of("internal error; the server's log has the cause", "INTERNAL"), 500)
+        return _answer(request, 500, "internal error; the server's log has the cause", "INTERNAL", {})
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
     handlers: list[tuple[type[Exception], Callable[[Request, Exception], Awaitable[Response]]]] = [
         (SelfloopError, selfloop_error),
         (RequestValidationError, invalid),
         (HTTPException, http_error),
+        (ClientDisconnect, gone),
         (Exception, unexpected),
     ]
     for kind, handler in handlers:

@@ -1,5 +1,7 @@
 """Read request bodies within bounds, and keep the event loop free of the large ones."""
 
+import random
+
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,6 +11,13 @@ from selfloop.types.errors import TooLarge
 _MIB = 1024 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
+# How long a long poll is held, at least and at most: the Loops client reads for 35 s.
+_POLL_HOLD_S = (20.0, 30.0)
+
+
+def poll_hold_s() -> float:
+    """How long to hold this long poll; differs, so that those that came together do not end together."""
+    return random.uniform(*_POLL_HOLD_S)
 
 
 class BodyLimit:

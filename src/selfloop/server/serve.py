@@ -1,17 +1,24 @@
 """Run the gateway: uvicorn on our application, stopped in order."""
 
 import asyncio
-import logging
+import gc
+import resource
 from collections.abc import Callable
 
 import uvicorn
+import uvloop
 
 from selfloop.control.control import Control
 from selfloop.server.app import make_app
 from selfloop.server.settings import Settings
+from selfloop.server.telemetry import exporting_spans, finish, logging_to
 
 # How long requests in flight may go on once we are told to stop; long polls are sent home at once.
 _CLOSE_GRACE_S = 5
+# Connections that may wait to be taken, as when hundreds of samples are asked for at once.
+_BACKLOG = 4096
+# Thousands of waiting requests are a large heap with little garbage: looking through it stops everything else.
+_COLLECT_AFTER = (20_000, 50, 100)
 
 
 class _Server(uvicorn.Server):
@@ -29,7 +36,11 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: "list[object] | None" = None) -> None:  # type: ignore[override]
         await self._control.operations.stop()
+        self._control.jobs.release()
+        self._control.queued_samples.send_home()
         await super().shutdown(sockets)  # type: ignore[arg-type]
+        # Here, as the signal that ends us is raised once more before anybody above hears of it.
+        await asyncio.to_thread(finish)
 
 
 async def run_gateway(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
@@ -43,14 +54,31 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         port=settings.port,
         log_level="warning",
         access_log=False,
+        # Its own would close every handler there is.
+        log_config=None,
         timeout_graceful_shutdown=_CLOSE_GRACE_S,
         # Above the clients' heartbeat of 60 s, so that it does not dial anew each time.
         timeout_keep_alive=120,
+        backlog=_BACKLOG,
     )
-    server = _Server(config, control, lambda: on_listening(made))
+
+    def listening() -> None:
+        gc.freeze()
+        on_listening(made)
+
+    server = _Server(config, control, listening)
     await server.serve()
 
 
 def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(run_gateway(settings, first_key, on_listening))
+    with logging_to(settings.data_dir, settings.log_format), exporting_spans():
+        _allow_many_connections()
+        gc.set_threshold(*_COLLECT_AFTER)
+        uvloop.run(run_gateway(settings, first_key, on_listening))
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of open files to the hard one: every waiting client is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

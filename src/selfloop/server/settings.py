@@ -3,8 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from selfloop.control.control import ControlConfig
+from selfloop.server.telemetry import LogFormat
+
+Capacity = Literal["dedicated", "serverless"]
 
 
 def default_data_dir() -> Path:
@@ -17,8 +21,12 @@ class Settings:
 
     Args:
         public_url: base of the URLs in answers, when a proxy hides the address that clients use.
+        capacity: how runs and samplers are shown: as capacity of their own, or as shared (without ids of it, and
+            sampling is queued).
         prepare: whether to prepare the embedded model at start, if its package is installed.
         serve_weights: whether ``/hf`` also gives out weight files.
+        log_format: of standard error; the file in the data directory is always JSON lines.
+        metrics_public: whether ``/metrics`` needs no key.
     """
 
     host: str
@@ -29,6 +37,9 @@ class Settings:
     public_url: str | None = None
     serve_weights: bool = False
     prepare: bool = True
+    capacity: Capacity = "dedicated"
+    log_format: LogFormat = "text"
+    metrics_public: bool = False
 
     @property
     def control(self) -> ControlConfig:

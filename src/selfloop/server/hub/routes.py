@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
+from selfloop.server.openapi import ErrorV1
 from selfloop.types import model_folder
 
 _MAIN = "main"
@@ -54,6 +56,12 @@ class _Refused(Exception):
         return JSONResponse({"error": str(self)}, status_code=404, headers=headers)
 
 
+class HubError(BaseModel):
+    """The body of a refusal; hub clients read its cause from the ``X-Error-Code`` header."""
+
+    error: str
+
+
 class _HubRoute(APIRoute):
     """Turns :class:`_Refused` into its response, for this dialect only."""
 
@@ -71,7 +79,8 @@ class _HubRoute(APIRoute):
 
 def router(models: HubModels) -> APIRouter:
     """The hub's routes, over ``models``. A model id may have one segment or more."""
-    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute)
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": HubError | ErrorV1, "description": "Not served"}}
+    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute, responses=errors)
 
     @routes.get("/api/models/{model_id:path}/tree/{revision}")
     async def tree(model_id: str, revision: str) -> Response:

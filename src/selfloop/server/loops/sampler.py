@@ -1,61 +1,100 @@
 """A sampler's data plane: completions, its model list, its policy version."""
 
-import re
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Request
+import msgspec
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.control import Control
-from selfloop.control.resources.access import Caller
+from selfloop.control.operations import Pending, checked_operation_id
+from selfloop.control.queued_samples import Drawn, Failed
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Draw, Weights
+from selfloop.control.sampled_once import Answer
+from selfloop.control.sampling import Draw
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.limits import read_body
+from selfloop.server.connection import while_connected
+from selfloop.server.errors import body_of
+from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
+from selfloop.server.openapi import json_answer
+from selfloop.server.sampling import (
+    MAX_SAMPLES,
+    MAX_TOP_LOGPROBS,
+    POLICY_VERSION_HEADER,
+    SamplerOf,
+    check_identity,
+    check_ranges,
+    stop_strings,
+    structured_output,
+    weights_of,
+    within,
+)
 from selfloop.types.errors import BadRequest
+from selfloop.types.ids import new_id
 from selfloop.types.sampling import SampledSequence, SampleResult, SamplingParams, TokenLogprob
 from selfloop.types.status import SamplerStatus
 
 router = APIRouter(prefix="/loops/samplers/{sampler_id}", tags=["loops sampler"])
 
-_POLICY_VERSION_HEADER = "x-trainers-policy-version"
-_VERSION = re.compile(r"[0-9]{1,18}")
-_MAX_SAMPLES = 256
-_MAX_PROMPT_LOGPROBS = 20
-# Shorter than the 30 s that proxies and clients commonly allow a held request.
-_FLOOR_HOLD_S = 25.0
+_RESPOND_ASYNC = "respond-async"
 
 
-async def sampler_of(sampler_id: str, caller: CallerOf, control: ControlOf) -> Sampler:
-    return await control.samplers.get(caller, sampler_id)
-
-
-SamplerOf = Annotated[Sampler, Depends(sampler_of)]
-
-
-@router.post("/sample")
+@router.post("/sample", responses={202: json_answer(wire.Acceptance, "Accepted: it survives any crash")})
 async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
-    """Draw completions; the answer comes when they are drawn."""
-    body = validate.decode(await read_body(request), wire.SampleBody)
-    await _check_identity(request, sampler, body, control)
+    """Draw completions: answered when they are drawn, or queued (202) on serverless capacity and by request."""
+    raw = await read_body(request)
+    body = validate.decode(raw, wire.SampleBody)
+    check_identity(request, sampler)
+    pinned, pinned_by = await _pinned(body, sampler, control)
     draw = _draw(body, sampler)
-    weights = await _weights(request, sampler, caller, control)
-    result = await control.sampling.draw(sampler, weights, draw)
-    return JSONResponse(
-        _completion(result, draw.prompt, sampler.base_model, with_logprobs=body.logprobs is not None),
-        headers={_POLICY_VERSION_HEADER: str(weights.policy_version)},
-    )
+    key = request.headers.get("idempotency-key")
+    key = None if key is None else checked_operation_id(key)
+    fingerprint = validate.fingerprint(_identity(request), raw)
+    if _is_queued(request):
+        weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
+        id = await control.queued_samples.accept(
+            sampler, key or new_id() + new_id(), fingerprint, weights, draw, with_logprobs=body.logprobs is not None
+        )
+        headers = {"Location": f"/operations/{id}"}
+        if _prefers_async(request):
+            headers["Preference-Applied"] = _RESPOND_ASYNC
+        return JSONResponse(msgspec.to_builtins(wire.Acceptance(id)), 202, headers)
+
+    async def answer() -> Answer:
+        weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
+        result = await control.sampling.draw(sampler, weights, draw)
+        completion = _completion(result, draw.prompt, sampler.base_model, with_logprobs=body.logprobs is not None)
+        return Answer(msgspec.json.encode(completion), weights.policy_version)
+
+    drawn = answer() if key is None else control.sampled_once.answer(sampler.id, key, fingerprint, answer)
+    answered = await while_connected(request, drawn)
+    headers = {POLICY_VERSION_HEADER: str(answered.policy_version)}
+    return Response(answered.content, media_type="application/json", headers=headers)
 
 
-@router.get("/v1/models")
-async def models(sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
-    """The base model, and the adapter that is live on it."""
-    data: list[dict[str, object]] = [{"id": sampler.base_model, "object": "model", "parent": None}]
-    path = await control.samplers.live_path(sampler)
-    if path is not None:
-        data.append({"id": path, "object": "model", "parent": sampler.base_model})
-    return {"object": "list", "data": data}
+@router.get("/operations/{operation_id}", responses={200: json_answer(wire.OutcomeAnswer, "Done, or failed")})
+async def operation(sampler_id: str, operation_id: str, caller: CallerOf, control: ControlOf) -> Response:
+    """The outcome of a queued sample, held for up to 30 s; 408 with the reason while there is none."""
+    await control.samplers.check_access(caller, sampler_id)
+    control.lifecycle.touch(sampler_id)
+    match await control.queued_samples.wait(sampler_id, operation_id, poll_hold_s()):
+        case Pending(reason):
+            return JSONResponse(body_of(reason, "PENDING"), 408)
+        case Failed(error, error_class):
+            return JSONResponse({"status": "error", "error": error, "error_class": error_class})
+        case Drawn(accepted, result):
+            model = (await control.samplers.get(caller, sampler_id)).base_model
+            completion = _completion(result, accepted.draw.prompt, model, with_logprobs=accepted.with_logprobs)
+            content = msgspec.json.encode({"status": "done", "result": completion})
+            headers = {POLICY_VERSION_HEADER: str(accepted.policy_version)}
+            return Response(content, media_type="application/json", headers=headers)
+
+
+@router.post("/operations/{operation_id}/cancel")
+async def cancel(sampler_id: str, operation_id: str, caller: CallerOf, control: ControlOf) -> dict[str, str]:
+    """Take back a queued sample that is not being drawn yet."""
+    await control.samplers.check_access(caller, sampler_id)
+    await control.queued_samples.cancel(sampler_id, operation_id)
+    return {"status": "cancelled"}
 
 
 @router.get("/trainers_policy_version")
@@ -79,71 +118,64 @@ async def health(sampler: SamplerOf, control: ControlOf) -> dict[str, str]:
     return {"status": "ready"}
 
 
-async def _check_identity(request: Request, sampler: Sampler, body: wire.SampleBody, control: Control) -> None:
-    for header, own in (("x-run-id", sampler.run_id), ("x-sampler-id", sampler.id)):
-        named = request.headers.get(header)
-        if named is not None and named != own:
-            raise BadRequest(header, f"{own}, which this sampler serves; got {named!r}")
-    if body.model is not None and body.model != sampler.base_model:
-        await control.catalogue.same_model(body.model, sampler.base_model, "model")
+def _is_queued(request: Request) -> bool:
+    return request.app.state.settings.capacity == "serverless" or _prefers_async(request)
 
 
-async def _weights(request: Request, sampler: Sampler, caller: Caller, control: Control) -> Weights:
-    path = request.headers.get("x-checkpoint-path")
-    checkpoint = None
-    if path is not None:
-        checkpoint = await control.checkpoints.at_path(caller, path, "X-Checkpoint-Path")
-        await control.catalogue.same_model(checkpoint.base_model, sampler.base_model, "X-Checkpoint-Path")
-    floor = request.headers.get("x-min-policy-version")
-    if floor is not None and not _VERSION.fullmatch(floor):
-        raise BadRequest("X-Min-Policy-Version", f"a policy version (a number >= 0), got {floor[:200]!r}")
-    min_version = None if floor is None else int(floor)
-    return await control.sampling.weights(sampler, checkpoint, min_version, _FLOOR_HOLD_S)
+def _prefers_async(request: Request) -> bool:
+    """RFC 7240: ``Prefer`` may come several times and holds preferences between commas, in any case."""
+    asked = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return _RESPOND_ASYNC in (preference.strip() for preference in asked)
+
+
+def _identity(request: Request) -> str:
+    """What besides the body makes a request a different one."""
+    named = [request.headers.get(header, "") for header in ("x-checkpoint-path", "x-min-policy-version")]
+    return "\0".join([request.url.path, *named])
 
 
 def _draw(body: wire.SampleBody, sampler: Sampler) -> Draw:
-    for name in ("structured_outputs", "model_input_chunks", "include_routed_experts", "lora"):
-        if getattr(body, name):
-            raise BadRequest(name, "null: not served by this sampler")
+    if body.model_input_chunks:
+        raise BadRequest("model_input_chunks", "null: the served models take text only, as token ids in prompt")
+    if body.include_routed_experts:
+        raise BadRequest("include_routed_experts", "null or false: the served models have no experts to route to")
     if not body.prompt:
         raise BadRequest("prompt", "at least one token id")
-    _within("n", body.n, 1, _MAX_SAMPLES)
+    within("n", body.n, 1, MAX_SAMPLES)
     if body.logprobs is not None:
-        _within("logprobs", body.logprobs, 0, 0)
+        within("logprobs", body.logprobs, 0, 0)
     if body.prompt_logprobs is not None:
-        _within("prompt_logprobs", body.prompt_logprobs, 0, _MAX_PROMPT_LOGPROBS)
-    if not 0.0 <= body.temperature < float("inf"):
-        raise BadRequest("temperature", f"a number >= 0 (0 is greedy), got {body.temperature}")
-    if not 0.0 < body.top_p <= 1.0:
-        raise BadRequest("top_p", f"a number in (0, 1], got {body.top_p}")
-    if body.top_k < -1:
-        raise BadRequest("top_k", f"-1 or 0 for all tokens, or a number >= 1; got {body.top_k}")
-    if body.seed is not None:
-        _within("seed", body.seed, -(2**63), 2**63 - 1)
+        within("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+    check_ranges(body.temperature, body.top_p, body.top_k, body.seed)
     room = sampler.max_seq_len - len(body.prompt)
     if room < 1:
         raise BadRequest("prompt", f"at most {sampler.max_seq_len - 1} tokens, got {len(body.prompt)}")
     max_tokens = room if body.max_tokens is None else body.max_tokens
-    _within("max_tokens", max_tokens, 1, room)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if "" in stop:
-        raise BadRequest("stop", "strings of at least one character")
+    within("max_tokens", max_tokens, 1, room)
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
         top_k=max(body.top_k, 0),
         top_p=body.top_p,
         seed=body.seed,
-        stop=stop,
+        stop=stop_strings(body.stop),
         stop_token_ids=body.stop_token_ids or [],
+        structured=None if body.structured_outputs is None else structured_output(body.structured_outputs),
     )
     return Draw(body.prompt, body.n, params, body.prompt_logprobs)
 
 
-def _within(field: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        expected = str(low) if low == high else f"{low} to {high}"
-        raise BadRequest(field, f"{expected}, got {value}")
+async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:
+    """The checkpoint that the body asks for, and by which field: a held one by ``model``, any by ``lora``."""
+    named = body.model
+    if named is not None and await control.samplers.served_named(sampler, named) is None:
+        await control.catalogue.same_model(named, sampler.base_model, "model")
+        named = None
+    if not body.lora:
+        return named, "model"
+    if named not in (None, body.lora):
+        raise BadRequest("lora", f"{named} as in model, or null; got {body.lora[:200]!r}")
+    return body.lora, "lora"
 
 
 def _completion(result: SampleResult, prompt: list[int], model: str, *, with_logprobs: bool) -> dict[str, object]:

@@ -15,10 +15,11 @@ from selfloop.control.resources.runs import MAX_LORA_RANK, Run
 from selfloop.control.settle import Outcome
 from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.errors import body_of
-from selfloop.server.limits import read_body
+from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
 from selfloop.server.offload import off_loop
+from selfloop.server.openapi import json_answer, json_body
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
@@ -59,8 +60,11 @@ class _RunRoute(APIRoute):
 
 router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"], route_class=_RunRoute)
 
-# The client reads for 35 s.
-_POLL_HOLD_S = 30.0
+
+def _takes(body: type[wire.RunBody]) -> dict[str, Any]:
+    """What the document says of a route that takes an operation."""
+    accepted = json_answer(wire.Acceptance, "Accepted: it survives any crash")
+    return {"status_code": 202, "responses": {202: accepted}, "openapi_extra": json_body(body)}
 
 
 async def run_of(request: Request, run_id: str, caller: CallerOf, control: ControlOf) -> Run:
@@ -75,7 +79,7 @@ RunOf = Annotated[Run, Depends(run_of)]
 async def health(run: RunOf, control: ControlOf, base_model: str | None = None) -> dict[str, str]:
     """Ready as soon as operations are accepted, which is at once; also the client's keepalive."""
     if run.status != RunStatus.ACTIVE:
-        raise Conflict(f"run {run.id} is INACTIVE")
+        raise Conflict(f"run {run.id} is INACTIVE", reason="RUN_INACTIVE")
     if base_model is not None and base_model != run.base_model:
         await control.catalogue.same_model(base_model, run.base_model, "base_model")
     control.lifecycle.touch(run.deployment_id)
@@ -88,7 +92,7 @@ async def policy_version(run: RunOf) -> dict[str, int]:
     return {"policy_version": run.step}
 
 
-@router.post("/init_trainer_server", status_code=202)
+@router.post("/init_trainer_server", **_takes(wire.InitTrainerBody))
 async def init_trainer_server(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
     body = validate.decode(raw, wire.InitTrainerBody)
@@ -101,28 +105,28 @@ async def init_trainer_server(request: Request, run: RunOf, control: ControlOf) 
     return await _accept(request, run, control, raw, body, InitTrainer(body.lora_rank))
 
 
-@router.post("/forward", status_code=202)
+@router.post("/forward", **_takes(wire.ForwardBody))
 async def forward(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw, body, data, loss_fn, config = await _loss_request(request, run, control)
     operation = Forward(data, loss_fn, config, body.top_k_logprobs)
     return await _accept(request, run, control, raw, body, operation)
 
 
-@router.post("/forward_backward", status_code=202)
+@router.post("/forward_backward", **_takes(wire.ForwardBody))
 async def forward_backward(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw, body, data, loss_fn, config = await _loss_request(request, run, control)
     operation = ForwardBackward(data, loss_fn, config, body.top_k_logprobs)
     return await _accept(request, run, control, raw, body, operation)
 
 
-@router.post("/optim_step", status_code=202)
+@router.post("/optim_step", **_takes(wire.OptimStepBody))
 async def optim_step(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
     body = validate.decode(raw, wire.OptimStepBody)
     return await _accept(request, run, control, raw, body, OptimStep(validate.adam_params(body.adam_params)))
 
 
-@router.post("/save_state", status_code=202)
+@router.post("/save_state", **_takes(wire.SaveStateBody))
 async def save_state(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
     body = validate.decode(raw, wire.SaveStateBody)
@@ -130,7 +134,7 @@ async def save_state(request: Request, run: RunOf, control: ControlOf) -> Respon
     return await _accept(request, run, control, raw, body, SaveState(new_id(), name, ttl))
 
 
-@router.post("/save_weights_for_sampler", status_code=202)
+@router.post("/save_weights_for_sampler", **_takes(wire.SaveWeightsBody))
 async def save_weights_for_sampler(request: Request, run: RunOf, control: ControlOf) -> Response:
     raw = await read_body(request)
     body = validate.decode(raw, wire.SaveWeightsBody)
@@ -139,21 +143,21 @@ async def save_weights_for_sampler(request: Request, run: RunOf, control: Contro
     return await _accept(request, run, control, raw, body, operation)
 
 
-@router.post("/load_state", status_code=202)
+@router.post("/load_state", **_takes(wire.LoadStateBody))
 async def load_state(request: Request, run: RunOf, control: ControlOf) -> Response:
     return await _load(request, run, control, with_optimizer=False)
 
 
-@router.post("/load_state_with_optimizer", status_code=202)
+@router.post("/load_state_with_optimizer", **_takes(wire.LoadStateBody))
 async def load_state_with_optimizer(request: Request, run: RunOf, control: ControlOf) -> Response:
     return await _load(request, run, control, with_optimizer=True)
 
 
-@router.get("/operations/{operation_id}")
+@router.get("/operations/{operation_id}", responses={200: json_answer(wire.OutcomeAnswer, "Done, or failed")})
 async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Response:
     """The outcome, held for up to 30 s; 408 with the reason while there is none."""
     control.lifecycle.touch(run.deployment_id)
-    match await control.operations.wait(run.id, operation_id, _POLL_HOLD_S):
+    match await control.operations.wait(run.id, operation_id, poll_hold_s()):
         case Pending(reason):
             return JSONResponse(body_of(reason, "PENDING"), 408)
         case Outcome(result, error, error_class):

@@ -2,13 +2,12 @@
 
 import hashlib
 import math
-import re
 from array import array
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
+from selfloop.server.decode import decode as decode
 from selfloop.server.loops import wire
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
@@ -16,27 +15,12 @@ from selfloop.types.losses import LOSSES, LossSpec, one_of
 from selfloop.types.operation import AdamParams
 from selfloop.types.uris import NAME_RULE, is_checkpoint_name
 
-T = TypeVar("T")
-
-_MSGSPEC_PATH = re.compile(r" - at `\$\.?(.*)`$")
 # Below this no product of Adam's factors leaves float32.
 _MAX_ADAM = 1e9
 _MAX_TOP_K = 20
 _MAX_CONFIG = 1e9
 _INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
 _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
-
-
-def decode(body: bytes, type_: type[T]) -> T:
-    """Decode JSON; raises :class:`BadRequest` naming the field."""
-    try:
-        return msgspec.json.decode(body or b"{}", type=type_)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        match = _MSGSPEC_PATH.search(message)
-        raise BadRequest(match[1] if match else "body", _MSGSPEC_PATH.sub("", message)) from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest("body", f"valid JSON ({error})") from None
 
 
 class _Place(msgspec.Struct):

@@ -1,8 +1,10 @@
 """Requests of the Loops client as they come, and answers as it reads them. Unknown fields are refused."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+
+from selfloop.server.sampling import StructuredOutputs
 
 Number = int | float | None
 
@@ -101,7 +103,7 @@ class SampleBody(_Wire, frozen=True, kw_only=True):
     return_token_ids: bool = False
     model: str | None = None
     lora: str | None = None
-    structured_outputs: dict[str, msgspec.Raw] | None = None
+    structured_outputs: StructuredOutputs | None = None
     model_input_chunks: list[msgspec.Raw] | None = None
     include_routed_experts: bool | None = None
 
@@ -109,3 +111,12 @@ class SampleBody(_Wire, frozen=True, kw_only=True):
 class Acceptance(msgspec.Struct, frozen=True):
     operation_id: str
     schema_version: Literal[1] = 1
+
+
+class OutcomeAnswer(msgspec.Struct, frozen=True):
+    """What became of an operation: ``result`` with ``done``, ``error`` and ``error_class`` with ``error``."""
+
+    status: Literal["done", "error"]
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    error_class: str | None = None

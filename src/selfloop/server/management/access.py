@@ -2,14 +2,19 @@
 
 from typing import Annotated, Literal
 
-from fastapi import Depends, Query
+from fastapi import Depends, Query, Request
 
 from selfloop.control.resources.access import Caller
 from selfloop.server.auth import CallerOf
 from selfloop.server.management.render import Renderer
 from selfloop.types.errors import NotFound
 
-RenderOf = Annotated[Renderer, Depends(Renderer)]
+
+async def _renderer(request: Request) -> Renderer:
+    return Renderer(request)
+
+
+RenderOf = Annotated[Renderer, Depends(_renderer)]
 Scope = Annotated[Literal["org"] | None, Query(description="`org` lists the whole team's, not only your own.")]
 
 

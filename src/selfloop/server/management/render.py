@@ -1,23 +1,32 @@
 """Rows as the answers show them."""
 
-import functools
-import os
-import re
-from pathlib import Path
+from collections.abc import Sequence
 
-import psutil
 from fastapi import Request
 
 from selfloop.control.control import Control
+from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
 from selfloop.control.resources.checkpoints import Checkpoint
-from selfloop.control.resources.runs import Deployment, RunView
+from selfloop.control.resources.deploys import ModelView, Version
+from selfloop.control.resources.runs import Deployment, Run, RunView
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.auth import control_of, public_base
 from selfloop.server.management import schemas as s
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
-from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
+from selfloop.types.lora import LoraTargets
+from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import CheckpointUri
+
+_LORA_CONFIG_VERSION = "v1"
+_MACHINE_NAME = "this machine"
+# What the engine samples at a time; the rest waits its turn.
+_CONCURRENCY = 256
+_MODULES = {
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "unembed": ("lm_head",),
+}
 
 
 class Renderer:
@@ -26,6 +35,7 @@ class Renderer:
     def __init__(self, request: Request) -> None:
         self._base = public_base(request)
         self._control: Control = control_of(request)
+        self._is_serverless = request.app.state.settings.capacity == "serverless"
 
     def sampler(self, row: Sampler) -> s.LoopsSamplerV1:
         status = self._control.lifecycle.status(row.id) or row.status
@@ -34,12 +44,56 @@ class Renderer:
             base_url=f"{self._base}/loops/samplers/{row.id}",
             base_model=row.base_model,
             created_at=s.iso(row.created_at),
-            model_id=row.model_id,
-            deployment_id=row.deployment_id,
+            model_id=None if self._is_serverless else row.model_id,
+            deployment_id=None if self._is_serverless else row.deployment_id,
             status=s.LoopsSamplerStatusV1(
                 name=s.DeploymentStatusV1(status), reason=self._control.lifecycle.describe(row.id)
             ),
             run_id=row.run_id,
+            user=self.user(row.key_id),
+            instance_type=instance_type(),
+            standing=row.standing,
+            capacity=capacity(row),
+        )
+
+    def user(self, key_id: str) -> s.UserV1:
+        return s.UserV1(email=self._control.access.name_of(key_id))
+
+    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> s.ModelDeploymentV1:
+        row, record = version.sampler, version.record
+        status = self._control.lifecycle.status(row.id) or row.status
+        return s.ModelDeploymentV1(
+            id=row.deployment_id,
+            created_at=s.iso(row.created_at),
+            name=model.name if record is None else f"{model.name}-{record.number}",
+            model_id=row.model_id,
+            is_production=version.is_newest,
+            status=s.DeploymentStatusV1(status),
+            reason=self._control.lifecycle.describe(row.id),
+            active_replica_count=int(status == SamplerStatus.ACTIVE),
+            autoscaling_settings=s.AutoscalingSettingsV1(
+                min_replica=int(row.standing),
+                scale_down_delay=None if row.standing else row.scale_down_delay_s,
+                concurrency_target=_CONCURRENCY,
+            ),
+            instance_type_name=_MACHINE_NAME,
+            environment="production" if version.is_newest else None,
+            labels=None if record is None else {"hf_secret_name": record.hf_secret_name},
+            sampler_id=row.id,
+            base_url=f"{self._base}/loops/samplers/{row.id}",
+            checkpoints=list(checkpoints),
+        )
+
+    def model(self, view: ModelView, team_name: str) -> s.ModelV1:
+        live = [v for v in view.versions if v.sampler.status != SamplerStatus.INACTIVE]
+        return s.ModelV1(
+            id=view.id,
+            created_at=s.iso(view.created_at),
+            name=view.name,
+            deployments_count=len({v.sampler.deployment_id for v in view.versions}),
+            production_deployment_id=live[0].sampler.deployment_id if live else None,
+            instance_type_name=_MACHINE_NAME,
+            team_name=team_name,
         )
 
     def run(self, view: RunView) -> s.LoopsRunV1:
@@ -57,11 +111,16 @@ class Renderer:
             created_at=s.iso(row.created_at),
             sampler=None if view.sampler is None else self.sampler(view.sampler),
             name=row.name,
-            deployment_id=row.deployment_id,
+            deployment_id=None if self._is_serverless else row.deployment_id,
             lora_rank=row.lora_rank,
             max_seq_len=row.max_seq_len,
             seed=row.seed,
             status=s.LoopsRunStatusV1(name=RunStatus(row.status)),
+            user=self.user(row.key_id),
+            lora_config_version=_LORA_CONFIG_VERSION,
+            lora_config=lora_config(row.targets),
+            keep_last_checkpoints=row.keep_last_checkpoints,
+            capacity=capacity(row),
         )
 
     def deployment(self, row: Deployment, runs: list[RunView]) -> s.LoopsDeploymentV1:
@@ -80,7 +139,8 @@ class Renderer:
             ),
             created_at=s.iso(row.created_at),
             scale_down_delay_seconds=row.scale_down_delay_s,
-            instance_type=_instance_type(),
+            instance_type=instance_type(),
+            user=self.user(row.key_id),
             sampler=None if sampler is None else self.sampler(sampler),
         )
 
@@ -93,6 +153,7 @@ class Renderer:
             base_model=row.base_model,
             created_at=s.iso(row.created_at),
             lora_adapter_config=s.LoraAdapterConfigV1(r=row.lora_rank, lora_alpha=row.lora_alpha),
+            lora_config=lora_config(row.targets),
             size_bytes=row.size_bytes,
             target=target.value,
             path=str(CheckpointUri(RunId(row.run_id), target, row.name)),
@@ -110,31 +171,56 @@ class Renderer:
         )
 
 
-@functools.cache
-def _instance_type() -> s.InstanceTypeV1:
-    mib = psutil.virtual_memory().total // (1024 * 1024)
-    gpus = [text for path in Path("/proc/driver/nvidia/gpus").glob("*/information") if (text := path.read_text())]
-    model = re.search(r"^Model:\s*(.+)$", gpus[0], re.MULTILINE) if gpus else None
+def instance_type() -> s.InstanceTypeV1:
+    machine = this_machine()
     return s.InstanceTypeV1(
-        id="local",
-        name="this machine",
-        memory_limit_mib=mib,
-        millicpu_limit=1000 * (os.cpu_count() or 1),
-        gpu_count=len(gpus),
-        gpu_type=model[1] if model else None,
-        gpu_memory_limit_mib=None,
+        id=INSTANCE_TYPE_ID,
+        name=_MACHINE_NAME,
+        memory_limit_mib=machine.memory_bytes // 2**20,
+        millicpu_limit=1000 * machine.cpus,
+        gpu_count=machine.gpu_count,
+        gpu_type=machine.accelerator if machine.gpu_count else None,
+        gpu_memory_limit_mib=machine.gpu_memory_mib,
     )
+
+
+def capacity(row: Run | Sampler) -> s.CapacityV1:
+    return s.CapacityV1(
+        reused=row.reused_from is not None, reused_from=row.reused_from, reason=row.capacity_reason or "not recorded"
+    )
+
+
+def lora_config(targets: str | None) -> s.LoRAConfigV1:
+    """The projections behind a row's ``targets``."""
+    parts = LoraTargets.parse(targets)
+    named = [module for part, modules in _MODULES.items() if getattr(parts, part) for module in modules]
+    return s.LoRAConfigV1(config_version=_LORA_CONFIG_VERSION, targets=named)
 
 
 def refuse_unserved(body: s.CreateLoopsRunRequestV1) -> None:
     """Fields that newer clients send and one machine cannot honour are refused, never ignored."""
-    if body.availability_model != "dedicated":
-        raise BadRequest("availability_model", "dedicated: this server has no spot capacity")
-    if body.replicas != 1:
-        raise BadRequest("replicas", f"1, got {body.replicas}")
-    if body.sampler_num_replicas not in (None, 1):
-        raise BadRequest("sampler_num_replicas", f"1, got {body.sampler_num_replicas}")
+    refuse_spot(body.availability_model)
+    refuse_replicas("replicas", body.replicas)
+    refuse_replicas("sampler_num_replicas", body.sampler_num_replicas)
     if body.base_checkpoint is not None:
         raise BadRequest(
             "base_checkpoint", "null: put the model in the catalogue with `selfloop models add` and name it"
+        )
+
+
+def refuse_spot(availability_model: str | None) -> None:
+    if availability_model == "spot":
+        raise BadRequest(
+            "availability_model",
+            "dedicated: this machine has no spot capacity, and what runs here is never preempted",
+            reason="SPOT_UNAVAILABLE",
+        )
+
+
+def refuse_replicas(field: str, asked: int | None) -> None:
+    if asked not in (None, 1):
+        raise BadRequest(
+            field,
+            f"1, got {asked}: one worker a base model serves every run and sampler of it",
+            reason="REPLICAS_UNAVAILABLE",
         )

@@ -4,8 +4,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
+from selfloop.server.management.observation_schemas import GetDeploymentLogsRequestV1 as GetDeploymentLogsRequestV1
+from selfloop.server.management.observation_schemas import (
+    GetLoopsDeploymentMetricsRequestV1 as GetLoopsDeploymentMetricsRequestV1,
+)
 from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 
 
@@ -47,9 +51,16 @@ class CreateLoopsRunRequestV1(_Request):
     reuse_from_run_id: StrictStr | None = Field(
         None, description="Run whose trainer deployment to reuse, best-effort; of the same team."
     )
-    name: StrictStr | None = Field(None, description="Display name. Defaults to the base model's.")
+    name: Annotated[StrictStr, Field(min_length=1, max_length=255)] | None = Field(
+        None, description="Display name. Defaults to the base model's."
+    )
     availability_model: Literal["dedicated", "spot"] = Field(
         "dedicated", description="Only 'dedicated': this server's capacity is never preempted."
+    )
+    keep_last_checkpoints: StrictInt | None = Field(
+        None,
+        description="Keep only so many of the newest trainer checkpoints and of the newest sampler checkpoints; "
+        "what a live sampler or a queued operation needs stays. Null keeps all.",
     )
     replicas: StrictInt = Field(1, description="Only 1.")
     sampler_num_replicas: StrictInt | None = Field(None, description="Only 1.")
@@ -57,7 +68,17 @@ class CreateLoopsRunRequestV1(_Request):
 
 
 class UserV1(_Answer):
+    """Whoever holds the API key; the key's name stands where the hosted API has an e-mail address."""
+
     email: str | None = None
+
+
+class CapacityV1(_Answer):
+    """Whether a run or sampler shares what another one brought up, and why it does or does not."""
+
+    reused: bool
+    reused_from: str | None = Field(description="The run (of a sampler: the sampler) whose capacity it shares.")
+    reason: str
 
 
 class DeploymentStatusV1(StrEnum):
@@ -98,6 +119,14 @@ class InstanceTypeV1(_Answer):
     gpu_memory_limit_mib: int | None
 
 
+# The specification's type; a server that was told to answer as serverless departs from it.
+CapacityId = Annotated[
+    str | None,
+    Field(description="Null from a server that answers as serverless capacity."),
+    WithJsonSchema({"type": "string"}),
+]
+
+
 class LoopsSamplerV1(_Answer):
     model_config = ConfigDict(protected_namespaces=())
 
@@ -105,12 +134,23 @@ class LoopsSamplerV1(_Answer):
     base_url: str
     base_model: str = Field(description="The HuggingFace base model the sampler is serving.")
     created_at: datetime
-    model_id: str
-    deployment_id: str
+    model_id: CapacityId
+    deployment_id: CapacityId
     status: LoopsSamplerStatusV1
     run_id: str | None = None
-    user: UserV1 = UserV1()
+    user: UserV1
+    instance_type: InstanceTypeV1
     node_count: int = 1
+    standing: bool = Field(False, description="Whether it never scales to zero: a deployed one.")
+    capacity: CapacityV1
+
+
+class LoRAConfigV1(_Answer):
+    """What an adapter sits on."""
+
+    config_version: str
+    targets: list[str]
+    expert_layout: None = None
 
 
 class LoopsRunStatusV1(_Answer):
@@ -125,12 +165,16 @@ class LoopsRunV1(_Answer):
     created_at: datetime = Field(description="Time the run was created in ISO 8601 format")
     sampler: LoopsSamplerV1 = Field(description="The sampler bound to this run.")
     name: str
-    deployment_id: str
+    deployment_id: CapacityId
     lora_rank: int
     max_seq_len: int
     seed: int
     status: LoopsRunStatusV1
-    user: UserV1 = UserV1()
+    user: UserV1
+    lora_config_version: str
+    lora_config: LoRAConfigV1
+    keep_last_checkpoints: int | None
+    capacity: CapacityV1
 
 
 class LoopsTrainerRunV1(LoopsRunV1):
@@ -151,10 +195,12 @@ class ListLoopsRunsResponseV1(_Answer):
     runs: list[LoopsTrainerRunV1]
 
 
-class DeactivateLoopsRunResponseV1(_Answer):
+class DeactivatedV1(_Answer):
+    """What was deactivated: a run, a sampler or a deployment, with its owner."""
+
     id: str
     base_model: str
-    user: UserV1 = UserV1()
+    user: UserV1
 
 
 class LoopsSessionV1(_Answer):
@@ -174,7 +220,9 @@ class CreateLoopsSamplerRequestV1(_Request):
     model_path: StrictStr | None = Field(None, description="bt:// URI of a checkpoint to serve.")
     max_seq_length: StrictInt | None = None
     num_replicas: StrictInt | None = Field(None, description="Only 1.")
-    availability_model: Literal["dedicated", "spot"] = "dedicated"
+    availability_model: Literal["dedicated", "spot"] | None = Field(
+        None, description="Only 'dedicated'; of a paired sampler its run's, which is that, too."
+    )
     reuse_from_session_id: StrictStr | None = None
 
 
@@ -198,7 +246,7 @@ class LoopsDeploymentV1(_Answer):
     base_model: str
     base_url: str
     status: LoopsDeploymentStatusV1
-    user: UserV1 = UserV1()
+    user: UserV1
     created_at: datetime
     availability_model: Literal["dedicated"] = "dedicated"
     scale_down_delay_seconds: int
@@ -228,8 +276,9 @@ class LoopsCheckpointV1(_Answer):
     checkpoint_type: Literal["lora"] = "lora"
     created_at: datetime
     lora_adapter_config: LoraAdapterConfigV1
+    lora_config: LoRAConfigV1
     size_bytes: int
-    sync_status: str | None = None
+    sync_status: Literal["COMPLETE"] = "COMPLETE"
     target: Literal["trainer", "sampler"]
     path: str
     step: int
@@ -267,6 +316,14 @@ class CheckpointSourceResponseV1(_Answer):
     source: CheckpointSourceV1 = CheckpointSourceV1()
 
 
+class EnablementDetailsV1(_Answer):
+    """Why a model cannot be used now, and what would change that."""
+
+    reason: str
+    reason_detail: str
+    remediation: str
+
+
 class SupportedModelV1(_Answer):
     model_config = ConfigDict(protected_namespaces=())
 
@@ -277,6 +334,7 @@ class SupportedModelV1(_Answer):
     supports_vision_language: bool = False
     enabled: bool = True
     serverless: bool = False
+    enablement_details: EnablementDetailsV1 | None = None
 
 
 class CapabilitiesResponseV1(_Answer):
@@ -294,9 +352,147 @@ class TeamsResponseV1(_Answer):
     teams: list[TeamV1]
 
 
-class DeploymentReadinessV1(_Answer):
-    """What the clients poll to learn whether a sampler is ready."""
+class LoopsUserConfigV1(_Answer):
+    trainer_accelerator_priority: list[str] | None
+    sampler_accelerator_priority: list[str] | None
+
+
+class LoopsUserConfigResponseV1(_Answer):
+    user_config: LoopsUserConfigV1
+
+
+class PatchLoopsUserConfigRequestV1(_Request):
+    """Omit to leave, null to clear, a list to set."""
+
+    trainer_accelerator_priority: list[StrictStr] | None = None
+    sampler_accelerator_priority: list[StrictStr] | None = None
+
+
+class DeployLoopsCheckpointRequestV1(_Request):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    checkpoint_ids: list[StrictStr] = Field(
+        description="Sampler checkpoints of one base model; the first is what is served by default."
+    )
+    model_name: StrictStr = Field(description="A known name gets a further version.")
+    instance_type_id: StrictStr = Field(description="This machine's: 'local'.")
+    hf_secret_name: StrictStr = Field(description="A label, kept with the deployment: nothing is fetched from a hub.")
+
+
+class DeployLoopsCheckpointResponseV1(_Answer):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    deployment_id: str
+
+
+class DeleteLoopsCheckpointsRequestV1(_Request):
+    """At least one filter; all that are given must hold."""
+
+    run_id: StrictStr | None = None
+    base_model: StrictStr | None = None
+    target: Literal["trainer", "sampler"] | None = None
+    name: StrictStr | None = Field(None, description="A shell pattern of the names, e.g. 'step-*'.")
+    older_than_seconds: Annotated[StrictInt, Field(ge=0)] | None = None
+    keep_last: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="Spare the newest so many of each run and target."
+    )
+    scope: Literal["org"] | None = Field(None, description="'org': of the whole team, not only of your own runs.")
+    dry_run: StrictBool = Field(True, description="Only tell what would be deleted.")
+
+
+class KeptCheckpointV1(_Answer):
+    checkpoint: LoopsCheckpointV1
+    reason: str
+
+
+class DeleteLoopsCheckpointsResponseV1(_Answer):
+    """What was deleted (with ``dry_run`` what would be), and what matched and stays."""
+
+    dry_run: bool
+    deleted: list[LoopsCheckpointV1]
+    kept: list[KeptCheckpointV1]
+    size_bytes: int = Field(description="Of what was, or would be, deleted.")
+
+
+class InstanceTypesV1(_Answer):
+    instance_types: list[InstanceTypeV1]
+
+
+class InstanceTypeWithPriceV1(_Answer):
+    instance_type: InstanceTypeV1
+    price: float = 0.0
+    """USD a minute: nothing, it is your machine."""
+
+
+class InstanceTypePricesV1(_Answer):
+    instance_types: list[InstanceTypeWithPriceV1]
+
+
+class UserInfoV1(_Answer):
+    user_id: str
+    email: str | None
+    name: str | None
+    workspace_name: str | None
+
+
+class AutoscalingSettingsV1(_Answer):
+    min_replica: int
+    max_replica: int = 1
+    autoscaling_window: int | None = None
+    scale_down_delay: int | None
+    concurrency_target: int = Field(description="Sequences that one worker samples at a time.")
+    target_utilization_percentage: int | None = None
+
+
+class RequestBackpressureSettingsV1(_Answer):
+    policy: Literal["QUEUE_ON_FULL"] = "QUEUE_ON_FULL"
+
+
+class ModelDeploymentV1(_Answer):
+    """A sampler as a deployment of a model; what the clients poll to learn whether it is ready."""
+
+    model_config = ConfigDict(protected_namespaces=())
 
     id: str
+    created_at: datetime
+    name: str
+    model_id: str
+    is_production: bool
+    is_development: bool = False
     status: DeploymentStatusV1
     reason: str
+    active_replica_count: int
+    autoscaling_settings: AutoscalingSettingsV1
+    instance_type_name: str
+    environment: str | None
+    labels: dict[str, str] | None
+    region: None = None
+    request_backpressure_settings: RequestBackpressureSettingsV1 = RequestBackpressureSettingsV1()
+    sampler_id: str
+    base_url: str
+    checkpoints: list[str] = Field(description="URIs of what it serves, the default first.")
+
+
+class ModelDeploymentsV1(_Answer):
+    deployments: list[ModelDeploymentV1]
+
+
+class ModelV1(_Answer):
+    id: str
+    created_at: datetime
+    name: str
+    deployments_count: int
+    production_deployment_id: str | None
+    development_deployment_id: str | None = None
+    instance_type_name: str
+    team_name: str
+
+
+class ModelsV1(_Answer):
+    models: list[ModelV1]
+
+
+class DeactivateResponseV1(_Answer):
+    success: bool = True
+    no_op: bool

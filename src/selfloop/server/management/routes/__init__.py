@@ -2,10 +2,20 @@
 
 from fastapi import APIRouter
 
-from selfloop.server.management.routes import account, checkpoints, deployments, runs, samplers
+from selfloop.server.management.routes import (
+    account,
+    checkpoints,
+    deployments,
+    models,
+    observations,
+    runs,
+    samplers,
+    training_jobs,
+)
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, samplers, deployments, checkpoints, account):
+for part in (runs, samplers, models, deployments, checkpoints, account, training_jobs, observations):
     router.include_router(part.router)
 
 public = checkpoints.public
+public_archives = observations.public

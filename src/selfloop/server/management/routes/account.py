@@ -1,47 +1,123 @@
-"""What the caller may use: models and teams."""
+"""What the caller may use: models, teams, machines, and what it allows for itself."""
 
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
+from selfloop.control.resources.catalogue import Model
+from selfloop.control.resources.user_config import UserConfig, checked_accelerators
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management import schemas as s
+from selfloop.server.management.render import instance_type
 
 router = APIRouter()
+
+_CONFIG_FIELDS = {
+    "trainer_accelerator_priority": "trainer_accelerators",
+    "sampler_accelerator_priority": "sampler_accelerators",
+}
 
 
 @router.get("/loops/capabilities", summary="Base models that can be named, with their limits.")
 async def capabilities(
     caller: CallerOf,
     control: ControlOf,
-    model: str | None = None,
-    use_case: Literal["rl", "sft"] | None = None,
-    max_seq_len: Annotated[int | None, Query(ge=1)] = None,
+    model: Annotated[str | None, Query(description="Only this one; an unknown one gives an empty list.")] = None,
+    use_case: Literal["rl", "sft"] = "rl",
+    max_seq_len: Annotated[int | None, Query(ge=1, description="What you would create the run with.")] = None,
 ) -> s.CapabilitiesResponseV1:
-    """``use_case`` changes nothing here: every model can be trained and sampled."""
-    models = [
-        m
-        for m in await control.catalogue.described()
-        if (model is None or m.name == model) and (max_seq_len is None or m.max_position_embeddings >= max_seq_len)
-    ]
+    """`rl` needs a trainer and a sampler, `sft` a trainer: it tells which list of your user config counts."""
+    config = await control.user_configs.get(caller)
+    excluded = control.user_configs.excludes(config, trainer=True, sampler=use_case == "rl")
+    described = [m for m in await control.catalogue.described() if model is None or m.name == model]
     return s.CapabilitiesResponseV1(
-        supported_models=[
-            s.SupportedModelV1(
-                model_name=m.name,
-                max_seq_len=m.max_position_embeddings,
-                max_enabled_seq_len=m.max_position_embeddings,
-                max_context_length=m.max_position_embeddings,
-            )
-            for m in models
-        ]
+        supported_models=[_supported(m, control.catalogue.missing(m), excluded, max_seq_len) for m in described]
+    )
+
+
+def _supported(model: Model, missing: str | None, excluded: str | None, asked: int | None) -> s.SupportedModelV1:
+    longest = model.max_position_embeddings
+    details = None
+    if missing is not None:
+        details = s.EnablementDetailsV1(
+            reason="model_unavailable", reason_detail=missing, remediation="Put it back, and see `selfloop doctor`."
+        )
+    elif excluded is not None:
+        details = s.EnablementDetailsV1(
+            reason="accelerator_not_allowed",
+            reason_detail=excluded,
+            remediation="PATCH /v1/loops/user_config with a list that has this machine's accelerator, or null.",
+        )
+    can_run = details is None
+    if can_run and asked is not None and asked > longest:
+        details = s.EnablementDetailsV1(
+            reason="sequence_length_unsupported",
+            reason_detail=f"the model has {longest} positions, {asked} were asked for",
+            remediation=f"Ask for a max_seq_len of at most {longest}.",
+        )
+    return s.SupportedModelV1(
+        model_name=model.name,
+        max_seq_len=longest,
+        max_enabled_seq_len=longest if can_run else 0,
+        max_context_length=longest,
+        enabled=details is None,
+        enablement_details=details,
+    )
+
+
+@router.get("/loops/user_config", summary="What your key allows for its runs and samplers.")
+async def get_user_config(caller: CallerOf, control: ControlOf) -> s.LoopsUserConfigResponseV1:
+    return _user_config(await control.user_configs.get(caller))
+
+
+@router.patch("/loops/user_config", summary="Change what your key allows: omit to leave, null to clear.")
+async def patch_user_config(
+    body: s.PatchLoopsUserConfigRequestV1, caller: CallerOf, control: ControlOf
+) -> s.LoopsUserConfigResponseV1:
+    """A list that leaves this machine's accelerator out refuses new runs and samplers of this key."""
+    changes = {
+        column: checked_accelerators(field, getattr(body, field))
+        for field, column in _CONFIG_FIELDS.items()
+        if field in body.model_fields_set
+    }
+    return _user_config(await control.user_configs.patch(caller, changes))
+
+
+def _user_config(config: UserConfig) -> s.LoopsUserConfigResponseV1:
+    return s.LoopsUserConfigResponseV1(
+        user_config=s.LoopsUserConfigV1(
+            trainer_accelerator_priority=config.trainer_accelerators,
+            sampler_accelerator_priority=config.sampler_accelerators,
+        )
     )
 
 
 @router.get("/teams", summary="The caller's teams.")
-async def teams(caller: CallerOf, control: ControlOf) -> s.TeamsResponseV1:
+async def teams(
+    caller: CallerOf,
+    control: ControlOf,
+    name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
+) -> s.TeamsResponseV1:
     return s.TeamsResponseV1(
         teams=[
             s.TeamV1(id=t.id, name=t.name, default=t.is_default, created_at=s.iso(t.created_at))
             for t in await control.access.teams_of(caller)
+            if name is None or t.name == name
         ]
     )
+
+
+@router.get("/users/me", summary="Who calls: the holder of the key.")
+async def me(caller: CallerOf, control: ControlOf) -> s.UserInfoV1:
+    (team,) = await control.access.teams_of(caller)
+    return s.UserInfoV1(user_id=caller.key_id, email=caller.key_name, name=caller.key_name, workspace_name=team.name)
+
+
+@router.get("/instance_types", summary="The one there is: this machine.")
+async def instance_types(caller: CallerOf) -> s.InstanceTypesV1:
+    return s.InstanceTypesV1(instance_types=[instance_type()])
+
+
+@router.get("/instance_type_prices", summary="What this machine costs: nothing.")
+async def instance_type_prices(caller: CallerOf) -> s.InstanceTypePricesV1:
+    return s.InstanceTypePricesV1(instance_types=[s.InstanceTypeWithPriceV1(instance_type=instance_type())])

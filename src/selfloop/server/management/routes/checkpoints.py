@@ -5,10 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 
+from selfloop.control.resources.cleanup import CheckpointFilter
+from selfloop.control.resources.deploys import DeployRequest
 from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management import schemas as s
-from selfloop.server.management.access import RenderOf
+from selfloop.server.management.access import RenderOf, Scope
+from selfloop.types.status import CheckpointTarget
 
 router = APIRouter()
 
@@ -21,12 +24,14 @@ async def list_checkpoints(
     run_id: str | None = None,
     base_model: str | None = None,
     checkpoint_path: str | None = None,
+    scope: Scope = None,
 ) -> s.ListLoopsCheckpointsResponseV1:
+    """Newest first. By base model those of the caller's own runs, with `scope=org` of the whole team's."""
     exactly_one(run_id=run_id, base_model=base_model, checkpoint_path=checkpoint_path)
     if run_id is not None:
         rows = await control.checkpoints.of_run(caller, run_id)
     elif base_model is not None:
-        rows = await control.checkpoints.of_model(caller, base_model)
+        rows = await control.checkpoints.of_model(caller, base_model, whole_team=scope == "org")
     else:
         assert checkpoint_path is not None
         rows = [await control.checkpoints.at_path(caller, checkpoint_path, "checkpoint_path")]
@@ -37,11 +42,55 @@ async def list_checkpoints(
 async def validate_checkpoint(
     body: s.ValidateLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
 ) -> dict[str, str]:
-    row = await control.checkpoints.at_path(caller, body.checkpoint_path, "checkpoint_path")
-    if body.run_id is not None:
-        run = (await control.runs.get(caller, body.run_id)).run
-        await control.catalogue.same_model(row.base_model, run.base_model, "checkpoint_path")
+    """By itself, or for the sampler of a run, whose base model and adapted parts it must share."""
+    run = None if body.run_id is None else (await control.runs.get(caller, body.run_id)).run
+    await control.checkpoints.validate(caller, body.checkpoint_path, run)
     return {}
+
+
+@router.post("/loops/checkpoints/deploy", summary="Serve sampler checkpoints under a name, until deactivated.")
+async def deploy_checkpoints(
+    body: s.DeployLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
+) -> s.DeployLoopsCheckpointResponseV1:
+    """A standing sampler with its own files of the checkpoints; a known name gets a further version."""
+    request = DeployRequest(
+        body.checkpoint_ids,
+        model_name=body.model_name,
+        instance_type_id=body.instance_type_id,
+        hf_secret_name=body.hf_secret_name,
+    )
+    row = await control.deploys.deploy(caller, request)
+    return s.DeployLoopsCheckpointResponseV1(model_id=row.model_id, deployment_id=row.deployment_id)
+
+
+@router.post("/loops/checkpoints/delete", summary="Delete the checkpoints that match a filter; a dry run first.")
+async def delete_checkpoints(
+    body: s.DeleteLoopsCheckpointsRequestV1, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> s.DeleteLoopsCheckpointsResponseV1:
+    """What a live sampler serves or a queued operation will load stays, and is told with the reason."""
+    chosen = CheckpointFilter(
+        run_id=body.run_id,
+        base_model=body.base_model,
+        target=None if body.target is None else CheckpointTarget(body.target),
+        name=body.name,
+        older_than_s=body.older_than_seconds,
+        keep_last=body.keep_last,
+        whole_team=body.scope == "org",
+    )
+    cleaned = await control.cleanup.delete_matching(caller, chosen, dry_run=body.dry_run)
+    return s.DeleteLoopsCheckpointsResponseV1(
+        dry_run=body.dry_run,
+        deleted=[render.checkpoint(row) for row in cleaned.deleted],
+        kept=[s.KeptCheckpointV1(checkpoint=render.checkpoint(k.checkpoint), reason=k.reason) for k in cleaned.kept],
+        size_bytes=sum(row.size_bytes for row in cleaned.deleted),
+    )
+
+
+@router.delete("/loops/checkpoints/{checkpoint_id}", summary="Delete a checkpoint that nothing needs.")
+async def delete_checkpoint(
+    checkpoint_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> s.LoopsCheckpointV1:
+    return render.checkpoint(await control.cleanup.delete_one(caller, checkpoint_id))
 
 
 @router.get("/loops/checkpoints/{checkpoint_id}/files", summary="List a checkpoint's files with links.")

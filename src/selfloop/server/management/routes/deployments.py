@@ -35,6 +35,7 @@ async def get_deployment(
 @router.post("/loops/deployments/{deployment_id}/deactivate", summary="Deactivate a deployment and its runs.")
 async def deactivate_deployment(
     deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.LoopsDeploymentResponseV1:
+) -> s.DeactivatedV1:
+    row, _views = await control.runs.deployment(caller, deployment_id)
     await control.runs.deactivate_deployment(caller, deployment_id)
-    return await get_deployment(deployment_id, caller, control, render)
+    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

@@ -45,6 +45,7 @@ def _run_request(body: s.CreateLoopsRunRequestV1) -> RunRequest:
         reuse_from_session_id=body.reuse_from_session_id,
         reuse_from_run_id=body.reuse_from_run_id,
         name=body.name,
+        keep_last_checkpoints=body.keep_last_checkpoints,
     )
 
 
@@ -87,6 +88,6 @@ async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: Ren
 
 
 @router.post("/loops/runs/{run_id}/deactivate", summary="Deactivate a Loops run; its checkpoints stay.")
-async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf) -> s.DeactivateLoopsRunResponseV1:
-    view = await control.runs.deactivate(caller, run_id)
-    return s.DeactivateLoopsRunResponseV1(id=view.run.id, base_model=view.run.base_model)
+async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.DeactivatedV1:
+    row = (await control.runs.deactivate(caller, run_id)).run
+    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

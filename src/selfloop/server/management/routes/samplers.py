@@ -6,13 +6,10 @@ from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management import schemas as s
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
+from selfloop.server.management.render import refuse_replicas, refuse_spot
 from selfloop.types.errors import BadRequest
 
 router = APIRouter()
-
-
-# The clients ask again only after 10 s, so a status that is about to change is worth waiting for.
-_READINESS_HOLD_S = 25.0
 
 
 @router.post("/loops/samplers", summary="Create a Loops sampler.")
@@ -21,10 +18,8 @@ async def create_sampler(
     body: s.CreateLoopsSamplerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
 ) -> s.LoopsSamplerResponseV1:
     """A sampler paired with a run (one a run), or a standalone one of a base model or a checkpoint."""
-    if body.availability_model != "dedicated":
-        raise BadRequest("availability_model", "dedicated: this server has no spot capacity")
-    if body.num_replicas not in (None, 1):
-        raise BadRequest("num_replicas", f"1, got {body.num_replicas}")
+    refuse_spot(body.availability_model)
+    refuse_replicas("num_replicas", body.num_replicas)
     exactly_one(run_id=body.run_id, base_model=body.base_model, model_path=body.model_path)
     if body.run_id is not None:
         for field in ("max_seq_length", "reuse_from_session_id"):
@@ -44,8 +39,9 @@ async def create_sampler(
 
 
 @router.get("/loops/samplers", summary="List Loops samplers.")
+@router.get("/teams/{team_id}/loops/samplers", summary="List a team's Loops samplers.")
 async def list_samplers(
-    caller: CallerOf, control: ControlOf, render: RenderOf, scope: Scope = None
+    caller: MemberOf, control: ControlOf, render: RenderOf, scope: Scope = None
 ) -> s.ListLoopsSamplersResponseV1:
     rows = await control.samplers.list(caller, whole_team=scope == "org")
     return s.ListLoopsSamplersResponseV1(samplers=[render.sampler(row) for row in rows])
@@ -61,17 +57,6 @@ async def get_sampler(
 @router.post("/loops/samplers/{sampler_id}/deactivate", summary="Deactivate a Loops sampler.")
 async def deactivate_sampler(
     sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.LoopsSamplerResponseV1:
+) -> s.DeactivatedV1:
     row = await control.samplers.deactivate(caller, sampler_id)
-    return s.LoopsSamplerResponseV1(sampler=render.sampler(row))
-
-
-@router.get("/models/{model_id}/deployments/{deployment_id}", summary="Readiness of a sampler.")
-async def readiness(model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf) -> s.DeploymentReadinessV1:
-    """The sampler's status; one that is coming up is waited for, up to 25 s."""
-    row = await control.samplers.by_deployment(caller, model_id, deployment_id)
-    await control.lifecycle.settled(row.id, _READINESS_HOLD_S)
-    status = control.lifecycle.status(row.id) or row.status
-    return s.DeploymentReadinessV1(
-        id=deployment_id, status=s.DeploymentStatusV1(status), reason=control.lifecycle.describe(row.id)
-    )
+    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

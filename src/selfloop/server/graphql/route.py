@@ -1,0 +1,79 @@
+"""``POST /graphql/``: one query or mutation."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from graphql import ExecutionResult, GraphQLError, build_schema, graphql
+from pydantic import BaseModel, ConfigDict, StrictStr
+from starlette.responses import JSONResponse
+
+from selfloop.server import errors
+from selfloop.server.auth import authenticated, control_of
+from selfloop.server.graphql.resolvers import Root
+from selfloop.types.errors import BadRequest, Denied, SelfloopError
+
+log = logging.getLogger(__name__)
+
+# The command line's longest query has 45 tokens, the introspection query of common tools about 250.
+_MAX_TOKENS = 600
+_MAX_ERRORS = 10
+_INTERNAL = "internal error; the server's log has the cause"
+
+_schema = build_schema(Path(__file__).with_name("schema.graphql").read_text(encoding="utf-8"))
+
+router = APIRouter(tags=["graphql"])
+
+
+class GraphQLRequest(BaseModel):
+    """A query with its variables, as GraphQL clients post it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    query: StrictStr
+    variables: dict[str, Any] | None = None
+    operationName: StrictStr | None = None
+
+
+@router.post("/graphql/", summary="What the truss command line asks beside REST.")
+async def graphql_query(body: GraphQLRequest, request: Request) -> JSONResponse:
+    """Errors come as ``errors`` with ``extensions.code``, with status 200; without a valid key with 401."""
+    try:
+        caller = await authenticated(request)
+    except Denied as error:
+        headers = {"WWW-Authenticate": "Bearer"}
+        return JSONResponse(
+            _formatted(ExecutionResult(None, [GraphQLError(str(error), original_error=error)])), 401, headers
+        )
+    result = await graphql(
+        _schema,
+        body.query,
+        root_value=Root(control_of(request), caller),
+        variable_values=body.variables,
+        operation_name=body.operationName,
+        max_tokens=_MAX_TOKENS,
+        max_errors=_MAX_ERRORS,
+    )
+    return JSONResponse(_formatted(result))
+
+
+def _formatted(result: ExecutionResult) -> dict[str, Any]:
+    answer: dict[str, Any] = {"data": result.data}
+    if result.errors:
+        answer["errors"] = [_shown(error) for error in result.errors]
+    return answer
+
+
+def _shown(error: GraphQLError) -> dict[str, Any]:
+    """One error as the clients read it. What no caller is meant to see goes to the log instead."""
+    shown: dict[str, Any] = dict(error.formatted)
+    cause = error.original_error
+    if isinstance(cause, SelfloopError):
+        field = cause.field if isinstance(cause, BadRequest) else None
+        details = errors.body_of(str(cause), errors.reason_of(cause), field)
+        return shown | {"extensions": {"code": details["code"], "details": details["details"]}}
+    if cause is not None and not isinstance(cause, GraphQLError):
+        log.error("POST /graphql/ failed", exc_info=cause)
+        return shown | {"message": _INTERNAL, "extensions": {"code": "INTERNAL"}}
+    return shown | {"extensions": {"code": "BAD_REQUEST"}}

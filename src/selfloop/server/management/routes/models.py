@@ -1,0 +1,74 @@
+"""Models: the names that checkpoints are deployed under, and the deployments behind samplers."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from selfloop.control.control import Control
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.deploys import ModelView, Version
+from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.management import schemas as s
+from selfloop.server.management.access import MemberOf, RenderOf
+from selfloop.server.management.render import Renderer
+
+router = APIRouter()
+
+# The clients ask again only after 10 s, so a status that is about to change is worth waiting for.
+_READINESS_HOLD_S = 25.0
+
+
+@router.get("/models", summary="List the models that checkpoints were deployed under.")
+@router.get("/teams/{team_id}/models", summary="List a team's models that checkpoints were deployed under.")
+async def list_models(
+    caller: MemberOf,
+    control: ControlOf,
+    render: RenderOf,
+    name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
+) -> s.ModelsV1:
+    team = await _team_name(control, caller)
+    return s.ModelsV1(models=[render.model(view, team) for view in await control.deploys.models(caller, name)])
+
+
+@router.get("/models/{model_id}", summary="Get a model, also the one under a sampler.")
+async def get_model(model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.ModelV1:
+    return render.model(await control.deploys.model(caller, model_id), await _team_name(control, caller))
+
+
+@router.get("/models/{model_id}/deployments", summary="List a model's deployments, newest first.")
+async def list_model_deployments(
+    model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf, name: str | None = None
+) -> s.ModelDeploymentsV1:
+    view = await control.deploys.model(caller, model_id)
+    shown = [await _deployment(control, render, view, version) for version in view.versions]
+    return s.ModelDeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
+
+
+@router.get("/models/{model_id}/deployments/{deployment_id}", summary="A sampler as a deployment; its readiness.")
+async def readiness(
+    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> s.ModelDeploymentV1:
+    """The sampler's status; one that is coming up is waited for, up to 25 s."""
+    version = await control.deploys.version(caller, model_id, deployment_id)
+    await control.lifecycle.settled(version.sampler.id, _READINESS_HOLD_S)
+    view = await control.deploys.model(caller, model_id)
+    return await _deployment(control, render, view, await control.deploys.version(caller, model_id, deployment_id))
+
+
+@router.post("/models/{model_id}/deployments/{deployment_id}/deactivate", summary="Deactivate a model's deployment.")
+async def deactivate_model_deployment(
+    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf
+) -> s.DeactivateResponseV1:
+    """Ends the samplers behind it; `no_op` tells that it had ended before."""
+    ended = await control.samplers.deactivate_version(caller, model_id, deployment_id)
+    return s.DeactivateResponseV1(no_op=not ended)
+
+
+async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> s.ModelDeploymentV1:
+    paths = [control.samplers.path_of(row) for row in await control.samplers.served(version.sampler)]
+    live = None if paths else await control.samplers.live_path(version.sampler)
+    return render.model_deployment(view, version, paths or ([] if live is None else [live]))
+
+
+async def _team_name(control: Control, caller: Caller) -> str:
+    return next(team.name for team in await control.access.teams_of(caller))

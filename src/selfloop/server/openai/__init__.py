@@ -1,0 +1,1 @@
+"""The OpenAI-compatible face of a sampler: chat, completions, models."""

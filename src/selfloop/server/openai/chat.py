@@ -1,0 +1,175 @@
+"""A chat request: its conversation for the template, and what it asks of the sampler."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from selfloop.control.sampling import Chat
+from selfloop.server.decode import to_json
+from selfloop.server.openai import wire
+from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved
+from selfloop.server.openai.tools import tool_use
+from selfloop.server.sampling import ANY_JSON_OBJECT, MAX_TOP_LOGPROBS, json_schema, within
+from selfloop.server.tools import CLOSE, ToolUse, template_call, template_tool
+from selfloop.types.errors import BadRequest
+from selfloop.types.sampling import StructuredOutput
+
+# These the server sets itself.
+_OWN_VARIABLES = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A checked chat request.
+
+    Args:
+        top_logprobs: None when no logprobs are asked for.
+        max_tokens: None for all the room that is left, given as the field ``max_tokens_field``.
+    """
+
+    chat: Chat
+    asked: Asked
+    tools: ToolUse
+    top_logprobs: int | None
+    max_tokens: int | None
+    max_tokens_field: str
+
+
+def chat_request(body: wire.ChatBody, template: str | None) -> ChatRequest:
+    """Raises :class:`BadRequest` for any field that cannot be obeyed."""
+    wanted = asked(body)
+    use = tool_use(body, template)
+    formatted = _formatted(body.response_format)
+    if formatted is not None and use.form is not None:
+        raise BadRequest("response_format", "null or text, or tool_choice none: a call does not match it")
+    by_field = {wanted.structured_by or "structured_outputs": wanted.structured}
+    structured, by = exactly_one_structure(**by_field, response_format=formatted, tool_choice=use.forced)
+    if structured is not None and use.form is not None:
+        raise BadRequest("tool_choice", "none, required or a function when the text is constrained")
+    stop = [*wanted.stop, CLOSE] if use.at_most_one and use.form == "tags" else wanted.stop
+    return ChatRequest(
+        _chat(body, template),
+        replace(wanted, structured=structured, structured_by=by, stop=stop),
+        use,
+        _top_logprobs(body),
+        *_max_tokens(body),
+    )
+
+
+def _max_tokens(body: wire.ChatBody) -> tuple[int | None, str]:
+    if body.max_completion_tokens is None:
+        return body.max_tokens, "max_tokens"
+    if body.max_tokens not in (None, body.max_completion_tokens):
+        raise BadRequest("max_tokens", f"null, or max_completion_tokens = {body.max_completion_tokens}")
+    return body.max_completion_tokens, "max_completion_tokens"
+
+
+def _top_logprobs(body: wire.ChatBody) -> int | None:
+    if not body.logprobs:
+        if body.top_logprobs not in (None, 0):
+            raise BadRequest("top_logprobs", "null unless logprobs is true")
+        return None
+    top = 0 if body.top_logprobs is None else body.top_logprobs
+    within("top_logprobs", top, 0, MAX_TOP_LOGPROBS)
+    return top
+
+
+def _formatted(given: wire.ResponseFormat | None) -> StructuredOutput | None:
+    if given is None:
+        return None
+    if (given.type == "json_schema") is not (given.json_schema is not None):
+        raise BadRequest("response_format.json_schema", "an object with type json_schema, null with any other")
+    if given.json_schema is not None:
+        # A schema that is not strict may be obeyed strictly.
+        return json_schema(given.json_schema.schema or {}, "response_format.json_schema.schema")
+    return ANY_JSON_OBJECT if given.type == "json_object" else None
+
+
+def _chat(body: wire.ChatBody, template: str | None) -> Chat:
+    if not body.messages:
+        raise BadRequest("messages", "at least one message")
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        raise BadRequest("continue_final_message", "false or null when add_generation_prompt is true")
+    if goes_on and not messages[-1]["content"]:
+        raise BadRequest("continue_final_message", "false or null: the last message has no text to go on with")
+    options = body.chat_template_kwargs or {}
+    for name in options:
+        if name in _OWN_VARIABLES:
+            raise BadRequest(f"chat_template_kwargs.{name}", "the request's own field, or nothing")
+        if template is None or name not in template:
+            raise BadRequest(f"chat_template_kwargs.{name}", "a variable of the model's chat template")
+    tools = None
+    if body.tools and body.tool_choice != "none":
+        tools = to_json([_tool(tool) for tool in body.tools], "tools")
+    return Chat(
+        messages=to_json(messages, "messages"),
+        tools=tools,
+        add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=goes_on,
+        options=to_json(options, "chat_template_kwargs") if options else None,
+    )
+
+
+def _tool(tool: wire.Tool) -> dict[str, object]:
+    assert tool.function is not None
+    return template_tool(tool.function.name, tool.function.description, tool.function.parameters)
+
+
+def _message(message: wire.Message, where: str) -> dict[str, Any]:
+    """As templates read it: text as one string, a call's arguments as an object."""
+    refuse_unserved(message, f"{where}.")
+    # Templates know no developer; it is who speaks as system here.
+    role = "system" if message.role == "developer" else message.role
+    content = _text(message.content, f"{where}.content")
+    rendered: dict[str, Any] = {"role": role, "content": content or ""}
+    if message.tool_calls:
+        if role != "assistant":
+            raise BadRequest(f"{where}.tool_calls", "null unless the role is assistant")
+        rendered["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{i}].function") for i, call in enumerate(message.tool_calls)
+        ]
+    elif content is None:
+        raise BadRequest(f"{where}.content", "a string, or a list of text parts")
+    if role == "tool":
+        if message.tool_call_id is None:
+            raise BadRequest(f"{where}.tool_call_id", "the id of the call that this message answers")
+        rendered["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            rendered["name"] = message.name
+    elif message.tool_call_id is not None:
+        raise BadRequest(f"{where}.tool_call_id", "null unless the role is tool")
+    elif message.name is not None:
+        raise BadRequest(f"{where}.name", "null unless the role is tool: chat templates show no names")
+    return rendered
+
+
+def _call(call: wire.ToolCall, where: str) -> dict[str, object]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        raise BadRequest(f"{where}.arguments", "a JSON object as a string") from None
+    return template_call(call.id, call.function.name, arguments)
+
+
+def _text(content: str | list[dict[str, Any]] | None, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        if part.get("type") != "text":
+            raise BadRequest(
+                f"{where}[{i}]", f"a part of type text: the served models take text only, got {_kind(part)}"
+            )
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise BadRequest(f"{where}[{i}]", 'a text part: {"type": "text", "text": "..."}')
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _kind(part: dict[str, Any]) -> str:
+    return msgspec.json.encode(part.get("type")).decode()[:100]

@@ -1,0 +1,49 @@
+"""The names that a sampler answers to: its base model, and checkpoints of it."""
+
+from selfloop.control.control import Control
+from selfloop.control.held import uri_of
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.samplers import Sampler
+from selfloop.types.errors import BadRequest, NotFound
+
+_CHECKPOINT = "bt://"
+
+
+def entry(id: str, sampler: Sampler, *, is_adapter: bool) -> dict[str, object]:
+    """As OpenAI lists a model, with the ``parent`` that Loops clients tell an adapter by."""
+    return {
+        "id": id,
+        "object": "model",
+        "created": int(sampler.created_at),
+        "owned_by": "selfloop",
+        "parent": sampler.base_model if is_adapter else None,
+    }
+
+
+async def listed(sampler: Sampler, control: Control) -> list[dict[str, object]]:
+    """The base model, the adapter that is live, and the other checkpoints that the sampler holds."""
+    live = await control.samplers.live_path(sampler)
+    held = [uri_of(row) for row in await control.samplers.served(sampler)]
+    paths = [path for path in dict.fromkeys([live, *held]) if path is not None]
+    base = entry(sampler.base_model, sampler, is_adapter=False)
+    return [base, *(entry(path, sampler, is_adapter=True) for path in paths)]
+
+
+async def pinned_by(name: str, sampler: Sampler, caller: Caller, control: Control) -> str | None:
+    """The checkpoint that a model's name pins; None for the base model, which stands for what is live.
+
+    Raises:
+        NotFound: the name is of no model that this sampler serves.
+    """
+    if await control.samplers.served_named(sampler, name) is not None:
+        return name
+    try:
+        if name.startswith(_CHECKPOINT):
+            checkpoint = await control.checkpoints.at_path(caller, name, "model")
+            await control.catalogue.same_model(checkpoint.base_model, sampler.base_model, "model")
+            return name
+        await control.catalogue.same_model(name, sampler.base_model, "model")
+    except (BadRequest, NotFound):
+        hint = f"this sampler serves {sampler.base_model}, and bt:// paths of its checkpoints"
+        raise NotFound("model", name[:200], hint) from None
+    return None

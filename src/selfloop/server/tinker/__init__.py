@@ -1,0 +1,1 @@
+"""The Tinker dialect: what the official ``tinker`` SDK calls below ``/api/v1``."""

@@ -1,0 +1,193 @@
+"""Sampling sessions, and samples: drawn while the client polls for them."""
+
+from typing import NamedTuple
+
+from fastapi import APIRouter, Request
+
+from selfloop.control.control import Control
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.samplers import Sampler
+from selfloop.control.sampling import Draw
+from selfloop.server.auth import ControlOf
+from selfloop.server.decode import decode
+from selfloop.server.limits import read_body
+from selfloop.server.offload import off_loop
+from selfloop.server.tinker import futures, names, wire
+from selfloop.server.tinker.http import CallerOf, TinkerRoute
+from selfloop.server.tinker.results import sample_response
+from selfloop.types.errors import BadRequest
+from selfloop.types.sampling import SamplingParams
+from selfloop.types.status import CheckpointTarget
+
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute)
+
+_MAX_SAMPLES = 1024
+_MAX_TOP = 128
+_MAX_STOPS = 1024
+
+
+@router.post("/create_sampling_session")
+async def create_sampling_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
+    """A sampler of a base model or of a checkpoint."""
+    body = decode(await read_body(request), wire.CreateSamplingSession)
+    if body.base_model is None and body.model_path is None:
+        raise BadRequest("base_model", "base_model or model_path")
+    session = await control.sessions.get(caller, body.session_id)
+    path = None
+    if body.model_path is not None:
+        path = names.our_path(body.model_path, "model_path")
+        with names.as_written(body.model_path):
+            checkpoint = await control.checkpoints.at_path(caller, path, "model_path")
+        if body.base_model is not None:
+            await control.catalogue.same_model(body.base_model, checkpoint.base_model, "base_model")
+    sampler = await control.samplers.create_standalone(
+        caller,
+        session.id,
+        base_model=body.base_model,
+        model_path=path,
+        max_seq_len=None,
+        reuse_from_session_id=None,
+        id=names.new_sampler_id(session.id, body.sampling_session_seq_id),
+    )
+    return {"sampling_session_id": names.their_id(sampler.id), "type": "create_sampling_session"}
+
+
+@router.get("/samplers/{sampling_session_id}")
+async def sampler_info(sampling_session_id: str, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """What a sampling session samples."""
+    sampler = await control.samplers.get(caller, names.sampler_id(sampling_session_id))
+    info: dict[str, object] = {"sampler_id": names.their_id(sampler.id), "base_model": sampler.base_model}
+    if sampler.checkpoint_id is not None:
+        checkpoint = await control.checkpoints.get(caller, sampler.checkpoint_id)
+        if checkpoint.sampler_id is None:
+            target = CheckpointTarget(checkpoint.target)
+            info["model_path"] = names.checkpoint_path(checkpoint.run_id, target, checkpoint.name)
+    return info
+
+
+@router.post("/asample")
+async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """Begin to draw; the samples are fetched by ``retrieve_future``."""
+    raw = await read_body(request)
+    body = await off_loop(len(raw), lambda: decode(raw, wire.Sample))
+    sampler = await control.samplers.get(caller, names.sampler_id(body.sampling_session_id))
+    control.samplers.check_live(sampler)
+    if not 0 <= body.seq_id < 2**63:
+        raise BadRequest("seq_id", f"0 to {2**63 - 1}, got {body.seq_id}")
+    asked = await _asked(body, sampler, caller, control)
+    request_id = futures.of_sample(sampler.id, body.seq_id)
+
+    async def draw() -> bytes:
+        weights = await control.sampling.weights(sampler, None, None, 0.0)
+        result = await control.sampling.draw(sampler, weights, asked.draw)
+        size = 64 * len(asked.draw.prompt) * (1 + asked.num_top_prompt)
+        return await off_loop(
+            size,
+            lambda: sample_response(
+                result,
+                own_logprobs=asked.own_logprobs,
+                num_top_prompt=asked.num_top_prompt,
+                num_top=asked.draw.top_logprobs,
+                last_n=asked.last_n,
+            ),
+        )
+
+    control.jobs.submit(request_id, draw)
+    sequence = f"{names.their_id(sampler.id)}/{body.seq_id}"
+    return {
+        "request_id": request_id,
+        "sample_sequence_ids": [f"{sequence}/{i}" for i in range(asked.draw.num_samples)],
+        "type": "asample",
+    }
+
+
+class _Asked(NamedTuple):
+    """A draw, and which of what comes with it the caller wants to see."""
+
+    draw: Draw
+    own_logprobs: bool
+    num_top_prompt: int
+    last_n: int | None
+
+
+async def _asked(body: wire.Sample, sampler: Sampler, caller: Caller, control: Control) -> _Asked:
+    for name in ("base_model", "model_path"):
+        if getattr(body, name) is not None:
+            raise BadRequest(name, "null: the sampling session says what is sampled")
+    if body.target_prompt_logprobs is not None:
+        raise BadRequest("target_prompt_logprobs", "null: not served yet")
+    _within("prompt_alt_tokens_k", body.prompt_alt_tokens_k, 0, 0)
+    _within("topk_prompt_logprobs", body.topk_prompt_logprobs, 0, _MAX_TOP)
+    _within("topk_sample_logprobs", body.topk_sample_logprobs, 0, _MAX_TOP)
+    _within("num_samples", body.num_samples, 1, _MAX_SAMPLES)
+    prompt = _prompt(body.prompt)
+    own, last_n = bool(body.prompt_logprobs), body.prompt_logprobs_last_n
+    if last_n is not None:
+        if not own:
+            raise BadRequest("prompt_logprobs_last_n", "null without prompt_logprobs")
+        _within("prompt_logprobs_last_n", last_n, 1, len(prompt))
+    params = _params(body.sampling_params, sampler, len(prompt))
+    wants_prompt = own or body.topk_prompt_logprobs > 0
+    draw = Draw(
+        prompt,
+        body.num_samples,
+        params,
+        prompt_logprobs=body.topk_prompt_logprobs if wants_prompt else None,
+        top_logprobs=body.topk_sample_logprobs,
+    )
+    model = await control.catalogue.resolve(sampler.base_model)
+    for name, tokens in (("prompt", prompt), ("sampling_params.stop", params.stop_token_ids)):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+            raise BadRequest(name, f"token ids from 0 to {model.vocab_size - 1}")
+    return _Asked(draw, own, body.topk_prompt_logprobs, last_n)
+
+
+def _prompt(prompt: wire.Prompt) -> list[int]:
+    tokens: list[int] = []
+    for i, chunk in enumerate(prompt.chunks):
+        if not isinstance(chunk, wire.EncodedText):
+            raise BadRequest(f"prompt.chunks[{i}]", "encoded_text: the served models take text only")
+        tokens += chunk.tokens
+    if not tokens:
+        raise BadRequest("prompt", "at least one token")
+    return tokens
+
+
+def _params(params: wire.SamplingParams, sampler: Sampler, num_prompt: int) -> SamplingParams:
+    if not 0.0 <= params.temperature < float("inf"):
+        raise BadRequest("sampling_params.temperature", f"a number >= 0 (0 is greedy), got {params.temperature}")
+    if not 0.0 < params.top_p <= 1.0:
+        raise BadRequest("sampling_params.top_p", f"a number in (0, 1], got {params.top_p}")
+    if params.top_k < -1:
+        raise BadRequest("sampling_params.top_k", f"-1 or 0 for all tokens, or a number >= 1; got {params.top_k}")
+    if params.seed is not None:
+        _within("sampling_params.seed", params.seed, -(2**63), 2**63 - 1)
+    room = sampler.max_seq_len - num_prompt
+    if room < 1:
+        raise BadRequest("prompt", f"at most {sampler.max_seq_len - 1} tokens, got {num_prompt}")
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    _within("sampling_params.max_tokens", max_tokens, 1, room)
+    strings, tokens = _stops(params.stop)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        seed=params.seed,
+        stop=strings,
+        stop_token_ids=tokens,
+        # What is given replaces the model's own end tokens, the empty list included.
+        use_end_tokens=params.stop is None,
+    )
+
+
+def _stops(stop: str | list[str | int] | None) -> tuple[list[str], list[int]]:
+    given = [stop] if isinstance(stop, str) else stop or []
+    if len(given) > _MAX_STOPS or "" in given:
+        raise BadRequest("sampling_params.stop", f"at most {_MAX_STOPS} strings of at least one character, or tokens")
+    return [s for s in given if isinstance(s, str)], [t for t in given if isinstance(t, int)]
+
+
+def _within(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise BadRequest(field, f"{low if low == high else f'{low} to {high}'}, got {value}")

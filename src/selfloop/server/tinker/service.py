@@ -1,0 +1,111 @@
+"""Configuration, capabilities, sessions: what the client asks before and around its work."""
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from selfloop.control.resources.sessions import SessionDetails
+from selfloop.server.auth import ControlOf
+from selfloop.server.decode import decode
+from selfloop.server.limits import read_body
+from selfloop.server.tinker import wire
+from selfloop.server.tinker.http import CallerOf, TinkerRoute, refusal
+from selfloop.types.errors import BadRequest, NotFound
+
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute)
+
+# The client asks for it every ten seconds and warns after two minutes without.
+_GONE = 410
+_MAX_DETAILS_BYTES = 64 * 1024
+_CONFIG_REFRESH_S = 300
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """Whether requests are taken, as the Tinker client asks."""
+    return {"status": "ok"}
+
+
+@router.post("/client/config")
+async def client_config(request: Request, caller: CallerOf) -> dict[str, object]:
+    """The client's feature flags: all of them as they are by default."""
+    decode(await read_body(request), wire.Config)
+    return {}
+
+
+@router.post("/client/dynamic_config")
+async def dynamic_config(request: Request, caller: CallerOf) -> dict[str, object]:
+    """The flags that the client asks for again and again."""
+    decode(await read_body(request), wire.Config)
+    return {"refresh_interval_sec": _CONFIG_REFRESH_S, "sample_cancel_enabled": False}
+
+
+@router.get("/get_server_capabilities")
+async def capabilities(caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """The base models of the catalogue."""
+    return {
+        "supported_models": [
+            {
+                "model_name": model.name,
+                "max_context_length": model.max_position_embeddings,
+                "trainable": True,
+                "sampleable": True,
+            }
+            for model in await control.catalogue.described()
+        ]
+    }
+
+
+@router.post("/create_session")
+async def create_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """Open a session; what it tells of itself is kept with it."""
+    raw = await read_body(request)
+    if len(raw) > _MAX_DETAILS_BYTES:
+        raise BadRequest("user_metadata", f"a session's description of at most {_MAX_DETAILS_BYTES} bytes")
+    body = decode(raw, wire.CreateSession)
+    details = SessionDetails(
+        tags=body.tags,
+        user_metadata=strings(body.user_metadata),
+        display_name=body.display_name,
+        project_id=body.project_id,
+        sdk_version=body.sdk_version,
+    )
+    row = await control.sessions.create(caller, details)
+    return {"session_id": row.id, "type": "create_session"}
+
+
+@router.post("/session_heartbeat")
+async def session_heartbeat(request: Request, caller: CallerOf, control: ControlOf) -> Response:
+    """Whether the session lives; 410 ends the client's asking."""
+    body = decode(await read_body(request), wire.Heartbeat)
+    try:
+        session = await control.sessions.get(caller, body.session_id)
+    except NotFound as error:
+        return refusal(error, _GONE)
+    if session.ended_at is not None:
+        return refusal(NotFound("live session", body.session_id), _GONE)
+    return JSONResponse({"type": "session_heartbeat"})
+
+
+@router.post("/sessions/{session_id}/finish")
+async def finish(session_id: str, request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
+    """End a session: the snapshots that belong to its samplers go, runs and named checkpoints stay."""
+    body = decode(await read_body(request), wire.Finish)
+    await control.sessions.finish(caller, session_id, body.reason.type)
+    return {"status": "ok"}
+
+
+@router.post("/telemetry")
+async def telemetry(request: Request, caller: CallerOf) -> dict[str, str]:
+    """Taken and dropped: it may hold headers and tracebacks, and nobody here reads it."""
+    await read_body(request)
+    return {"status": "accepted"}
+
+
+def strings(metadata: "dict[str, object] | None") -> dict[str, str] | None:
+    """Metadata as it is given back: every value a string, in JSON if it was something else."""
+    if metadata is None:
+        return None
+    return {
+        key: value if isinstance(value, str) else msgspec.json.encode(value).decode() for key, value in metadata.items()
+    }

@@ -1,0 +1,47 @@
+"""Fields of the JSON requests, each within the range that is served."""
+
+import math
+
+from selfloop.server.tinker import wire
+from selfloop.types.errors import BadRequest
+from selfloop.types.operation import AdamParams
+from selfloop.types.uris import NAME_RULE, is_checkpoint_name
+
+_MAX_ADAM = 1e9
+_MAX_TTL_S = 10 * 366 * 24 * 3600
+
+
+def optimizer(config: wire.OptimizerConfig | None) -> None:
+    if config is not None and (config.type != "adamw" or config.version is not None):
+        raise BadRequest("optimizer_config.type", f"adamw, the optimizer of this server; got {config.type[:100]!r}")
+
+
+def adam_params(body: wire.OptimStep) -> AdamParams:
+    """The step's hyper-parameters, each within the range where AdamW is defined."""
+    if body.optimizer_params is not None or body.adam_params is None:
+        raise BadRequest("optimizer_params", "null, and adam_params: AdamW is the optimizer of this server")
+    adam = body.adam_params
+    for name, limit in (
+        ("learning_rate", _MAX_ADAM),
+        ("beta1", 1.0),
+        ("beta2", 1.0),
+        ("eps", _MAX_ADAM),
+        ("weight_decay", _MAX_ADAM),
+        ("grad_clip_norm", math.inf),
+    ):
+        value = getattr(adam, name)
+        if not (math.isfinite(value) and 0 <= value < limit):
+            raise BadRequest(f"adam_params.{name}", f"a finite number from 0 to below {limit:g}, got {value}")
+    return AdamParams(adam.learning_rate, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, adam.grad_clip_norm)
+
+
+def checkpoint_name(name: str) -> str:
+    if not is_checkpoint_name(name):
+        raise BadRequest("path", f"a checkpoint's name: {NAME_RULE}; got {name[:200]!r}")
+    return name
+
+
+def ttl_seconds(value: int | None) -> int | None:
+    if value is not None and not 1 <= value <= _MAX_TTL_S:
+        raise BadRequest("ttl_seconds", f"null, or 1 to {_MAX_TTL_S} seconds; got {value}")
+    return value

@@ -1,0 +1,123 @@
+"""A conversation on its way to the template, and what a chat request asks of the sampler."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from selfloop.server.openai import wire
+from selfloop.server.openai.chat import ChatRequest, chat_request
+from selfloop.types.errors import BadRequest
+from selfloop.types.sampling import StructuredOutput
+
+PAGE = Path(__file__).parents[3] / "docs" / "openai.md"
+TEMPLATE = "{{ tools }} <tool_call> {{ thinking }}"
+
+
+def request(template: str | None = TEMPLATE, **fields: object) -> ChatRequest:
+    base = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    return chat_request(msgspec.convert(base | fields, wire.ChatBody), template)
+
+
+def messages(*given: object) -> list[object]:
+    return json.loads(request(messages=given).chat.messages)
+
+
+def test_messages_as_templates_read_them():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    assert messages(
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": []},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ) == [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": "one\ntwo"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+    ]
+
+
+def test_whose_turn_it_is():
+    assert request().chat.add_generation_prompt
+    assert not request(add_generation_prompt=False).chat.add_generation_prompt
+    goes_on = request(continue_final_message=True).chat
+    assert (goes_on.continue_final_message, goes_on.add_generation_prompt) == (True, False)
+
+
+def test_variables_of_the_template():
+    assert json.loads(request(chat_template_kwargs={"thinking": False}).chat.options or b"") == {"thinking": False}
+    assert request().chat.options is None
+    with pytest.raises(BadRequest, match=r"chat_template_kwargs\.other"):
+        request(chat_template_kwargs={"other": 1})
+
+
+def test_limits_and_logprobs():
+    assert (request().max_tokens, request().top_logprobs) == (None, None)
+    assert request(max_tokens=3).max_tokens == request(max_completion_tokens=3).max_tokens == 3
+    assert request(logprobs=True).top_logprobs == 0
+    assert request(logprobs=True, top_logprobs=20).top_logprobs == 20
+    assert request(logprobs=False, top_logprobs=0).top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutput("json_schema", '{"type":"object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}},
+            StructuredOutput("json_schema", '{"type":"null"}'),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+            StructuredOutput("json_schema", "{}"),
+        ),
+        ({"guided_json": {"type": "null"}}, StructuredOutput("json_schema", '{"type":"null"}')),
+        ({"guided_json": '{"type": "null"}'}, StructuredOutput("json_schema", '{"type":"null"}')),
+        ({"guided_regex": "a+"}, StructuredOutput("regex", "a+")),
+        ({"guided_choice": ["a", "b"]}, StructuredOutput("choice", '["a","b"]')),
+        ({"guided_grammar": "start: a"}, StructuredOutput("grammar", "start: a")),
+        ({"structured_outputs": {"json": {"type": "null"}}}, StructuredOutput("json_schema", '{"type":"null"}')),
+        ({"structured_outputs": {"json": {}}}, StructuredOutput("json_schema", "{}")),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutput("json_schema", '{"type":"object"}')),
+        (
+            {"structured_outputs": {"regex": "a", "json": None, "disable_fallback": False}},
+            StructuredOutput("regex", "a"),
+        ),
+        ({"structured_outputs": {"choice": ["x"]}}, StructuredOutput("choice", '["x"]')),
+        ({"structured_outputs": {"grammar": "g"}}, StructuredOutput("grammar", "g")),
+    ],
+)
+def test_what_the_text_must_match(fields: dict[str, object], expected: StructuredOutput | None):
+    assert request(**fields).asked.structured == expected
+
+
+def test_one_call_at_most_ends_the_text():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert request(tools=tools, parallel_tool_calls=False, stop="x").asked.stop == ["x", "</tool_call>"]
+    assert request(tools=tools, stop="x").asked.stop == ["x"]
+
+
+def test_tools_reach_the_template_without_what_it_does_not_know():
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "strict": False}}]
+    given = request(tools=tools).chat.tools
+    assert given is not None
+    assert json.loads(given) == [{"type": "function", "function": {"name": "f", "description": "d"}}]
+    assert request(tools=tools, tool_choice="none").chat.tools is None
+
+
+def _fields() -> list[str]:
+    kinds = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, wire._Wire)]
+    return sorted({field.name for kind in kinds for field in msgspec.structs.fields(kind)})
+
+
+@pytest.mark.parametrize("field", _fields())
+def test_every_field_is_documented(field: str):
+    assert f"`{field}`" in PAGE.read_text(encoding="utf-8")

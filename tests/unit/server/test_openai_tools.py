@@ -1,0 +1,147 @@
+"""Function calls: how they are read out of text that comes in pieces, and how one is forced."""
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfloop.server.openai import wire
+from selfloop.server.openai.tools import tool_use
+from selfloop.server.tools import CallReader, ToolUse, call_form
+from selfloop.types.errors import BadRequest
+
+QWEN = 'tools <tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+LLAMA = 'tools {"name": function name, "parameters": dictionary of argument name and its value}.'
+TAGS = ToolUse(frozenset({"f", "g"}), "tags")
+WHOLE = ToolUse(frozenset({"f", "g"}), "json")
+F = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+G = '<tool_call>{"name": "g", "arguments": {"t": "</tool_call>"}}</tool_call>'
+
+
+def read(use: ToolUse, *pieces: str) -> tuple[str, list[tuple[str, object]]]:
+    """Text, and calls by name and arguments."""
+    reader = CallReader(use)
+    read = [*map(reader.feed, pieces), reader.finish()]
+    calls = [call for piece in read for call in piece.calls]
+    assert len({call.id for call in calls}) == len(calls)
+    return "".join(piece.text for piece in read), [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "names"),
+    [
+        ("just text", "just text", []),
+        ("text \n", "text \n", []),
+        (F, "", ["f"]),
+        (f"{F}\n{G}\n", "", ["f", "g"]),
+        (f"Let me see.\n{F}", "Let me see.", ["f"]),
+        (f"{F} and then", "and then", ["f"]),
+        (F.removesuffix("</tool_call>"), "", ["f"]),
+        ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        ("<tool_call>", "<tool_call>", []),
+        ("a <tool_c", "a <tool_c", []),
+        (F.replace('"f"', '"unknown"'), F.replace('"f"', '"unknown"'), []),
+        (F.replace('{"a": 1}', "3"), F.replace('{"a": 1}', "3"), []),
+        (f"<tool_call>{F}", "<tool_call>", ["f"]),
+        ("", "", []),
+    ],
+)
+def test_tagged_calls(text: str, left: str, names: list[str]):
+    assert (read(TAGS, text)[0], [name for name, _ in read(TAGS, text)[1]]) == (left, names)
+
+
+def test_a_tag_within_a_string_closes_nothing():
+    assert read(TAGS, G) == ("", [("g", {"t": "</tool_call>"})])
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "names"),
+    [
+        ('{"name": "f", "parameters": {"a": 1}}', "", ["f"]),
+        (' \n{"name": "f", "parameters": {}}\n', "", ["f"]),
+        ('{"name": "h", "parameters": {}}', '{"name": "h", "parameters": {}}', []),
+        ('{"some": "json"}', '{"some": "json"}', []),
+        ("text {", "text {", []),
+        ("  ", "  ", []),
+    ],
+)
+def test_calls_as_the_whole_text(text: str, left: str, names: list[str]):
+    assert (read(WHOLE, text)[0], [name for name, _ in read(WHOLE, text)[1]]) == (left, names)
+
+
+parts = st.sampled_from(
+    [F, G, "text", " ", "\n", "<tool_call>", "</tool_call>", "<", "{", '{"name": "f"', "é", '"', "}"]
+)
+
+
+@given(st.lists(parts, max_size=8).map("".join), st.data())
+@pytest.mark.parametrize("use", [TAGS, WHOLE, ToolUse()])
+def test_how_the_text_is_cut_changes_nothing(use: ToolUse, text: str, data: st.DataObject):
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=10)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(use, *pieces) == read(use, text)
+
+
+@given(st.text())
+def test_text_without_tools_is_left_alone(text: str):
+    assert read(ToolUse(), text) == (text, [])
+
+
+def test_text_is_not_held_back_for_long():
+    reader = CallReader(TAGS)
+    assert [reader.feed(piece).text for piece in ("a", " b", " <", "x")] == ["a", " b", "", " <x"]
+
+
+def test_forms_are_read_from_the_template():
+    assert call_form(QWEN) == "tags"
+    assert call_form(LLAMA) == "json"
+    assert call_form("tools <tool_call><function=name>") is None
+    assert call_form("[TOOL_CALLS]") is None
+
+
+def chat(**fields: object) -> wire.ChatBody:
+    base = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    return msgspec.convert(base | fields, wire.ChatBody)
+
+
+def tool(name: str, **function: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name} | function}
+
+
+def test_choices():
+    tools = [tool("f", parameters={"type": "object", "properties": {"a": {"type": "integer"}}}), tool("g")]
+    assert tool_use(chat(), None) == ToolUse()
+    assert tool_use(chat(tools=tools, tool_choice="none"), QWEN) == ToolUse()
+    assert tool_use(chat(tools=tools), QWEN) == TAGS
+    assert tool_use(chat(tools=tools, parallel_tool_calls=False), QWEN).at_most_one
+    forced = tool_use(chat(tools=tools, tool_choice="required"), "tools in some way").forced
+    assert forced is not None
+    assert [s["properties"]["name"] for s in json.loads(forced.spec)["anyOf"]] == [{"const": "f"}, {"const": "g"}]
+    named = tool_use(chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}}), QWEN).forced
+    assert named is not None
+    assert json.loads(named.spec)["properties"]["name"] == {"const": "g"}
+
+
+def test_definitions_move_to_where_references_look():
+    parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "integer"}}}
+    forced = tool_use(chat(tools=[tool("f", parameters=parameters)], tool_choice="required"), QWEN).forced
+    assert forced is not None
+    assert json.loads(forced.spec)["$defs"] == {"A": {"type": "integer"}}
+    other = parameters | {"$defs": {"A": {"type": "string"}}}
+    with pytest.raises(BadRequest, match="one meaning in all tools"):
+        tool_use(
+            chat(tools=[tool("f", parameters=parameters), tool("g", parameters=other)], tool_choice="required"), QWEN
+        )
+
+
+@pytest.mark.parametrize("template", [None, "no such variable"])
+def test_a_template_without_tools(template: str | None):
+    with pytest.raises(BadRequest, match="tools: null"):
+        tool_use(chat(tools=[tool("f")]), template)
+
+
+def test_a_form_that_is_not_read():
+    with pytest.raises(BadRequest, match="tool_choice: none, required or a function"):
+        tool_use(chat(tools=[tool("f")]), "tools [TOOL_CALLS]")
