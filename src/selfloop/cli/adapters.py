@@ -14,23 +14,37 @@ from selfloop.control.resources.imports import Imported
 class ExportFormat(StrEnum):
     peft = "peft"
     merged = "merged"
+    gguf = "gguf"
+
+
+class GgufDtype(StrEnum):
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
 
 
 def export(
     uri: Annotated[str, typer.Argument(help="A trainer or sampler checkpoint: bt://loops:...")],
     folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
     to: Annotated[
-        ExportFormat, typer.Option("--to", help="peft: the adapter. merged: the base model with the adapter in it.")
+        ExportFormat,
+        typer.Option(
+            "--to",
+            help="peft: the adapter. merged: the base model with the adapter in it. gguf: the same for llama.cpp.",
+        ),
     ],
+    dtype: Annotated[GgufDtype | None, typer.Option(help="Of a GGUF's matrices. Default: that of the base.")] = None,
     data_dir: local.DataDir = None,
 ) -> None:
-    """Write a checkpoint as a folder for PEFT or Transformers."""
+    """Write a checkpoint as a folder for PEFT, Transformers or llama.cpp."""
 
     async def work() -> tuple[ExportPlan, Exported]:
         async with local.opened(data_dir) as data:
             with local.progress() as report:
-                plan = await data.exports.plan(uri, folder, to.value, lambda stage: report(stage, 0.0))
-            typer.echo(f"writing about {_megabytes(plan.needed_bytes)} to {plan.target}", err=True)
+                plan = await data.exports.plan(
+                    uri, folder, to.value, lambda stage: report(stage, 0.0), None if dtype is None else dtype.value
+                )
+            typer.echo(f"writing about {local.megabytes(plan.needed_bytes)} to {plan.target}", err=True)
             with local.progress() as report:
                 return plan, await data.exports.write(plan, report)
 
@@ -41,7 +55,7 @@ def export(
             f"{done.tolerance:.2g}; the adapter moves them by up to {done.effect:.2g})",
             err=True,
         )
-    typer.echo(f"{plan.target}: {_megabytes(done.size_bytes)}, {plan.format}, of {plan.base_model}")
+    typer.echo(f"{plan.target}: {local.megabytes(done.size_bytes)}, {plan.format}, of {plan.base_model}")
 
 
 def import_adapter(
@@ -63,7 +77,3 @@ def import_adapter(
     done = local.run(work)
     typer.echo(f"rank {done.lora_rank}, alpha {done.lora_alpha:g}, of {done.base_model}", err=True)
     typer.echo(done.uri)
-
-
-def _megabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB"

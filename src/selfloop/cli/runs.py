@@ -1,21 +1,103 @@
-"""``selfloop runs``: what was trained in a data directory."""
+"""``selfloop runs``: what was trained."""
 
 from datetime import datetime
+from pathlib import Path
+from typing import Annotated
 
-from rich.table import Table
+import typer
 
-from selfloop.cli import local
+from selfloop.cli import local, remote
+
+app = typer.Typer(invoke_without_command=True)
+
+RunId = Annotated[str, typer.Argument(help="The run's id.")]
+Everybody = Annotated[bool, typer.Option("--team", help="With a server: the whole team's, not only this key's.")]
 
 
-def runs(data_dir: local.DataDir = None) -> None:
-    """List the runs, newest first."""
+@app.callback()
+def runs(
+    context: typer.Context,
+    team: Everybody = False,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
+) -> None:
+    """List the runs, newest first: of the server at --url or $SELFLOOP_URL, else of the data directory."""
+    if not remote.is_alone(context):
+        return
+    if remote.named_url(url) is None:
+        _of_directory(data_dir, as_json)
+        return
+    with remote.server(url, data_dir) as server:
+        scope = "org" if team else None
+        rows: list[remote.Json] = server.get("/v1/loops/runs", scope=scope)["runs"]
+        trainers = {
+            row["id"]: row["status"]["name"] for row in server.get("/v1/loops/deployments", scope="org")["deployments"]
+        }
+    rows.sort(key=lambda row: row["created_at"], reverse=True)
+    cells = (
+        (
+            row["id"],
+            "" if row["name"] == row["base_model"] else row["name"],
+            row["base_model"],
+            trainers.get(row["deployment_id"], "") if row["status"]["name"] == "ACTIVE" else row["status"]["name"],
+            row["sampler"]["status"]["name"] if row["sampler"] else "",
+            remote.moment(row["created_at"]),
+        )
+        for row in rows
+    )
+    remote.show(rows, ("run", "name", "base model", "trainer", "sampler", "created"), cells, as_json)
 
-    async def work() -> Table:
+
+@app.command("show")
+def show_run(
+    run_id: RunId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+) -> None:
+    """Show one run of a server, with its trainer deployment and its optimizer steps."""
+    with remote.server(url, data_dir) as server:
+        row = server.get(f"/v1/loops/runs/{run_id}")["run"]
+        if row["deployment_id"] is not None:
+            deployment = server.get(f"/v1/loops/deployments/{row['deployment_id']}")["deployment"]
+            row["deployment"] = {"status": deployment["status"]}
+        row["steps"] = server.get(f"/loops/runs/{run_id}/policy_version")["policy_version"]
+        remote.show_one(row, as_json)
+
+
+@app.command()
+def deactivate(run_id: RunId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+    """End a run and its sampler; its checkpoints stay."""
+    with remote.server(url, data_dir) as server:
+        server.post(f"/v1/loops/runs/{run_id}/deactivate")
+    typer.echo(f"deactivated {run_id}")
+
+
+def _of_directory(data_dir: Path | None, as_json: bool) -> None:
+    async def work() -> list[remote.Json]:
         async with local.opened(data_dir) as data:
-            table = local.table("run", "name", "base model", "status", "steps", "rank", "created")
-            for row in await data.all_runs():
-                created = datetime.fromtimestamp(row.created_at).strftime("%Y-%m-%d %H:%M")
-                table.add_row(row.id, row.name, row.base_model, row.status, str(row.step), str(row.lora_rank), created)
-            return table
+            return [
+                {
+                    "id": row.id,
+                    "name": row.name,
+                    "base_model": row.base_model,
+                    "status": row.status,
+                    "steps": row.step,
+                    "lora_rank": row.lora_rank,
+                    "created_at": datetime.fromtimestamp(row.created_at).astimezone().isoformat(),
+                }
+                for row in await data.all_runs()
+            ]
 
-    local.show(local.run(work))
+    rows = local.run(work)
+    cells = (
+        (
+            row["id"],
+            "" if row["name"] == row["base_model"] else row["name"],
+            row["base_model"],
+            row["status"],
+            row["steps"],
+            row["lora_rank"],
+            remote.moment(row["created_at"]),
+        )
+        for row in rows
+    )
+    remote.show(rows, ("run", "name", "base model", "status", "steps", "rank", "created"), cells, as_json)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from selfloop.server.settings import Settings, default_data_dir
 
-_KEY_FILE = "api_key"
+KEY_FILE = "api_key"
 
 
 def serve_command(
@@ -20,6 +20,9 @@ def serve_command(
     public_url: str | None,
     serve_weights: bool,
     prepare: bool,
+    capacity: str,
+    log_format: str,
+    metrics_public: bool,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import NewerDatabase
@@ -27,7 +30,9 @@ def serve_command(
 
     console = Console(stderr=True)
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
-                               ("dtype", dtype, ("auto", "float32", "bfloat16"))):  # fmt: skip
+                               ("dtype", dtype, ("auto", "float32", "bfloat16")),
+                               ("capacity", capacity, ("dedicated", "serverless")),
+                               ("log-format", log_format, ("text", "json"))):  # fmt: skip
         if value not in known:
             console.print(f"[red]--{name}: one of {', '.join(known)}, got {value}[/red]")
             sys.exit(2)
@@ -40,6 +45,9 @@ def serve_command(
         public_url=public_url,
         serve_weights=serve_weights,
         prepare=prepare,
+        capacity="serverless" if capacity == "serverless" else "dedicated",
+        log_format="json" if log_format == "json" else "text",
+        metrics_public=metrics_public,
     )
     given = os.environ.get("SELFLOOP_API_KEY") or None
 
@@ -55,7 +63,7 @@ def serve_command(
 
 def _announce(settings: Settings, given: str | None, made: str | None) -> None:
     """The three lines a user needs. The key is readable here once; afterwards only in its own file."""
-    key_file = settings.data_dir / _KEY_FILE
+    key_file = settings.data_dir / KEY_FILE
     if made is not None:
         descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w") as file:

@@ -136,3 +136,24 @@ def test_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "/there/python3.12" in doctor.check_client(tmp_path).found
     monkeypatch.setattr(client_env, "newer_pythons", lambda: iter(()))
     assert "3.12" in doctor.check_client(tmp_path).advice
+
+
+@pytest.mark.parametrize(
+    ("addresses", "verdict", "word"),
+    [
+        (["127.0.0.1"], Verdict.OK, "resolves to this machine"),
+        (["203.0.113.9"], Verdict.WARNING, "not this machine"),
+        ([], Verdict.WARNING, "does not resolve"),
+    ],
+)
+def test_the_name_that_truss_calls(monkeypatch: pytest.MonkeyPatch, addresses: list[str], verdict: Verdict, word: str):
+    def resolve(host: str, port: None) -> list[object]:
+        assert host == "api.localhost"
+        if not addresses:
+            raise socket.gaierror("unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    check = doctor.check_truss_name()
+    assert (check.verdict, word in check.found) == (verdict, True)
+    assert ("/etc/hosts" in check.advice) == (verdict is Verdict.WARNING)

@@ -1,0 +1,159 @@
+"""Commands that talk to a running server: which one, with which key, and how its refusals are shown."""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import httpx
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from selfloop.cli import local
+from selfloop.cli.serve import KEY_FILE
+
+Json = dict[str, Any]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+# Longer than the server holds a request that waits for capacity.
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+Url = Annotated[str | None, typer.Option("--url", help=f"The server. Default: $SELFLOOP_URL or {DEFAULT_URL}.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class CommandFailed(Exception):
+    """The command cannot go on; the text tells the user why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server as the holder of one key sees it. Every method raises :class:`CommandFailed` when it refuses."""
+
+    http: httpx.Client
+
+    def get(self, path: str, **params: object) -> Json:
+        given = {name: str(value) for name, value in params.items() if value is not None}
+        return self._json(self.http.get(path, params=given))
+
+    def post(self, path: str, body: Json | None = None) -> Json:
+        return self._json(self.http.post(path, json=body or {}))
+
+    def find(self, path: str) -> Json | None:
+        """The answer of a route, None where it says that there is no such thing."""
+        answer = self.http.get(path)
+        return None if answer.status_code == 404 else self._json(answer)
+
+    def _json(self, answer: httpx.Response) -> Json:
+        if not answer.is_success:
+            raise CommandFailed(refusal(answer))
+        return answer.json()
+
+
+def is_alone(context: typer.Context) -> bool:
+    """Whether a group is called by itself, without one of its commands, which would not see the group's options."""
+    if context.invoked_subcommand is None:
+        return True
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"goes after `{context.invoked_subcommand}`", param_hint=parameter.opts[0])
+    return False
+
+
+def named_url(url: str | None) -> str | None:
+    """The server that the user named, by option or environment."""
+    return url or os.environ.get("SELFLOOP_URL") or None
+
+
+@contextmanager
+def server(url: str | None, data_dir: Path | None) -> Generator[Server]:
+    """A server for the length of a block; a failure is one red line and exit status 1."""
+    base = named_url(url) or DEFAULT_URL
+    with failing_in_one_line():
+        headers = {"Authorization": f"Bearer {_key(data_dir)}"}
+        # A proxy of the environment is for servers elsewhere.
+        direct = urlsplit(base).hostname in _LOOPBACK
+        try:
+            with httpx.Client(base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=not direct) as http:
+                yield Server(http)
+        except httpx.ConnectError:
+            raise CommandFailed(f"no server answers at {base}: start one with `selfloop serve`, or name it") from None
+        except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
+            raise CommandFailed(f"{base}: {error or type(error).__name__}") from None
+
+
+@contextmanager
+def failing_in_one_line() -> Generator[None]:
+    try:
+        yield
+    except CommandFailed as failure:
+        Console(stderr=True).print(Text(str(failure), style="red"), soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def refusal(answer: httpx.Response) -> str:
+    """Why the server refused, in its own words."""
+    try:
+        body: object = answer.json()
+    except ValueError:
+        body = None
+    said = body.get("message") if isinstance(body, dict) else None
+    if isinstance(body, dict) and said is None and isinstance(body.get("error"), dict):
+        said = body["error"].get("message")
+    return str(said or f"{answer.request.method} {answer.request.url}: HTTP {answer.status_code}")
+
+
+def _key(data_dir: Path | None) -> str:
+    given = os.environ.get("SELFLOOP_API_KEY")
+    if given:
+        return given
+    file = local.resolve(data_dir) / KEY_FILE
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise CommandFailed(f"no API key: set SELFLOOP_API_KEY (there is none in {file} either)") from None
+
+
+def show(rows: Sequence[Json], columns: Sequence[str], cells: Iterator[Sequence[object]], as_json: bool) -> None:
+    """Rows for programs, or their cells as a table for people."""
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    table = local.table(*columns)
+    for row in cells:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    local.show(table)
+
+
+def show_one(row: Json, as_json: bool) -> None:
+    """One resource: JSON, or a name and a value a line."""
+    if as_json:
+        typer.echo(json.dumps(row, indent=2))
+        return
+    flat = list(_flat(row))
+    width = max(len(name) for name, _ in flat)
+    for name, value in flat:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _flat(row: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield prefix + name, ", ".join(str(item) for item in value)
+        elif value is not None and value != "":
+            yield prefix + name, value
+
+
+def moment(stamp: str | None) -> str:
+    """A time of the API in local time, short enough for a table."""
+    return "" if stamp is None else datetime.fromisoformat(stamp).astimezone().strftime("%b %d %H:%M")

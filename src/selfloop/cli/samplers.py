@@ -1,0 +1,89 @@
+"""``selfloop samplers``: what can be sampled from, on a running server."""
+
+from typing import Annotated
+
+import typer
+
+from selfloop.cli import local, remote
+
+app = typer.Typer(invoke_without_command=True)
+
+SamplerId = Annotated[str, typer.Argument(help="The sampler's id.")]
+
+
+@app.callback()
+def samplers(
+    context: typer.Context,
+    team: Annotated[bool, typer.Option("--team", help="The whole team's, not only this key's.")] = False,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
+) -> None:
+    """List the samplers, newest first."""
+    if not remote.is_alone(context):
+        return
+    with remote.server(url, data_dir) as server:
+        rows: list[remote.Json] = server.get("/v1/loops/samplers", scope="org" if team else None)["samplers"]
+    rows.sort(key=lambda row: row["created_at"], reverse=True)
+    cells = (
+        (row["id"], row["run_id"], row["base_model"], row["status"]["name"], remote.moment(row["created_at"]))
+        for row in rows
+    )
+    remote.show(rows, ("sampler", "run", "base model", "status", "created"), cells, as_json)
+
+
+@app.command("show")
+def show_sampler(
+    sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+) -> None:
+    """Show one sampler, with the models that it answers for."""
+    with remote.server(url, data_dir) as server:
+        row = server.get(f"/v1/loops/samplers/{sampler_id}")["sampler"]
+        if row["status"]["name"] != "INACTIVE":
+            row["models"] = [entry["id"] for entry in server.get(f"/loops/samplers/{sampler_id}/v1/models")["data"]]
+        remote.show_one(row, as_json)
+
+
+@app.command()
+def deactivate(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+    """End a sampler; what it served stays."""
+    with remote.server(url, data_dir) as server:
+        server.post(f"/v1/loops/samplers/{sampler_id}/deactivate")
+    typer.echo(f"deactivated {sampler_id}")
+
+
+@app.command()
+def wake(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+    """Bring a sleeping sampler up, and wait until it serves."""
+    with remote.server(url, data_dir) as server:
+        server.post(f"/loops/samplers/{sampler_id}/wake")
+        row = server.get(f"/v1/loops/samplers/{sampler_id}")["sampler"]
+        typer.echo(f"{sampler_id}: {wait_until_ready(server, row)}")
+
+
+def wait_until_ready(server: remote.Server, sampler: remote.Json) -> str:
+    """The status it settles on, which is ``ACTIVE``.
+
+    Raises:
+        CommandFailed: it ended or cannot come up.
+    """
+    if sampler["model_id"] is None:  # a server that answers as serverless capacity wakes it by the request itself
+        return sampler["status"]["name"]
+    while True:
+        ready = server.get(f"/v1/models/{sampler['model_id']}/deployments/{sampler['deployment_id']}")
+        status = ready["status"]
+        if status == "ACTIVE":
+            return status
+        if status in (
+            "DEPLOY_FAILED",
+            "UNHEALTHY",
+            "BUILD_FAILED",
+            "BUILD_STOPPED",
+            "DEACTIVATING",
+            "INACTIVE",
+            "FAILED",
+        ):
+            why = f": {ready['reason']}" if ready.get("reason") else ""
+            raise remote.CommandFailed(f"sampler {sampler['id']} is {status}{why}")
+        if status == "SCALED_TO_ZERO":
+            server.post(f"/loops/samplers/{sampler['id']}/wake")
