@@ -4,12 +4,15 @@ A part lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
+import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import proofs
 import typer
 
 from selfloop.cli.main import app as cli
@@ -19,18 +22,95 @@ from selfloop.server.settings import Settings
 from selfloop.types.losses import LOSSES
 
 DOCS = Path(__file__).parent
+_ROUTE_TESTS = ("contract/*.py", "system/*.py", "unit/server/*.py", "clients/*.py", "fuzz/*.py")
+_CLIENT_TESTS = {
+    "baseten": ("clients/test_baseten*.py",),
+    "baseten-loops": (
+        "clients/scripts/loops_checks/*.py",
+        "clients/scripts/imported_checks.py",
+        "clients/scripts/custom_loss_checks.py",
+    ),
+    "baseten-loops-tinker": ("clients/scripts/*shim*.py", "clients/test_loops_tinker_shim.py"),
+    "truss": ("clients/test_truss.py",),
+}
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def routes() -> str:
-    """Every route of the server, one row each, by room."""
+    """Every route of the server with a test of it, by room."""
     settings = Settings(host="127.0.0.1", port=8000, data_dir=Path("unused"))
     paths: dict[str, dict[str, Any]] = make_app(settings, cast(Control, None)).openapi()["paths"]
-    rows = ["| route | | what it is for |", "| --- | --- | --- |"]
-    for path, methods in paths.items():
-        for method, operation in methods.items():
-            rows.append(f"| `{method.upper()} {path}` | {operation['tags'][0]} | {_purpose(operation)} |")
+    operations = {
+        f"{method.upper()} {path}": found for path, methods in paths.items() for method, found in methods.items()
+    }
+    tests = proofs.of_routes(operations, *_ROUTE_TESTS)
+    for route, found in _through_the_client().items():
+        tests[route] = tests[route] or found
+    rows = ["| route | | what it is for | proven by |", "| --- | --- | --- | --- |"]
+    for route, operation in operations.items():
+        rows.append(f"| `{route}` | {operation['tags'][0]} | {_purpose(operation)} | {_proof(tests[route])} |")
     return "\n".join(rows)
+
+
+def _operations() -> dict[str, dict[str, Any]]:
+    """The OpenAPI document's operations, as ``METHOD /path``."""
+    settings = Settings(host="127.0.0.1", port=8000, data_dir=Path("unused"))
+    paths: dict[str, dict[str, Any]] = make_app(settings, cast(Control, None)).openapi()["paths"]
+    return {f"{method.upper()} {path}": found for path, kinds in paths.items() for method, found in kinds.items()}
+
+
+def methods() -> str:
+    """Every method and command of the official clients with a test of it."""
+    rows = ["| client | method or command | proven by |", "| --- | --- | --- |"]
+    for client, patterns in _CLIENT_TESTS.items():
+        surface = client_surface(client)
+        tests = proofs.of_methods(called(surface), *patterns) | proofs.of_commands(
+            surface.get("commands", {}), *patterns
+        )
+        rows += [f"| {client} | `{name}` | {_proof(found)} |" for name, found in tests.items()]
+    return "\n".join(rows)
+
+
+def owners() -> str:
+    """Who owns each field and parameter that a client can send."""
+    rows = ["| client | what it says | owner here |", "| --- | --- | --- |"]
+    for client, kinds in client_owners().items():
+        fields = client_surface(client).get("fields", {})
+        for model, owner in kinds.get("models", {}).items():
+            said = ", ".join(f"`{name}`" for name in fields.get(model, []))
+            rows.append(f"| {client} | {model}: {said} | {_owner(owner)}, by the same names |")
+        rows += [f"| {client} | `{name}` | {_owner(owner)} |" for name, owner in kinds.get("parameters", {}).items()]
+    return "\n".join(rows)
+
+
+def _through_the_client() -> dict[str, list[str]]:
+    """Tests of the management client's methods, by the route that a method calls."""
+    called_routes = client_surface("baseten")["routes"]
+    tests = proofs.of_methods(called_routes, *_CLIENT_TESTS["baseten"])
+    known = {re.sub(r"\{[^}]*\}", "{}", route): route for route in _operations()}
+    return {known[f"{verb} {path}"]: tests[name] for name, (verb, path) in called_routes.items()}
+
+
+def client_surface(client: str) -> dict[str, dict[str, list[str]]]:
+    """What the client offers; ``docs/clients/surface.py`` wrote it."""
+    return json.loads((DOCS / "clients" / f"{client}.json").read_text(encoding="utf-8"))
+
+
+def client_owners() -> dict[str, dict[str, dict[str, str]]]:
+    return tomllib.loads((DOCS / "clients" / "owners.toml").read_text(encoding="utf-8"))
+
+
+def called(surface: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Methods that a script calls by name."""
+    return [name for name in surface.get("methods", {}) if not name.endswith("__init__")]
+
+
+def _owner(owner: str) -> str:
+    return owner if owner in ("client", "refused", "not sent") else f"`{owner}`"
+
+
+def _proof(tests: list[str]) -> str:
+    return f"`{tests[0]}`" if tests else "-"
 
 
 def _purpose(operation: dict[str, Any]) -> str:
@@ -65,9 +145,9 @@ def commands() -> str:
 
 
 def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The leaves of the command tree, with their full names."""
+    """The commands of the tree, with their full names; a group that does something by itself is one, too."""
     inner: dict[str, Any] = getattr(command, "commands", {})
-    if not inner:
+    if not inner or (command.invoke_without_command and name != "selfloop"):
         yield name, command
     for word, sub in inner.items():
         yield from walk(sub, f"{name} {word}")
@@ -91,7 +171,13 @@ def _meaning(parameter: Any) -> str:
     return f"{text} On by default." if default is True else f"{text} Default: `{default}`."
 
 
-PARTS: dict[str, Callable[[], str]] = {"routes": routes, "losses": losses, "commands": commands}
+PARTS: dict[str, Callable[[], str]] = {
+    "routes": routes,
+    "methods": methods,
+    "owners": owners,
+    "losses": losses,
+    "commands": commands,
+}
 
 
 def generated(text: str) -> str:

@@ -82,3 +82,16 @@ def client_python() -> str:
 def _has_client(python: str) -> bool:
     probe = "import importlib.util as u, sys; sys.exit(not (u.find_spec('baseten') and u.find_spec('baseten.loops')))"
     return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def truss_command() -> Path:
+    """The ``truss`` command, in an environment of its own."""
+    candidates = [os.environ.get("SELFLOOP_TRUSS"), str(REPO / ".venv-truss" / "bin" / "truss")]
+    found = next((c for c in candidates if c and Path(c).exists()), None)
+    if found is not None:
+        return Path(found)
+    missing = "no truss: `make setup` makes one in .venv-truss; or name one in SELFLOOP_TRUSS"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)

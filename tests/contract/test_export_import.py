@@ -160,10 +160,59 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
     error = refused("export", unknown, "--to", "merged", str(out), *where)
     assert error == f"checkpoint '{unknown}' not found\n"
     assert "expected a checkpoint URI" in refused("export", "nonsense", "--to", "peft", str(out), *where)
-    refused("export", unknown, "--to", "gguf", str(out), *where, code=2)
+    refused("export", unknown, "--to", "onnx", str(out), *where, code=2)
+    refused("export", unknown, "--to", "gguf", "--dtype", "q4", str(out), *where, code=2)
+    assert "dtype: " in refused("export", unknown, "--to", "merged", "--dtype", "f16", str(out), *where)
     torn = trained.save("torn")
     (checkpoint,) = ok(trained.http.get("/v1/loops/checkpoints", params={"checkpoint_path": torn}))["checkpoints"]
     weights = gateway.data_dir / "checkpoints" / checkpoint["id"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "cannot be read" in refused("export", torn, "--to", "merged", str(out), *where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_run_is_exported_as_gguf(new_gateway: Callable[[], Gateway], tmp_path: Path):
+    """Of a model whose tokenizer llama.cpp can be told."""
+    import gguf_models
+
+    gateway = new_gateway()
+    model_dir = gguf_models.save("llama", tmp_path / "model")
+    where = ("--data-dir", str(gateway.data_dir))
+    selfloop("models", "add", str(model_dir), "--name", "tiny/gguf", *where)
+
+    class OfThisModel(Run):
+        def post(self, op: str, **body: object) -> httpx.Response:
+            return super().post(op, **({"model": "tiny/gguf"} | body))
+
+    run = OfThisModel.create(gateway.http(), base_model="tiny/gguf")
+    run.do("init_trainer_server", lora_rank=8, base_model="tiny/gguf")
+    tokens = [5 + i * i % 80 for i in range(12)]
+    for _ in range(3):
+        run.forward_backward([datum(tokens)])
+        run.step()
+    uri, expected = run.save("state"), run.logprobs(tokens)
+    for dtype in ("f32", "f16"):
+        said = selfloop("export", uri, "--to", "gguf", "--dtype", dtype, str(tmp_path / dtype), *where)
+        assert str(tmp_path / dtype) in said
+        assert gguf_logprobs(tmp_path / dtype, tokens) == pytest.approx(expected, abs=1e-4 if dtype == "f32" else 2e-2)
+    assert gguf_logprobs(tmp_path / "f32", tokens) != gguf_logprobs(tmp_path / "f16", tokens)
+
+
+def gguf_logprobs(folder: Path, tokens: list[int]) -> list[float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[:-1]])).logits[0]
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def test_a_tokenizer_that_llama_cpp_has_not(trained: Run, gateway: Gateway, tmp_path: Path):
+    """The model that these tests serve has no merges: the refusal says so and nothing is left."""
+    uri = trained.save("for-llama-cpp")
+    error = refused("export", uri, "--to", "gguf", str(tmp_path / "out"), "--data-dir", str(gateway.data_dir))
+    assert "without merges" in error
     assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,11 @@ def test_capabilities(http: httpx.Client):
     assert {MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct"} == set(names())
     assert names(model=MODEL, use_case="rl") == [MODEL]
     assert names(model="no/such") == []
-    assert MODEL not in names(max_seq_len=257)
+    assert MODEL in names(max_seq_len=257)
+    (long,) = ok(http.get("/v1/loops/capabilities", params={"model": MODEL, "max_seq_len": 257}))["supported_models"]
+    assert (long["enabled"], long["max_enabled_seq_len"]) == (False, 256)
+    assert long["enablement_details"]["reason"] == "sequence_length_unsupported"
+    assert "256" in long["enablement_details"]["remediation"]
     (model,) = ok(http.get("/v1/loops/capabilities", params={"model": MODEL}))["supported_models"]
     assert model["max_seq_len"] == model["max_context_length"] == model["max_enabled_seq_len"] == 256
     assert (model["enabled"], model["supports_vision_language"]) == (True, False)
@@ -160,8 +164,10 @@ def test_deployment(http: httpx.Client, trained: Run):
 def test_deactivated_deployment_ends_its_runs(http: httpx.Client):
     first = create_run(http)
     second = create_run(http, reuse_from_run_id=first["id"])
-    ended = ok(http.post(f"/v1/loops/deployments/{first['deployment_id']}/deactivate"))["deployment"]
-    assert ended["status"]["name"] == "STOPPED"
+    ended = ok(http.post(f"/v1/loops/deployments/{first['deployment_id']}/deactivate"))
+    assert (ended["id"], ended["base_model"], ended["user"]) == (first["deployment_id"], MODEL, first["user"])
+    deployment = ok(http.get(f"/v1/loops/deployments/{first['deployment_id']}"))["deployment"]
+    assert deployment["status"]["name"] == "STOPPED"
     for run in (first, second):
         assert ok(http.get(f"/v1/loops/runs/{run['id']}"))["run"]["status"]["name"] == "INACTIVE"
 
@@ -182,8 +188,9 @@ def test_samplers(http: httpx.Client, same_team: httpx.Client):
     sample = f"/loops/samplers/{sampler['id']}/sample"
     assert len(ok(http.post(sample, json={"prompt": [3] * 30, "max_tokens": 2}))["choices"]) == 1
     assert http.post(sample, json={"prompt": [3] * 30, "max_tokens": 3}).status_code == 422
-    ended = ok(http.post(f"/v1/loops/samplers/{sampler['id']}/deactivate"))["sampler"]
-    assert ended["status"]["name"] == "INACTIVE"
+    ended = ok(http.post(f"/v1/loops/samplers/{sampler['id']}/deactivate"))
+    assert (ended["id"], ended["base_model"], ended["user"]) == (sampler["id"], MODEL, sampler["user"])
+    assert ok(http.get(f"/v1/loops/samplers/{sampler['id']}"))["sampler"]["status"]["name"] == "INACTIVE"
     assert ok(http.get(readiness))["status"] == "INACTIVE"
 
 
@@ -336,6 +343,9 @@ def test_other_teams_resources_do_not_exist(http: httpx.Client, other_team: http
     """Every route of our own OpenAPI document that names a resource in its path."""
     sampler = trained.resource["sampler"]
     (team,) = ok(http.get("/v1/teams"))["teams"]
+    sample = {"prompt": [3], "max_tokens": 1}
+    queued = http.post(f"{sampler['base_url']}/sample", json=sample, headers={"Prefer": "respond-async"})
+    forward = trained.submit("forward", data=[datum(words(1))], loss_fn="cross_entropy")
     ids = {
         "team_id": team["id"],
         "session_id": trained.resource["session_id"],
@@ -343,23 +353,24 @@ def test_other_teams_resources_do_not_exist(http: httpx.Client, other_team: http
         "sampler_id": sampler["id"],
         "checkpoint_id": checkpoints(http, run_id=trained.id)[0]["id"],
         "model_id": sampler["model_id"],
-        "operation_id": trained.submit("forward", data=[datum(words(1))], loss_fn="cross_entropy"),
+        "model": MODEL,
     }
     paths = ok(http.get("/openapi.json"))["paths"]
     seen = 0
     for path, methods in paths.items():
-        if "{" not in path or path.startswith(("/hf/", "/files/")):
+        if "{" not in path or path.startswith(("/hf/", "/files/", "/debug_archives/", "/api/")):
             continue
         trainer_side = path.startswith("/v1/loops/deployments")
         deployment = trained.resource["deployment_id"] if trainer_side else sampler["deployment_id"]
-        url = path.format(**ids, deployment_id=deployment)
+        operation = ok(queued, 202)["operation_id"] if path.startswith("/loops/samplers") else forward
+        url = path.format(**ids, deployment_id=deployment, operation_id=operation)
         for method in methods:
             body = {} if method == "post" else None
             response = other_team.request(method.upper(), url, json=body)
             assert response.status_code == 404, (method, path, response.text)
             if path.startswith("/loops/"):
                 assert response.headers["X-Baseten-Error-Source"] == "06", path
-            if method == "get":
+            if method == "get" and not path.endswith("/secrets"):  # refused to everybody
                 assert http.get(url).status_code == 200, path
             seen += 1
     assert seen >= 25, "the routes are there"

@@ -72,6 +72,26 @@ def test_idle_run_gives_its_worker_back_and_comes_back_the_same(own: Gateway, ht
     until(lambda: sampler_status(client, run) == "ACTIVE", "the sampler is awake")
 
 
+def test_gradients_outlive_a_sample_that_wakes_the_worker(own: Gateway, http: httpx.Client):
+    """Gradients wait asleep; meanwhile the live adapter is sampled, which brings the worker back for it alone."""
+    undisturbed = Run.create(http, seed=5)
+    begin(undisturbed)
+    expected = finish(undisturbed)
+
+    client = own.http()
+    run = Run.create(client, seed=5, scale_down_delay_seconds=1)
+    begin(run)
+    run.save("published", "save_weights_for_sampler")
+    sampler = f"/loops/samplers/{run.resource['sampler']['id']}"
+    request = {"prompt": words(6), "max_tokens": 4, "temperature": 0}
+    awake = ok(client.post(f"{sampler}/sample", json=request))["choices"]
+    worker = own.worker_pid()
+    until(lambda: is_gone(worker), "the worker has ended")
+    assert ok(client.post(f"{sampler}/sample", json=request))["choices"] == awake
+    assert own.worker_pid() != worker
+    assert finish(run) == expected
+
+
 def test_keepalive_keeps_the_worker(own: Gateway):
     client = own.http()
     run = Run.create(client, scale_down_delay_seconds=1).attached()

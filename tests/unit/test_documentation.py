@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -22,31 +23,72 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 COMMANDS = {
+    "selfloop chat": [
+        "TARGET",
+        "--data-dir",
+        "--json",
+        "--max-tokens",
+        "--model",
+        "--prompt",
+        "--seed",
+        "--system",
+        "--temperature",
+        "--url",
+    ],
+    "selfloop checkpoints": ["--data-dir", "--json", "--model", "--run", "--target", "--url"],
+    "selfloop checkpoints delete": [
+        "--data-dir",
+        "--dry-run",
+        "--json",
+        "--keep-last",
+        "--model",
+        "--name",
+        "--older-than",
+        "--run",
+        "--target",
+        "--team",
+        "--url",
+        "--yes",
+    ],
+    "selfloop checkpoints deploy": ["CHECKPOINT", "--data-dir", "--json", "--name", "--url"],
+    "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--data-dir", "--port"],
-    "selfloop export": ["FOLDER", "URI", "--data-dir", "--to"],
+    "selfloop export": ["FOLDER", "URI", "--data-dir", "--dtype", "--to"],
     "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
+    "selfloop logs": ["ID", "--data-dir", "--follow", "--json", "--level", "--limit", "--url"],
     "selfloop keys create": ["NAME", "--data-dir", "--team"],
     "selfloop keys list": ["--data-dir"],
     "selfloop keys revoke": ["KEY_ID", "--data-dir"],
     "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--name", "--revision"],
     "selfloop models list": ["--data-dir"],
-    "selfloop runs": ["--data-dir"],
+    "selfloop runs": ["--data-dir", "--json", "--team", "--url"],
+    "selfloop runs deactivate": ["RUN_ID", "--data-dir", "--url"],
+    "selfloop runs show": ["RUN_ID", "--data-dir", "--json", "--url"],
+    "selfloop samplers": ["--data-dir", "--json", "--team", "--url"],
+    "selfloop samplers deactivate": ["SAMPLER_ID", "--data-dir", "--url"],
+    "selfloop samplers show": ["SAMPLER_ID", "--data-dir", "--json", "--url"],
+    "selfloop samplers wake": ["SAMPLER_ID", "--data-dir", "--url"],
     "selfloop serve": [
+        "--capacity",
         "--data-dir",
         "--device",
         "--dtype",
         "--host",
+        "--log-format",
+        "--metrics-public",
         "--port",
         "--prepare",
         "--public-url",
         "--serve-weights",
     ],
+    "selfloop usage": ["--by", "--data-dir", "--json", "--since"],
 }
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
+    sys.path.insert(0, str(DOCS))  # as when it is run as a script
     spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -97,6 +139,14 @@ def test_every_route_is_documented():
             assert f"`{method.upper()} {path}`" in text, (method, path)
 
 
+def test_every_route_is_proven(generator: ModuleType):
+    assert [row for row in generator.routes().splitlines() if row.endswith("| - |")] == []
+
+
+def test_every_method_and_command_of_the_clients_is_proven(generator: ModuleType):
+    assert [row for row in generator.methods().splitlines() if row.endswith("| - |")] == []
+
+
 def request_fields() -> list[str]:
     """Every field that a request of ours may carry, as ``Schema.field``."""
     found = [
@@ -113,6 +163,39 @@ def request_fields() -> list[str]:
 def test_every_request_field_is_owned(field: str):
     """Obeyed or refused, and the page says which."""
     assert f"`{field.rpartition('.')[2]}`" in page("compatibility.md")
+
+
+@pytest.mark.parametrize("client", ["baseten", "baseten-loops", "baseten-loops-tinker", "truss"])
+def test_every_field_of_the_clients_is_owned(generator: ModuleType, client: str):
+    """What a client can say reaches a field of ours, or the table says why not."""
+    surface, tables = generator.client_surface(client), generator.client_owners()
+    models, parameters = tables[client].get("models", {}), tables[client].get("parameters", {})
+    if client == "baseten-loops-tinker":  # a face on the other client's parameters
+        parameters = tables["baseten-loops"]["parameters"] | parameters
+    ours = set(request_fields()) | set(query_fields())
+    owners: dict[str, str] = {}
+    for model, fields in surface.get("fields", {}).items():
+        owner = models[model]
+        said = [name for name in fields if name != "type"]  # the tag of a kind of chunk
+        owners |= {f"{model}.{name}": owner if owner == "refused" else f"{owner}.{name}" for name in said}
+    if client != "baseten":  # whose methods take ids of the path, and models
+        said = [*surface.get("methods", {}).values(), *surface.get("commands", {}).values()]
+        owners |= {name: parameters[name] for names in said for name in names}
+    for field, owner in owners.items():
+        if owner in ("client", "refused", "not sent") or owner.startswith(("header ", "path of ")):
+            continue
+        assert owner in ours, f"{client}: {field} is said to be owned by {owner}, which does not exist"
+
+
+def query_fields() -> list[str]:
+    """Every query parameter as ``METHOD /path.name``, and every route as itself."""
+    paths = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()["paths"]
+    found: list[str] = []
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            route = f"{method.upper()} {path}"
+            found += [route, *(f"{route}.{p['name']}" for p in operation.get("parameters", []) if p["in"] == "query")]
+    return found
 
 
 def test_links_lead_somewhere():

@@ -8,6 +8,7 @@ import traceback
 
 import around
 import checkpoints
+import losses
 import refusals
 import sampling
 import training
@@ -15,7 +16,7 @@ import training
 
 def main() -> None:
     report: dict[str, str | None] = {}
-    for module in (training, checkpoints, sampling, around, refusals):
+    for module in (training, losses, checkpoints, sampling, around, refusals):
         for name, check in list(vars(module).items()):
             if name.startswith("check_"):
                 try:

@@ -75,3 +75,30 @@ def check_health_and_info():
     client.health()
     assert client.get_info().max_seq_len == 64
     client.close()
+
+
+def check_methods_that_training_calls_for_you():
+    async def work() -> None:
+        client = await service().create_lora_training_client_async(MODEL, rank=8, seed=1)
+        await (await client.forward_backward_async([plain(1)])).result_async()
+        await (await client.optim_step_async(ADAM)).result_async()
+        saved = await (await client.save_weights_for_sampler_async("named")).result_async()
+        assert (saved.version, saved.path) == (1, f"bt://loops:{client.run_id}/sampler_weights/named")
+        state = await (await client.save_state_async("state")).result_async()
+        trained = logprobs(client, ids(1))
+        fresh = await (await client.init_trainer_server_async(lora_rank=4)).result_async()
+        assert (fresh.step, fresh.lora_rank) == (0, 4)
+        untrained = logprobs(client, ids(1))
+        assert client.init_trainer_server(lora_rank=8).result().lora_rank == 8
+        close(logprobs(client, ids(1)), untrained, 1e-6)
+        assert (await (await client.load_state_async(state.path)).result_async()).step == 0
+        close(logprobs(client, ids(1)), trained, 1e-6)
+
+    asyncio.run(work())
+
+
+def check_readiness_and_base_model_of_a_sampler():
+    sampler = service().create_sampling_client(MODEL)
+    sampler.ensure_ready()
+    asyncio.run(sampler.ensure_ready_async())
+    assert sampler.get_base_model() == MODEL

@@ -83,7 +83,8 @@ def check_errors_of_sampling_come_at_once():
     refused(call([3], temperature=-1.0), "temperature", 422)
     refused(call([3], top_p=1.5), "top_p", 422)
     refused(call([3], stop=[""]), "stop", 422)
-    refused(call([3], structured_outputs={"json": {}}), "structured_outputs", 422)
+    refused(call([3], structured_outputs={"regex": "("}), "structured_outputs", 422)
+    refused(call([3], structured_outputs={"json": {}, "choice": ["a"]}), "structured_outputs", 422)
 
 
 def check_errors_of_creation_come_at_once():

@@ -1,5 +1,6 @@
 """Sampling parameters, and the agreement of sampler and trainer."""
 
+import json
 import math
 
 from baseten.loops import (
@@ -60,6 +61,20 @@ def check_stop_ids():
     (stopped,) = draw(seed=3, stop=[free[4], 0]).sequences
     assert stopped.stop_reason == "stop"
     assert stopped.tokens == free[: free.index(free[4]) + 1]
+
+
+def check_structured_outputs():
+    def texts(**structured: object) -> list[str]:
+        drawn = draw(n=3, seed=2, max_tokens=80, structured_outputs=structured).sequences
+        assert {sequence.stop_reason for sequence in drawn} == {"stop"}
+        return [sequence.text for sequence in drawn]
+
+    assert set(texts(choice=["yes", "no"])) <= {"yes", "no"}
+    assert all(text.isdigit() and len(text) == 4 for text in texts(regex="[0-9]{4}"))
+    schema = {"enum": [{"city": "Oslo"}, {"city": "Rome"}]}
+    for given in (schema, json.dumps(schema)):
+        assert {json.loads(text)["city"] for text in texts(json=given)} <= {"Oslo", "Rome"}
+    assert set(texts(grammar='start: "a" | "b"')) <= {"a", "b"}
 
 
 def check_top_prompt_logprobs():

@@ -1,0 +1,52 @@
+"""The gateway of bench/api_load.py: as ``selfloop serve``, and it notes when each operation had its result.
+
+    python bench/load_gateway.py PORT DATA_DIR TIMES_FILE
+
+Operations wait an hour for a missing ``seq_id``, so that they can be held back for a whole measurement. On SIGUSR1 it
+writes a line per operation: its id and the moment (``time.monotonic()``, one clock for the whole machine).
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from selfloop.control.control import ControlConfig
+from selfloop.control.operations import Operations
+from selfloop.control.scheduler import SchedulerConfig
+from selfloop.control.settle import Outcome
+from selfloop.server import serve
+from selfloop.server.settings import Settings
+from selfloop.storage.db.tables import OperationRow
+
+ready_at: dict[str, float] = {}
+settled = Operations._settled
+plain = Settings.control.fget
+
+
+def noting(self: Operations, row: OperationRow, outcome: Outcome) -> None:
+    ready_at[row.id] = time.monotonic()
+    settled(self, row, outcome)
+
+
+def patient(self: Settings) -> ControlConfig:
+    return dataclasses.replace(plain(self), scheduler=SchedulerConfig(gap_grace_s=3600.0))
+
+
+Operations._settled = noting  # type: ignore[method-assign]
+Settings.control = property(patient)  # type: ignore[assignment, method-assign]
+
+port, data_dir, times = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+
+
+def write_times(_signal: int, _frame: object) -> None:
+    aside = times.with_suffix(".part")
+    aside.write_text("".join(f"{id} {at!r}\n" for id, at in ready_at.items()))
+    aside.rename(times)
+
+
+signal.signal(signal.SIGUSR1, write_times)
+settings = Settings("127.0.0.1", port, data_dir, prepare=False)
+serve.serve(settings, os.environ["SELFLOOP_API_KEY"], lambda _made: None)

@@ -1,0 +1,231 @@
+"""Our own command line against a real gateway: what people read, what programs read, and how it fails."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from gateway import KEY, MODEL, Gateway, Run, environment, ok
+from selfloop.cli.main import app
+
+WIDTH = 100
+
+
+@pytest.fixture(scope="module")
+def trained(http: httpx.Client) -> Run:
+    run = Run.create(http, name="mine").attached()
+    run.train(1)
+    run.save("resume")
+    run.save("one", "save_weights_for_sampler")
+    run.train(2)
+    run.save("two", "save_weights_for_sampler")
+    return run
+
+
+class Cli:
+    """Runs commands in this process, where starting one costs nothing; in a terminal in one of their own."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._env = {"SELFLOOP_URL": gateway.url, "SELFLOOP_API_KEY": KEY, "COLUMNS": str(WIDTH), "NO_COLOR": "1"}
+
+    def run(self, *arguments: str, rc: int = 0, stdin: str = "", **env: str) -> Result:
+        done = CliRunner().invoke(app, arguments, input=stdin, env=self._env | env)
+        assert done.exit_code == rc, f"{arguments} exited with {done.exit_code}:\n{done.output}"
+        return done
+
+    def text(self, *arguments: str, **more: Any) -> str:
+        return self.run(*arguments, **more).stdout
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.text(*arguments, "--json"))
+
+    def error(self, *arguments: str, **env: str) -> str:
+        """The one line on standard error of a command that must fail."""
+        done = self.run(*arguments, rc=1, **env)
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        return line
+
+    def in_terminal(self, *arguments: str) -> list[str]:
+        """The lines that a person sees in a terminal of ``WIDTH`` columns."""
+        master, slave = pty.openpty()
+        command = [sys.executable, "-m", "selfloop.cli.main", *arguments]
+        process = subprocess.Popen(command, env=environment(**self._env), stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                chunk = os.read(master, 65536)
+            except OSError:
+                break
+            if not chunk:
+                break
+            seen += chunk
+        os.close(master)
+        assert process.wait(30) == 0, seen.decode()
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).splitlines()
+
+
+@pytest.fixture(scope="module")
+def cli(gateway: Gateway) -> Cli:
+    return Cli(gateway)
+
+
+def test_runs(cli: Cli, trained: Run, gateway: Gateway):
+    (line,) = [line for line in cli.text("runs").splitlines() if trained.id in line]
+    assert line.split()[:5] == [trained.id, "mine", MODEL, "RUNNING", "ACTIVE"]
+    listed = {row["id"]: row for row in cli.json("runs")}
+    assert listed[trained.id]["lora_rank"] == 8
+    assert trained.id in {row["id"] for row in cli.json("runs", "--team")}
+    offline = cli.text("runs", "--data-dir", str(gateway.data_dir), SELFLOOP_URL="")
+    (line,) = [line for line in offline.splitlines() if trained.id in line]
+    assert line.split()[:6] == [trained.id, "mine", MODEL, "ACTIVE", "2", "8"]
+
+
+def test_runs_show_and_deactivate(cli: Cli, trained: Run, http: httpx.Client):
+    shown = cli.json("runs", "show", trained.id)
+    assert (shown["steps"], shown["deployment"]["status"]["name"]) == (2, "RUNNING")
+    lines = [line.split() for line in cli.text("runs", "show", trained.id).splitlines()]
+    assert ["sampler.id", trained.resource["sampler"]["id"]] in lines
+    other = Run.create(http)
+    assert other.id in cli.text("runs", "deactivate", other.id)
+    assert ok(http.get(f"/v1/loops/runs/{other.id}"))["run"]["status"]["name"] == "INACTIVE"
+    assert "'zzzzzzz' not found" in cli.error("runs", "deactivate", "zzzzzzz")
+
+
+def test_samplers(cli: Cli, trained: Run, http: httpx.Client):
+    sampler = trained.resource["sampler"]["id"]
+    lines = [line.split() for line in cli.text("samplers").splitlines()]
+    (line,) = [line for line in lines if line[:1] == [sampler]]
+    assert line[1:4] == [trained.id, MODEL, "ACTIVE"]
+    assert MODEL in cli.json("samplers", "show", sampler)["models"]
+    assert cli.text("samplers", "wake", sampler) == f"{sampler}: ACTIVE\n"
+    body = {"session_id": trained.resource["session_id"], "base_model": MODEL}
+    alone = ok(http.post("/v1/loops/samplers", json=body))["sampler"]["id"]
+    cli.run("samplers", "deactivate", alone)
+    assert cli.json("samplers", "show", alone)["status"]["name"] == "INACTIVE"
+    assert "INACTIVE" in cli.error("samplers", "wake", alone)
+
+
+def test_checkpoints(cli: Cli, trained: Run):
+    rows = cli.json("checkpoints", "--run", trained.id)
+    assert [row["checkpoint_id"] for row in rows] == ["two", "one", "resume"]
+    (line,) = [line for line in cli.text("checkpoints").splitlines() if rows[0]["id"] in line]
+    assert line.split()[:3] == [rows[0]["id"], f"bt://loops:{trained.id}/sampler_weights/two", "2"]
+    trainers = cli.json("checkpoints", "--run", trained.id, "--target", "trainer")
+    assert [row["checkpoint_id"] for row in trainers] == ["resume"]
+    assert cli.json("checkpoints", "--model", "nobody/none") == []
+    assert "--target" in cli.run("checkpoints", "--target", "x", rc=2).stderr
+
+
+def test_checkpoints_download_goes_on_where_it_stopped(cli: Cli, trained: Run, tmp_path: Path):
+    path = f"bt://loops:{trained.id}/sampler_weights/one"
+    whole = trained.files(path)
+    name, content = max(whole.items(), key=lambda item: len(item[1]))
+    begun = tmp_path / f"{name}.part"
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    # Other bytes than the server's show that the first half is not asked for again.
+    half = len(content) // 2
+    begun.write_bytes(b"x" * half)
+    (tmp_path / f"{min(whole)}.part").write_bytes(whole[min(whole)] + b"too much")
+    cli.run("checkpoints", "download", path, str(tmp_path))
+    assert (tmp_path / name).read_bytes() == b"x" * half + content[half:]
+    (tmp_path / name).unlink()
+    cli.run("checkpoints", "download", path, str(tmp_path))
+    assert {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == whole
+    assert "'zzzzzzz' not found" in cli.error("checkpoints", "download", "zzzzzzz", str(tmp_path))
+
+
+def test_checkpoints_delete(cli: Cli, http: httpx.Client):
+    run = Run.create(http).attached()
+    for name in ("step-1", "step-2", "other"):
+        run.save(name, "save_state")
+
+    def names() -> list[str]:
+        return sorted(row["checkpoint_id"] for row in cli.json("checkpoints", "--run", run.id))
+
+    delete = ("checkpoints", "delete", "--run", run.id)
+    assert "would delete" in cli.text(*delete, "--name", "step-*", "--dry-run")
+    assert names() == ["other", "step-1", "step-2"]
+    said = cli.json(*delete, "--name", "step-*", "--keep-last", "2", "--yes")
+    assert [row["checkpoint_id"] for row in said["deleted"]] == ["step-1"]
+    assert names() == ["other", "step-2"]
+    assert "--yes" in cli.error(*delete)
+    cli.run(*delete, "--target", "trainer", "--older-than", "0s", "--yes")
+    assert names() == []
+
+
+def test_a_filter_before_the_command_is_not_lost(cli: Cli, trained: Run):
+    said = cli.run("checkpoints", "--run", trained.id, "delete", "--name", "*", "--yes", rc=2).stderr
+    assert "goes after `delete`" in said
+
+
+def test_deploy_and_chat(cli: Cli, trained: Run, http: httpx.Client):
+    one, two = (f"bt://loops:{trained.id}/sampler_weights/{name}" for name in ("one", "two"))
+    made = cli.json("checkpoints", "deploy", one, two, "--name", "served")
+    sampler = made["sampler"]["id"]
+    assert {one, two} <= set(cli.json("samplers", "show", sampler)["models"])
+    ask = ("--prompt", "Hi", "--max-tokens", "5", "--temperature", "0")
+    said = cli.json("chat", sampler, *ask, "--model", "two")
+    assert 1 <= said["usage"]["completion_tokens"] <= 5
+    assert cli.text("chat", sampler, *ask, "--model", "two") == said["text"] + "\n"
+    # The run's own sampler serves the same weights live, and so does one made for the checkpoint.
+    assert cli.json("chat", trained.id, *ask)["text"] == said["text"]
+    before = {row["id"] for row in ok(http.get("/v1/loops/samplers"))["samplers"]}
+    assert cli.json("chat", two, *ask)["text"] == said["text"]
+    (own,) = [row for row in ok(http.get("/v1/loops/samplers"))["samplers"] if row["id"] not in before]
+    assert own["status"]["name"] == "INACTIVE"
+    lines = cli.text("chat", sampler, "--max-tokens", "5", "--temperature", "0", "--model", "two", stdin="Hi\nHi\n\n")
+    assert lines.startswith(said["text"] + "\n")
+    assert cli.text("chat", sampler, *("--prompt", "-", *ask[2:]), "--model", "two", stdin="Hi") == said["text"] + "\n"
+    cli.run("samplers", "deactivate", sampler)
+    assert "INACTIVE" in cli.error("chat", sampler, *ask)
+    assert "no run or sampler" in cli.error("chat", "zzzzzzz", *ask)
+    assert "--prompt" in cli.run("chat", sampler, "--json", rc=2).stderr
+
+
+def test_logs(cli: Cli, http: httpx.Client):
+    run = Run.create(http).attached()
+    run.train(1)
+    sampler, deployment = run.resource["sampler"]["id"], run.resource["deployment_id"]
+    assert "RUNNING" in cli.text("logs", run.id)
+    assert "ACTIVE" in cli.text("logs", sampler)
+    assert cli.text("logs", deployment, "--limit", "1").count("\n") == 1
+    lines = [json.loads(line) for line in cli.text("logs", deployment, "--json").splitlines()]
+    times = [int(line["timestamp"]) for line in lines]
+    assert times == sorted(times)
+    assert abs(times[-1] / 1e9 - time.time()) < 3600
+    assert cli.text("logs", deployment, "--level", "error") == ""
+    ok(http.post(f"/v1/loops/runs/{run.id}/deactivate", json={}))
+    # What is followed has ended, so this does, too.
+    assert "STOPPED" in cli.text("logs", run.id, "--follow")
+    assert "no run, sampler or deployment 'zzzzzzz'" in cli.error("logs", "zzzzzzz")
+
+
+@pytest.mark.parametrize("command", [("runs",), ("samplers",), ("checkpoints",)])
+def test_tables_fit_a_terminal(cli: Cli, trained: Run, command: tuple[str, ...]):
+    lines = [line for line in cli.in_terminal(*command) if line.strip()]
+    assert max(len(line.rstrip()) for line in lines) <= WIDTH
+    assert len(lines) - 2 == len(cli.json(*command)), "a heading, a rule, and one line each"
+
+
+def test_failures_are_one_line(cli: Cli, tmp_path: Path):
+    assert "no server answers at http://127.0.0.1:1" in cli.error("samplers", "--url", "http://127.0.0.1:1")
+    assert "not valid here" in cli.error("samplers", SELFLOOP_API_KEY="wrong")
+    assert "SELFLOOP_API_KEY" in cli.error("samplers", "--data-dir", str(tmp_path), SELFLOOP_API_KEY="")
+    assert "nonsense" in cli.error("samplers", "--url", "nonsense")
+
+
+def test_the_key_of_the_data_directory_is_used(cli: Cli, tmp_path: Path, trained: Run):
+    (tmp_path / "api_key").write_text(KEY + "\n")
+    assert trained.id in cli.text("runs", "--data-dir", str(tmp_path), SELFLOOP_API_KEY="")
