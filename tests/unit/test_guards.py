@@ -73,6 +73,12 @@ def test_the_gateway_is_light():
     assert int(match[1]) < 150
 
 
+def test_test_files_have_names_of_their_own():
+    """They are imported by name, so two of one name cannot be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @sources
 def test_files_stay_small(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
