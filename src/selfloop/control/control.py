@@ -16,7 +16,9 @@ from selfloop.control.disk_room import DiskRoom
 from selfloop.control.jobs import Jobs
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.observe.billing import Billing, Prices
 from selfloop.control.observe.observations import Observations
+from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
 from selfloop.control.queued_samples import QueuedSamples
@@ -24,12 +26,16 @@ from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
 from selfloop.control.resources.cleanup import Cleanup
+from selfloop.control.resources.custom_losses import CustomLosses
 from selfloop.control.resources.deploys import Deploys
 from selfloop.control.resources.exports import Exports
 from selfloop.control.resources.imports import Imports
+from selfloop.control.resources.listings import Listings
 from selfloop.control.resources.runs import Runs
 from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import Sessions
+from selfloop.control.resources.shared_samplers import SharedSamplers
+from selfloop.control.resources.sharing import Sharing
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.control.sampled_once import SampledOnce
 from selfloop.control.sampling import Sampling
@@ -59,6 +65,8 @@ class ControlConfig:
     dtype: str = "auto"
     prepare_embedded: bool = True
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen
+    prices: Prices = Prices()  # noqa: RUF009 - frozen
+    session_timeout_s: float = 600.0
 
 
 class DataDirectory:
@@ -117,6 +125,7 @@ class Control:
         self.user_configs = UserConfigs(self._context, config.device)
         self.runs = Runs(self._context, self.user_configs)
         self.samplers = Samplers(self._context, self.user_configs)
+        self.shared_samplers = SharedSamplers(self._context, self.user_configs)
         self.cleanup = Cleanup(self._context)
         self.deploys = Deploys(self._context, self.user_configs)
         self.checkpoints = Checkpoints(self._context, _secret(data_dir / "link_secret"))
@@ -125,8 +134,13 @@ class Control:
         self.sampling = Sampling(self._context)
         self.queued_samples = QueuedSamples(self._context, self.sampling)
         self.sampled_once = SampledOnce()
-        self.sessions = Sessions(self._context)
-        self.jobs = Jobs()
+        self.custom_losses = CustomLosses(self._context)
+        self.listings = Listings(self._context)
+        self.traces = Traces(self._context, self.observations.archives)
+        self.billing = Billing(self.db, self.observations.usage, config.prices)
+        self.sharing = Sharing(self._context, self.checkpoints, self.cleanup)
+        self.jobs = Jobs(data_dir / "open_samples")
+        self.sessions = Sessions(self._context, self.jobs, config.session_timeout_s)
         self._preparing: asyncio.Task[None] | None = None
 
     async def start(self, first_key: str | None) -> str | None:
@@ -140,6 +154,7 @@ class Control:
         await self.checkpoints.start()
         await self.operations.start()
         await self.queued_samples.start()
+        await self.sessions.start()
         if self.config.prepare_embedded:
             self._preparing = asyncio.create_task(self.catalogue.prepare_embedded(), name="prepare-embedded")
         return made
@@ -148,6 +163,7 @@ class Control:
         if self._preparing is not None:
             self._preparing.cancel()
             await asyncio.gather(self._preparing, return_exceptions=True)
+        await self.sessions.stop()
         await self.operations.stop()
         await self.queued_samples.stop()
         await self.jobs.stop()

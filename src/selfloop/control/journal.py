@@ -96,7 +96,7 @@ class Journal:
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
-            next_seq = first_missing(seq + 1, sorted(parked))
+            next_seq = first_missing(seq + 1, parked)
         try:
             await self._db.write_grouped(lambda connection: queries_operations.add(connection, row, next_seq))
         except IntegrityError:
@@ -241,10 +241,8 @@ def _same_request(row: OperationRow, submission: Submission, what: str) -> Opera
     return row
 
 
-def first_missing(start: int, arrived: Sequence[int]) -> int:
-    """The lowest number from ``start`` on that is not in the ascending ``arrived``."""
-    for seq in arrived:
-        if seq != start:
-            break
+def first_missing(start: int, arrived: Collection[int]) -> int:
+    """The lowest number from ``start`` on that is not in ``arrived``."""
+    while start in arrived:
         start += 1
     return start

@@ -326,21 +326,26 @@ class Lifecycle:
         now = self._clock()
         for group in list(self._groups.values()):
             if group.is_awake and not group.num_uses and now - group.last_used >= group.delay_s:
-                await self._scale_to_zero(group)
+                await self._scale_to_zero(group, f"idle for {now - group.last_used:.0f} s")
+
+    async def rest(self, id: str, reason: str) -> None:
+        """Put capacity to sleep now, rather than after its idle time, unless it is in use."""
+        group = self._group_of.get(id)
+        if group is not None and group.is_awake and not group.num_uses:
+            await self._scale_to_zero(group, reason)
 
     async def _keep_reaping(self) -> None:
         while True:
             await self.reap()
             await asyncio.sleep(_REAPER_PAUSE_S)
 
-    async def _scale_to_zero(self, group: _Group) -> None:
+    async def _scale_to_zero(self, group: _Group, reason: str) -> None:
         assert self.park is not None
-        idle_s = self._clock() - group.last_used
-        reason = f"idle for {idle_s:.0f} s"
+        used_at = group.last_used
         for member in list(group.members.values()):
             if member.kind == "deployment":
                 await self.park(member.id)
-        if group.num_uses or self._clock() - group.last_used < group.delay_s:
+        if group.num_uses or group.last_used != used_at:
             return  # Somebody came while the state was being stored: the run reopens by itself.
         await self._set_sleeping(group, reason)
         await self._stop_unneeded(group.model_name, reason)

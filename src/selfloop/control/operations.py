@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, first_missing
+from selfloop.control.readable import may_read
 from selfloop.control.recovery import clear_leftovers
 from selfloop.control.scheduler import RunActor
 from selfloop.control.settle import Outcome
@@ -147,7 +148,7 @@ class Operations:
         run = actor.run
         left_out = self._left_out.get(run.id, set())
         while (run.epoch, run.next_seq) in left_out and (waiting := actor.parked_seqs()):
-            await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, sorted(waiting)))
+            await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, waiting))
             actor.look_again()
         left_out -= {(epoch, seq) for epoch, seq in left_out if epoch < run.epoch or seq < run.next_seq}
 
@@ -180,8 +181,13 @@ class Operations:
         await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
         await self.leave_out(actor.run, row.seq)
 
-    async def check_loadable(self, run: RunRow, path: str, *, with_optimizer: bool) -> None:
+    async def check_loadable(
+        self, run: RunRow, path: str, *, with_optimizer: bool, granted_team_id: str | None = None
+    ) -> None:
         """Check that ``path`` names a checkpoint this run may load, stored or still being saved by it.
+
+        Args:
+            granted_team_id: another team, whose checkpoints the caller may read.
 
         Raises:
             BadRequest: malformed, or of another base model.
@@ -192,7 +198,7 @@ class Operations:
             raise BadRequest("path", "a trainer checkpoint (.../weights/<name>): a sampler's has no optimizer state")
         async with self._c.db.read() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is not None and row.team_id == run.team_id:
+        if row is not None and may_read(row, run.team_id, granted_team_id):
             await self._c.catalogue.same_model(row.base_model, run.base_model, "path")
             return
         kind = "save_state" if uri.target is CheckpointTarget.TRAINER else "save_weights_for_sampler"

@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -32,6 +33,7 @@ _RETRY_S = 1.0
 _RECENT_COUNT = 256
 _RECENT_MAX_BYTES = 64 * 1024
 _BLOBS = "samples"
+_UNFORESEEN = "internal error; the server's log has the cause"
 
 Key = tuple[str, str]
 """The sampler's id and the sample's."""
@@ -220,21 +222,42 @@ class QueuedSamples:
         live = self._live[sampler.id, id] = live or _Live(sampler)
         live.is_taken = False
         live.task = asyncio.create_task(self._carry_out(sampler, id, live), name=f"sample-{id}")
+        live.task.add_done_callback(lambda task: self._ended((sampler.id, id), live, task))
 
     async def _carry_out(self, sampler: SamplerRow, id: str, live: _Live) -> None:
-        """From the queue to the outcome; errors of our own (disk, database) are tried again."""
+        """From the queue to the outcome."""
+
+        async def attempt() -> None:
+            state, stored = await self._draw(sampler, id, live)
+            await self._settle((sampler.id, id), state, stored)
+
         room = self._room.setdefault(sampler.model_name, asyncio.Semaphore(_MAX_IN_WORKER))
         with self._c.lifecycle.using(sampler.id):
             async with room:
-                while True:
-                    try:
-                        state, stored = await self._draw(sampler, id, live)
-                        await self._settle((sampler.id, id), state, stored)
-                    except (OSError, SQLAlchemyError):
-                        log.exception("sampler %s: sample %s: trying again in %g s", sampler.id, id, _RETRY_S)
-                        await asyncio.sleep(_RETRY_S)
-                    else:
-                        return
+                await self._keep_trying((sampler.id, id), attempt)
+
+    def _ended(self, key: Key, live: _Live, task: "asyncio.Task[None]") -> None:
+        """Make an error that nobody foresaw the sample's outcome: drawn again, it would meet it again."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("sampler %s: sample %s failed unexpectedly", *key, exc_info=error)
+        if self._live.get(key) is live:
+            live.is_taken = True
+            failed = _Stored(error=_UNFORESEEN, error_class="InternalError")
+            settling = self._keep_trying(key, lambda: self._settle(key, OperationState.ERROR, failed))
+            live.task = asyncio.create_task(settling, name=f"sample-{key[1]}")
+
+    async def _keep_trying(self, key: Key, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Do ``attempt``, again after errors of our own (disk, database)."""
+        while True:
+            try:
+                await attempt()
+            except (OSError, SQLAlchemyError):
+                log.exception("sampler %s: sample %s: trying again in %g s", *key, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
 
     async def _draw(self, sampler: SamplerRow, id: str, live: _Live) -> tuple[OperationState, _Stored]:
         payload = await self._payload(await self._row(sampler.id, id))

@@ -49,7 +49,10 @@ async def needs(session: AsyncSession) -> Needs:
             operation = _operation_decoder.decode(row.payload)
             assert isinstance(operation, LoadState)
             uri = parse_checkpoint_uri(operation.path)
-            by_address[uri.run_id, uri.target, uri.name] = f"operation {row.id} of run {row.run_id} is to load it"
+            loader, source = [await queries_resources.run(session, id) for id in (row.run_id, uri.run_id)]
+            is_own = loader is not None and source is not None and loader.team_id == source.team_id
+            who = f"operation {row.id} of run {row.run_id}" if is_own else "an operation of another team"
+            by_address[uri.run_id, uri.target, uri.name] = f"{who} is to load it"
     return Needs(by_id, by_address)
 
 

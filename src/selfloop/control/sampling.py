@@ -18,7 +18,14 @@ from selfloop.storage.db import queries_checkpoints, queries_models_deployed, qu
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
 from selfloop.types.model_folder import read_chat_template
-from selfloop.types.sampling import AdapterRef, SampleDelta, SampleRequest, SampleResult, SamplingParams
+from selfloop.types.sampling import (
+    AdapterRef,
+    PromptTargets,
+    SampleDelta,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+)
 from selfloop.types.status import SamplerStatus
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import CancelSample, Command, Detokenize, RenderChat, Sample, Tokenize
@@ -53,6 +60,9 @@ class Draw:
     prompt_logprobs: int | None = None
     top_logprobs: int = 0
     token_bytes: bool = False
+    prompt_logprobs_last_n: int | None = None
+    prompt_targets: PromptTargets | None = None
+    prompt_draws: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +136,21 @@ class Sampling:
                     return part
         raise AssertionError("a sample ends in its result")
 
+    async def draw_newest(self, sampler: SamplerRow, draw: Draw) -> SampleResult:
+        """Sample from what the sampler has now; where that was replaced before it was loaded, from what it has then.
+
+        Raises what :meth:`draw` raises.
+        """
+        weights = await self.weights(sampler, None, None, 0.0)
+        while True:
+            try:
+                return await self.draw(sampler, weights, draw)
+            except SelfloopError:
+                newest = await self.weights(sampler, None, None, 0.0)
+                if newest == weights:
+                    raise
+                weights = newest
+
     async def check(self, sampler: SamplerRow, draw: Draw) -> None:
         """Refuse what could never be drawn, before it waits. Raises as :meth:`draw` does."""
         _check_live(sampler)
@@ -191,6 +216,9 @@ class Sampling:
             prompt_logprobs=draw.prompt_logprobs,
             top_logprobs=draw.top_logprobs,
             token_bytes=draw.token_bytes,
+            prompt_logprobs_last_n=draw.prompt_logprobs_last_n,
+            prompt_targets=draw.prompt_targets,
+            prompt_draws=draw.prompt_draws,
         )
         continuation = Continuation()
         observer = self._c.settlement.observer

@@ -20,7 +20,7 @@ from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.lora import LoraTargets
-from selfloop.types.operation import Operation, SaveState, SaveWeightsForSampler
+from selfloop.types.operation import Operation, Save
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import CloseRun, Execute
 
@@ -33,7 +33,7 @@ _MAX_ATTEMPTS = 2
 _MAX_REOPENINGS = 3
 # Pause after an error of our own (disk, database) before the same thing is tried again.
 _RETRY_S = 1.0
-_SAVES = {"save_state", "save_weights_for_sampler"}
+_SAVES = {"save_state", "save_weights_for_sampler", "save_weights_external"}
 
 _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
@@ -81,6 +81,8 @@ class RunActor:
         self.accepting = asyncio.Lock()
         """Held while the run's order of arrival is looked at and changed."""
         self._queue: list[_Queued] = []
+        self._parked: set[int] = set()
+        self._parked_at = (run.epoch, run.next_seq)
         self._in_flight: deque[_InFlight] = deque()
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
@@ -95,7 +97,10 @@ class RunActor:
     # -- from outside ---------------------------------------------------------------------------------
 
     def push(self, row: OperationRow) -> None:
-        heapq.heappush(self._queue, _Queued((row.epoch, row.seq), row))
+        queued = _Queued((row.epoch, row.seq), row)
+        heapq.heappush(self._queue, queued)
+        if not self._is_ready(queued):
+            self.parked_seqs().add(row.seq)
         self._wakeup.set()
 
     def look_again(self) -> None:
@@ -105,7 +110,11 @@ class RunActor:
     def parked_seqs(self) -> set[int]:
         """Sequence ids of the present epoch that came before one they must wait for."""
         epoch, next_seq = self.run.epoch, self.run.next_seq
-        return {q.row.seq for q in self._queue if q.row.epoch == epoch and q.row.seq >= next_seq}
+        if self._parked_at != (epoch, next_seq):
+            # Kept from call to call: every acceptance asks, and a queue can be thousands long.
+            self._parked = {seq for seq in self._parked if seq >= next_seq and epoch == self._parked_at[0]}
+            self._parked_at = (epoch, next_seq)
+        return self._parked
 
     def remove(self, operation_id: str) -> bool:
         """Take an operation out of the queue; False when it is no longer there to be taken."""
@@ -113,6 +122,7 @@ class RunActor:
         removed = len(kept) < len(self._queue)
         self._queue = kept
         heapq.heapify(self._queue)
+        self.parked_seqs().intersection_update(q.row.seq for q in kept if not self._is_ready(q))
         self._wakeup.set()
         return removed
 
@@ -163,6 +173,7 @@ class RunActor:
         rows = [f.queued.row for f in self._in_flight] + [q.row for q in sorted(self._queue)]
         self._in_flight.clear()
         self._queue.clear()
+        self._parked.clear()
         return rows
 
     # -- the run's own task ---------------------------------------------------------------------------
@@ -260,7 +271,7 @@ class RunActor:
             return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
         if row.kind in _SAVES:
             operation = _operation_decoder.decode(payload)
-            assert isinstance(operation, SaveState | SaveWeightsForSampler)
+            assert isinstance(operation, Save)
             return msgspec.structs.replace(context, write_to=await self._settlement.write_to(self.run, operation))
         return context
 
@@ -343,6 +354,7 @@ class RunActor:
             missing = self.run.next_seq
             parked = sorted(self._queue)
             self._queue.clear()
+            self._parked.clear()
             await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
         grace = self._config.gap_grace_s
         for queued in parked:

@@ -7,18 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control import retention
 from selfloop.control.disk_room import DiskRoom
 from selfloop.control.journal import Journal
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.usage import Usage, counts_of, operation_key
+from selfloop.control.readable import may_read
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.storage.db import queries_checkpoints, queries_observations, queries_operations, queries_resources
+from selfloop.storage.db import (
+    queries_audit,
+    queries_checkpoints,
+    queries_observations,
+    queries_operations,
+    queries_resources,
+)
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.errors import OperationFailed
-from selfloop.types.operation import LoadState, Operation, SaveState, SaveWeightsForSampler
+from selfloop.types.operation import LoadState, Operation, Save, SaveState, SaveWeightsForSampler
 from selfloop.types.result import InitResult, LoadResult, Result, SaveResult, StepResult
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
@@ -63,11 +71,11 @@ class Settlement:
         uri = parse_checkpoint_uri(operation.path)
         async with self._db.read() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or row.team_id != run.team_id:
+        if row is None or not may_read(row, run.team_id, operation.reader_team_id):
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
         return str(self._blobs.path(checkpoint_key(row.id)))
 
-    async def write_to(self, run: RunRow, operation: SaveState | SaveWeightsForSampler) -> str:
+    async def write_to(self, run: RunRow, operation: Save) -> str:
         """The folder that a save writes, aside until it is whole. Raises :class:`OperationFailed` without room."""
         if self.disk_room is not None:
             await self.disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
@@ -76,7 +84,7 @@ class Settlement:
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""
         operation = _operation_decoder.decode(await self._journal.payload(row))
-        if isinstance(operation, SaveState | SaveWeightsForSampler):
+        if isinstance(operation, Save):
             await asyncio.to_thread(self._blobs.delete, checkpoint_key(operation.checkpoint_id) + ".part")
 
     async def done(self, run: RunRow, row: OperationRow, body: bytes) -> None:
@@ -84,10 +92,10 @@ class Settlement:
         result = _result_decoder.decode(body)
         counts = counts_of(row, result)
         gone: list[str] = []
-        operation: SaveState | SaveWeightsForSampler | None = None
+        operation: Save | None = None
         if isinstance(result, SaveResult):
             decoded = _operation_decoder.decode(await self._journal.payload(row))
-            assert isinstance(decoded, SaveState | SaveWeightsForSampler)
+            assert isinstance(decoded, Save)
             operation = decoded
             key = checkpoint_key(result.checkpoint_id)
             # Where an error ended an earlier try of this, it lies there already.
@@ -118,12 +126,20 @@ class Settlement:
                         await queries_checkpoints.remove(session, old.id)
                         await session.flush()
                     session.add(checkpoint)
+                    if checkpoint.sampler_id is None:
+                        size = str(checkpoint.size_bytes)
+                        key_id = row.key_id or run.key_id
+                        queries_audit.record_checkpoint(
+                            session, "saved", checkpoint, run.team_id, key_id, size_bytes=size
+                        )
                     if isinstance(operation, SaveWeightsForSampler) and operation.publish:
                         for sampler in await queries_resources.samplers(session, run_id=run.id):
                             await queries_resources.update_sampler(
                                 session, sampler.id, live_checkpoint_id=checkpoint.id, live_version=result.step
                             )
                     await session.flush()
+                    if isinstance(operation, SaveWeightsForSampler) and operation.inflight:
+                        gone += await _lead_followers(session, run, checkpoint)
                     for surplus in await retention.beyond_last(session, run, checkpoint.target):
                         gone.append(surplus.id)
                         await queries_checkpoints.remove(session, surplus.id)
@@ -153,7 +169,19 @@ class Settlement:
             )
 
 
-def _checkpoint_row(run: RunRow, operation: SaveState | SaveWeightsForSampler, result: SaveResult) -> CheckpointRow:
+async def _lead_followers(session: AsyncSession, run: RunRow, checkpoint: CheckpointRow) -> list[str]:
+    """Point every follower of the run to its newest checkpoint; returns the ids of those that this replaces."""
+    followers = [sampler.id for sampler in await queries_resources.followers(session, run.id)]
+    for id in followers:
+        await queries_resources.update_sampler(session, id, checkpoint_id=checkpoint.id)
+    owned = await queries_checkpoints.of_samplers(session, followers)
+    replaced = [old.id for old in owned if old.id != checkpoint.id]
+    for id in replaced:
+        await queries_checkpoints.remove(session, id)
+    return replaced
+
+
+def _checkpoint_row(run: RunRow, operation: Save, result: SaveResult) -> CheckpointRow:
     now = time.time()
     return CheckpointRow(
         id=result.checkpoint_id,

@@ -23,20 +23,23 @@ from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.kv_cache import PagePool
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
-from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example
+from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
 from selfloop.engine.train.optim import optim_step
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.engine.train.step import LossStep, LossTotals, all_finite
+from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.lora import LoraTargets
-from selfloop.types.losses import LOSSES
+from selfloop.types.losses import LOSSES, LossSpec
 from selfloop.types.operation import AdamParams
 from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 
 _SKIP = "skip_token_normalization"
 _MAX_BATCH = 256
+# What an uploaded loss reads is checked against its own declaration.
+_CUSTOM = LossSpec("custom", many_targets=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +186,21 @@ class Engine:
         top_k_logprobs: int = 0,
         *,
         summed: bool = False,
+        custom: CustomLoss | None = None,
     ) -> LossResult:
         """Loss, logprobs and each position's ``top_k_logprobs`` likeliest tokens; the run is only read.
 
         ``summed`` leaves the loss, and in :meth:`forward_backward` the gradient, a plain sum whatever the loss.
+        ``custom`` is an uploaded loss to compute; ``loss_fn`` is then ``custom``, without configuration.
 
         Raises:
             BadRequest: a datum does not fit the loss or the model.
             OperationFailed: the loss is not finite.
         """
-        full = _full_config(loss_fn, config)
-        batches = self._micro_batches(data, loss_fn)
-        totals = LossStep(self._decoder, loss_fn, full, top_k_logprobs).forward(self._run(run_id), batches)
+        full = _full_config(loss_fn, config, custom)
+        batches = self._micro_batches(data, loss_fn, custom)
+        step = LossStep(self._decoder, loss_fn, full, top_k_logprobs, custom)
+        totals = step.forward(self._run(run_id), batches)
         return _loss_result(totals, data, skip=summed or bool(full.get(_SKIP)))
 
     def forward_backward(
@@ -206,6 +212,7 @@ class Engine:
         top_k_logprobs: int = 0,
         *,
         summed: bool = False,
+        custom: CustomLoss | None = None,
     ) -> LossResult:
         """Like :meth:`forward`, and adds the gradient of the loss sum to the run's; all or nothing.
 
@@ -214,18 +221,19 @@ class Engine:
             OperationFailed: loss or gradient is not finite.
         """
         run = self._run(run_id)
-        full = _full_config(loss_fn, config)
+        full = _full_config(loss_fn, config, custom)
         skip = summed or bool(full.get(_SKIP))
         before = run.accumulated
         if before is not None and before.normalised == skip:
             kind = "unnormalised" if skip else "normalised"
             raise BadRequest(f"loss_fn_config.{_SKIP}", f"{kind} and other gradients cannot share an optim_step")
-        if before is not None and (before.num_pairs is not None) != (LOSSES[loss_fn].rows == 2):
+        if before is not None and (before.num_pairs is not None) != (_spec(loss_fn, custom).rows == 2):
             raise BadRequest(
                 "loss_fn", "gradients divided by pairs (dpo) and by tokens (other losses) cannot share an optim_step"
             )
-        batches = self._micro_batches(data, loss_fn)
-        totals, grad_P = LossStep(self._decoder, loss_fn, full, top_k_logprobs).forward_backward(run, batches)
+        batches = self._micro_batches(data, loss_fn, custom)
+        step = LossStep(self._decoder, loss_fn, full, top_k_logprobs, custom)
+        totals, grad_P = step.forward_backward(run, batches)
         num_tokens, num_pairs = totals.num_tokens, totals.num_pairs
         if before is not None:
             grad_P.add_(before.grad_P)
@@ -260,6 +268,11 @@ class Engine:
         """The adapter in PEFT's format."""
         run = self._run(run_id)
         return _saved(run, checkpoint.write_sampler(directory, run, self._config))
+
+    def save_external_weights(self, run_id: str, directory: Path, base_model: str) -> SavedState:
+        """The adapter in PEFT's format and nothing else, for other programs."""
+        run = self._run(run_id)
+        return _saved(run, checkpoint.write_external(directory, run, self._config, base_model))
 
     def save_trainer_checkpoint(self, run_id: str, directory: Path) -> SavedState:
         """Adapter, moments and step."""
@@ -355,22 +368,32 @@ class Engine:
             raise NotFound("run", run_id)
         return self._runs[run_id]
 
-    def _micro_batches(self, data: list[Datum], loss_fn: str) -> list[MicroBatch]:
-        spec, config = LOSSES[loss_fn], self._config
+    def _micro_batches(self, data: list[Datum], loss_fn: str, custom: CustomLoss | None) -> list[MicroBatch]:
+        spec, config = _spec(loss_fn, custom), self._config
         if len(data) % spec.rows != 0:
             raise BadRequest("data", f"{loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
         examples = [
             read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
             for index, datum in enumerate(data)
         ]
+        if custom is not None:
+            examples = [read_own(i, data[i], example, custom) for i, example in enumerate(examples)]
         return micro_batches(examples, self._train_token_budget, self._decoder.device, spec.rows)
 
 
-def _full_config(loss_fn: str, config: Mapping[str, float | bool]) -> dict[str, float | bool]:
-    """The configuration with defaults filled in; raises BadRequest on unknown names."""
+def _spec(loss_fn: str, custom: CustomLoss | None) -> LossSpec:
+    if custom is not None:
+        return _CUSTOM
     if loss_fn not in LOSSES:
         raise BadRequest("loss_fn", f"expected one of {sorted(LOSSES)}")
-    known = LOSSES[loss_fn].config
+    return LOSSES[loss_fn]
+
+
+def _full_config(
+    loss_fn: str, config: Mapping[str, float | bool], custom: CustomLoss | None
+) -> dict[str, float | bool]:
+    """The configuration with defaults filled in; raises BadRequest on unknown names."""
+    known = _spec(loss_fn, custom).config
     for name in config:
         if name not in known:
             raise BadRequest(f"loss_fn_config.{name}", f"loss {loss_fn!r} takes {sorted(known)}")
@@ -386,7 +409,7 @@ def _loss_result(totals: LossTotals, data: list[Datum], *, skip: bool) -> LossRe
     if totals.num_pairs is not None:
         metrics["num_trained_pairs"] = float(totals.num_pairs)
     for name, value in totals.metric_sums.items():
-        metrics[name] = value / totals.num_units if totals.num_units > 0 else 0.0
+        metrics[name] = _reduced(name, value, totals.num_units, len(data))
     if skip:
         metrics[_SKIP] = 1.0
     shapes = [datum.loss_inputs["target_tokens"].shape for datum in data]
@@ -398,6 +421,13 @@ def _loss_result(totals: LossTotals, data: list[Datum], *, skip: bool) -> LossRe
         [from_torch(x, tuple(x.shape), "int64") for x in totals.top_tokens],
         [from_torch(x, tuple(x.shape)) for x in totals.top_logprobs],
     )
+
+
+def _reduced(name: str, total: float, num_units: int, num_datums: int) -> float:
+    """A metric's mean; an uploaded loss says by the name of a metric how its datums' values are combined."""
+    if name.startswith("custom/"):
+        return total / num_datums if name.endswith(":mean") else total
+    return total / num_units if num_units > 0 else 0.0
 
 
 def _saved(run: Run, size_bytes: int) -> SavedState:

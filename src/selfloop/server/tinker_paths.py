@@ -13,14 +13,20 @@ from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri, is_checkpoint_name, parse_checkpoint_uri
 
-_FOLDER = {CheckpointTarget.TRAINER: "weights", CheckpointTarget.SAMPLER: "sampler_weights"}
+_FOLDER = {
+    CheckpointTarget.TRAINER: "weights",
+    CheckpointTarget.SAMPLER: "sampler_weights",
+    CheckpointTarget.EXTERNAL: "external_weights",
+}
 _TARGET = {folder: target for target, folder in _FOLDER.items()}
 _NUMBER = r"(0|[1-9][0-9]{0,11})"
 _OURS = re.compile(rf"([a-z0-9]{{7}})([ts]){_NUMBER}")
 _THEIRS = re.compile(rf"([a-z0-9]{{7}}):(train|sample):{_NUMBER}")
 _PLAIN = re.compile(r"[a-z0-9]{7}")
 _URI = re.compile(r"tinker://([^/]{1,64})/(weights|sampler_weights)/([^/]+)")
+_ANY_URI = re.compile(r"tinker://([^/]{1,64})/([^/]+)/([^/]+)")
 
+ANY_URI_FORM = "tinker://<training run>/(weights|sampler_weights|external_weights)/<name>"
 URI_FORM = "tinker://<training run>/(weights|sampler_weights)/<name>"
 
 
@@ -51,8 +57,35 @@ def their_id(ours: str) -> str:
     return f"{match[1]}:{'train' if match[2] == 't' else 'sample'}:{match[3]}"
 
 
+def folder(target: CheckpointTarget) -> str:
+    """The part of a path that tells what a checkpoint is for."""
+    return _FOLDER[target]
+
+
+def target_of(folder: str, field: str) -> CheckpointTarget:
+    """The reverse. Raises :class:`BadRequest` for ``field``."""
+    if folder not in _TARGET:
+        raise BadRequest(field, f"one of {', '.join(_TARGET)}, got {folder[:100]!r}")
+    return _TARGET[folder]
+
+
 def checkpoint_path(run: str, target: CheckpointTarget, name: str) -> str:
     return f"tinker://{their_id(run)}/{_FOLDER[target]}/{name}"
+
+
+def any_path(path: str, field: str) -> CheckpointUri:
+    """What a path of any kind names, ``external_weights`` too; a ``bt://`` one may be given.
+
+    Raises:
+        BadRequest: for ``field``, when it is malformed.
+        NotFound: it names no run.
+    """
+    if path.startswith("bt://"):
+        return parse_checkpoint_uri(path, field)
+    match = _ANY_URI.fullmatch(path)
+    if match is None or match[2] not in _TARGET or not is_checkpoint_name(match[3]):
+        raise BadRequest(field, f"a checkpoint path of the form {ANY_URI_FORM}, got {path[:200]!r}")
+    return CheckpointUri(run_id(match[1]), _TARGET[match[2]], match[3])
 
 
 @contextmanager

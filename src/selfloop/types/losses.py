@@ -14,6 +14,7 @@ class LossSpec:
         required: per-token float inputs (N,) that must come with every datum, besides ``target_tokens``.
         one_of: names of one further input that must come with every datum, under exactly one of them.
         optional: per-token float inputs (N,) that may come.
+        defaults_to: the input that stands in for an optional one in every datum that lacks it.
         config: configuration fields with their defaults; a bool default makes a flag. Numbers are >= 0.
         at_most: upper bounds of configuration numbers.
         ordered: pairs of configuration fields of which the first may not exceed the second.
@@ -25,6 +26,7 @@ class LossSpec:
     required: tuple[str, ...] = ()
     one_of: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    defaults_to: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, float | bool] = field(default_factory=dict[str, "float | bool"])
     at_most: dict[str, float] = field(default_factory=dict[str, float])
     ordered: tuple[tuple[str, str], ...] = ()
@@ -58,6 +60,7 @@ LOSSES: dict[str, LossSpec] = {
             "gspo",
             required=_POLICY,
             optional=("sequence_ratio_mask",),
+            defaults_to={"sequence_ratio_mask": "advantages"},
             # Distances from a ratio of 1, as in its paper.
             config={"clip_low_threshold": 3e-4, "clip_high_threshold": 4e-4},
         ),

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum
 
 
@@ -25,7 +26,8 @@ class InitTrainer(msgspec.Struct, frozen=True, tag="init_trainer_server"):
 class Forward(msgspec.Struct, frozen=True, tag="forward"):
     """Loss and logprobs without gradient; accumulated gradients stay untouched.
 
-    ``summed`` tells that the loss is the plain sum over tokens, whatever the loss.
+    ``summed`` tells that the loss is the plain sum over tokens, whatever the loss. With ``custom`` it is that loss,
+    whatever its name.
     """
 
     data: list[Datum]
@@ -33,12 +35,14 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
     loss_config: dict[str, float | bool]
     top_k_logprobs: int = 0
     summed: bool = False
+    custom: CustomLoss | None = None
 
 
 class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     """Loss, logprobs and gradients, added to what is already accumulated.
 
-    ``summed`` tells that the loss is the plain sum over tokens, and that the step is to take it as it is.
+    ``summed`` tells that the loss is the plain sum over tokens, and that the step is to take it as it is. ``custom`` is
+    as in :class:`Forward`.
     """
 
     data: list[Datum]
@@ -46,6 +50,7 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     loss_config: dict[str, float | bool]
     top_k_logprobs: int = 0
     summed: bool = False
+    custom: CustomLoss | None = None
 
 
 class OptimStep(msgspec.Struct, frozen=True, tag="optim_step"):
@@ -66,7 +71,8 @@ class SaveState(msgspec.Struct, frozen=True, tag="save_state"):
 class SaveWeightsForSampler(msgspec.Struct, frozen=True, tag="save_weights_for_sampler"):
     """Write a sampler checkpoint (PEFT adapter); ``publish`` makes it the live adapter of the paired sampler.
 
-    With ``sampler_id`` it is for that sampler alone: no URI names it.
+    With ``sampler_id`` it is for that sampler alone: no URI names it. With ``inflight`` all samplers that follow the
+    run go over to it.
     """
 
     checkpoint_id: str
@@ -75,16 +81,36 @@ class SaveWeightsForSampler(msgspec.Struct, frozen=True, tag="save_weights_for_s
     ttl_seconds: int | None = None
     user_metadata: dict[str, str] | None = None
     sampler_id: str | None = None
+    inflight: bool = False
+
+
+class SaveWeightsExternal(msgspec.Struct, frozen=True, tag="save_weights_external"):
+    """Write the adapter to be downloaded (PEFT, of ``base_model``), each file encrypted when there are ``recipients``.
+
+    ``recipients`` are age's (``age1...``): any of their keys opens the files.
+    """
+
+    checkpoint_id: str
+    name: str
+    base_model: str
+    recipients: list[str]
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
 
 
 class LoadState(msgspec.Struct, frozen=True, tag="load_state"):
-    """Replace the weights by a checkpoint's; with ``with_optimizer`` also moments and step."""
+    """Replace the weights by a checkpoint's; with ``with_optimizer`` also moments and step.
+
+    ``reader_team_id`` is another team whose checkpoints the caller has shown to have access to.
+    """
 
     path: str
     with_optimizer: bool
+    reader_team_id: str | None = None
 
 
-Operation = InitTrainer | Forward | ForwardBackward | OptimStep | SaveState | SaveWeightsForSampler | LoadState
+Save = SaveState | SaveWeightsForSampler | SaveWeightsExternal
+Operation = InitTrainer | Forward | ForwardBackward | OptimStep | Save | LoadState
 
 
 def kind_of(operation: Operation) -> str:

@@ -53,6 +53,25 @@ class AdapterRef(msgspec.Struct, frozen=True):
     path: str
 
 
+class PromptTargets(msgspec.Struct, frozen=True):
+    """Tokens to score at every prompt position but the first, row after row.
+
+    Args:
+        rows: int64, one a prompt token: ``tokens[rows[i] : rows[i + 1]]`` are scored at position i + 1.
+        tokens: int32 ids; -1 asks for nothing.
+    """
+
+    rows: bytes
+    tokens: bytes
+
+
+class PromptDraws(msgspec.Struct, frozen=True):
+    """Drawn alternatives to the prompt's tokens but the first, (N - 1, k) row-major: int32 ids, float32 logprobs."""
+
+    tokens: bytes
+    logprobs: bytes
+
+
 class SampleRequest(msgspec.Struct, frozen=True):
     """Draw ``num_samples`` continuations of ``prompt`` (>= 1 token).
 
@@ -61,6 +80,9 @@ class SampleRequest(msgspec.Struct, frozen=True):
         prompt_logprobs: None for none; k >= 0 for the prompt's own logprobs and the top k beside each.
         top_logprobs: the k likeliest tokens beside each drawn one, 0 for none.
         token_bytes: whether the answer also carries the bytes that each token stands for.
+        prompt_logprobs_last_n: only the prompt's last n positions are asked for by ``prompt_logprobs``; None for all.
+        prompt_targets: tokens to score along the prompt.
+        prompt_draws: how many alternatives to draw, independently and at the temperature, for each prompt token.
     """
 
     request_id: str
@@ -71,6 +93,13 @@ class SampleRequest(msgspec.Struct, frozen=True):
     prompt_logprobs: int | None = None
     top_logprobs: int = 0
     token_bytes: bool = False
+    prompt_logprobs_last_n: int | None = None
+    prompt_targets: PromptTargets | None = None
+    prompt_draws: int = 0
+
+    @property
+    def asks_about_prompt(self) -> bool:
+        return self.prompt_logprobs is not None or self.prompt_targets is not None or self.prompt_draws > 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -126,10 +155,13 @@ class SampleResult(msgspec.Struct, frozen=True):
 
     Args:
         prompt_logprobs: when asked for, one list a prompt position: the actual token first, then the
-            top k others by rank; None at position 0, which nothing precedes.
+            top k others by rank; None at position 0, which nothing precedes, and before the last n asked for.
+        target_logprobs: float32 in the order of the tokens asked for, 0.0 for each -1.
     """
 
     request_id: str
     sequences: list[SampledSequence]
     prompt_logprobs: list[list[TokenLogprob] | None] | None = None
     spent: Spent = Spent()
+    target_logprobs: bytes | None = None
+    prompt_draws: PromptDraws | None = None

@@ -49,5 +49,8 @@ class OperationState(StrEnum):
 
 
 class CheckpointTarget(StrEnum):
+    """What a checkpoint is for; an external one is only downloaded."""
+
     TRAINER = "trainer"
     SAMPLER = "sampler"
+    EXTERNAL = "external"

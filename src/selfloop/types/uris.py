@@ -7,7 +7,12 @@ from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget
 
-_FOLDER = {CheckpointTarget.TRAINER: "weights", CheckpointTarget.SAMPLER: "sampler_weights"}
+_FOLDER = {
+    CheckpointTarget.TRAINER: "weights",
+    CheckpointTarget.SAMPLER: "sampler_weights",
+    # Printed, and not parsed: nothing here reads one.
+    CheckpointTarget.EXTERNAL: "external_weights",
+}
 _TARGET = {folder: target for target, folder in _FOLDER.items()}
 
 # A name is one path segment that starts with a letter or digit, so no name can climb out of a folder.

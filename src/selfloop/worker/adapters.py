@@ -26,7 +26,7 @@ from selfloop.engine.files.base_weights import weight_files
 from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
 from selfloop.engine.files.compare import ModelOnDisk, compare, model_in
 from selfloop.engine.files.directory import DirectoryWriter
-from selfloop.engine.files.merge import write_merged
+from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
 from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
 from selfloop.engine.models.config import read_config
 from selfloop.engine.train.run import Run
@@ -72,7 +72,8 @@ def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: s
     loaded = read_peft(checkpoint, read_config(model_dir))
     writer = DirectoryWriter(target)
     for name in tokenizer_files(model_dir):
-        shutil.copyfile(model_dir / name, writer.file(name))
+        if name != MODEL_CONFIG_FILE:
+            shutil.copyfile(model_dir / name, writer.file(name))
     write_merged(writer, model_dir, loaded, _progress(model_dir, report))
     writer.text("README.md", merged_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()

@@ -28,12 +28,14 @@ from selfloop.types.operation import (
     Operation,
     OptimStep,
     SaveState,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
 )
 from selfloop.types.result import Result, SaveResult, Spent
 from selfloop.types.sampling import SampleRequest
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.chat import ChatTemplate
+from selfloop.worker.encryption import encrypt_folder
 from selfloop.worker.grammars import GrammarCompiler
 from selfloop.worker.protocol import (
     Begun,
@@ -230,10 +232,10 @@ class Worker:
                     initial=_path(context.initial),
                     targets=context.targets,
                 )
-            case Forward(data, loss_fn, config, top_k, summed):
-                return engine.forward(run_id, data, loss_fn, config, top_k, summed=summed)
-            case ForwardBackward(data, loss_fn, config, top_k, summed):
-                return engine.forward_backward(run_id, data, loss_fn, config, top_k, summed=summed)
+            case Forward(data, loss_fn, config, top_k, summed, custom):
+                return engine.forward(run_id, data, loss_fn, config, top_k, summed=summed, custom=custom)
+            case ForwardBackward(data, loss_fn, config, top_k, summed, custom):
+                return engine.forward_backward(run_id, data, loss_fn, config, top_k, summed=summed, custom=custom)
             case OptimStep(adam):
                 return engine.optim_step(run_id, adam)
             case LoadState(with_optimizer=with_optimizer):
@@ -249,6 +251,14 @@ class Worker:
                 # In memory at once, so that the first sample need not read the files.
                 engine.publish(run_id, checkpoint_id)
                 return SaveResult(checkpoint_id, name, CheckpointTarget.SAMPLER, *saved)
+
+            case SaveWeightsExternal(checkpoint_id, name, base_model, recipients):
+                assert context.write_to is not None
+                folder = Path(context.write_to)
+                saved = engine.save_external_weights(run_id, folder, base_model)
+                if recipients:
+                    saved = saved._replace(size_bytes=encrypt_folder(folder, recipients))
+                return SaveResult(checkpoint_id, name, CheckpointTarget.EXTERNAL, *saved)
 
     def _guard(self, ticket: int, act: Callable[[], None]) -> None:
         try:

@@ -25,8 +25,8 @@ class ModelTokenizer:
         decoders = _decoders(json.loads(text).get("decoder"))
         kinds = [decoder["type"] for decoder in decoders]
         self.drops_first_space = any(map(_drops_first_space, decoders))
-        num = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        tokens = [tokenizer.id_to_token(i) or "" for i in range(num)]
+        self.num_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        tokens = [tokenizer.id_to_token(i) or "" for i in range(self.num_tokens)]
         if "ByteLevel" in kinds:
             self._bytes = list(map(_byte_level, tokens))
         elif "ByteFallback" in kinds or "Metaspace" in kinds:

@@ -63,6 +63,20 @@ class Archives:
         await asyncio.to_thread(self._write, self._folder / archive_id, source)
         return archive_id
 
+    @property
+    def logs_folder(self) -> Path:
+        return self._data_dir / "logs"
+
+    def add_file(self, owner_id: str, name: str, data: bytes) -> ArchiveFile:
+        """Write an archive of a single file; returns it with a link. Raises :class:`OSError`."""
+        self._remove_expired()
+        archive_id = f"{owner_id}-{new_id()}"
+        folder = self._folder / archive_id
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(data)
+        (file,) = self._list(archive_id)
+        return file
+
     async def files(self, deployment_id: str, archive_id: str) -> list[ArchiveFile]:
         """The files in a stable order, with links. Raises :class:`BadRequest` for a token that names no archive."""
         if not archive_id.replace("-", "").isalnum() or not archive_id.startswith(f"{deployment_id}-"):

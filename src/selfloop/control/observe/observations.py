@@ -58,7 +58,7 @@ class Observations:
         self._runs = runs
         self._data_dir = data_dir
         self._machine = Machine(data_dir)
-        self._archives = Archives(data_dir, secret)
+        self.archives = Archives(data_dir, secret)
         self._meter = context.settlement.observer.meter
         self._output_from: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -215,11 +215,11 @@ class Observations:
         """The files of a debug archive: a new one, or that of an earlier page."""
         row, views = await self._runs.deployment(caller, id)
         if archive_id is None:
-            archive_id = await self._archives.make(await self._source(caller, row, [view.run.id for view in views]))
-        return archive_id, await self._archives.files(id, archive_id)
+            archive_id = await self.archives.make(await self._source(caller, row, [view.run.id for view in views]))
+        return archive_id, await self.archives.files(id, archive_id)
 
     def open_archive_link(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
-        return self._archives.open_link(archive_id, name, expires, signature)
+        return self.archives.open_link(archive_id, name, expires, signature)
 
     async def _source(self, caller: Caller, row: Deployment, run_ids: list[str]) -> ArchiveSource:
         async with self._c.db.read() as session:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfloop.storage.db import queries_access
+from selfloop.storage.db import queries_access, queries_audit
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import KeyRow, TeamRow
 from selfloop.types.errors import BadRequest, Denied, NotFound
@@ -113,7 +113,9 @@ class Access:
                     row = TeamRow(id=new_id(), name=team, is_default=False, created_at=time.time())
                     session.add(row)
                     await session.flush()
-            session.add(_key_row(row.id, name, key))
+            made = _key_row(row.id, name, key)
+            session.add(made)
+            queries_audit.record(session, "key.created", row.id, None, key_id=made.id, name=name)
         return key
 
     async def team(self, name: str | None) -> TeamRow:
@@ -145,10 +147,16 @@ class Access:
         async with self._db.read() as session:
             return await queries_access.keys(session)
 
-    async def revoke_key(self, id: str) -> None:
+    async def revoke_key(self, id: str, by: Caller | None = None) -> None:
+        """Revoke a key; ``by`` None is the command line. Raises :class:`NotFound`."""
         async with self._db.write() as session:
             if not await queries_access.revoke(session, id, time.time()):
                 raise NotFound("key", id, "`selfloop keys list` shows the valid ones")
+            row = await queries_access.key(session, id)
+            assert row is not None
+            queries_audit.record(
+                session, "key.revoked", row.team_id, None if by is None else by.key_id, key_id=id, name=row.name
+            )
         self._marker.touch()
 
     async def teams(self) -> Sequence[TeamRow]:

@@ -16,6 +16,7 @@ from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, Denied, NotFound
 from selfloop.types.lora import LoraTargets
+from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import parse_checkpoint_uri
 
 Checkpoint = CheckpointRow
@@ -69,6 +70,11 @@ class Checkpoints:
             key_id = None if whole_team else caller.key_id
             return await queries_checkpoints.matching(session, caller.team_id, base_model=base_model, key_id=key_id)
 
+    async def newest(self, caller: Caller, target: CheckpointTarget, limit: int) -> Sequence[CheckpointRow]:
+        """The newest of the caller's team for one purpose."""
+        async with self._c.db.read() as session:
+            return await queries_checkpoints.newest(session, caller.team_id, target, limit)
+
     async def at_path(self, caller: Caller, path: str, field: str) -> CheckpointRow:
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.read() as session:
@@ -109,6 +115,10 @@ class Checkpoints:
     async def files(self, caller: Caller, id: str) -> list[StoredFile]:
         """The checkpoint's files in a stable order."""
         await self.get(caller, id)
+        return await self.files_of(id)
+
+    async def files_of(self, id: str) -> list[StoredFile]:
+        """The same, whoever asks."""
         return await asyncio.to_thread(_list_files, self._c.blobs.path(checkpoint_key(id)))
 
     # -- links ----------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from selfloop.control import held, retention
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.settle import checkpoint_key
-from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.status import CheckpointTarget
+
+_OWN_USE = frozenset({CheckpointTarget.TRAINER, CheckpointTarget.SAMPLER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,10 @@ class Cleanup:
     def __init__(self, context: Context) -> None:
         self._c = context
 
-    async def delete_one(self, caller: Caller, id: str) -> CheckpointRow:
-        """Delete a checkpoint.
+    async def delete_one(
+        self, caller: Caller, id: str, targets: frozenset[CheckpointTarget] = _OWN_USE
+    ) -> CheckpointRow:
+        """Delete a checkpoint for one of ``targets``.
 
         Raises:
             NotFound: no such checkpoint.
@@ -65,12 +69,13 @@ class Cleanup:
         """
         async with self._c.db.write() as session:
             row = await queries_checkpoints.get(session, id)
-            if row is None or row.team_id != caller.team_id:
+            if row is None or row.team_id != caller.team_id or row.target not in targets:
                 raise NotFound("checkpoint", id)
             needed = (await retention.needs(session)).of(row)
             if needed is not None:
                 raise Conflict(f"checkpoint {held.uri_of(row)} stays: {needed}", reason="CHECKPOINT_IN_USE")
             await queries_checkpoints.remove(session, id)
+            queries_audit.record_checkpoint(session, "deleted", row, caller.team_id, caller.key_id)
         await self._delete_files([row])
         return row
 
@@ -99,6 +104,7 @@ class Cleanup:
             if not dry_run:
                 for row in deleted:
                     await queries_checkpoints.remove(session, row.id)
+                    queries_audit.record_checkpoint(session, "deleted", row, caller.team_id, caller.key_id)
         if not dry_run:
             await self._delete_files(deleted)
         return Cleaned(deleted, kept)

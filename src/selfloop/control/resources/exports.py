@@ -19,6 +19,7 @@ from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
 from selfloop.types.ids import new_id
+from selfloop.types.lora_size import untied_numbers
 from selfloop.types.model_folder import read_facts, tokenizer_files
 from selfloop.types.uris import parse_checkpoint_uri
 from selfloop.worker.launch_local import launch_adapters
@@ -98,12 +99,13 @@ class Exports:
         return ExportPlan(uri, row, model.name, model_dir, target, format, dtype, needed)
 
     def _needed(self, row: CheckpointRow, model_dir: Path, format: Format, dtype: GgufDtype | None) -> int:
+        folder = self._blobs.path(checkpoint_key(row.id))
         if format != "peft":
             others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
             facts = read_facts(model_dir)
-            weights = facts.size_bytes if dtype is None else facts.num_parameters * _DTYPE_BYTES[dtype]
-            return weights + others
-        folder = self._blobs.path(checkpoint_key(row.id))
+            numbers = facts.num_parameters + (untied_numbers(model_dir) if _changes_head(folder) else 0)
+            stored_bytes = facts.size_bytes * numbers // facts.num_parameters
+            return others + (stored_bytes if dtype is None else numbers * _DTYPE_BYTES[dtype])
         return sum(path.stat().st_size for path in folder.glob("adapter_*"))
 
     async def write(self, plan: ExportPlan, on_progress: Callable[[str, float], None]) -> Exported:
@@ -126,6 +128,20 @@ class Exports:
         finally:
             await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
         return msgspec.json.decode(facts, type=Exported)
+
+
+class _AdapterConfig(msgspec.Struct):
+    target_modules: list[str] = []
+
+
+def _changes_head(checkpoint: Path) -> bool:
+    """Whether the checkpoint's adapter changes the output layer."""
+    try:
+        raw = (checkpoint / "adapter_config.json").read_bytes()
+        return "lm_head" in msgspec.json.decode(raw, type=_AdapterConfig).target_modules
+    except (OSError, msgspec.MsgspecError):
+        # A damaged checkpoint is refused by the export itself, with its cause.
+        return False
 
 
 def _publish(aside: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from selfloop.control.context import Context
 from selfloop.control.journal import END_OF_TIME
 from selfloop.control.lifecycle import record_change
+from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs
@@ -49,6 +50,7 @@ class RunRequest:
         id: of the run, when the caller must know it beforehand; a run that has it already is taken as it is.
         with_optimizer: begin with the moments and the step of the checkpoint at ``path``, too.
         targets: what a fresh adapter changes; a checkpoint's own win.
+        reader_team_id: another team, whose checkpoints the caller has shown to have access to.
         keep_last_checkpoints: of each target; older ones that nobody needs are deleted after a save. None keeps all.
     """
 
@@ -68,6 +70,7 @@ class RunRequest:
     targets: LoraTargets = LoraTargets()  # noqa: RUF009 - frozen
     user_metadata: dict[str, str] | None = None
     keep_last_checkpoints: int | None = None
+    reader_team_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +297,7 @@ class Runs:
             raise BadRequest("path", "a trainer checkpoint: bt://loops:<run_id>/weights/<checkpoint_name>")
         async with self._c.db.read() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or row.team_id != caller.team_id:
+        if row is None or not may_read(row, caller.team_id, request.reader_team_id):
             raise NotFound("checkpoint", request.path)
         await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
         folder = self._c.blobs.path(checkpoint_key(row.id))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.lifecycle import record_change
+from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
@@ -188,11 +189,11 @@ class Samplers:
         return None if row is None else held.uri_of(row)
 
     async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
-        """The checkpoint of a team at a ``bt://`` path; trainer and sampler checkpoints both hold an adapter."""
+        """The checkpoint at a ``bt://`` path that a team may read; trainer and sampler ones both hold an adapter."""
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.read() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or row.team_id != team_id:
+        if row is None or not may_read(row, team_id):
             raise NotFound("checkpoint", path)
         return row
 

@@ -53,6 +53,13 @@ def write_sampler(directory: Path, run: Run, config: ModelConfig) -> int:
     return writer.close()
 
 
+def write_external(directory: Path, run: Run, config: ModelConfig, base_model: str) -> int:
+    """The adapter alone, as PEFT reads it, with the name of its base model; returns bytes written."""
+    writer = DirectoryWriter(directory)
+    write_peft(writer, run.shape, run.theta_P, run.alpha, config, base_model)
+    return writer.close()
+
+
 def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
     """Adapter, moments and step; returns bytes written."""
     writer = DirectoryWriter(directory)

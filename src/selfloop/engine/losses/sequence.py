@@ -1,7 +1,7 @@
 """Policy-gradient losses with one importance ratio a sequence; names as in :mod:`selfloop.engine.losses.policy`.
 
-Which tokens make up a sequence's ratio: those that ``sequence_ratio_mask`` marks with another number than 0, without
-it those whose advantage is not 0. Masked targets never do. A sequence without such a token has the ratio 1.
+Which tokens make up a sequence's ratio: those that ``sequence_ratio_mask`` marks with another number than 0; of a datum
+without it, those whose advantage is not 0. Masked targets never do. A sequence without such a token has the ratio 1.
 """
 
 import torch

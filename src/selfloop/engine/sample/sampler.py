@@ -36,31 +36,37 @@ class Draw(NamedTuple):
     tops: list[list[tuple[int, float]]]
 
 
-def draw(logits_BV: Tensor, rows: list[Row]) -> Draw:
-    """One token a row from float32 logits."""
+def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> Draw:
+    """One token a row from float32 logits.
+
+    Args:
+        num_tokens: ids from there on are padding of the model's vocabulary and never drawn; None for none.
+    """
     assert logits_BV.shape[0] == len(rows)
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     result = Draw([], [], [])
     for start in range(0, len(rows), rows_per_pass):
         part = slice(start, start + rows_per_pass)
-        drawn = _draw_rows(logits_BV[part], rows[part])
+        drawn = _draw_rows(logits_BV[part], rows[part], num_tokens)
         result.tokens.extend(drawn.tokens)
         result.logprobs.extend(drawn.logprobs)
         result.tops.extend(drawn.tops)
     return result
 
 
-def _draw_rows(logits_BV: Tensor, rows: list[Row]) -> Draw:
-    masked_BV = _masked(logits_BV, rows)
+def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int | None) -> Draw:
+    real_BV = logits_BV[:, :num_tokens]
+    masked_BV = _masked(real_BV, rows)
     tokens_B = masked_BV.argmax(-1)
     drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         at_N = torch.tensor(drawn, device=logits_BV.device)
-        tokens_B[at_N] = _invert(masked_BV[at_N], [rows[at].params for at in drawn], [rows[at].uniform for at in drawn])
+        uniforms_N1 = torch.tensor([[rows[at].uniform] for at in drawn], dtype=torch.float64)
+        tokens_B[at_N] = _invert(masked_BV[at_N], [rows[at].params for at in drawn], uniforms_N1).squeeze(1)
     chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
     logsumexp_B = logits_BV.logsumexp(-1)
     logprobs_B = chosen_B - logsumexp_B
-    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(logits_BV, logsumexp_B, rows))
+    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(real_BV, logsumexp_B, rows))
 
 
 def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
@@ -68,7 +74,7 @@ def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
     if all(mask_V is None for mask_V in masks):
         return logits_BV
     everything_V = torch.ones(logits_BV.shape[1], dtype=torch.bool)
-    allowed_BV = torch.stack([everything_V if mask_V is None else mask_V for mask_V in masks])
+    allowed_BV = torch.stack([everything_V if mask_V is None else mask_V[: len(everything_V)] for mask_V in masks])
     return logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
 
 
@@ -83,6 +89,17 @@ def _tops(logits_BV: Tensor, logsumexp_B: Tensor, rows: list[Row]) -> list[list[
         for at, tokens, logprobs in zip(asked, tokens_NK.tolist(), logprobs_NK.tolist(), strict=True):
             tops[at] = list(zip(tokens, logprobs, strict=True))[: rows[at].num_top]
     return tops
+
+
+def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Tensor) -> Tensor:
+    """Independent draws (B, K) from each row at a temperature, one for each number in [0, 1); greedy at 0."""
+    num_rows, num_draws = uniforms_BK.shape
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True).expand(num_rows, num_draws)
+    params = [SamplingParams(max_tokens=1, temperature=temperature)]
+    rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
+    parts = zip(logits_BV.split(rows_per_pass), uniforms_BK.split(rows_per_pass), strict=True)
+    return torch.cat([_invert(logits, params * len(logits), uniforms) for logits, uniforms in parts])
 
 
 def filtered_probabilities(logits_BV: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -113,11 +130,11 @@ def _top_k_top_p(probs_BV: Tensor, params: list[SamplingParams]) -> Tensor:
     return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV)
 
 
-def _invert(logits_BV: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
-    """The first token whose cumulative probability exceeds the row's uniform number."""
+def _invert(logits_BV: Tensor, params: list[SamplingParams], uniforms_BK: Tensor) -> Tensor:
+    """For each uniform number, the first token whose cumulative probability exceeds it."""
     cdf_BV = filtered_probabilities(logits_BV, params).cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
-    level_B1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)[:, None] * total_B1
+    levels_BK = uniforms_BK.to(logits_BV.device) * total_B1
     # Below the total even after rounding, so that it is never a token without probability that is found.
-    level_B1 = torch.minimum(level_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, level_B1, right=True).squeeze(1)
+    levels_BK = torch.minimum(levels_BK, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, levels_BK, right=True)

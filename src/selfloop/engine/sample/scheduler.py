@@ -17,7 +17,7 @@ from selfloop.engine.models.decoder import Decoder
 from selfloop.engine.sample.attention import DecodeAttention, PrefillAttention, PromptChunk
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PagePool
-from selfloop.engine.sample.prompt_logprobs import prompt_logprobs
+from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
@@ -46,6 +46,8 @@ class SamplingScheduler:
         self._max_batch = max_batch
         self._vocabulary = vocabulary
         self._compile_grammar = compile_grammar
+        vocab_size = decoder.config.vocab_size
+        self._num_tokens = vocab_size if vocabulary is None else min(vocab_size, vocabulary.num_tokens)
         self._end_tokens = frozenset(decoder.config.eos_token_ids)
         self._waiting: deque[ActiveRequest] = deque()
         self._active: list[ActiveRequest] = []
@@ -81,6 +83,8 @@ class SamplingScheduler:
             )
         stops = [StopString(stop) for stop in params.stop]
         active = ActiveRequest(request, adapter, stream, self._grammar(request), stops)
+        if request.asks_about_prompt:
+            active.prompt_scores = PromptScores(request, self._num_tokens, lambda token: self._raw(active, token))
         if active.prompt_pages + active.sample_pages > self._pool.num_pages:
             raise BadRequest("max_tokens", "prompt and max_tokens exceed the KV cache of this sampler")
         self._waiting.append(active)
@@ -147,8 +151,6 @@ class SamplingScheduler:
                 return
             self._waiting.popleft()
             request.pages = self._pool.allocate(request.prompt_pages)
-            if request.request.prompt_logprobs is not None:
-                request.prompt_logprobs.append(None)
             self._active.append(request)
 
     def _prefill(self) -> None:
@@ -179,17 +181,8 @@ class SamplingScheduler:
 
     def _prefilled(self, request: ActiveRequest, chunk: PromptChunk, h_ND: Tensor) -> None:
         request.num_prefilled = chunk.stop
-        k = request.request.prompt_logprobs
-        if k is not None:
-            targets = request.request.prompt[chunk.start + 1 : chunk.stop + 1]
-            request.prompt_logprobs += prompt_logprobs(
-                self._decoder,
-                h_ND[: len(targets)],
-                targets,
-                k,
-                request.adapter,
-                lambda token: self._raw(request, token),
-            )
+        if request.prompt_scores is not None:
+            request.prompt_scores.add(self._decoder, chunk.start, h_ND, request.adapter)
         if chunk.stop == request.prompt_length:
             request.first_logits_V = self._decoder.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
 
@@ -259,7 +252,7 @@ class SamplingScheduler:
             samples, logits_BV = [samples[row] for row in kept], logits_BV[kept]
             if not samples:
                 return
-        drawn = draw(logits_BV, [_row(sample) for sample in samples])
+        drawn = draw(logits_BV, [_row(sample) for sample in samples], self._num_tokens)
         for sample, token, logprob, top in zip(samples, *drawn, strict=True):
             self._append(sample, token, logprob, top)
         for sample in samples:
@@ -328,14 +321,21 @@ class SamplingScheduler:
     def _collect(self) -> list[SampleResult]:
         done = [r for r in self._active if r.is_finished]
         self._active = [r for r in self._active if not r.is_finished]
-        return [
-            SampleResult(
-                r.request.request_id,
-                [r.finished[index] for index in range(r.request.num_samples)],
-                r.prompt_logprobs if r.request.prompt_logprobs is not None else None,
-            )
-            for r in done
-        ]
+        return [_result(r) for r in done]
+
+
+def _result(request: ActiveRequest) -> SampleResult:
+    sequences = [request.finished[index] for index in range(request.request.num_samples)]
+    scores = request.prompt_scores
+    if scores is None:
+        return SampleResult(request.request.request_id, sequences)
+    return SampleResult(
+        request.request.request_id,
+        sequences,
+        scores.positions,
+        target_logprobs=scores.target_logprobs,
+        prompt_draws=scores.draws,
+    )
 
 
 def _row(sample: Sample) -> Row:

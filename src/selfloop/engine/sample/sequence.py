@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from selfloop.engine.sample.grammar import Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, pages_for
 from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
+
+if TYPE_CHECKING:
+    from selfloop.engine.sample.prompt_logprobs import PromptScores
 
 StopReason = Literal["stop", "length"]
 
@@ -28,7 +31,7 @@ class ActiveRequest:
         num_prefilled: prompt tokens already in the cache.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
         num_started: samples that have started.
-        prompt_logprobs: filled as the prompt is prefilled, when asked for.
+        prompt_scores: filled as the prompt is prefilled, when asked for.
     """
 
     request: SampleRequest
@@ -40,7 +43,7 @@ class ActiveRequest:
     num_prefilled: int = 0
     first_logits_V: Tensor | None = None
     num_started: int = 0
-    prompt_logprobs: list[list[TokenLogprob] | None] = field(default_factory=list[list[TokenLogprob] | None])
+    prompt_scores: "PromptScores | None" = None
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
 
     @property

@@ -8,6 +8,11 @@ class Vocabulary(Protocol):
     """What the tokens of a model stand for. Ids beyond the tokenizer's stand for nothing."""
 
     @property
+    def num_tokens(self) -> int:
+        """One more than the tokenizer's highest id; the model's further ids are padding."""
+        ...
+
+    @property
     def drops_first_space(self) -> bool:
         """Whether a text loses the space it begins with, as SentencePiece's do."""
         ...

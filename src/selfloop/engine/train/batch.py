@@ -1,13 +1,14 @@
 """From datums to packed micro-batches: sequences one after another, no padding."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from selfloop.types import datum as types
+from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import IGNORED_TARGET, Datum
 from selfloop.types.errors import BadRequest
 from selfloop.types.losses import LossSpec, one_of
@@ -17,18 +18,22 @@ _TORCH_DTYPE: dict[types.DType, torch.dtype] = {"int64": torch.int64, "float32":
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A validated datum on the CPU: ids int64 (N,), targets int64 (N,) or (N, K > 1), inputs float32 like those."""
+    """A validated datum on the CPU: ids int64 (N,), targets int64 (N,) or (N, K > 1), inputs float32 like those.
+
+    ``own`` are the inputs of an uploaded loss, in their own shapes; they are never packed.
+    """
 
     tokens_N: Tensor
     targets: Tensor
     inputs: Mapping[str, Tensor]
+    own: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Packed sequences of some datums, on the compute device.
 
-    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token.
+    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum.
     """
 
     indices: list[int]
@@ -36,6 +41,7 @@ class MicroBatch:
     tokens_T: Tensor
     targets: Tensor
     inputs: Mapping[str, Tensor]
+    own: list[Mapping[str, Tensor]]
 
     @property
     def active(self) -> Tensor:
@@ -92,10 +98,24 @@ def read_example(index: int, datum: Datum, spec: LossSpec, vocab_size: int, max_
     for name in (*spec.required, *spec.optional):
         if name in given:
             inputs[name] = _read(f"{prefix}.{name}", given[name], "float32", num, num_targets)
+    for name, other in spec.defaults_to.items():
+        inputs.setdefault(name, inputs[other])
     if spec.one_of:
         name = one_of(given, spec, prefix)
         inputs[spec.one_of[0]] = _read(f"{prefix}.{name}", given[name], "float32", num)
     return Example(tokens_N, targets, inputs)
+
+
+def read_own(index: int, datum: Datum, example: Example, loss: CustomLoss) -> Example:
+    """``example`` with the inputs that an uploaded loss reads; raises BadRequest for one not there as declared."""
+    own: dict[str, Tensor] = {}
+    for given in loss.inputs:
+        name = given.name if given is not loss.inputs[0] else "target_tokens"
+        tensor = datum.loss_inputs.get(name)
+        if tensor is None or len(tensor.shape) != given.rank:
+            raise BadRequest(f"data[{index}].loss_fn_inputs.{name}", f"of rank {given.rank}, for loss {loss.name!r}")
+        own[given.name] = to_torch(tensor)
+    return replace(example, own=own)
 
 
 def _read(field: str, tensor: types.Tensor, dtype: types.DType, num: int | None, num_columns: int = 1) -> Tensor:
@@ -146,15 +166,13 @@ def micro_batches(examples: list[Example], token_budget: int, device: torch.devi
 
 
 def _stack(indices: list[int], examples: list[Example], device: torch.device) -> MicroBatch:
-    # A request may give an optional input for some datums only; weights default above, others to zero.
-    names = {name for e in examples for name in e.inputs}
+    names = examples[0].inputs.keys()
+    assert all(e.inputs.keys() == names for e in examples), "what a datum lacks has its default by now"
     return MicroBatch(
         indices=indices,
         lengths=[e.tokens_N.shape[0] for e in examples],
         tokens_T=torch.cat([e.tokens_N for e in examples]).to(device),
         targets=torch.cat([e.targets for e in examples]).to(device),
-        inputs={
-            name: torch.cat([e.inputs.get(name, torch.zeros(e.targets.shape)) for e in examples]).to(device)
-            for name in sorted(names)
-        },
+        inputs={name: torch.cat([e.inputs[name] for e in examples]).to(device) for name in sorted(names)},
+        own=[e.own for e in examples],
     )

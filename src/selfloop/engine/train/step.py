@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.losses.custom import CustomLossRunner, with_gradients
 from selfloop.engine.losses.inputs import LossInputs
 from selfloop.engine.losses.logprob import HeadAdapter, score
 from selfloop.engine.losses.preference import trained_pairs_G
@@ -17,6 +19,7 @@ from selfloop.engine.models.attention import PackedCausalAttention
 from selfloop.engine.models.decoder import Decoder, positions_of
 from selfloop.engine.train.batch import MicroBatch
 from selfloop.engine.train.run import Run
+from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import OperationFailed
 from selfloop.types.losses import LOSSES
 
@@ -49,13 +52,21 @@ class LossTotals:
         return self.num_tokens if self.num_pairs is None else self.num_pairs
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """``loss_U`` is one number a token, or a pair; ``logprobs`` have the shape of the targets."""
+class _Loss(NamedTuple):
+    """``loss_U`` is one number a token, or a pair; a single one of an uploaded loss."""
 
     loss_U: Tensor
     num_pairs: int | None
-    metric_sums: dict[str, Tensor]
+    metric_sums: Mapping[str, Tensor | float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The loss, as in :class:`_Loss`; ``logprobs`` have the shape of the targets."""
+
+    loss_U: Tensor
+    num_pairs: int | None
+    metric_sums: Mapping[str, Tensor | float]
     logprobs: Tensor
     top_tokens_TJ: Tensor
     top_logprobs_TJ: Tensor
@@ -64,13 +75,19 @@ class _Outcome:
 class LossStep:
     """Runs one loss over micro-batches with the decoder; reports ``num_top`` likeliest tokens a position."""
 
-    def __init__(self, decoder: Decoder, loss_fn: str, config: Mapping[str, float | bool], num_top: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        loss_fn: str,
+        config: Mapping[str, float | bool],
+        num_top: int = 0,
+        custom: CustomLoss | None = None,
+    ) -> None:
         self._decoder = decoder
-        self._loss = LOSS_FUNCTIONS[loss_fn]
-        self._metrics = METRICS_FUNCTIONS.get(loss_fn)
-        self._of_pairs = LOSSES[loss_fn].rows == 2
+        self._loss_fn = loss_fn
         self._config = config
         self._num_top = num_top
+        self._custom = None if custom is None else CustomLossRunner(custom)
 
     def forward(self, run: Run, batches: list[MicroBatch]) -> LossTotals:
         """No gradient. Raises OperationFailed on a loss that is not finite."""
@@ -117,15 +134,35 @@ class LossStep:
         logprobs = zeros.index_put((active_N,), scores.logprobs)
         if logprobs.dim() > 1:
             logprobs = torch.where(batch.active, logprobs, 0.0)
-        inputs = LossInputs(logprobs, batch.active, batch.inputs, batch.lengths, self._config)
+        loss = self._loss(batch, logprobs)
         num_top = scores.top_tokens_NJ.shape[1]
         return _Outcome(
-            loss_U=self._loss(inputs),
-            num_pairs=int(trained_pairs_G(inputs).sum()) if self._of_pairs else None,
-            metric_sums={} if self._metrics is None else self._metrics(inputs),
+            loss_U=loss.loss_U,
+            num_pairs=loss.num_pairs,
+            metric_sums=loss.metric_sums,
             logprobs=logprobs.detach(),
             top_tokens_TJ=active_N.new_full((num, num_top), -1).index_put_((active_N,), scores.top_tokens_NJ),
             top_logprobs_TJ=zeros.new_full((num, num_top), math.nan).index_put_((active_N,), scores.top_logprobs_NJ),
+        )
+
+    def _loss(self, batch: MicroBatch, logprobs: Tensor) -> _Loss:
+        if self._custom is not None:
+            losses = [
+                self._custom.run(index, datum_logprobs, own, with_grad=logprobs.requires_grad)
+                for index, datum_logprobs, own in zip(
+                    batch.indices, logprobs.detach().cpu().split(batch.lengths), batch.own, strict=True
+                )
+            ]
+            sums: dict[str, float] = {}
+            for name, value in (item for loss in losses for item in loss.metrics.items()):
+                sums[name] = sums.get(name, 0.0) + value
+            return _Loss(with_gradients(logprobs, losses)[None], None, sums)
+        inputs = LossInputs(logprobs, batch.active, batch.inputs, batch.lengths, self._config)
+        metrics = METRICS_FUNCTIONS.get(self._loss_fn)
+        return _Loss(
+            LOSS_FUNCTIONS[self._loss_fn](inputs),
+            int(trained_pairs_G(inputs).sum()) if LOSSES[self._loss_fn].rows == 2 else None,
+            {} if metrics is None else metrics(inputs),
         )
 
 

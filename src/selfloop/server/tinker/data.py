@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from selfloop.server.tinker import schema
+from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest
 from selfloop.types.losses import LOSSES, LossSpec
@@ -48,22 +49,24 @@ class _Budget:
             raise BadRequest(field, f"at most {_MAX_ELEMENTS} elements in one request; split the data over several")
 
 
-def operation(message: Any, limits: Limits) -> Forward | ForwardBackward:
-    """The operation that a ``ForwardBackwardRequest`` asks for.
+def operation(message: Any, limits: Limits, custom: CustomLoss | None = None) -> Forward | ForwardBackward:
+    """The operation that a ``ForwardBackwardRequest`` asks for, with the uploaded loss that it names.
 
     Raises:
         BadRequest: a value that cannot be served, by field.
     """
     spec = LOSSES.get(message.loss_fn) if message.loss_fn in _LOSSES else None
-    if spec is None:
-        raise BadRequest("loss_fn", f"one of {', '.join(_LOSSES)}; got {message.loss_fn[:100]!r}")
-    config = _loss_config(message, spec)
+    if spec is None and custom is None:
+        raise BadRequest("loss_fn", f"one of {', '.join(_LOSSES)}, custom; got {message.loss_fn[:100]!r}")
+    config = {} if spec is None else _loss_config(message, spec)
     if not 1 <= len(message.data) <= _MAX_DATUMS:
         raise BadRequest("data", f"1 to {_MAX_DATUMS} datums, got {len(message.data)}")
     budget = _Budget()
-    data = [_datum(datum, f"data[{i}]", spec, limits, budget) for i, datum in enumerate(message.data)]
+    of_loss = custom if spec is None else spec
+    assert of_loss is not None
+    data = [_datum(datum, f"data[{i}]", of_loss, limits, budget) for i, datum in enumerate(message.data)]
     kind = Forward if message.forward_only else ForwardBackward
-    return kind(data, spec.name, config, summed=True)
+    return kind(data, message.loss_fn, config, summed=True, custom=custom)
 
 
 def _loss_config(message: Any, spec: LossSpec) -> dict[str, float | bool]:
@@ -91,7 +94,7 @@ def _names(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "no configuration"
 
 
-def _datum(message: Any, field: str, spec: LossSpec, limits: Limits, budget: _Budget) -> Datum:
+def _datum(message: Any, field: str, loss: LossSpec | CustomLoss, limits: Limits, budget: _Budget) -> Datum:
     tokens = array("i")
     for j, chunk in enumerate(message.model_input):
         where = f"{field}.model_input.chunks[{j}]"
@@ -105,7 +108,11 @@ def _datum(message: Any, field: str, spec: LossSpec, limits: Limits, budget: _Bu
         raise BadRequest(where, f"1 to {limits.max_seq_len} tokens, got {len(tokens)}")
     _check_ids(tokens, limits, where)
     budget.take(len(tokens), where)
-    inputs = _loss_inputs(message.loss_fn_inputs, f"{field}.loss_fn_inputs", spec, limits, budget, len(tokens))
+    where = f"{field}.loss_fn_inputs"
+    if isinstance(loss, LossSpec):
+        inputs = _loss_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
+    else:
+        inputs = _custom_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
     return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs)
 
 
@@ -139,6 +146,33 @@ def _loss_inputs(
     return inputs
 
 
+def _custom_inputs(
+    given: Any, field: str, loss: CustomLoss, limits: Limits, budget: _Budget, num_tokens: int
+) -> dict[str, Tensor]:
+    """The targets, and what the loss reads, in shapes and dtypes of their own; it knows nothing of other inputs."""
+    logprobs, *others = loss.inputs
+    inputs: dict[str, Tensor] = {}
+    for name, rank in [("target_tokens", logprobs.rank), *((other.name, other.rank) for other in others)]:
+        where = f"{field}.{name}"
+        if name not in given:
+            raise BadRequest(where, f"required by the loss {loss.name!r}")
+        is_target = name == "target_tokens"
+        kinds = ("int64",) if is_target else ("float32", "int64")
+        values = _dense(given[name], where, kinds, num_tokens if is_target else None, budget)
+        shape = values.shape
+        if rank == 0 and not given[name].shape and len(values.values) == 1:
+            shape = ()
+        if len(shape) != rank:
+            raise BadRequest(f"{where}.shape", f"of rank {rank}, for the loss {loss.name!r}; got {list(shape)}")
+        if values.values.typecode == "f":
+            inputs[name] = Tensor("float32", shape, _floats(values.values, where).tobytes())
+        else:
+            inputs[name] = Tensor("int64", shape, values.values.tobytes())
+        if is_target:
+            _check_ids(values.values, limits, where)
+    return inputs
+
+
 def _check_ids(ids: Numbers, limits: Limits, field: str) -> None:
     highest, lowest = max(ids, default=0), min(ids, default=0)
     if highest >= limits.vocab_size or lowest < 0:
@@ -166,16 +200,19 @@ _TYPECODES = {schema.FLOAT32: "f", schema.INT64: "q", schema.INT32: "i", schema.
 _KINDS = {schema.FLOAT32: "float32", schema.BFLOAT16: "float32", schema.INT64: "int64", schema.INT32: "int64"}
 
 
-def _dense(message: Any, field: str, kinds: tuple[str, ...], num_rows: int, budget: _Budget) -> _Dense:
-    """``message`` with ``num_rows`` rows, whichever way it is written."""
+def _dense(message: Any, field: str, kinds: tuple[str, ...], num_rows: int | None, budget: _Budget) -> _Dense:
+    """``message``, whichever way it is written; with ``num_rows`` rows, or any number of them."""
     if _KINDS.get(message.dtype) not in kinds:
         raise BadRequest(f"{field}.dtype", f"one of {', '.join(kinds)}")
     is_sparse = message.WhichOneof("encoding") == "sparse_csr"
     values = _numbers(message.sparse_csr.values if is_sparse else message.dense, message.dtype, field)
     shape = _shape(message) or (len(values),)
-    if len(shape) > 2 or (len(shape) == 2 and not 1 <= shape[1] <= _MAX_TARGETS):
+    rows, *columns = shape
+    if len(columns) > 1 or (columns and not 1 <= columns[0] <= _MAX_TARGETS):
         raise BadRequest(f"{field}.shape", f"[N] or [N, K] with K from 1 to {_MAX_TARGETS}, got {list(shape)}")
-    if shape[:1] != (num_rows,):
+    if rows < 0:
+        raise BadRequest(f"{field}.shape", f"numbers from 0 on, got {list(shape)}")
+    if num_rows is not None and rows != num_rows:
         raise BadRequest(f"{field}.shape", f"as many rows as model_input has tokens ({num_rows}), got {list(shape)}")
     num = math.prod(shape)
     budget.take(num, field)

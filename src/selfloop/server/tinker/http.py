@@ -1,15 +1,16 @@
 """Who calls, and how this dialect says no."""
 
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
-from selfloop.control.resources.access import Caller
-from selfloop.server.auth import control_of
+from selfloop.control.control import Control
+from selfloop.server.auth import CallerByApiKey, authenticated_by_api_key, authenticated_key
 from selfloop.server.errors import body_of, reason_of
+from selfloop.server.openapi import ErrorV1
 from selfloop.types.errors import (
     BadRequest,
     Conflict,
@@ -33,7 +34,10 @@ _STATUS: dict[type[SelfloopError], int] = {
     OperationFailed: 400,
     WorkerLost: 503,
 }
-_KEY_PREFIX = "tml-"
+
+
+# The shape of the other dialects' errors, under this dialect's own statuses.
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorV1, "description": "Refused, lost, or not yet"}}
 
 
 class TinkerRoute(APIRoute):
@@ -58,24 +62,19 @@ def refusal(error: SelfloopError, status: int | None = None) -> JSONResponse:
     return JSONResponse(body_of(str(error), reason_of(error), field), status or _STATUS[type(error)], headers)
 
 
-async def caller_of(request: Request) -> Caller:
-    """The caller behind ``X-API-Key`` or a bearer token: a key of ours, with or without ``tml-`` before it."""
-    access = control_of(request).access
-    given = request.headers.get("x-api-key")
-    if given is None:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token if scheme.lower() == "bearer" else ""
-    given = given.strip()
-    if not given:
-        raise Denied("an API key is required: X-API-Key: tml-<key>")
-    bare = given.removeprefix(_KEY_PREFIX)
-    if bare != given:
-        # A key may begin with the prefix itself.
-        try:
-            return await access.authenticate(bare)
-        except Denied:
-            pass
-    return await access.authenticate(given)
+caller_of = authenticated_by_api_key
+CallerOf = CallerByApiKey
 
 
-CallerOf = Annotated[Caller, Depends(caller_of)]
+async def granted_team(control: Control, token: str | None) -> str | None:
+    """The team that a ``weights_access_token``, which is an API key of that team, opens the checkpoints of.
+
+    Raises:
+        BadRequest: it is no key of this server.
+    """
+    if token is None:
+        return None
+    try:
+        return (await authenticated_key(control.access, token)).team_id
+    except Denied:
+        raise BadRequest("weights_access_token", "an API key of the team that the checkpoint belongs to") from None

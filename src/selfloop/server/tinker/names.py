@@ -1,55 +1,38 @@
-"""This dialect's names for runs, samplers and checkpoints, and ours for the same things.
+"""This dialect's names for runs, samplers and checkpoints, and ours for the same things."""
 
-The client makes up ``<session>:train:<n>`` and ``<session>:sample:<n>`` by itself. Here those are the run
-``<session>t<n>`` and the sampler ``<session>s<n>``; other runs and samplers have one name in both worlds.
-"""
+from selfloop.server.tinker_paths import (
+    URI_FORM,
+    any_path,
+    as_written,
+    checkpoint_path,
+    folder,
+    our_path,
+    run_id,
+    sampler_id,
+    target_of,
+    their_id,
+)
+from selfloop.types.errors import BadRequest
 
-import re
-from collections.abc import Generator
-from contextlib import contextmanager
+__all__ = [
+    "MAX_NUMBER",
+    "URI_FORM",
+    "any_path",
+    "as_written",
+    "checkpoint_path",
+    "folder",
+    "new_run_id",
+    "new_sampler_id",
+    "our_path",
+    "run_id",
+    "sampler_id",
+    "sampler_of_snapshot",
+    "snapshot_name",
+    "target_of",
+    "their_id",
+]
 
-from selfloop.types.errors import BadRequest, NotFound
-from selfloop.types.ids import RunId
-from selfloop.types.status import CheckpointTarget
-from selfloop.types.uris import CheckpointUri, is_checkpoint_name, parse_checkpoint_uri
-
-_FOLDER = {CheckpointTarget.TRAINER: "weights", CheckpointTarget.SAMPLER: "sampler_weights"}
-_TARGET = {folder: target for target, folder in _FOLDER.items()}
-_NUMBER = r"(0|[1-9][0-9]{0,11})"
-_OURS = re.compile(rf"([a-z0-9]{{7}})([ts]){_NUMBER}")
-_THEIRS = re.compile(rf"([a-z0-9]{{7}}):(train|sample):{_NUMBER}")
-_PLAIN = re.compile(r"[a-z0-9]{7}")
-_URI = re.compile(r"tinker://([^/]{1,64})/(weights|sampler_weights)/([^/]+)")
-
-URI_FORM = "tinker://<training run>/(weights|sampler_weights)/<name>"
 MAX_NUMBER = 10**12 - 1
-
-
-def run_id(model_id: str) -> RunId:
-    """Our id of a model. Raises :class:`NotFound` for what can be none."""
-    return RunId(_our_id(model_id, "train", "model"))
-
-
-def sampler_id(sampling_session_id: str) -> str:
-    """Our id of a sampling session. Raises :class:`NotFound` for what can be none."""
-    return _our_id(sampling_session_id, "sample", "sampling session")
-
-
-def _our_id(theirs: str, kind: str, what: str) -> str:
-    match = _THEIRS.fullmatch(theirs)
-    if match is not None and match[2] == kind:
-        return f"{match[1]}{kind[0]}{match[3]}"
-    if _PLAIN.fullmatch(theirs):
-        return theirs
-    raise NotFound(what, theirs[:200])
-
-
-def their_id(ours: str) -> str:
-    """This dialect's id of a run or sampler."""
-    match = _OURS.fullmatch(ours)
-    if match is None:
-        return ours
-    return f"{match[1]}:{'train' if match[2] == 't' else 'sample'}:{match[3]}"
 
 
 def new_run_id(session_id: str, number: int) -> str:
@@ -76,33 +59,3 @@ def snapshot_name(sampler: str) -> str:
 def sampler_of_snapshot(name: str) -> str | None:
     """The sampler whose snapshot has this name; None for a name that a caller gave."""
     return name[1:] if name.startswith(".") else None
-
-
-def checkpoint_path(run: str, target: CheckpointTarget, name: str) -> str:
-    return f"tinker://{their_id(run)}/{_FOLDER[target]}/{name}"
-
-
-@contextmanager
-def as_written(path: str) -> Generator[None]:
-    """While the block runs, a checkpoint that is not found is spoken of as the caller wrote it."""
-    try:
-        yield
-    except NotFound as error:
-        if error.kind != "checkpoint":
-            raise
-        raise NotFound("checkpoint", path) from None
-
-
-def our_path(path: str, field: str = "path") -> str:
-    """The ``bt://`` path of the same checkpoint; such a one may be given, too.
-
-    Raises:
-        BadRequest: for ``field``, when it is malformed.
-        NotFound: it names no run.
-    """
-    if path.startswith("bt://"):
-        return str(parse_checkpoint_uri(path, field))
-    match = _URI.fullmatch(path)
-    if match is None or not is_checkpoint_name(match[3]):
-        raise BadRequest(field, f"a checkpoint path of the form {URI_FORM}, got {path[:200]!r}")
-    return str(CheckpointUri(run_id(match[1]), _TARGET[match[2]], match[3]))

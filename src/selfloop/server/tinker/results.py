@@ -3,14 +3,15 @@
 import math
 from array import array
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from selfloop.server.tinker import names, schema
+from selfloop.server.tinker.targets import Targets
 from selfloop.types.datum import Tensor
 from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
-from selfloop.types.sampling import SampledSequence, SampleResult, TokenLogprob
+from selfloop.types.sampling import PromptDraws, SampledSequence, SampleResult, TokenLogprob
 from selfloop.types.status import CheckpointTarget
 
 _decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
@@ -41,6 +42,8 @@ def _saved(saved: SaveResult, run_id: str) -> Json:
     if sampler is not None:
         return {"sampling_session_id": names.their_id(sampler), "type": "save_weights_for_sampler"}
     path = names.checkpoint_path(run_id, saved.target, saved.name)
+    if saved.target is CheckpointTarget.EXTERNAL:
+        return {"path": path, "size_bytes": saved.size_bytes, "type": "save_weights_external"}
     return {"path": path, "type": "save_weights_for_sampler"}
 
 
@@ -54,6 +57,9 @@ def _loss_output(result: LossResult) -> bytes:
     # The client sums what ends in ":sum" over the parts of a call.
     message.metrics["loss:sum"] = result.loss
     message.metrics["num_trained_tokens:sum"] = result.metrics["num_trained_tokens"]
+    for name, value in result.metrics.items():
+        if name.startswith("custom/"):
+            message.metrics[name] = value
     return message.SerializeToString()
 
 
@@ -67,30 +73,52 @@ def _fill(field: Any, tensors: list[Tensor], columns: tuple[int, ...]) -> None:
     field.trailing_shape.extend(columns)
 
 
-def sample_response(
-    result: SampleResult, *, own_logprobs: bool, num_top_prompt: int, num_top: int, last_n: int | None
-) -> bytes:
-    """A ``SampleResponse``.
+class SampleView(NamedTuple):
+    """Which parts of a sample's result its caller wants to see.
 
     Args:
-        own_logprobs: whether the prompt's own logprobs were asked for.
-        num_top_prompt: likeliest tokens asked for at each prompt position.
+        own_logprobs: the logprobs of the prompt's own tokens.
+        num_top_prompt: likeliest tokens at each prompt position.
         num_top: the same at each sampled position.
-        last_n: prompt positions, counted from the end, that were asked for; None for all.
+        targets: the layout of the scored tokens.
+        num_draws: drawn alternatives to each prompt token.
     """
+
+    own_logprobs: bool
+    num_top_prompt: int
+    num_top: int
+    targets: Targets | None
+    num_draws: int
+
+
+def sample_response(result: SampleResult, view: SampleView) -> bytes:
+    """A ``SampleResponse``. No prompt was served from a cache: there is none between requests."""
     message = schema.SampleResponse()
     for sequence in result.sequences:
-        _add_sequence(message.sequences.add(), sequence, num_top)
+        _add_sequence(message.sequences.add(), sequence, view.num_top)
     positions = result.prompt_logprobs
     if positions is not None:
-        first = 0 if last_n is None else len(positions) - last_n
-        asked = [position if i >= first else None for i, position in enumerate(positions)]
-        if own_logprobs:
-            own = [math.nan if position is None else position[0].logprob for position in asked]
+        if view.own_logprobs:
+            own = [math.nan if position is None else position[0].logprob for position in positions]
             message.prompt_logprobs = array("f", own).tobytes()
-        if num_top_prompt > 0:
-            _fill_top(message.topk_prompt_logprobs, asked, num_top_prompt)
+        if view.num_top_prompt > 0:
+            _fill_top(message.topk_prompt_logprobs, positions, view.num_top_prompt)
+    if view.targets is not None:
+        assert result.target_logprobs is not None
+        view.targets.fill(message.target_prompt_logprobs, result.target_logprobs)
+    if result.prompt_draws is not None:
+        _fill_draws(message.prompt_alt_tokens, result.prompt_draws, view.num_draws)
     return message.SerializeToString()
+
+
+def _fill_draws(message: Any, draws: PromptDraws, k: int) -> None:
+    for tensor, data, dtype in (
+        (message.tokens, draws.tokens, schema.INT32),
+        (message.logprobs, draws.logprobs, schema.FLOAT32),
+    ):
+        tensor.dense = data
+        tensor.dtype = dtype
+        tensor.shape.extend((len(data) // 4 // k, k))
 
 
 def _add_sequence(message: Any, sequence: SampledSequence, num_top: int) -> None:

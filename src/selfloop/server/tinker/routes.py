@@ -2,8 +2,18 @@
 
 from fastapi import APIRouter
 
-from selfloop.server.tinker import futures, sampling, service, training
+from selfloop.server.tinker import (
+    account,
+    checkpoints,
+    custom_losses,
+    futures,
+    runs,
+    sampling,
+    service,
+    sessions,
+    training,
+)
 
 router = APIRouter()
-for _part in (service, training, sampling, futures):
+for _part in (service, training, custom_losses, sampling, futures, runs, checkpoints, sessions, account):
     router.include_router(_part.router)

@@ -5,39 +5,40 @@ from typing import NamedTuple
 from fastapi import APIRouter, Request
 
 from selfloop.control.control import Control
-from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling import Draw
 from selfloop.server.auth import ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
+from selfloop.server.openapi import json_body
 from selfloop.server.tinker import futures, names, wire
-from selfloop.server.tinker.http import CallerOf, TinkerRoute
-from selfloop.server.tinker.results import sample_response
+from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute
+from selfloop.server.tinker.results import SampleView, sample_response
+from selfloop.server.tinker.targets import read_targets
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import SamplingParams
 from selfloop.types.status import CheckpointTarget
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
 
 _MAX_SAMPLES = 1024
 _MAX_TOP = 128
 _MAX_STOPS = 1024
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", openapi_extra=json_body(wire.CreateSamplingSession))
 async def create_sampling_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """A sampler of a base model or of a checkpoint."""
     body = decode(await read_body(request), wire.CreateSamplingSession)
     if body.base_model is None and body.model_path is None:
         raise BadRequest("base_model", "base_model or model_path")
-    session = await control.sessions.get(caller, body.session_id)
+    session = await control.sessions.open(caller, body.session_id)
     path = None
     if body.model_path is not None:
         path = names.our_path(body.model_path, "model_path")
         with names.as_written(body.model_path):
-            checkpoint = await control.checkpoints.at_path(caller, path, "model_path")
+            checkpoint = await control.sharing.readable_at(caller, path, "model_path")
         if body.base_model is not None:
             await control.catalogue.same_model(body.base_model, checkpoint.base_model, "base_model")
     sampler = await control.samplers.create_standalone(
@@ -57,15 +58,13 @@ async def sampler_info(sampling_session_id: str, caller: CallerOf, control: Cont
     """What a sampling session samples."""
     sampler = await control.samplers.get(caller, names.sampler_id(sampling_session_id))
     info: dict[str, object] = {"sampler_id": names.their_id(sampler.id), "base_model": sampler.base_model}
-    if sampler.checkpoint_id is not None:
-        checkpoint = await control.checkpoints.get(caller, sampler.checkpoint_id)
-        if checkpoint.sampler_id is None:
-            target = CheckpointTarget(checkpoint.target)
-            info["model_path"] = names.checkpoint_path(checkpoint.run_id, target, checkpoint.name)
+    # Of its own files: the checkpoint may have been deleted, and may be another team's.
+    for held in await control.samplers.served(sampler):
+        info["model_path"] = names.checkpoint_path(held.run_id, CheckpointTarget(held.target), held.name)
     return info
 
 
-@router.post("/asample")
+@router.post("/asample", openapi_extra=json_body(wire.Sample))
 async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Begin to draw; the samples are fetched by ``retrieve_future``."""
     raw = await read_body(request)
@@ -74,25 +73,15 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     control.samplers.check_live(sampler)
     if not 0 <= body.seq_id < 2**63:
         raise BadRequest("seq_id", f"0 to {2**63 - 1}, got {body.seq_id}")
-    asked = await _asked(body, sampler, caller, control)
+    asked = await _asked(body, sampler, control)
     request_id = futures.of_sample(sampler.id, body.seq_id)
 
     async def draw() -> bytes:
-        weights = await control.sampling.weights(sampler, None, None, 0.0)
-        result = await control.sampling.draw(sampler, weights, asked.draw)
-        size = 64 * len(asked.draw.prompt) * (1 + asked.num_top_prompt)
-        return await off_loop(
-            size,
-            lambda: sample_response(
-                result,
-                own_logprobs=asked.own_logprobs,
-                num_top_prompt=asked.num_top_prompt,
-                num_top=asked.draw.top_logprobs,
-                last_n=asked.last_n,
-            ),
-        )
+        result = await control.sampling.draw_newest(sampler, asked.draw)
+        size = 64 * len(asked.draw.prompt) * (1 + asked.view.num_top_prompt)
+        return await off_loop(size, lambda: sample_response(result, asked.view))
 
-    control.jobs.submit(request_id, draw)
+    control.jobs.submit(futures.channel_of(sampler.id, body.seq_id), request_id, draw)
     sequence = f"{names.their_id(sampler.id)}/{body.seq_id}"
     return {
         "request_id": request_id,
@@ -101,22 +90,27 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     }
 
 
+@router.post("/join_sampling_session", openapi_extra=json_body(wire.JoinSamplingSession))
+async def join_sampling_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """A number of its own for a client that was copied, so that its requests differ from the others'."""
+    body = decode(await read_body(request), wire.JoinSamplingSession)
+    sampler = await control.samplers.get(caller, names.sampler_id(body.sampling_session_id))
+    control.samplers.check_live(sampler)
+    return {"client_counter": await control.sessions.joined(caller, sampler), "type": "join_sampling_session"}
+
+
 class _Asked(NamedTuple):
     """A draw, and which of what comes with it the caller wants to see."""
 
     draw: Draw
-    own_logprobs: bool
-    num_top_prompt: int
-    last_n: int | None
+    view: SampleView
 
 
-async def _asked(body: wire.Sample, sampler: Sampler, caller: Caller, control: Control) -> _Asked:
+async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Asked:
     for name in ("base_model", "model_path"):
         if getattr(body, name) is not None:
             raise BadRequest(name, "null: the sampling session says what is sampled")
-    if body.target_prompt_logprobs is not None:
-        raise BadRequest("target_prompt_logprobs", "null: not served yet")
-    _within("prompt_alt_tokens_k", body.prompt_alt_tokens_k, 0, 0)
+    _within("prompt_alt_tokens_k", body.prompt_alt_tokens_k, 0, _MAX_TOP)
     _within("topk_prompt_logprobs", body.topk_prompt_logprobs, 0, _MAX_TOP)
     _within("topk_sample_logprobs", body.topk_sample_logprobs, 0, _MAX_TOP)
     _within("num_samples", body.num_samples, 1, _MAX_SAMPLES)
@@ -125,21 +119,29 @@ async def _asked(body: wire.Sample, sampler: Sampler, caller: Caller, control: C
     if last_n is not None:
         if not own:
             raise BadRequest("prompt_logprobs_last_n", "null without prompt_logprobs")
-        _within("prompt_logprobs_last_n", last_n, 1, len(prompt))
+        if not 1 <= last_n < len(prompt):
+            expected = f"a number from 1 to the prompt's length less one ({len(prompt) - 1}), got {last_n}"
+            raise BadRequest("prompt_logprobs_last_n", expected)
     params = _params(body.sampling_params, sampler, len(prompt))
-    wants_prompt = own or body.topk_prompt_logprobs > 0
-    draw = Draw(
-        prompt,
-        body.num_samples,
-        params,
-        prompt_logprobs=body.topk_prompt_logprobs if wants_prompt else None,
-        top_logprobs=body.topk_sample_logprobs,
-    )
     model = await control.catalogue.resolve(sampler.base_model)
     for name, tokens in (("prompt", prompt), ("sampling_params.stop", params.stop_token_ids)):
         if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
             raise BadRequest(name, f"token ids from 0 to {model.vocab_size - 1}")
-    return _Asked(draw, own, body.topk_prompt_logprobs, last_n)
+    asked, targets = body.target_prompt_logprobs, None
+    if asked is not None:
+        targets = await off_loop(16 * len(asked.data), lambda: read_targets(asked, len(prompt), model.vocab_size))
+    draw = Draw(
+        prompt,
+        body.num_samples,
+        params,
+        prompt_logprobs=body.topk_prompt_logprobs if own or body.topk_prompt_logprobs > 0 else None,
+        top_logprobs=body.topk_sample_logprobs,
+        prompt_logprobs_last_n=last_n,
+        prompt_targets=None if targets is None else targets.cells,
+        prompt_draws=body.prompt_alt_tokens_k,
+    )
+    top_prompt, top, draws = body.topk_prompt_logprobs, body.topk_sample_logprobs, body.prompt_alt_tokens_k
+    return _Asked(draw, SampleView(own, top_prompt, top, targets, draws))
 
 
 def _prompt(prompt: wire.Prompt) -> list[int]:

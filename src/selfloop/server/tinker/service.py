@@ -8,16 +8,27 @@ from selfloop.control.resources.sessions import SessionDetails
 from selfloop.server.auth import ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
+from selfloop.server.openapi import json_body
 from selfloop.server.tinker import wire
-from selfloop.server.tinker.http import CallerOf, TinkerRoute, refusal
+from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, refusal
 from selfloop.types.errors import BadRequest, NotFound
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
 
 # The client asks for it every ten seconds and warns after two minutes without.
 _GONE = 410
 _MAX_DETAILS_BYTES = 64 * 1024
 _CONFIG_REFRESH_S = 300
+_STAND_IN = (
+    "The loss stable_reinforce is not published. On this server the name stands for REINFORCE corrected by the ratio "
+    "of the whole sequence, cut at 2; loss_fn=importance_sampling, ppo, cispo and gspo are as published."
+)
+_FLAGS: dict[str, object] = {
+    "custom_loss_server_side": True,
+    "proto_compress_fwdbwd": True,
+    "sample_join_sampling_session": True,
+    "sample_use_retrieve_futures": True,
+}
 
 
 @router.get("/healthz")
@@ -26,18 +37,18 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.post("/client/config")
+@router.post("/client/config", openapi_extra=json_body(wire.Config))
 async def client_config(request: Request, caller: CallerOf) -> dict[str, object]:
-    """The client's feature flags: all of them as they are by default."""
+    """The client's feature flags; all others are as they are by default."""
     decode(await read_body(request), wire.Config)
-    return {}
+    return _FLAGS
 
 
-@router.post("/client/dynamic_config")
+@router.post("/client/dynamic_config", openapi_extra=json_body(wire.Config))
 async def dynamic_config(request: Request, caller: CallerOf) -> dict[str, object]:
     """The flags that the client asks for again and again."""
     decode(await read_body(request), wire.Config)
-    return {"refresh_interval_sec": _CONFIG_REFRESH_S, "sample_cancel_enabled": False}
+    return {"refresh_interval_sec": _CONFIG_REFRESH_S, "sample_cancel_enabled": True}
 
 
 @router.get("/get_server_capabilities")
@@ -56,7 +67,7 @@ async def capabilities(caller: CallerOf, control: ControlOf) -> dict[str, object
     }
 
 
-@router.post("/create_session")
+@router.post("/create_session", openapi_extra=json_body(wire.CreateSession))
 async def create_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Open a session; what it tells of itself is kept with it."""
     raw = await read_body(request)
@@ -71,23 +82,26 @@ async def create_session(request: Request, caller: CallerOf, control: ControlOf)
         sdk_version=body.sdk_version,
     )
     row = await control.sessions.create(caller, details)
-    return {"session_id": row.id, "type": "create_session"}
+    answer: dict[str, object] = {"session_id": row.id, "type": "create_session"}
+    if request.app.state.settings.stable_reinforce != "refuse":
+        answer["info_message"] = _STAND_IN
+    return answer
 
 
-@router.post("/session_heartbeat")
+@router.post("/session_heartbeat", openapi_extra=json_body(wire.Heartbeat))
 async def session_heartbeat(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Whether the session lives; 410 ends the client's asking."""
     body = decode(await read_body(request), wire.Heartbeat)
     try:
-        session = await control.sessions.get(caller, body.session_id)
+        is_live = await control.sessions.beat(caller, body.session_id)
     except NotFound as error:
         return refusal(error, _GONE)
-    if session.ended_at is not None:
+    if not is_live:
         return refusal(NotFound("live session", body.session_id), _GONE)
     return JSONResponse({"type": "session_heartbeat"})
 
 
-@router.post("/sessions/{session_id}/finish")
+@router.post("/sessions/{session_id}/finish", openapi_extra=json_body(wire.Finish))
 async def finish(session_id: str, request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """End a session: the snapshots that belong to its samplers go, runs and named checkpoints stay."""
     body = decode(await read_body(request), wire.Finish)

@@ -15,8 +15,9 @@ from selfloop.server.auth import ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
-from selfloop.server.tinker import data, futures, names, schema, validate, wire
-from selfloop.server.tinker.http import CallerOf, TinkerRoute
+from selfloop.server.openapi import json_body, protobuf_body
+from selfloop.server.tinker import custom_losses, data, futures, names, schema, validate, wire
+from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
@@ -28,16 +29,17 @@ from selfloop.types.operation import (
     Operation,
     OptimStep,
     SaveState,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     kind_of,
 )
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
 
 Future = dict[str, str]
 
 
-@router.post("/create_model")
+@router.post("/create_model", openapi_extra=json_body(wire.CreateModel))
 async def create_model(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A run with a fresh adapter."""
     body = decode(await read_body(request), wire.CreateModel)
@@ -57,7 +59,7 @@ async def create_model(request: Request, caller: CallerOf, control: ControlOf) -
     return futures.created(created.id, "create_model")
 
 
-@router.post("/get_info")
+@router.post("/get_info", openapi_extra=json_body(wire.Model))
 async def get_info(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """What a model is."""
     run = await _run(caller, control, decode(await read_body(request), wire.Model).model_id)
@@ -73,7 +75,7 @@ async def get_info(request: Request, caller: CallerOf, control: ControlOf) -> di
     }
 
 
-@router.post("/unload_model")
+@router.post("/unload_model", openapi_extra=json_body(wire.Model))
 async def unload_model(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """End a run; its checkpoints stay."""
     run = await _run(caller, control, decode(await read_body(request), wire.Model).model_id)
@@ -81,7 +83,7 @@ async def unload_model(request: Request, caller: CallerOf, control: ControlOf) -
     return futures.created(run.id, "unload_model")
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", openapi_extra=protobuf_body("ForwardBackwardRequest"))
 async def forward_backward(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """Loss, logprobs and, unless ``forward_only``, gradients. The body is protobuf."""
     raw = await read_body(request)
@@ -91,13 +93,18 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
     limits = data.Limits(model.vocab_size, run.max_seq_len)
 
     async def build() -> Forward | ForwardBackward:
-        return await off_loop(len(raw), lambda: data.operation(message, limits))
+        if message.loss_fn == "stable_reinforce" and request.app.state.settings.stable_reinforce == "refuse":
+            raise BadRequest(
+                "loss_fn", "stable_reinforce is not published, and refused here; use loss_fn=importance_sampling"
+            )
+        loss = await custom_losses.asked(message, caller, control, run)
+        return await off_loop(len(raw), lambda: data.operation(message, limits, loss))
 
     kind = "forward" if message.forward_only else "forward_backward"
     return await _accept(control, _Call(run, message.seq_id, kind, raw), build)
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", openapi_extra=json_body(wire.OptimStep))
 async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """One step of AdamW over the gradients since the last one."""
     raw = await read_body(request)
@@ -110,7 +117,7 @@ async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> 
     return await _accept(control, _Call(run, body.seq_id, "optim_step", raw), build)
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", openapi_extra=json_body(wire.SaveWeights))
 async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to go on from."""
     raw = await read_body(request)
@@ -126,7 +133,7 @@ async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -
     return await _accept(control, _Call(run, body.seq_id, "save_state", raw), build)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", openapi_extra=json_body(wire.SaveWeightsForSampler))
 async def save_weights_for_sampler(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to sample, under a name or for one sampling session alone."""
     raw = await read_body(request)
@@ -134,29 +141,49 @@ async def save_weights_for_sampler(request: Request, caller: CallerOf, control: 
     run = await _run(caller, control, body.model_id)
 
     async def build() -> SaveWeightsForSampler:
-        if body.kind != "snapshot":
-            raise BadRequest("kind", f"snapshot, which is all that is served; got {body.kind[:100]!r}")
+        if body.kind not in ("snapshot", "inflight"):
+            raise BadRequest("kind", f"snapshot or inflight, got {body.kind[:100]!r}")
         ttl = validate.ttl_seconds(body.ttl_seconds)
         if body.path is not None and body.sampling_session_seq_id is None:
+            if body.kind != "snapshot":
+                raise BadRequest("kind", "snapshot with a path: a checkpoint of that name does not change")
             return SaveWeightsForSampler(new_id(), validate.checkpoint_name(body.path), True, ttl, body.user_metadata)
         if body.sampling_session_seq_id is None or body.path is not None:
             raise BadRequest("path", "either path or sampling_session_seq_id")
         sampler_id = names.new_sampler_id(run.session_id, body.sampling_session_seq_id)
-        sampler = await control.sessions.snapshot_sampler(caller, run, sampler_id)
+        inflight = body.kind == "inflight"
+        make = control.sessions.follower if inflight else control.sessions.snapshot_sampler
+        sampler = await make(caller, run, sampler_id)
         assert sampler.checkpoint_id is not None
         return SaveWeightsForSampler(
-            sampler.checkpoint_id,
+            new_id() if inflight else sampler.checkpoint_id,
             names.snapshot_name(sampler_id),
             publish=False,
             ttl_seconds=control.sessions.snapshot_life_s if ttl is None else ttl,
             user_metadata=body.user_metadata,
             sampler_id=sampler_id,
+            inflight=inflight,
         )
 
     return await _accept(control, _Call(run, body.seq_id, "save_weights_for_sampler", raw), build)
 
 
-@router.post("/load_weights")
+@router.post("/save_weights_external", openapi_extra=json_body(wire.SaveWeightsExternal))
+async def save_weights_external(request: Request, caller: CallerOf, control: ControlOf) -> Future:
+    """The adapter as files to download, encrypted if there are recipients."""
+    raw = await read_body(request)
+    body = decode(raw, wire.SaveWeightsExternal)
+    run = await _run(caller, control, body.model_id)
+
+    async def build() -> SaveWeightsExternal:
+        name, ttl = validate.checkpoint_name(body.path), validate.ttl_seconds(body.ttl_seconds)
+        recipients = validate.age_recipients(body.age_encryption_recipients)
+        return SaveWeightsExternal(new_id(), name, run.base_model, recipients, ttl)
+
+    return await _accept(control, _Call(run, body.seq_id, "save_weights_external", raw), build)
+
+
+@router.post("/load_weights", openapi_extra=json_body(wire.LoadWeights))
 async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint's weights into a model, or into a new one."""
     raw = await read_body(request)
@@ -168,11 +195,12 @@ async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -
     run = await _run(caller, control, body.model_id)
 
     async def build() -> LoadState:
-        _check_load(body)
+        validate.optimizer(body.optimizer_config)
         path = names.our_path(body.path)
+        granted = await granted_team(control, body.weights_access_token)
         with names.as_written(body.path):
-            await control.operations.check_loadable(run, path, with_optimizer=body.optimizer)
-        return LoadState(path, body.optimizer)
+            await control.operations.check_loadable(run, path, with_optimizer=body.optimizer, granted_team_id=granted)
+        return LoadState(path, body.optimizer, granted)
 
     return await _accept(control, _Call(run, body.seq_id, "load_state", raw), build)
 
@@ -180,10 +208,11 @@ async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -
 async def _create_from(body: wire.LoadWeights, caller: Caller, control: Control) -> Future:
     if body.session_id is None or body.model_seq_id is None:
         raise BadRequest("session_id/model_seq_id", "both, to make a model, or model_id and seq_id of one")
-    _check_load(body)
+    validate.optimizer(body.optimizer_config)
     path = names.our_path(body.path)
+    granted = await granted_team(control, body.weights_access_token)
     with names.as_written(body.path):
-        checkpoint = await control.checkpoints.at_path(caller, path, "path")
+        checkpoint = await control.sharing.readable_at(caller, path, "path", granted)
     run = RunRequest(
         session_id=body.session_id,
         base_model=body.base_model or checkpoint.base_model,
@@ -191,19 +220,15 @@ async def _create_from(body: wire.LoadWeights, caller: Caller, control: Control)
         with_optimizer=body.optimizer,
         user_metadata=strings(body.user_metadata),
         id=await _new_run_id(caller, control, body.session_id, body.model_seq_id),
+        reader_team_id=granted,
     )
-    created = (await control.runs.create(caller, run, with_sampler=False)).run
+    with names.as_written(body.path):
+        created = (await control.runs.create(caller, run, with_sampler=False)).run
     return futures.created(created.id, "load_weights")
 
 
-def _check_load(body: wire.LoadWeights) -> None:
-    validate.optimizer(body.optimizer_config)
-    if body.weights_access_token is not None:
-        raise BadRequest("weights_access_token", "null: a key reads the checkpoints of its own team")
-
-
 async def _new_run_id(caller: Caller, control: Control, session_id: str, number: int) -> str:
-    session = await control.sessions.get(caller, session_id)
+    session = await control.sessions.open(caller, session_id)
     return names.new_run_id(session.id, number)
 
 

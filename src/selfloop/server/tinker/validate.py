@@ -1,13 +1,19 @@
 """Fields of the JSON requests, each within the range that is served."""
 
 import math
+from typing import Any
+
+import pyrage
 
 from selfloop.server.tinker import wire
 from selfloop.types.errors import BadRequest
 from selfloop.types.operation import AdamParams
 from selfloop.types.uris import NAME_RULE, is_checkpoint_name
 
+# The extension module comes without types.
+_age: Any = pyrage
 _MAX_ADAM = 1e9
+_MAX_RECIPIENTS = 20
 _MAX_TTL_S = 10 * 366 * 24 * 3600
 
 
@@ -39,6 +45,22 @@ def checkpoint_name(name: str) -> str:
     if not is_checkpoint_name(name):
         raise BadRequest("path", f"a checkpoint's name: {NAME_RULE}; got {name[:200]!r}")
     return name
+
+
+def age_recipients(recipients: list[str] | None) -> list[str]:
+    """Keys to encrypt to; none for files as they are."""
+    if recipients is None:
+        return []
+    if not 1 <= len(recipients) <= _MAX_RECIPIENTS:
+        raise BadRequest("age_encryption_recipients", f"null, or 1 to {_MAX_RECIPIENTS} recipients")
+    for recipient in recipients:
+        try:
+            _age.x25519.Recipient.from_str(recipient)
+        except _age.RecipientError:
+            raise BadRequest(
+                "age_encryption_recipients", f"public X25519 keys of age (age1...), got {recipient[:100]!r}"
+            ) from None
+    return recipients
 
 
 def ttl_seconds(value: int | None) -> int | None:

@@ -1,8 +1,11 @@
 """Requests of the Tinker client in JSON. Unknown fields are refused."""
 
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
+
+from selfloop.types.custom_loss import LossInput, Node
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +106,13 @@ class SaveWeightsForSampler(Operation, frozen=True, kw_only=True):
     type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
 
 
+class SaveWeightsExternal(Operation, frozen=True, kw_only=True):
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+    type: Literal["save_weights_external"] = "save_weights_external"
+
+
 class LoadWeights(_Wire, frozen=True, kw_only=True):
     model_id: str | None = None
     seq_id: int | None = None
@@ -117,12 +127,48 @@ class LoadWeights(_Wire, frozen=True, kw_only=True):
     type: Literal["load_weights"] = "load_weights"
 
 
+class CustomLossGraph(_Wire, frozen=True, kw_only=True):
+    format: int = 1
+    nodes: list[Node]
+
+
+class CreateCustomLoss(_Wire, frozen=True, kw_only=True):
+    session_id: str
+    custom_loss_seq_id: int
+    name: str
+    inputs: list[LossInput]
+    graph: CustomLossGraph
+    type: Literal["create_custom_loss"] = "create_custom_loss"
+
+
 class CreateSamplingSession(_Wire, frozen=True, kw_only=True):
     session_id: str
     sampling_session_seq_id: int
     base_model: str | None = None
     model_path: str | None = None
     type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class JoinSamplingSession(_Wire, frozen=True, kw_only=True):
+    sampling_session_id: str
+    type: Literal["join_sampling_session"] = "join_sampling_session"
+
+
+class CancelFuture(_Wire, frozen=True, kw_only=True):
+    request_id: str
+
+
+class SamplingSessionTarget(_Wire, frozen=True, kw_only=True):
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+    type: Literal["sampling_session"] = "sampling_session"
+
+
+class RetrieveFutures(_Wire, frozen=True, kw_only=True):
+    target: SamplingSessionTarget
+    prev_cursor: int = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
 
 
 class EncodedText(_Wire, frozen=True, kw_only=True, tag="encoded_text"):
@@ -158,6 +204,14 @@ class SamplingParams(_Wire, frozen=True, kw_only=True):
     top_p: float = 1.0
 
 
+class TargetTokens(_Wire, frozen=True, kw_only=True):
+    data: list[int]
+    dtype: str
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
 class Sample(_Wire, frozen=True, kw_only=True):
     sampling_session_id: str
     seq_id: int
@@ -167,7 +221,7 @@ class Sample(_Wire, frozen=True, kw_only=True):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
-    target_prompt_logprobs: msgspec.Raw | None = None
+    target_prompt_logprobs: TargetTokens | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
     record_stability_info: bool | None = None
@@ -180,3 +234,70 @@ class RetrieveFuture(_Wire, frozen=True, kw_only=True):
     request_id: str
     model_id: str | None = None
     allow_metadata_only: bool = False
+
+
+class WeightsInfo(_Wire, frozen=True, kw_only=True):
+    tinker_path: str
+
+
+class CopyWeights(_Wire, frozen=True, kw_only=True):
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
+
+
+class SetTtl(_Wire, frozen=True, kw_only=True):
+    """``ttl_seconds`` is sent even when it is null."""
+
+    ttl_seconds: int | None
+
+
+class AssignProject(_Wire, frozen=True, kw_only=True):
+    project_id: str
+
+
+class OwnSessions(_Wire, frozen=True, kw_only=True, tag="own"):
+    pass
+
+
+class AccessibleSessions(_Wire, frozen=True, kw_only=True, tag="accessible"):
+    pass
+
+
+class SessionsOf(_Wire, frozen=True, kw_only=True, tag="user"):
+    owner_urns: list[str]
+
+
+class ActiveSessions(_Wire, frozen=True, kw_only=True, tag="active"):
+    pass
+
+
+class CancelledSessions(_Wire, frozen=True, kw_only=True, tag="cancelled"):
+    pass
+
+
+class FailedSessions(_Wire, frozen=True, kw_only=True, tag="failed"):
+    pass
+
+
+class FinishedSessions(_Wire, frozen=True, kw_only=True, tag="client_finished"):
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+
+class SearchCursor(_Wire, frozen=True, kw_only=True):
+    last_created_at: datetime
+    last_session_id: str
+
+
+class SearchSessions(_Wire, frozen=True, kw_only=True):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: OwnSessions | AccessibleSessions | SessionsOf = OwnSessions()
+    statuses: list[ActiveSessions | CancelledSessions | FailedSessions | FinishedSessions] | None = None
+    limit: int = 50
+    cursor: SearchCursor | None = None

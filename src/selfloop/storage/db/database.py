@@ -37,7 +37,8 @@ class Database:
     async def write_grouped(self, work: Callable[[Connection], T]) -> T:
         """Do ``work``, a few statements, in a transaction shared with whoever writes at the same moment.
 
-        Returns once it is on disk. What ``work`` raises undoes its own changes only. It runs in another thread.
+        Returns once it is on disk. What ``work`` raises undoes its own changes only. It runs in another
+        thread, and may be called twice, the first time undone.
         """
         return await self._grouped.run(work)
 

@@ -28,6 +28,10 @@ async def key_by_hash(session: AsyncSession, sha256: str) -> KeyRow | None:
     return await session.scalar(select(KeyRow).filter_by(sha256=sha256))
 
 
+async def key(session: AsyncSession, id: str) -> KeyRow | None:
+    return await session.get(KeyRow, id)
+
+
 async def keys(session: AsyncSession) -> Sequence[KeyRow]:
     return (await session.scalars(select(KeyRow).order_by(KeyRow.created_at))).all()
 

@@ -4,9 +4,11 @@ import time
 from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, delete, or_, select
+from sqlalchemy import update as update_rows
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.types.status import CheckpointTarget
 
 
 def _not_expired() -> ColumnElement[bool]:
@@ -40,14 +42,26 @@ async def matching(
     base_model: str | None = None,
     key_id: str | None = None,
 ) -> Sequence[CheckpointRow]:
-    """A team's checkpoints (of the runs of one key), newest first; not the snapshots that belong to one sampler."""
+    """A team's checkpoints (of the runs of one key), newest first.
+
+    Not the snapshots that belong to one sampler, nor what was saved only to be downloaded.
+    """
     filters = {"run_id": run_id, "base_model": base_model}
     query = select(CheckpointRow).filter_by(
         team_id=team_id, sampler_id=None, **{k: v for k, v in filters.items() if v is not None}
     )
+    query = query.where(CheckpointRow.target != CheckpointTarget.EXTERNAL)
     if key_id is not None:
         query = query.where(CheckpointRow.run_id.in_(select(RunRow.id).where(RunRow.key_id == key_id)))
     return (await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()))).all()
+
+
+async def newest(session: AsyncSession, team_id: str, target: str, limit: int) -> Sequence[CheckpointRow]:
+    """A team's checkpoints for one purpose, the newest first; not the snapshots that belong to one sampler."""
+    query = select(CheckpointRow).filter_by(team_id=team_id, target=target, sampler_id=None)
+    return (
+        await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()).limit(limit))
+    ).all()
 
 
 async def of_samplers(session: AsyncSession, sampler_ids: Sequence[str]) -> Sequence[CheckpointRow]:
@@ -61,6 +75,10 @@ async def all_ids(session: AsyncSession) -> set[str]:
 
 async def expired(session: AsyncSession, now: float) -> Sequence[CheckpointRow]:
     return (await session.scalars(select(CheckpointRow).where(CheckpointRow.expires_at < now))).all()
+
+
+async def update(session: AsyncSession, id: str, **values: bool | float | None) -> None:
+    await session.execute(update_rows(CheckpointRow).where(CheckpointRow.id == id).values(**values))
 
 
 async def remove(session: AsyncSession, id: str) -> None:

@@ -80,6 +80,28 @@ async def samplers(
     return (await session.scalars(query.order_by(SamplerRow.created_at.desc()))).all()
 
 
+async def followers(session: AsyncSession, run_id: str) -> Sequence[SamplerRow]:
+    """Samplers that go over to what the run saves for its followers."""
+    return (await session.scalars(select(SamplerRow).where(SamplerRow.follows == run_id))).all()
+
+
+async def open_sessions(session: AsyncSession) -> Sequence[SessionRow]:
+    """Sessions that tell of themselves and have not ended."""
+    asked = select(SessionRow).where(SessionRow.details.is_not(None), SessionRow.ended_at.is_(None))
+    return (await session.scalars(asked)).all()
+
+
+async def count_clone(session: AsyncSession, sampler_id: str) -> int:
+    """One more client has joined the sampler; returns how many have."""
+    counted = (
+        update(SamplerRow)
+        .where(SamplerRow.id == sampler_id)
+        .values(num_clones=SamplerRow.num_clones + 1)
+        .returning(SamplerRow.num_clones)
+    )
+    return (await session.execute(counted)).scalar_one()
+
+
 async def update_session(session: AsyncSession, id: str, **values: str | float | None) -> None:
     await session.execute(update(SessionRow).where(SessionRow.id == id).values(**values))
 

@@ -74,6 +74,17 @@ class SessionRow(Base):
     end_reason: Mapped[str | None] = mapped_column(default=None)
 
 
+class CustomLossRow(Base):
+    """A loss that a session's script uploaded; ``definition`` is msgpack."""
+
+    __tablename__ = "custom_losses"
+
+    session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    created_at: Mapped[float]
+    definition: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class DeploymentRow(Base):
     """Trainer capacity for a base model; holds one or many runs."""
 
@@ -98,11 +109,15 @@ class RunRow(Base):
     operations up to ``(snapshot_epoch, snapshot_seq)``. ``initial_key`` is the folder with our own copy of the
     checkpoint at ``path``, which may be deleted or replaced while the run lives; ``with_optimizer`` tells that
     the run starts with that checkpoint's moments and step, too. ``targets`` names the adapted parts of the model,
-    null for the usual ones; ``user_metadata`` is a JSON object of strings.
+    null for the usual ones; ``user_metadata`` is a JSON object of strings. ``copy_key`` names the request that
+    a run was made by to hold a copy of a checkpoint, so that the request sent again finds it.
     """
 
     __tablename__ = "runs"
-    __table_args__ = (Index("ix_runs_team_id_created_at", "team_id", "created_at"),)
+    __table_args__ = (
+        Index("ix_runs_team_id_created_at", "team_id", "created_at"),
+        Index("ix_runs_team_id_copy_key", "team_id", "copy_key", unique=True),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
@@ -132,10 +147,15 @@ class RunRow(Base):
     keep_last_checkpoints: Mapped[int | None] = mapped_column(default=None)
     reused_from: Mapped[str | None] = mapped_column(default=None)
     capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
+    copy_key: Mapped[str | None] = mapped_column(default=None)
 
 
 class SamplerRow(Base):
-    """Sampling capacity bound to a run, a checkpoint or a base model; ``standing`` never scales to zero."""
+    """Sampling capacity bound to a run, a checkpoint or a base model; ``standing`` never scales to zero.
+
+    One that ``follows`` a run has as its checkpoint the newest that the run saved for its followers. ``num_clones``
+    counts the clients that joined it.
+    """
 
     __tablename__ = "samplers"
     __table_args__ = (Index("ix_samplers_model_id_deployment_id", "model_id", "deployment_id"),)
@@ -159,6 +179,8 @@ class SamplerRow(Base):
     standing: Mapped[bool] = mapped_column(default=False, server_default=false())
     reused_from: Mapped[str | None] = mapped_column(default=None)
     capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
+    follows: Mapped[str | None] = mapped_column(default=None, index=True)
+    num_clones: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 class HeldCheckpointRow(Base):
@@ -213,6 +235,7 @@ class CheckpointRow(Base):
     """An immutable folder of files; a row exists only once the folder is whole.
 
     With ``sampler_id`` it is a snapshot for that sampler alone: it has no address, and goes with its session.
+    A ``public`` one is read by every team.
     """
 
     __tablename__ = "checkpoints"
@@ -233,6 +256,7 @@ class CheckpointRow(Base):
     sampler_id: Mapped[str | None] = mapped_column(default=None)
     targets: Mapped[str | None] = mapped_column(default=None)
     user_metadata: Mapped[str | None] = mapped_column(default=None)
+    public: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class OperationRow(Base):
@@ -301,6 +325,26 @@ class StatusChangeRow(Base):
     status: Mapped[str]
     reason: Mapped[str]
     at: Mapped[float]
+
+
+class AuditRow(Base):
+    """What somebody did: with a checkpoint (of a run, for a target, by name), a key or a session.
+
+    ``key_id`` is null for what the command line did; ``details`` is a JSON object of strings.
+    """
+
+    __tablename__ = "audit_events"
+    __table_args__ = (Index("ix_audit_events_team_id_at", "team_id", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True, init=False)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
+    key_id: Mapped[str | None]
+    event: Mapped[str]
+    at: Mapped[float]
+    details: Mapped[str]
+    run_id: Mapped[str | None] = mapped_column(default=None)
+    target: Mapped[str | None] = mapped_column(default=None)
+    name: Mapped[str | None] = mapped_column(default=None)
 
 
 class UsageRow(Base):

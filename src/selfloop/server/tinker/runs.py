@@ -1,0 +1,114 @@
+"""Training runs and their checkpoints, listed."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+import msgspec
+from fastapi import APIRouter, Query
+
+from selfloop.control.resources.checkpoints import Checkpoint
+from selfloop.control.resources.listings import ListedRun, Page
+from selfloop.server.auth import ControlOf
+from selfloop.server.tinker import names
+from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute
+from selfloop.types.status import CheckpointTarget
+
+router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+
+AccessScope = Literal["owned", "accessible"]
+Json = dict[str, object]
+_TYPES = {
+    CheckpointTarget.TRAINER: "training",
+    CheckpointTarget.SAMPLER: "sampler",
+    CheckpointTarget.EXTERNAL: "external",
+}
+_MAX_PAGE = 1000
+
+Limit = Annotated[int, Query(ge=1, le=_MAX_PAGE)]
+Offset = Annotated[int, Query(ge=0, le=2**31)]
+
+
+@router.get("/training_runs")
+async def list_training_runs(
+    caller: CallerOf,
+    control: ControlOf,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+    project_id: str | None = None,
+) -> Json:
+    """Runs of the caller's key, newest first; `accessible` adds those of the team, and what other teams published."""
+    page = Page(limit, offset)
+    listed = await control.listings.runs(caller, page, accessible=access_scope == "accessible", project_id=project_id)
+    runs = [training_run(run, control.access.name_of(run.run.key_id)) for run in listed.runs]
+    return {"training_runs": runs, "cursor": _cursor(page, listed.total)}
+
+
+@router.get("/training_runs/{run_id}")
+async def get_training_run(
+    run_id: str, caller: CallerOf, control: ControlOf, access_scope: AccessScope = "owned"
+) -> Json:
+    """A run of the team; with `accessible` also of another team that published a checkpoint of it."""
+    listed = await control.listings.run(caller, names.run_id(run_id), accessible=access_scope == "accessible")
+    return training_run(listed, control.access.name_of(listed.run.key_id))
+
+
+@router.get("/training_runs/{run_id}/checkpoints")
+async def list_run_checkpoints(run_id: str, caller: CallerOf, control: ControlOf) -> Json:
+    """All checkpoints of a run, newest first; of another team's run those that it published."""
+    rows = await control.listings.checkpoints_of(caller, names.run_id(run_id))
+    return {"checkpoints": [checkpoint(row) for row in rows], "cursor": _cursor(Page(len(rows), 0), len(rows))}
+
+
+@router.get("/checkpoints")
+async def list_checkpoints(caller: CallerOf, control: ControlOf, limit: Limit = 100, offset: Offset = 0) -> Json:
+    """Checkpoints of all runs of the caller's key, newest first."""
+    page = Page(limit, offset)
+    rows, total = await control.listings.checkpoints(caller, page)
+    return {"checkpoints": [checkpoint(row) for row in rows], "cursor": _cursor(page, total)}
+
+
+def training_run(listed: ListedRun, key_name: str | None) -> Json:
+    """A ``TrainingRun``. Of another team's run neither the key's name nor the metadata is told."""
+    run = listed.run
+    return {
+        "training_run_id": names.their_id(run.id),
+        "base_model": run.base_model,
+        "model_owner": (key_name or run.key_id) if listed.is_own else f"team {run.team_id}",
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": run.lora_rank,
+        "last_request_time": rfc3339(listed.last_request_at),
+        "last_checkpoint": None if listed.last_checkpoint is None else checkpoint(listed.last_checkpoint),
+        "last_sampler_checkpoint": None
+        if listed.last_sampler_checkpoint is None
+        else checkpoint(listed.last_sampler_checkpoint),
+        "user_metadata": metadata(run.user_metadata) if listed.is_own else None,
+    }
+
+
+def checkpoint(row: Checkpoint) -> Json:
+    """A ``Checkpoint``."""
+    target = CheckpointTarget(row.target)
+    return {
+        "checkpoint_id": f"{names.folder(target)}/{row.name}",
+        "checkpoint_type": _TYPES[target],
+        "time": rfc3339(row.created_at),
+        "tinker_path": names.checkpoint_path(row.run_id, target, row.name),
+        "size_bytes": row.size_bytes,
+        "public": row.public,
+        "user_metadata": metadata(row.user_metadata),
+        "expires_at": None if row.expires_at is None else rfc3339(row.expires_at),
+    }
+
+
+def metadata(stored: str | None) -> dict[str, str] | None:
+    return None if stored is None else msgspec.json.decode(stored, type=dict[str, str])
+
+
+def rfc3339(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _cursor(page: Page, total: int) -> Json:
+    return {"offset": page.offset, "limit": page.limit, "total_count": total}

@@ -1,0 +1,43 @@
+"""Rows of the audit log."""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+from sqlalchemy import false, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import AuditRow, CheckpointRow
+
+
+def record(session: AsyncSession, event: str, team_id: str, key_id: str | None, /, **details: str) -> None:
+    """Note what a key (None: the command line) did, in the transaction that does it."""
+    text = msgspec.json.encode(details).decode()
+    session.add(AuditRow(team_id=team_id, key_id=key_id, event=event, at=time.time(), details=text))
+
+
+def record_checkpoint(
+    session: AsyncSession, event: str, row: CheckpointRow, team_id: str, key_id: str | None, /, **details: str
+) -> None:
+    """The same of something done with a checkpoint."""
+    session.add(
+        AuditRow(
+            team_id=team_id,
+            key_id=key_id,
+            event=f"checkpoint.{event}",
+            at=time.time(),
+            details=msgspec.json.encode(details).decode(),
+            run_id=row.run_id,
+            target=row.target,
+            name=row.name,
+        )
+    )
+
+
+async def between(
+    session: AsyncSession, team_id: str, start: float, end: float, kinds: Sequence[str], limit: int
+) -> Sequence[AuditRow]:
+    """A team's events with ``start <= at < end`` of the given kinds (what comes before the dot), oldest first."""
+    query = select(AuditRow).where(AuditRow.team_id == team_id, AuditRow.at >= start, AuditRow.at < end)
+    query = query.where(or_(false(), *(AuditRow.event.startswith(f"{kind}.") for kind in kinds)))
+    return (await session.scalars(query.order_by(AuditRow.at, AuditRow.id).limit(limit))).all()

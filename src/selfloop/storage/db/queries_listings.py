@@ -1,0 +1,162 @@
+"""Pages of runs, checkpoints and sessions, newest first, and what belongs to each."""
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, ColumnElement, Select, and_, cast, func, or_, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow
+
+NO_PROJECT = "default"
+"""The project of sessions that name none."""
+
+
+class Owner(NamedTuple):
+    """Whose rows: of one key, or of a whole team when ``key_id`` is None."""
+
+    team_id: str
+    key_id: str | None
+
+
+class Page(NamedTuple):
+    """Rows ``offset`` to ``offset + limit``."""
+
+    limit: int
+    offset: int
+
+
+class SessionTotals(NamedTuple):
+    num_checkpoints: int
+    size_bytes: int
+
+
+class SessionSearch(NamedTuple):
+    """All that is given must hold, except that a session may have the id or the display name.
+
+    Args:
+        key_ids: of those keys only.
+        states: ``active``, or the reason why a session ended.
+        after: creation time and id of the last one already seen.
+    """
+
+    team_id: str
+    limit: int
+    session_id: str | None = None
+    display_name: str | None = None
+    project_ids: Sequence[str] | None = None
+    user_metadata: dict[str, str] = {}
+    key_ids: Collection[str] | None = None
+    states: Collection[str] | None = None
+    after: tuple[float, str] | None = None
+
+
+def _stored_now() -> ColumnElement[bool]:
+    """Checkpoints with an address that have not expired."""
+    alive = or_(CheckpointRow.expires_at.is_(None), CheckpointRow.expires_at > time.time())
+    return and_(CheckpointRow.sampler_id.is_(None), alive)
+
+
+def _project() -> ColumnElement[str]:
+    return func.coalesce(func.json_extract(SessionRow.details, "$.project_id"), NO_PROJECT)
+
+
+async def _page(session: AsyncSession, query: "Select[Any]", order: Sequence[Any], page: Page) -> Any:
+    total = await session.scalar(select(func.count()).select_from(query.subquery()))
+    rows = await session.scalars(query.order_by(*order).limit(page.limit).offset(page.offset))
+    return rows.all(), int(total or 0)
+
+
+async def runs(
+    session: AsyncSession, owner: Owner, page: Page, *, with_published: bool, project_id: str | None
+) -> tuple[Sequence[RunRow], int]:
+    """A page of runs and how many there are; with those of other teams that have published something."""
+    owned = RunRow.team_id == owner.team_id
+    if owner.key_id is not None:
+        owned = and_(owned, RunRow.key_id == owner.key_id)
+    if with_published:
+        published = select(CheckpointRow.run_id).where(CheckpointRow.public, _stored_now())
+        owned = or_(owned, RunRow.id.in_(published))
+    query = select(RunRow).where(owned)
+    if project_id is not None:
+        query = query.join(SessionRow, SessionRow.id == RunRow.session_id).where(
+            _project() == project_id, SessionRow.team_id == owner.team_id
+        )
+    return await _page(session, query, (RunRow.created_at.desc(), RunRow.id), page)
+
+
+async def checkpoints(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[CheckpointRow], int]:
+    query = select(CheckpointRow).join(RunRow, RunRow.id == CheckpointRow.run_id)
+    query = query.where(RunRow.team_id == owner.team_id, _stored_now())
+    if owner.key_id is not None:
+        query = query.where(RunRow.key_id == owner.key_id)
+    return await _page(session, query, (CheckpointRow.created_at.desc(), CheckpointRow.id), page)
+
+
+async def checkpoints_of(session: AsyncSession, run_ids: Collection[str]) -> Sequence[CheckpointRow]:
+    """The checkpoints of these runs, newest first."""
+    query = select(CheckpointRow).where(CheckpointRow.run_id.in_(list(run_ids)), _stored_now())
+    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id))).all()
+
+
+async def last_requests(session: AsyncSession, run_ids: Collection[str]) -> dict[str, float]:
+    """When each run last took an operation; runs that never did are left out."""
+    query = select(OperationRow.run_id, func.max(OperationRow.created_at)).where(OperationRow.run_id.in_(list(run_ids)))
+    return {row[0]: float(row[1]) for row in await session.execute(query.group_by(OperationRow.run_id))}
+
+
+async def sessions(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[SessionRow], int]:
+    query = select(SessionRow).where(SessionRow.team_id == owner.team_id)
+    if owner.key_id is not None:
+        query = query.where(SessionRow.key_id == owner.key_id)
+    return await _page(session, query, (SessionRow.created_at.desc(), SessionRow.id), page)
+
+
+async def of_session(session: AsyncSession, id: str) -> tuple[Sequence[str], Sequence[str]]:
+    """Ids of the session's runs and samplers, oldest first."""
+    runs = select(RunRow.id).where(RunRow.session_id == id).order_by(RunRow.created_at)
+    samplers = select(SamplerRow.id).where(SamplerRow.session_id == id).order_by(SamplerRow.created_at)
+    return (await session.scalars(runs)).all(), (await session.scalars(samplers)).all()
+
+
+async def search_sessions(session: AsyncSession, search: SessionSearch) -> Sequence[SessionRow]:
+    # Whole microseconds, which is what a caller hands back.
+    made_us = cast(func.round(SessionRow.created_at * 1e6), BigInteger)
+    query = select(SessionRow).where(SessionRow.team_id == search.team_id)
+    named: list[ColumnElement[bool]] = []
+    if search.session_id is not None:
+        named.append(SessionRow.id == search.session_id)
+    if search.display_name is not None:
+        named.append(func.json_extract(SessionRow.details, "$.display_name") == search.display_name)
+    if named:
+        query = query.where(or_(*named))
+    if search.project_ids is not None:
+        query = query.where(_project().in_(list(search.project_ids)))
+    for key, value in search.user_metadata.items():
+        pairs = func.json_each(SessionRow.details, "$.user_metadata").table_valued("key", "value")
+        query = query.where(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value).exists())
+    if search.key_ids is not None:
+        query = query.where(SessionRow.key_id.in_(list(search.key_ids)))
+    if search.states is not None:
+        state = func.coalesce(SessionRow.end_reason, "active")
+        query = query.where(state.in_(list(search.states)))
+    if search.after is not None:
+        query = query.where(tuple_(made_us, SessionRow.id) < (round(search.after[0] * 1e6), search.after[1]))
+    query = query.order_by(made_us.desc(), SessionRow.id.desc()).limit(search.limit)
+    return (await session.scalars(query)).all()
+
+
+async def session_totals(session: AsyncSession, ids: Collection[str]) -> dict[str, SessionTotals]:
+    """What the checkpoints of each session's runs come to; sessions without any are left out."""
+    query = (
+        select(RunRow.session_id, func.count(CheckpointRow.id), func.sum(CheckpointRow.size_bytes))
+        .join(CheckpointRow, CheckpointRow.run_id == RunRow.id)
+        .where(RunRow.session_id.in_(list(ids)), _stored_now())
+        .group_by(RunRow.session_id)
+    )
+    return {row[0]: SessionTotals(int(row[1]), int(row[2])) for row in await session.execute(query)}
+
+
+async def run_of_copy(session: AsyncSession, team_id: str, copy_key: str) -> RunRow | None:
+    return await session.scalar(select(RunRow).filter_by(team_id=team_id, copy_key=copy_key))
