@@ -65,12 +65,40 @@ def serve(
     metrics_public: Annotated[
         bool, typer.Option("--metrics-public", help="Let /metrics be read without a key.")
     ] = False,
+    session_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a Tinker session lives without a heartbeat of its client.")
+    ] = 600.0,
+    usd_per_million_tokens: Annotated[
+        float, typer.Option(min=0, help="Price of tokens in the usage reports of Tinker's client; nobody is charged.")
+    ] = 0.0,
+    usd_per_gigabyte_month: Annotated[float, typer.Option(min=0, help="The same of stored checkpoints.")] = 0.0,
+    stable_reinforce: Annotated[
+        str,
+        typer.Option(
+            envvar="SELFLOOP_STABLE_REINFORCE",
+            help="What Tinker's unpublished loss of that name is here: stand-in, or refuse.",
+        ),
+    ] = "stand-in",
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
 
     serve_command(
-        host, port, data_dir, device, dtype, public_url, serve_weights, prepare, capacity, log_format, metrics_public
+        host,
+        port,
+        data_dir,
+        device,
+        dtype,
+        public_url,
+        serve_weights,
+        prepare,
+        capacity,
+        log_format,
+        metrics_public,
+        session_timeout,
+        usd_per_million_tokens,
+        usd_per_gigabyte_month,
+        stable_reinforce,
     )
 
 

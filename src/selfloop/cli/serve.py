@@ -23,6 +23,10 @@ def serve_command(
     capacity: str,
     log_format: str,
     metrics_public: bool,
+    session_timeout_s: float,
+    usd_per_million_tokens: float,
+    usd_per_gigabyte_month: float,
+    stable_reinforce: str,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import NewerDatabase
@@ -32,6 +36,7 @@ def serve_command(
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
                                ("dtype", dtype, ("auto", "float32", "bfloat16")),
                                ("capacity", capacity, ("dedicated", "serverless")),
+                               ("stable-reinforce", stable_reinforce, ("stand-in", "refuse")),
                                ("log-format", log_format, ("text", "json"))):  # fmt: skip
         if value not in known:
             console.print(f"[red]--{name}: one of {', '.join(known)}, got {value}[/red]")
@@ -48,6 +53,10 @@ def serve_command(
         capacity="serverless" if capacity == "serverless" else "dedicated",
         log_format="json" if log_format == "json" else "text",
         metrics_public=metrics_public,
+        session_timeout_s=session_timeout_s,
+        usd_per_million_tokens=usd_per_million_tokens,
+        usd_per_gigabyte_month=usd_per_gigabyte_month,
+        stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
     )
     given = os.environ.get("SELFLOOP_API_KEY") or None
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 import selfloop
 from selfloop.control.control import Control
 from selfloop.server import errors, openapi
+from selfloop.server.anthropic.routes import router as anthropic_router
 from selfloop.server.graphql import router as graphql_router
 from selfloop.server.hub.routes import router as hub_router
 from selfloop.server.limits import BodyLimit
@@ -18,7 +19,9 @@ from selfloop.server.management import routes as management
 from selfloop.server.metrics import router as metrics_router
 from selfloop.server.observe import Observed
 from selfloop.server.openai.routes import mount as mount_openai
+from selfloop.server.polls import Polls
 from selfloop.server.settings import Settings
+from selfloop.server.tinker import futures
 from selfloop.server.tinker.routes import router as tinker_router
 
 
@@ -54,6 +57,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.state.control = control
     errors.install(app)
     openapi.install(app)
+    app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
     app.add_middleware(BodyLimit)
     app.add_middleware(Observed, control=control)
 
@@ -71,5 +75,6 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.include_router(graphql_router)
     app.include_router(tinker_router)
     mount_openai(app)
+    app.include_router(anthropic_router)
     app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))
     return app

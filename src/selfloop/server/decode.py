@@ -24,6 +24,16 @@ def decode(body: bytes, type_: type[T]) -> T:
         raise BadRequest("body", f"valid JSON ({error})") from None
 
 
+def convert(value: object, type_: type[T], field: str) -> T:
+    """What was decoded, as a struct; raises :class:`BadRequest` naming the field below ``field``."""
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        refusal = _refusal(str(error))
+        below = "" if refusal.field == "body" else f".{refusal.field}"
+        raise BadRequest(field + below, refusal.expected) from None
+
+
 def to_json(value: object, field: str) -> bytes:
     """JSON of what was decoded from a request; raises :class:`BadRequest` naming ``field`` where it goes too deep."""
     try:

@@ -28,8 +28,17 @@ log = logging.getLogger(__name__)
 # retry for ten minutes. A 4xx that says which gateway refused it reaches the caller at once.
 _DATA_PLANE_PREFIX = "/loops/"
 _FINAL = {"X-Baseten-Error-Source": "06"}
-# Below a sampler's /v1 errors have OpenAI's shape, and what a request gets wrong is a 400.
-_OPENAI_PATH = re.compile(r"/loops/samplers/[^/]+/(sync/)?v1/.*")
+# Here errors have OpenAI's shape, and what a request gets wrong is a 400.
+_OPENAI_PATH = re.compile(r"(/loops/samplers/[^/]+/(sync/)?|/oai/api/)v1/.*")
+# Here they have Anthropic's.
+_ANTHROPIC_PREFIX = "/anthropic/api/"
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    529: "overloaded_error",
+}
 # Nobody reads it; the status that proxies log when a client goes away.
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -79,6 +88,23 @@ def openai_body_of(error: SelfloopError) -> dict[str, object]:
     return openai_body(_STATUS[type(error)], str(error), reason, field)
 
 
+def anthropic_body(status: int, message: str) -> dict[str, object]:
+    """The error body in Anthropic's shape: ``{"type": "error", "error": {"type", "message"}}``."""
+    kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def anthropic_body_of(error: SelfloopError) -> dict[str, object]:
+    """The error in Anthropic's shape, as a body or as an event of a stream that has begun."""
+    return anthropic_body(_anthropic_status(error), str(error))
+
+
+def _anthropic_status(error: SelfloopError) -> int:
+    if isinstance(error, NotReady):
+        return 529
+    return 400 if isinstance(error, BadRequest) else _STATUS[type(error)]
+
+
 def response_of(error: SelfloopError, path: str) -> Response:
     status = _STATUS[type(error)]
     reason = reason_of(error)
@@ -89,17 +115,22 @@ def response_of(error: SelfloopError, path: str) -> Response:
         headers["Retry-After"] = f"{error.retry_s:g}"
     elif path.startswith(_DATA_PLANE_PREFIX) and status < 500:
         headers |= _FINAL | {"X-Baseten-Error-Code": reason.lower()}
+    # These clients repeat a conflict unless they are told not to.
+    again = {"x-should-retry": "false"} if isinstance(error, Conflict) else {}
+    if path.startswith(_ANTHROPIC_PREFIX):
+        return JSONResponse(anthropic_body_of(error), _anthropic_status(error), headers | again)
     if _OPENAI_PATH.fullmatch(path):
-        if isinstance(error, Conflict):
-            headers["x-should-retry"] = "false"
         status = 400 if isinstance(error, BadRequest) else status
-        return JSONResponse(openai_body_of(error), status, headers)
+        return JSONResponse(openai_body_of(error), status, headers | again)
     field = error.field if isinstance(error, BadRequest) else None
     return JSONResponse(body_of(str(error), reason, field), status, headers)
 
 
 def _answer(request: Request, status: int, message: str, reason: str, headers: dict[str, str]) -> Response:
-    is_openai = _OPENAI_PATH.fullmatch(request.url.path)
+    path = request.url.path
+    if path.startswith(_ANTHROPIC_PREFIX):
+        return JSONResponse(anthropic_body(status, message), status, headers)
+    is_openai = _OPENAI_PATH.fullmatch(path)
     body = openai_body(status, message, reason) if is_openai else body_of(message, reason)
     return JSONResponse(body, status, headers)
 

@@ -2,15 +2,18 @@
 
 import random
 
+import zstandard
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfloop.types.errors import TooLarge
+from selfloop.server.offload import off_loop
+from selfloop.types.errors import BadRequest, TooLarge
 
 _MIB = 1024 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
+_MAX_WINDOW_BYTES = 32 * _MIB
 # How long a long poll is held, at least and at most: the Loops client reads for 35 s.
 _POLL_HOLD_S = (20.0, 30.0)
 
@@ -48,8 +51,36 @@ class BodyLimit:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises :class:`TooLarge` as soon as the limit is passed."""
-    return await request.body()
+    """The whole body, decompressed. Raises :class:`TooLarge` as soon as the limit is passed."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    raw = await request.body()
+    if coding == "identity":
+        return raw
+    if coding != "zstd":
+        raise BadRequest("Content-Encoding", f"zstd, or none; got {coding[:100]!r}")
+    return await off_loop(len(raw), lambda: decompressed(raw))
+
+
+def decompressed(body: bytes) -> bytes:
+    """One frame of zstd that states its size, which is looked at before any memory is taken for it.
+
+    Raises:
+        TooLarge: it would be longer than a body may be.
+        BadRequest: it is something else, or not whole.
+    """
+    try:
+        size = zstandard.get_frame_parameters(body).content_size
+        if size == zstandard.CONTENTSIZE_UNKNOWN:
+            raise BadRequest("body", "zstd whose frame states its size, as one-shot compression writes it")
+        if size > MAX_BODY_BYTES:
+            raise _too_large()
+        return _decompressor().decompress(body, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise BadRequest("body", f"one whole frame of zstd ({error})") from None
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
 
 
 def _too_large() -> TooLarge:

@@ -7,7 +7,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 _REFERENCES = "#/components/schemas/{name}"
-_documented: dict[str, type[msgspec.Struct]] = {}
+# By the prefix of their names: dialects have structs of one name.
+_documented: dict[str, dict[str, type[msgspec.Struct]]] = {}
+_PREFIXES = {"tinker": "Tinker"}
 
 
 class ErrorDetailsV1(BaseModel):
@@ -34,6 +36,12 @@ def json_body(struct: type[msgspec.Struct]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": _json(struct)}}
 
 
+def protobuf_body(message: str) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads its body as a protobuf ``message``."""
+    content = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary", "title": message}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def json_answer(struct: type[msgspec.Struct], description: str) -> dict[str, Any]:
     """An entry of a route's ``responses`` for an answer encoded from ``struct``."""
     return {"description": description, "content": _json(struct)}
@@ -45,14 +53,17 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = inner()
-        _, components = msgspec.json.schema_components(_documented.values(), ref_template=_REFERENCES)
-        for name, schema in components.items():
-            document["components"]["schemas"].setdefault(name, schema)
+        for prefix, structs in _documented.items():
+            template = _REFERENCES.format(name=prefix + "{name}")
+            _, components = msgspec.json.schema_components(structs.values(), ref_template=template)
+            for name, schema in components.items():
+                document["components"]["schemas"].setdefault(prefix + name, schema)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _json(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    _documented[struct.__name__] = struct
-    return {"application/json": {"schema": {"$ref": _REFERENCES.format(name=struct.__name__)}}}
+    prefix = _PREFIXES.get(struct.__module__.split(".")[2], "")
+    _documented.setdefault(prefix, {})[struct.__name__] = struct
+    return {"application/json": {"schema": {"$ref": _REFERENCES.format(name=prefix + struct.__name__)}}}

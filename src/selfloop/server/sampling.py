@@ -56,6 +56,12 @@ def stop_strings(stop: str | list[str] | None) -> list[str]:
     return strings
 
 
+def refuse_idempotency_key(request: Request) -> None:
+    """For routes that draw anew whenever they are asked."""
+    if "idempotency-key" in request.headers:
+        raise BadRequest("Idempotency-Key", "none: each request is drawn anew; the same seed draws the same")
+
+
 def room_for(prompt: list[int], field: str, max_seq_len: int) -> int:
     """How many tokens may follow the prompt. Raises :class:`BadRequest` when none may."""
     if not prompt:

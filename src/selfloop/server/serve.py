@@ -17,8 +17,10 @@ from selfloop.server.telemetry import exporting_spans, finish, logging_to
 _CLOSE_GRACE_S = 5
 # Connections that may wait to be taken, as when hundreds of samples are asked for at once.
 _BACKLOG = 4096
-# Thousands of waiting requests are a large heap with little garbage: looking through it stops everything else.
-_COLLECT_AFTER = (20_000, 50, 100)
+# Thousands of waiting requests are a large heap with little garbage, and looking through it stops everything else.
+# So what is new is looked through often, while it is little; everything at most each five minutes.
+_COLLECT_YOUNG_EVERY_S = 0.5
+_COLLECT_AFTER = (20_000, 50, 600)
 
 
 class _Server(uvicorn.Server):
@@ -66,8 +68,11 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         gc.freeze()
         on_listening(made)
 
-    server = _Server(config, control, listening)
-    await server.serve()
+    collecting = asyncio.create_task(_collect_young(), name="collect-garbage")
+    try:
+        await _Server(config, control, listening).serve()
+    finally:
+        collecting.cancel()
 
 
 def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
@@ -75,6 +80,13 @@ def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str
         _allow_many_connections()
         gc.set_threshold(*_COLLECT_AFTER)
         uvloop.run(run_gateway(settings, first_key, on_listening))
+
+
+async def _collect_young() -> None:
+    """Keep the young generations small: what arrives replaces what leaves, so that their own count hardly grows."""
+    while True:
+        await asyncio.sleep(_COLLECT_YOUNG_EVERY_S)
+        gc.collect(1)
 
 
 def _allow_many_connections() -> None:

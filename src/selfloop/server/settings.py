@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from selfloop.control.control import ControlConfig
+from selfloop.control.observe.billing import Prices
 from selfloop.server.telemetry import LogFormat
 
 Capacity = Literal["dedicated", "serverless"]
+StableReinforce = Literal["stand-in", "refuse"]
 
 
 def default_data_dir() -> Path:
@@ -27,6 +29,10 @@ class Settings:
         serve_weights: whether ``/hf`` also gives out weight files.
         log_format: of standard error; the file in the data directory is always JSON lines.
         metrics_public: whether ``/metrics`` needs no key.
+        usd_per_million_tokens: price that Tinker's usage reports are made at; nobody is charged.
+        usd_per_gigabyte_month: the same of stored checkpoints.
+        stable_reinforce: what answers to the name of a loss that is not published: a stand-in, or a refusal.
+        session_timeout_s: how long a Tinker session lives without a heartbeat of its client.
     """
 
     host: str
@@ -40,7 +46,18 @@ class Settings:
     capacity: Capacity = "dedicated"
     log_format: LogFormat = "text"
     metrics_public: bool = False
+    session_timeout_s: float = 600.0
+    stable_reinforce: StableReinforce = "stand-in"
+    usd_per_million_tokens: float = 0.0
+    usd_per_gigabyte_month: float = 0.0
 
     @property
     def control(self) -> ControlConfig:
-        return ControlConfig(self.data_dir, self.device, self.dtype, self.prepare)
+        return ControlConfig(
+            self.data_dir,
+            self.device,
+            self.dtype,
+            self.prepare,
+            prices=Prices(self.usd_per_million_tokens, self.usd_per_gigabyte_month),
+            session_timeout_s=self.session_timeout_s,
+        )

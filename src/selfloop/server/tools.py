@@ -241,6 +241,7 @@ class CallReader:
             if close is None and not ended:
                 kept = before.rstrip()
                 out.append(kept)
+                self._after_call = self._after_call and not kept
                 self._held = before[len(kept) :] + self._held
                 return Piece(out)
             call = self._call(self._held[len(OPEN) : close], "arguments")

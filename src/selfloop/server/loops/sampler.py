@@ -10,12 +10,13 @@ from selfloop.control.queued_samples import Drawn, Failed
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampled_once import Answer
 from selfloop.control.sampling import Draw
-from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.auth import CallerOf, ControlOf, authenticated, control_of
 from selfloop.server.connection import while_connected
 from selfloop.server.errors import body_of
 from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.openapi import json_answer
+from selfloop.server.polls import Poll
 from selfloop.server.sampling import (
     MAX_SAMPLES,
     MAX_TOP_LOGPROBS,
@@ -87,6 +88,13 @@ async def operation(sampler_id: str, operation_id: str, caller: CallerOf, contro
             content = msgspec.json.encode({"status": "done", "result": completion})
             headers = {POLICY_VERSION_HEADER: str(accepted.policy_version)}
             return Response(content, media_type="application/json", headers=headers)
+
+
+async def _poll(request: Request, sampler_id: str, operation_id: str) -> Response:
+    return await operation(sampler_id, operation_id, await authenticated(request), control_of(request))
+
+
+POLL = Poll("GET", router.prefix + "/operations/{operation_id}", _poll)
 
 
 @router.post("/operations/{operation_id}/cancel")

@@ -13,13 +13,14 @@ from selfloop.control.journal import Submission
 from selfloop.control.operations import Pending, checked_operation_id
 from selfloop.control.resources.runs import MAX_LORA_RANK, Run
 from selfloop.control.settle import Outcome
-from selfloop.server.auth import CallerOf, ControlOf, control_of
+from selfloop.server.auth import CallerOf, ControlOf, authenticated, control_of
 from selfloop.server.errors import body_of
 from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_answer, json_body
+from selfloop.server.polls import Poll
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
@@ -167,6 +168,15 @@ async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Respon
                 len(result), lambda: msgspec.json.encode({"status": "done", "result": render(result, run.id)})
             )
             return Response(content, media_type="application/json")
+
+
+async def _poll(request: Request, run_id: str, operation_id: str) -> Response:
+    control = control_of(request)
+    run = await control.runs.live(await authenticated(request), run_id)
+    return await operation(operation_id, run, control)
+
+
+POLL = Poll("GET", router.prefix + "/operations/{operation_id}", _poll)
 
 
 @router.post("/operations/{operation_id}/cancel")

@@ -1,6 +1,7 @@
 """Rows as the answers show them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from fastapi import Request
 
@@ -155,7 +156,7 @@ class Renderer:
             lora_adapter_config=s.LoraAdapterConfigV1(r=row.lora_rank, lora_alpha=row.lora_alpha),
             lora_config=lora_config(row.targets),
             size_bytes=row.size_bytes,
-            target=target.value,
+            target=_visible(target),
             path=str(CheckpointUri(RunId(row.run_id), target, row.name)),
             step=row.step,
             expires_at=None if row.expires_at is None else s.iso(row.expires_at),
@@ -224,3 +225,9 @@ def refuse_replicas(field: str, asked: int | None) -> None:
             f"1, got {asked}: one worker a base model serves every run and sampler of it",
             reason="REPLICAS_UNAVAILABLE",
         )
+
+
+def _visible(target: CheckpointTarget) -> Literal["trainer", "sampler"]:
+    """The clients of this API know two kinds; checkpoints made for download are not listed to them."""
+    assert target != CheckpointTarget.EXTERNAL
+    return "trainer" if target == CheckpointTarget.TRAINER else "sampler"

@@ -1,5 +1,6 @@
 """A chat request: its conversation for the template, and what it asks of the sampler."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from selfloop.types.sampling import StructuredOutput
 _OWN_VARIABLES = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "chat_template"}
 )
+
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +101,15 @@ def _chat(body: wire.ChatBody, template: str | None) -> Chat:
         raise BadRequest("continue_final_message", "false or null when add_generation_prompt is true")
     if goes_on and not messages[-1]["content"]:
         raise BadRequest("continue_final_message", "false or null: the last message has no text to go on with")
-    options = body.chat_template_kwargs or {}
+    options = dict(body.chat_template_kwargs or {})
     for name in options:
         if name in _OWN_VARIABLES:
             raise BadRequest(f"chat_template_kwargs.{name}", "the request's own field, or nothing")
         if template is None or name not in template:
             raise BadRequest(f"chat_template_kwargs.{name}", "a variable of the model's chat template")
+    if body.reasoning_effort is not None:
+        _check_effort(body.reasoning_effort, template, options)
+        options["reasoning_effort"] = body.reasoning_effort
     tools = None
     if body.tools and body.tool_choice != "none":
         tools = to_json([_tool(tool) for tool in body.tools], "tools")
@@ -113,6 +120,18 @@ def _chat(body: wire.ChatBody, template: str | None) -> Chat:
         continue_final_message=goes_on,
         options=to_json(options, "chat_template_kwargs") if options else None,
     )
+
+
+def _check_effort(effort: str, template: str | None, options: dict[str, Any]) -> None:
+    if effort not in _EFFORTS:
+        raise BadRequest("reasoning_effort", f"one of {', '.join(_EFFORTS)}; got {effort[:100]!r}")
+    if template is None or not re.search(r"\breasoning_effort\b", template):
+        raise BadRequest(
+            "reasoning_effort",
+            "null: the model's chat template has no such variable; chat_template_kwargs takes those that it has",
+        )
+    if "reasoning_effort" in options:
+        raise BadRequest("reasoning_effort", "null when chat_template_kwargs.reasoning_effort is given")
 
 
 def _tool(tool: wire.Tool) -> dict[str, object]:

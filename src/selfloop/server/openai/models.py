@@ -9,14 +9,14 @@ from selfloop.types.errors import BadRequest, NotFound
 _CHECKPOINT = "bt://"
 
 
-def entry(id: str, sampler: Sampler, *, is_adapter: bool) -> dict[str, object]:
+def entry(id: str, created_at: float, parent: str | None) -> dict[str, object]:
     """As OpenAI lists a model, with the ``parent`` that Loops clients tell an adapter by."""
     return {
         "id": id,
         "object": "model",
-        "created": int(sampler.created_at),
+        "created": int(created_at),
         "owned_by": "selfloop",
-        "parent": sampler.base_model if is_adapter else None,
+        "parent": parent,
     }
 
 
@@ -25,8 +25,8 @@ async def listed(sampler: Sampler, control: Control) -> list[dict[str, object]]:
     live = await control.samplers.live_path(sampler)
     held = [uri_of(row) for row in await control.samplers.served(sampler)]
     paths = [path for path in dict.fromkeys([live, *held]) if path is not None]
-    base = entry(sampler.base_model, sampler, is_adapter=False)
-    return [base, *(entry(path, sampler, is_adapter=True) for path in paths)]
+    base = entry(sampler.base_model, sampler.created_at, None)
+    return [base, *(entry(path, sampler.created_at, sampler.base_model) for path in paths)]
 
 
 async def pinned_by(name: str, sampler: Sampler, caller: Caller, control: Control) -> str | None:

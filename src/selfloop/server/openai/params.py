@@ -33,7 +33,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _INSTEAD = {
     "functions": "null: use tools",
     "function_call": "null: use tool_choice, or tool_calls in messages",
-    "reasoning_effort": "null: give the variable that the chat template knows in chat_template_kwargs",
     "custom": "null: tools of type function are served",
 }
 

@@ -1,51 +1,42 @@
-"""A sampler as an OpenAI server: its ``base_url`` + ``/v1``."""
+"""An OpenAI server: each sampler below its ``base_url`` + ``/v1``, and the whole server below ``/oai/api/v1``."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Draw, Weights
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.connection import EventStream, while_connected
+from selfloop.server import served_models
+from selfloop.server.auth import CallerByApiKey, CallerOf, ControlOf
 from selfloop.server.decode import decode
-from selfloop.server.errors import openai_body_of
-from selfloop.server.events import DONE, frame, merged
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openai import wire
-from selfloop.server.openai.answers import ChatChoice, CompletionChoice, Echo, Head, Json, usage
-from selfloop.server.openai.chat import chat_request
-from selfloop.server.openai.completions import CompletionRequest, completion_request
+from selfloop.server.openai.drawing import chat_answer, completion_answer
 from selfloop.server.openai.models import entry, listed, pinned_by
-from selfloop.server.openai.params import Asked, draw_of
 from selfloop.server.openapi import json_answer, json_body
-from selfloop.server.sampling import POLICY_VERSION_HEADER, SamplerOf, check_identity, room_for, weights_of, within
-from selfloop.types.errors import BadRequest, SelfloopError
-from selfloop.types.sampling import SampleDelta, SampleResult
+from selfloop.server.sampling import SamplerOf, check_identity, refuse_idempotency_key
+from selfloop.server.served_models import Target, target_of
 
-T = TypeVar("T")
-Grow = Callable[[int, SampleDelta], Json | None]
+B = TypeVar("B", bound=wire.SamplingBody)
 
 _SAMPLER = "/loops/samplers/{sampler_id}"
-# A token with its logprob and its bytes as JSON.
-_TOKEN_BYTES = 100
+_ERRORS = {"4XX": json_answer(wire.ErrorAnswer, "Refused, or not yet")}
 
-router = APIRouter(
-    prefix="/v1", tags=["openai"], responses={"4XX": json_answer(wire.ErrorAnswer, "Refused, or not yet")}
-)
+router = APIRouter(prefix="/v1", tags=["openai"], responses={**_ERRORS})
+whole = APIRouter(prefix="/oai/api/v1", tags=["openai"], responses={**_ERRORS})
 
 
 def mount(app: FastAPI) -> None:
-    """Serve the routes below every sampler; also below ``/sync``, where the hosted service has them."""
+    """Serve the whole server, and every sampler; these also below ``/sync``, where the hosted service has them."""
     app.include_router(router, prefix=_SAMPLER)
     app.include_router(router, prefix=f"{_SAMPLER}/sync", include_in_schema=False)
+    app.include_router(whole)
+
+
+# -- a sampler --------------------------------------------------------------------------------------------
 
 
 @router.get("/models")
@@ -57,240 +48,68 @@ async def models(sampler: SamplerOf, control: ControlOf) -> dict[str, object]:
 @router.get("/models/{model:path}")
 async def model(model: str, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """One model that the sampler answers to: its base model, or a checkpoint's ``bt://`` path."""
-    return entry(model, sampler, is_adapter=await pinned_by(model, sampler, caller, control) is not None)
+    is_adapter = await pinned_by(model, sampler, caller, control) is not None
+    return entry(model, sampler.created_at, sampler.base_model if is_adapter else None)
 
 
 @router.post("/chat/completions", openapi_extra=json_body(wire.ChatBody))
 async def chat_completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
-    raw = await read_body(request)
-    body = await off_loop(len(raw), lambda: decode(raw, wire.ChatBody))
-    pinned = await _pinned(request, body, sampler, caller, control)
-    asked = chat_request(body, await while_connected(request, control.sampling.chat_template(sampler)))
-    weights = await while_connected(request, weights_of(request, sampler, caller, control, pinned))
-    prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
-    max_tokens = _checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
-    draw = draw_of(
-        body,
-        prompt,
-        asked.asked,
-        max_tokens,
-        top_logprobs=asked.top_logprobs or 0,
-        token_bytes=asked.top_logprobs is not None,
-    )
-    choices = [
-        ChatChoice(i, asked.tools, asked.top_logprobs is not None, bool(body.return_token_ids))
-        for i in range(draw.num_samples)
-    ]
-    head = Head.new("chatcmpl", body.model)
-    prompt_ids: Json = {"prompt_token_ids": prompt} if body.return_token_ids else {}
-    if body.stream:
-        opening = [choice.opening() for choice in choices]
-        render = _Chunks(head, "chat.completion.chunk", body.stream_options, prompt_ids)
-        return await _streamed(
-            request, sampler, control, weights, [draw], asked.asked, render, opening, lambda i, d: choices[i].grown(d)
-        )
-    (result,) = await _drawn(request, sampler, control, weights, [draw], asked.asked)
-
-    def rendered() -> bytes:
-        whole = [choice.whole(sequence) for choice, sequence in zip(choices, result.sequences, strict=True)]
-        used = usage(len(prompt), _num_drawn([result]))
-        return msgspec.json.encode(head.render("chat.completion", whole, used) | prompt_ids)
-
-    return await _answer(rendered, [result], draw, weights)
+    body = await _body(request, wire.ChatBody)
+    target = await _target(request, body, sampler, caller, control)
+    return await chat_answer(request, body, target, caller, control)
 
 
 @router.post("/completions", openapi_extra=json_body(wire.CompletionBody))
 async def completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids, whole or streamed."""
-    raw = await read_body(request)
-    body = await off_loop(len(raw), lambda: decode(raw, wire.CompletionBody))
-    pinned = await _pinned(request, body, sampler, caller, control)
-    asked = completion_request(body)
-    weights = await while_connected(request, weights_of(request, sampler, caller, control, pinned))
-    prompts = await while_connected(request, _prompts(asked, body, sampler, control))
-    for at, prompt in enumerate(prompts):
-        _checked_max_tokens(asked.num_drawn, "max_tokens", prompt, asked.field_of(at), sampler)
-    echoes = await while_connected(request, _echoes(asked, prompts, sampler, control))
-    draws = [
-        draw_of(
-            body,
-            prompt,
-            asked.asked,
-            asked.num_drawn,
-            top_logprobs=asked.num_top or 0,
-            prompt_logprobs=asked.num_top if asked.echo else None,
-            token_bytes=asked.num_top is not None,
-        )
-        for prompt in prompts
-    ]
-    n = asked.asked.num_samples
-    choices = [
-        CompletionChoice(at * n + i, asked.num_top, bool(body.return_token_ids), echo, asked.max_tokens > 0)
-        for at, echo in enumerate(echoes)
-        for i in range(n)
-    ]
-    head = Head.new("cmpl", body.model)
-    if body.stream:
-        opening = [chunk for choice in choices if (chunk := choice.opening()) is not None]
-        render = _Chunks(head, "text_completion", body.stream_options, {})
-        return await _streamed(
-            request, sampler, control, weights, draws, asked.asked, render, opening, lambda i, d: choices[i].grown(d)
-        )
-    results = await _drawn(request, sampler, control, weights, draws, asked.asked)
-
-    def rendered() -> bytes:
-        whole: list[Json] = []
-        for choice in choices:
-            at, i = divmod(choice.index, n)
-            ids: Json = {"prompt_token_ids": prompts[at]} if body.return_token_ids else {}
-            whole.append(choice.whole(results[at].sequences[i], results[at]) | ids)
-        num_drawn = _num_drawn(results) if asked.max_tokens > 0 else 0
-        used = usage(sum(map(len, prompts)), num_drawn)
-        return msgspec.json.encode(head.render("text_completion", whole, used))
-
-    return await _answer(rendered, results, draws[0], weights)
+    body = await _body(request, wire.CompletionBody)
+    target = await _target(request, body, sampler, caller, control)
+    return await completion_answer(request, body, target, caller, control)
 
 
-async def _pinned(
+async def _target(
     request: Request, body: wire.SamplingBody, sampler: Sampler, caller: Caller, control: Control
-) -> str | None:
-    """The checkpoint that the request's model pins, once it is known to be meant for this sampler."""
+) -> Target:
+    """The sampler with what the request's model pins, once the request is known to be meant for it."""
     control.samplers.check_live(sampler)
     check_identity(request, sampler)
-    return await pinned_by(body.model, sampler, caller, control)
+    return Target(sampler, await pinned_by(body.model, sampler, caller, control))
 
 
-async def _prompts(
-    asked: CompletionRequest, body: wire.CompletionBody, sampler: Sampler, control: Control
-) -> Sequence[list[int]]:
-    if not asked.texts:
-        return asked.prompts
-    return await control.sampling.tokenize(sampler, asked.texts, add_special_tokens=body.add_special_tokens)
+# -- the whole server -------------------------------------------------------------------------------------
 
 
-async def _echoes(
-    asked: CompletionRequest, prompts: Sequence[list[int]], sampler: Sampler, control: Control
-) -> list[Echo | None]:
-    if not asked.echo:
-        return [None] * len(prompts)
-    echoes: list[Echo | None] = []
-    for at, prompt in enumerate(prompts):
-        raws = await control.sampling.token_bytes(sampler, prompt)
-        text = asked.texts[at] if asked.texts else b"".join(raws).decode(errors="replace")
-        echoes.append(Echo(text, raws))
-    return echoes
+@whole.get("/models")
+async def server_models(caller: CallerByApiKey, control: ControlOf) -> dict[str, object]:
+    """The base models, and the team's newest checkpoints for samplers."""
+    found = await served_models.listed(caller, control)
+    return {"object": "list", "data": [entry(model.id, model.created_at, model.parent) for model in found]}
 
 
-def _checked_max_tokens(given: int | None, field: str, prompt: list[int], where: str, sampler: Sampler) -> int:
-    room = room_for(prompt, where, sampler.max_seq_len)
-    max_tokens = room if given is None else given
-    within(field, max_tokens, 1, room)
-    return max_tokens
+@whole.get("/models/{model:path}")
+async def server_model(model: str, caller: CallerByApiKey, control: ControlOf) -> dict[str, object]:
+    """One model by a name that requests may give."""
+    meant = await served_models.named(model, caller, control)
+    return entry(model, meant.created_at, None if meant.path is None else meant.base_model)
 
 
-async def _drawn(
-    request: Request, sampler: Sampler, control: Control, weights: Weights, draws: Sequence[Draw], asked: Asked
-) -> list[SampleResult]:
-    try:
-        work = [control.sampling.draw(sampler, weights, draw) for draw in draws]
-        return await while_connected(request, _all(work))
-    except BadRequest as error:
-        raise _as_asked(error, asked) from None
+@whole.post("/chat/completions", openapi_extra=json_body(wire.ChatBody))
+async def server_chat_completions(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+    """Answer a conversation with a base model or a checkpoint, whole or streamed."""
+    body = await _body(request, wire.ChatBody)
+    return await chat_answer(request, body, await target_of(request, body.model, caller, control), caller, control)
 
 
-async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; the first error ends the rest."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+@whole.post("/completions", openapi_extra=json_body(wire.CompletionBody))
+async def server_completions(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+    """Continue texts or token ids with a base model or a checkpoint, whole or streamed."""
+    body = await _body(request, wire.CompletionBody)
+    target = await target_of(request, body.model, caller, control)
+    return await completion_answer(request, body, target, caller, control)
 
 
-def _as_asked(error: BadRequest, asked: Asked) -> BadRequest:
-    """A refused constraint under the name of the field that gave it."""
-    is_constraint = error.field.startswith("structured_outputs") and asked.structured_by
-    return BadRequest(asked.structured_by, error.expected) if is_constraint else error
-
-
-def _num_drawn(results: Sequence[SampleResult]) -> int:
-    return sum(len(sequence.tokens) for result in results for sequence in result.sequences)
-
-
-async def _answer(
-    rendered: Callable[[], bytes], results: Sequence[SampleResult], draw: Draw, weights: Weights
-) -> Response:
-    per_token = _TOKEN_BYTES * (1 + draw.top_logprobs) if draw.token_bytes else 1
-    content = await off_loop(_num_drawn(results) * per_token, rendered)
-    headers = {POLICY_VERSION_HEADER: str(weights.policy_version)}
-    return Response(content, media_type="application/json", headers=headers)
-
-
-class _Chunks:
-    """Renders the events of one stream."""
-
-    def __init__(self, head: Head, kind: str, options: wire.StreamOptions | None, first: Json) -> None:
-        self._head = head
-        self._kind = kind
-        self._first: Json = first
-        self.with_usage = options is not None and bool(options.include_usage)
-
-    def choice(self, choice: Json) -> bytes:
-        rendered = self._head.render(self._kind, [choice], None) | self._first
-        self._first = {}
-        if not self.with_usage:
-            del rendered["usage"]
-        return frame(rendered)
-
-    def usage(self, num_prompt: int, num_drawn: int) -> bytes:
-        return frame(self._head.render(self._kind, [], usage(num_prompt, num_drawn)))
-
-
-async def _streamed(
-    request: Request,
-    sampler: Sampler,
-    control: Control,
-    weights: Weights,
-    draws: Sequence[Draw],
-    asked: Asked,
-    chunks: _Chunks,
-    opening: Sequence[Json],
-    grow: Grow,
-) -> Response:
-    """The answer as events; an error before the first of them is an ordinary answer."""
-    source = merged([control.sampling.stream(sampler, weights, draw) for draw in draws])
-
-    async def first() -> tuple[int, Any]:
-        return await anext(source)
-
-    async def frames() -> AsyncGenerator[bytes]:
-        for choice in opening:
-            yield chunks.choice(choice)
-        num_drawn = 0
-        event = head
-        try:
-            while True:
-                at, part = event
-                if isinstance(part, SampleResult):
-                    num_drawn += _num_drawn([part])
-                elif (choice := grow(at * asked.num_samples + part.index, part)) is not None:
-                    yield chunks.choice(choice)
-                event = await anext(source, None)
-                if event is None:
-                    break
-        except SelfloopError as error:
-            yield frame(openai_body_of(_as_asked(error, asked) if isinstance(error, BadRequest) else error))
-            return
-        if chunks.with_usage:
-            yield chunks.usage(sum(len(draw.prompt) for draw in draws), num_drawn)
-        yield DONE
-
-    try:
-        head = await while_connected(request, first())
-    except BadRequest as error:
-        raise _as_asked(error, asked) from None
-    headers = {POLICY_VERSION_HEADER: str(weights.policy_version)}
-    return EventStream(frames(), source, headers)
+async def _body(request: Request, kind: type[B]) -> B:
+    refuse_idempotency_key(request)
+    raw = await read_body(request)
+    return await off_loop(len(raw), lambda: decode(raw, kind))

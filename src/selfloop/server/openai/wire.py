@@ -142,7 +142,7 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     prediction: Unserved = None
     prompt_cache_options: Unserved = None
     prompt_cache_retention: Unserved = None
-    reasoning_effort: Unserved = None
+    reasoning_effort: str | None = None
     verbosity: Unserved = None
     web_search_options: Unserved = None
 

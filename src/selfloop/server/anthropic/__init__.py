@@ -1,0 +1,1 @@
+"""The Anthropic-compatible face of the whole server: messages, and how many tokens they take."""

@@ -1,0 +1,211 @@
+"""A request of messages: its conversation for the template, and what it asks of the sampler."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from selfloop.control.sampling import Chat, Draw
+from selfloop.server import tools
+from selfloop.server.anthropic import wire
+from selfloop.server.decode import convert, to_json
+from selfloop.server.sampling import check_ranges, room_for
+from selfloop.server.tools import CLOSE, Choice, Function, ToolUse, template_call, template_tool
+from selfloop.types.errors import BadRequest
+from selfloop.types.sampling import SamplingParams
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+# What asks for nothing, beside null: the defaults that some clients always send.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "allowed_callers": (["direct"],),
+    "caller": ({"type": "direct"},),
+    "citations": ([],),
+    "defer_loading": (False,),
+    "eager_input_streaming": (False,),
+    "input_examples": ([],),
+    "mcp_servers": ([],),
+    "service_tier": ("auto", "standard_only"),
+    "speed": ("standard",),
+    "thinking": ({"type": "disabled"},),
+}
+_FORCING = "none, any or tool"
+_TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A checked conversation, and the tools that its answer may use."""
+
+    chat: Chat
+    tools: ToolUse
+
+
+def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
+    """Raises :class:`BadRequest` for any field that cannot be obeyed."""
+    _refuse_unserved(body)
+    given = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
+    use = _tool_use(body.tool_choice, given, template)
+    turns = _Turns()
+    system = _texts(body.system, "system")
+    if system:
+        turns.messages.append({"role": "system", "content": "\n".join(system)})
+    if not body.messages:
+        raise BadRequest("messages", "at least one message")
+    for i, message in enumerate(body.messages):
+        turns.take(message, f"messages[{i}]")
+    last = turns.messages[-1]
+    goes_on = last["role"] == "assistant"
+    if goes_on and ("tool_calls" in last or not last["content"]):
+        raise BadRequest("messages", "a tool_result for each tool_use, or text to go on with, in the last message")
+    shown = given if use.names else []
+    specs = [template_tool(tool.name, tool.description, tool.input_schema) for tool in shown]
+    chat = Chat(
+        messages=to_json(turns.messages, "messages"),
+        tools=to_json(specs, "tools") if specs else None,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
+    )
+    return Prompt(chat, use)
+
+
+def draw_of(body: wire.MessagesBody, prompt: list[int], use: ToolUse, max_seq_len: int) -> Draw:
+    """What to draw after the rendered prompt: ``max_tokens``, or fewer where the model's length ends before.
+
+    Raises:
+        BadRequest: a parameter outside its range, or no room after the prompt.
+    """
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = 1.0 if body.top_p is None else body.top_p
+    top_k = 0 if body.top_k is None else body.top_k
+    check_ranges(temperature, top_p, top_k, None)
+    if body.max_tokens < 1:
+        raise BadRequest("max_tokens", f"a number >= 1, got {body.max_tokens}")
+    stop = body.stop_sequences or []
+    if "" in stop:
+        raise BadRequest("stop_sequences", "strings of at least one character")
+    own_stop = [CLOSE] if use.at_most_one and use.form == "tags" else []
+    params = SamplingParams(
+        max_tokens=min(body.max_tokens, room_for(prompt, "messages", max_seq_len)),
+        temperature=temperature,
+        top_k=max(top_k, 0),
+        top_p=top_p,
+        stop=[*stop, *own_stop],
+        structured=use.forced,
+    )
+    return Draw(prompt, 1, params)
+
+
+def _refuse_unserved(body: msgspec.Struct, prefix: str = "") -> None:
+    for given in msgspec.structs.fields(body):
+        value: object = getattr(body, given.name)
+        if given.type is wire.Unserved and value is not None and value not in _NEUTRAL.get(given.name, ()):
+            neutral = [msgspec.json.encode(v).decode() for v in _NEUTRAL.get(given.name, ())]
+            raise BadRequest(prefix + given.name, " or ".join(["null", *neutral]) + ": not served here")
+
+
+def _block(given: dict[str, Any], kind: type[S], where: str) -> S:
+    block = convert(given, kind, where)
+    _refuse_unserved(block, f"{where}.")
+    return block
+
+
+def _tool(given: dict[str, Any], where: str) -> wire.Tool:
+    if given.get("type") not in (None, "custom"):
+        raise BadRequest(f"{where}.type", f"custom: tools that a server runs are not served, got {_shown(given)}")
+    return _block(given, wire.Tool, where)
+
+
+def _tool_use(choice: wire.ToolChoice | None, given: Sequence[wire.Tool], template: str | None) -> ToolUse:
+    if choice is not None and (choice.type == "tool") is not (choice.name is not None):
+        raise BadRequest("tool_choice.name", "a tool's name with type tool, null with any other")
+    if not given:
+        if choice is not None and choice.type in ("any", "tool"):
+            raise BadRequest("tool_choice", "null, auto or none without tools")
+        return ToolUse()
+    functions = [
+        Function(tool.name, tool.input_schema, bool(tool.strict), f"tools[{i}]", "input_schema")
+        for i, tool in enumerate(given)
+    ]
+    return tools.tool_use(functions, _choice(choice or wire.ToolChoice(type="auto")), template)
+
+
+def _choice(choice: wire.ToolChoice) -> Choice:
+    kind = "forced" if choice.type in ("any", "tool") else "none" if choice.type == "none" else "auto"
+    return Choice(kind, choice.name, bool(choice.disable_parallel_tool_use), "tool_choice.name", _FORCING)
+
+
+@dataclass(slots=True)
+class _Turns:
+    """The conversation as templates read it: text as one string, tools' answers as messages of their own."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _called: dict[str, str] = field(default_factory=dict[str, str])
+
+    def take(self, message: wire.Message, where: str) -> None:
+        if isinstance(message.content, str):
+            self._text(message.role, message.content)
+            return
+        if not message.content:
+            raise BadRequest(f"{where}.content", "a string, or at least one block")
+        for i, given in enumerate(message.content):
+            self._take_block(message.role, given, f"{where}.content[{i}]")
+
+    def _take_block(self, role: str, given: dict[str, Any], where: str) -> None:
+        match given.get("type"):
+            case "text":
+                self._text(role, _block(given, wire.TextBlock, where).text)
+            case "tool_use" if role == "assistant":
+                self._use(_block(given, wire.ToolUseBlock, where), where)
+            case "tool_result" if role == "user":
+                self._result(_block(given, wire.ToolResultBlock, where), where)
+            case _:
+                own = "tool_use" if role == "assistant" else "tool_result"
+                expected = f"a block of type text or {own}: the served models take text only"
+                raise BadRequest(where, f"{expected}, got {_shown(given)}")
+
+    def _text(self, role: str, text: str) -> None:
+        """A turn's texts are one message, joined by line breaks; turns of one role that follow each other are one."""
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last["role"] == role and "tool_calls" not in last:
+            last["content"] += "\n" + text
+        else:
+            self.messages.append({"role": role, "content": text})
+
+    def _use(self, block: wire.ToolUseBlock, where: str) -> None:
+        if not _TOOL_ID.fullmatch(block.id) or block.id in self._called:
+            raise BadRequest(f"{where}.id", "1 to 128 letters, digits, _ or -, and no other call's")
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self.messages.append({"role": "assistant", "content": ""})
+        calls: list[object] = self.messages[-1].setdefault("tool_calls", [])
+        calls.append(template_call(block.id, block.name, block.input))
+        self._called[block.id] = block.name
+
+    def _result(self, block: wire.ToolResultBlock, where: str) -> None:
+        name = self._called.get(block.tool_use_id)
+        if name is None:
+            raise BadRequest(f"{where}.tool_use_id", "the id of a tool_use in a message before")
+        text = "\n".join(_texts(block.content, f"{where}.content"))
+        if block.is_error:
+            # Templates have no such mark; the model is to see it all the same.
+            text = f"Error: {text}"
+        self.messages.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id, "name": name})
+
+
+def _texts(content: str | list[dict[str, Any]] | None, where: str) -> list[str]:
+    if content is None or isinstance(content, str):
+        return [content] if content else []
+    texts: list[str] = []
+    for i, given in enumerate(content):
+        if given.get("type") != "text":
+            raise BadRequest(
+                f"{where}[{i}]", f"a block of type text: the served models take text only, got {_shown(given)}"
+            )
+        texts.append(_block(given, wire.TextBlock, f"{where}[{i}]").text)
+    return texts
+
+
+def _shown(given: dict[str, Any]) -> str:
+    return to_json(given.get("type"), "type").decode()[:100]

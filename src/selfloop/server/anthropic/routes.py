@@ -1,0 +1,111 @@
+"""The whole server as an Anthropic server: below ``/anthropic/api``."""
+
+from collections.abc import AsyncGenerator
+from typing import TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from selfloop.control.control import Control
+from selfloop.control.resources.samplers import Sampler
+from selfloop.control.sampling import Draw, Weights
+from selfloop.server.anthropic import wire
+from selfloop.server.anthropic.answers import Answer
+from selfloop.server.anthropic.request import draw_of, prompt_of
+from selfloop.server.auth import CallerByApiKey, ControlOf
+from selfloop.server.connection import EventStream, while_connected
+from selfloop.server.decode import decode
+from selfloop.server.errors import anthropic_body_of
+from selfloop.server.events import frame
+from selfloop.server.limits import read_body
+from selfloop.server.offload import off_loop
+from selfloop.server.openapi import json_answer, json_body
+from selfloop.server.sampling import POLICY_VERSION_HEADER, refuse_idempotency_key, weights_of
+from selfloop.server.served_models import target_of
+from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.sampling import SampleDelta, SampleResult
+
+B = TypeVar("B", bound=wire.PromptBody)
+_Parts = AsyncGenerator[SampleDelta | SampleResult]
+
+router = APIRouter(
+    prefix="/anthropic/api/v1",
+    tags=["anthropic"],
+    responses={"4XX": json_answer(wire.AnthropicError, "Refused, or not yet")},
+)
+
+
+@router.post("/messages", openapi_extra=json_body(wire.MessagesBody))
+async def messages(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+    """Answer a conversation in the model's own chat template, whole or streamed."""
+    body = await _body(request, wire.MessagesBody)
+    target = await target_of(request, body.model, caller, control)
+    sampler = target.sampler
+    prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(sampler)))
+    weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
+    tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
+    draw = draw_of(body, tokens, prompt.tools, sampler.max_seq_len)
+    is_cut = draw.params.max_tokens < body.max_tokens
+    answer = Answer(body.model, len(tokens), prompt.tools, body.stop_sequences or [], is_cut)
+    try:
+        if body.stream:
+            return await _streamed(request, sampler, control, weights, draw, answer)
+        result = await while_connected(request, control.sampling.draw(sampler, weights, draw))
+    except BadRequest as error:
+        raise _as_asked(error) from None
+    (sequence,) = result.sequences
+    content = await off_loop(len(sequence.tokens), lambda: msgspec.json.encode(answer.whole(sequence)))
+    return Response(content, media_type="application/json", headers=_headers(weights))
+
+
+@router.post("/messages/count_tokens", openapi_extra=json_body(wire.PromptBody))
+async def count_tokens(request: Request, caller: CallerByApiKey, control: ControlOf) -> dict[str, int]:
+    """How many tokens the conversation is in the model's own chat template."""
+    body = await _body(request, wire.PromptBody)
+    target = await target_of(request, body.model, caller, control)
+    prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(target.sampler)))
+    tokens = await while_connected(request, control.sampling.render_chat(target.sampler, prompt.chat))
+    return {"input_tokens": len(tokens)}
+
+
+async def _body(request: Request, kind: type[B]) -> B:
+    refuse_idempotency_key(request)
+    raw = await read_body(request)
+    return await off_loop(len(raw), lambda: decode(raw, kind))
+
+
+def _as_asked(error: BadRequest) -> BadRequest:
+    """A refused constraint under the name of the field that gave it; only tools give one."""
+    return BadRequest("tools", error.expected) if error.field.startswith("structured_outputs") else error
+
+
+def _headers(weights: Weights) -> dict[str, str]:
+    return {POLICY_VERSION_HEADER: str(weights.policy_version)}
+
+
+async def _streamed(
+    request: Request, sampler: Sampler, control: Control, weights: Weights, draw: Draw, answer: Answer
+) -> Response:
+    """The answer as events; an error before the first of them is an ordinary answer."""
+    source: _Parts = control.sampling.stream(sampler, weights, draw)
+
+    async def first() -> SampleDelta | SampleResult:
+        return await anext(source)
+
+    async def frames() -> AsyncGenerator[bytes]:
+        for event in answer.opening():
+            yield event
+        part: SampleDelta | SampleResult | None = head
+        try:
+            while part is not None:
+                if isinstance(part, SampleDelta):
+                    for event in answer.grown(part):
+                        yield event
+                part = await anext(source, None)
+        except SelfloopError as error:
+            shown = _as_asked(error) if isinstance(error, BadRequest) else error
+            yield frame(anthropic_body_of(shown), "error")
+
+    head = await while_connected(request, first())
+    return EventStream(frames(), source, _headers(weights))
