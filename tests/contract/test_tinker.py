@@ -94,7 +94,7 @@ def test_keys(gateway: Gateway):
 
 def test_what_the_client_asks_around_its_work(wire: Wire):
     assert ok(wire.http.get("/api/v1/healthz")) == {"status": "ok"}
-    assert wire.post("/api/v1/client/config", sdk_version="0.38.0") == {}
+    assert wire.post("/api/v1/client/config", sdk_version="0.38.0")["sample_use_retrieve_futures"] is True
     assert wire.post("/api/v1/client/dynamic_config", sdk_version="0.38.0")["refresh_interval_sec"] >= 10
     models = ok(wire.http.get("/api/v1/get_server_capabilities"))["supported_models"]
     assert MODEL in [model["model_name"] for model in models]
@@ -194,7 +194,7 @@ def test_samples_are_drawn_once(wire: Wire):
     tokens = wire.tokens(first)
     assert wire.tokens(first) == tokens
     assert [len(t) for t in tokens] == [12, 12]
-    for field in ({"target_prompt_logprobs": {}}, {"prompt_alt_tokens_k": 2}, {"model_path": "x"}):
+    for field in ({"target_prompt_logprobs": {}}, {"prompt_alt_tokens_k": 129}, {"model_path": "x"}):
         response = wire.sample(sampler, 1, **field)
         assert response.status_code == 400
         assert next(iter(field)) in response.json()["detail"]

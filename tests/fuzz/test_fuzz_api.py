@@ -22,6 +22,12 @@ from schemathesis.specs.openapi.checks import (
 
 from gateway import KEY, Gateway, Run, datum, ok, words
 
+
+@schemathesis.serializer("application/x-protobuf")
+def _binary(_context: Any, value: Any) -> bytes:
+    return value if isinstance(value, bytes) else getattr(value, "data", str(value).encode())
+
+
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1200"))
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

@@ -180,7 +180,7 @@ def reference(model, loss_fn, rows, config) -> Expected:
 # -- random data ------------------------------------------------------------------------------------------------
 
 
-def random_row(rng: random.Random, loss_fn: str, num_targets: int, *, ratio_mask: bool) -> Row:
+def random_row(rng: random.Random, loss_fn: str, num_targets: int) -> Row:
     num = rng.randint(1, 12)
     shape = (num,) if num_targets == 1 else (num, num_targets)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
@@ -200,7 +200,7 @@ def random_row(rng: random.Random, loss_fn: str, num_targets: int, *, ratio_mask
         # Near the tiny model's own logprobs, so that ratios fall on both sides of the thresholds.
         inputs["logprobs"] = uniform(-6, -3.5)
         inputs["advantages"] = uniform(-1, 1) * (uniform(0, 1) > 0.2)
-    if loss_fn == "gspo" and ratio_mask:
+    if loss_fn == "gspo" and rng.random() < 0.5:
         inputs["sequence_ratio_mask"] = (uniform(0, 1) > 0.3).double()
     inputs = {name: values.float().double() for name, values in inputs.items()}
     for name in inputs.keys() - {"weights"}:
@@ -260,8 +260,7 @@ def test_value_and_gradient_are_those_of_the_formula(zoo, loss_fn, drawn):
     num_units = drawn.draw(st.integers(1, 4))
     split = drawn.draw(st.integers(1, num_units)) * spec.rows
     engine, model = engine_and_model(zoo, drawn.draw(st.sampled_from([8, 1024])))
-    ratio_mask = rng.random() < 0.5
-    rows = [random_row(rng, loss_fn, num_targets, ratio_mask=ratio_mask) for _ in range(num_units * spec.rows)]
+    rows = [random_row(rng, loss_fn, num_targets) for _ in range(num_units * spec.rows)]
 
     full = {**spec.config, **config}
     expected = reference(model, loss_fn, rows, full)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny_models
+from selfloop.engine.engine import Engine
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
@@ -66,6 +67,30 @@ def test_sampled_logprobs_equal_the_trainers(zoo, family, prefill_budget):
         shown = [position[0].logprob for position in result.prompt_logprobs[1:]]
         assert shown == pytest.approx(trainer[: len(prompt) - 1], abs=1e-4)
         assert [position[0].token for position in result.prompt_logprobs[1:]] == prompt[1:]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-9), ("bfloat16", 2e-4)])
+def test_divergence_of_sampler_and_trainer_at_the_first_step(tmp_path, dtype, bound):
+    """Half the mean squared difference of the logprobs of what was sampled, an estimate of KL."""
+    model = tiny_models.save("llama-tied", tmp_path / "model")
+    engine = Engine.load(model, device="cpu", dtype=dtype, max_kv_tokens=8192)
+    engine.init_run("run", rank=8, seed=1)
+    engine._runs["run"].theta_P.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    engine.publish("run", "run-final")
+    prompts = [tiny_models.random_ids(5 + i % 20, seed=i) for i in range(64)]
+    params = SamplingParams(max_tokens=16, seed=1, use_end_tokens=False)
+    adapter = AdapterRef("run-final", "")
+    results = run_all(engine, *[SampleRequest(str(i), p, 1, params, adapter) for i, p in enumerate(prompts)])
+    data, sampled = [], []
+    for i, prompt in enumerate(prompts):
+        (sequence,) = results[str(i)].sequences
+        data.append(tiny_models.next_token_datum(prompt + sequence.tokens))
+        sampled += sequence.logprobs
+    forward = engine.forward("run", data, "cross_entropy", {})
+    trained = [x for p, row in zip(prompts, forward.logprobs, strict=True) for x in list(row.values())[len(p) - 1 :]]
+    drift = torch.tensor(sampled) - torch.tensor(trained)
+    assert float(drift.square().mean()) / 2 < bound
+    assert abs(float(drift.mean())) < 2e-3
 
 
 def test_adapters_of_different_rank_in_one_batch_equal_each_alone(zoo):

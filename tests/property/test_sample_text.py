@@ -53,6 +53,8 @@ def test_pieces_add_up_and_nothing_is_taken_back(tokens, stops, drops):
     whole = decode(tokens[:taken], drops)
     cut = min((at for at in map(whole.find, stops) if at >= 0), default=len(whole))
     assert str(text) == whole[:cut]
+    assert (text.stopped_by is None) == (cut == len(whole))
+    assert text.stopped_by is None or (text.stopped_by in stops and whole[cut:].startswith(text.stopped_by))
 
 
 @given(st.text("ab", min_size=1, max_size=6), st.text("ab", max_size=30))

@@ -81,6 +81,10 @@ COMMANDS = {
         "--prepare",
         "--public-url",
         "--serve-weights",
+        "--session-timeout",
+        "--stable-reinforce",
+        "--usd-per-gigabyte-month",
+        "--usd-per-million-tokens",
     ],
     "selfloop usage": ["--by", "--data-dir", "--json", "--since"],
 }

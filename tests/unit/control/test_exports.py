@@ -51,6 +51,11 @@ async def test_the_disk_must_have_room(data: DataDirectory, uri: str, tmp_path: 
     gguf, half = [await data.exports.plan(uri, tmp_path / "a", "gguf", dtype=dtype) for dtype in (None, "f16")]
     assert gguf.needed_bytes == merged.needed_bytes > half.needed_bytes > merged.needed_bytes / 2
     assert not (tmp_path / "a").exists()
+    (folder,) = (tmp_path / "data" / "checkpoints").glob("*/")
+    (folder / "adapter_config.json").write_text('{"target_modules": ["q_proj", "lm_head"]}')
+    monkeypatch.setattr(exports, "untied_numbers", lambda folder: 1000)
+    untied = await data.exports.plan(uri, tmp_path / "a" / "b", "merged")
+    assert untied.needed_bytes > merged.needed_bytes
 
 
 async def test_only_a_gguf_has_a_dtype(data: DataDirectory, uri: str, tmp_path: Path):

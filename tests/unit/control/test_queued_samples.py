@@ -102,6 +102,30 @@ def test_errors_are_outcomes(tmp_path: Path):
     asyncio.run(play())
 
 
+def test_an_error_that_nobody_foresaw_is_the_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    async def play() -> None:
+        house = await FakeSamplingHouse.open(tmp_path)
+
+        async def broken(*_: object) -> None:
+            raise ZeroDivisionError("a mistake of ours")
+
+        monkeypatch.setattr(house.sampling, "draw", broken)
+        await house.accept(draw_of(3), "one")
+        failed = Failed("internal error; the server's log has the cause", "InternalError")
+        assert await finished(house, "one") == failed
+        (record,) = [r for r in caplog.records if r.exc_info]
+        assert "sample one" in record.getMessage()
+        assert "a mistake of ours" in caplog.text
+        await house.crash()
+        house = await FakeSamplingHouse.open(tmp_path)
+        assert await finished(house, "one") == failed
+        await house.crash()
+
+    asyncio.run(play())
+
+
 def test_results_are_let_go_of(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)

@@ -20,6 +20,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Letters:
     """Each id as one letter, so that texts and tokens have the same length."""
 
+    num_tokens = tiny_models.VOCAB_SIZE
     drops_first_space = False
 
     def token_bytes(self, token: int) -> bytes:

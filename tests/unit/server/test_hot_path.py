@@ -5,14 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import httpx
+import pytest
+from fastapi import Request
 from fastapi.dependencies.models import Dependant
+from fastapi.responses import PlainTextResponse, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
 from selfloop.control.control import Control
 from selfloop.server.app import make_app
+from selfloop.server.errors import body_of
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
+from selfloop.server.polls import Poll, Polls
 from selfloop.server.settings import Settings
+from selfloop.server.tinker import futures
+from selfloop.types.errors import NotFound
 
 
 def dependencies(dependant: Dependant) -> Iterator[Dependant]:
@@ -36,3 +45,29 @@ def test_the_data_plane_is_tried_first():
     document = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()
     first = next(path for path in document["paths"] if path != "/healthz")
     assert first.startswith("/loops/runs/")
+
+
+@pytest.mark.parametrize("poll", [trainer.POLL, sampler.POLL, futures.POLL], ids=lambda poll: poll.path)
+def test_polls_are_in_the_document(poll: Poll):
+    document = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()
+    assert poll.method.lower() in document["paths"][poll.path]
+
+
+async def test_polls_are_answered_before_the_application():
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("the application")(scope, receive, send)
+
+    async def answer(_request: Request, run_id: str, operation_id: str) -> Response:
+        if operation_id == "gone":
+            raise NotFound("operation", operation_id)
+        return PlainTextResponse(f"{run_id} {operation_id}")
+
+    app = Polls(application, [Poll("GET", "/loops/runs/{run_id}/operations/{operation_id}", answer)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.get("/loops/runs/r/operations/o")).text == "r o"
+        missing = await client.get("/loops/runs/r/operations/gone")
+        assert missing.status_code == 404
+        assert missing.json() == body_of(str(NotFound("operation", "gone")), "NOT_FOUND")
+        assert missing.headers["X-Baseten-Error-Source"] == "06"
+        for method, path in [("POST", "/r/operations/o"), ("GET", "/r/operations/o/cancel"), ("GET", "/r/operations/")]:
+            assert (await client.request(method, "/loops/runs" + path)).text == "the application"

@@ -57,6 +57,19 @@ def test_variables_of_the_template():
         request(chat_template_kwargs={"other": 1})
 
 
+def test_reasoning_effort_is_a_variable_of_the_template():
+    template = "{{ reasoning_effort }}"
+    assert json.loads(request(template, reasoning_effort="low").chat.options or b"") == {"reasoning_effort": "low"}
+    for wrong in ("enormous", "LOW", ""):
+        with pytest.raises(BadRequest, match="reasoning_effort: one of none, minimal, low, medium, high, xhigh"):
+            request(template, reasoning_effort=wrong)
+    for without in (TEMPLATE, None, "{{ no_reasoning_effort_here }}"):
+        with pytest.raises(BadRequest, match="reasoning_effort: null"):
+            request(without, reasoning_effort="low")
+    with pytest.raises(BadRequest, match="reasoning_effort: null when"):
+        request(template, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"})
+
+
 def test_limits_and_logprobs():
     assert (request().max_tokens, request().top_logprobs) == (None, None)
     assert request(max_tokens=3).max_tokens == request(max_completion_tokens=3).max_tokens == 3

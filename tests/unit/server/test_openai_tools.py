@@ -45,6 +45,7 @@ def read(use: ToolUse, *pieces: str) -> tuple[str, list[tuple[str, object]]]:
         (F.replace('"f"', '"unknown"'), F.replace('"f"', '"unknown"'), []),
         (F.replace('{"a": 1}', "3"), F.replace('{"a": 1}', "3"), []),
         (f"<tool_call>{F}", "<tool_call>", ["f"]),
+        (f"{F}text <tool_call>", "text <tool_call>", ["f"]),
         ("", "", []),
     ],
 )

@@ -1,10 +1,12 @@
-"""Sessions of callers that are cancelled half-way."""
+"""Sessions of callers that are cancelled half-way, and writes that share a transaction."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db import migrate
@@ -39,3 +41,27 @@ async def test_a_cancelled_caller_does_not_break_off_giving_back_its_connection(
         await using
     await db.close()
     assert finished.is_set()
+
+
+async def test_work_that_fails_undoes_only_itself(tmp_path: Path) -> None:
+    migrate.upgrade(tmp_path / "test.db")
+    db = Database(tmp_path / "test.db")
+
+    def insert(id: str) -> Callable[[Connection], str]:
+        def work(connection: Connection) -> str:
+            statement = text("INSERT INTO teams (id, name, is_default, created_at) VALUES (:id, :id, 0, 0)")
+            connection.execute(statement, {"id": f"{id}-first"})
+            connection.execute(statement, {"id": id})
+            return id
+
+        return work
+
+    async with db.write():  # Meanwhile they gather into one transaction.
+        writing = [asyncio.create_task(db.write_grouped(insert(id))) for id in ("a", "b", "a-first", "c")]
+        await asyncio.sleep(0.01)
+    ended = await asyncio.gather(*writing, return_exceptions=True)
+    assert [e if isinstance(e, str) else type(e) for e in ended] == ["a", "b", IntegrityError, "c"]
+    async with db.read() as session:
+        ids = set(await session.scalars(text("SELECT id FROM teams")))
+    assert ids == {"a", "a-first", "b", "b-first", "c", "c-first"}
+    await db.close()

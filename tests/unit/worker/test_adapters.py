@@ -19,6 +19,7 @@ import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.files import compare
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
 from selfloop.worker import adapters
 
 Report = Callable[[str, float], None]
@@ -28,10 +29,18 @@ def quiet(_stage: str, _fraction: float) -> None:
     pass
 
 
-def make_checkpoint(model_dir: Path, folder: Path, *, rank: int = 4, alpha: float = 32.0, seed: int = 1) -> Path:
+def make_checkpoint(
+    model_dir: Path,
+    folder: Path,
+    *,
+    rank: int = 4,
+    alpha: float = 32.0,
+    seed: int = 1,
+    targets: LoraTargets = LoraTargets(),
+) -> Path:
     """A sampler checkpoint of an adapter that matters."""
     engine = Engine.load(model_dir, device="cpu", dtype="float32", max_kv_tokens=512)
-    engine.init_run("run", rank=rank, seed=1)
+    engine.init_run("run", rank=rank, seed=1, targets=targets)
     run = engine._runs["run"]
     run.alpha, run.step = alpha, 7
     run.theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
@@ -39,13 +48,14 @@ def make_checkpoint(model_dir: Path, folder: Path, *, rank: int = 4, alpha: floa
     return folder
 
 
-def sharded(model_dir: Path, target: Path) -> Path:
+def sharded(model_dir: Path, target: Path, *, tokenizer: bool = True) -> Path:
     """The model in several files, with an index."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
         model.save_pretrained(target, max_shard_size="40KB")
-        AutoTokenizer.from_pretrained(model_dir).save_pretrained(target)
+        if tokenizer:
+            AutoTokenizer.from_pretrained(model_dir).save_pretrained(target)
     assert (target / "model.safetensors.index.json").is_file()
     return target
 
@@ -105,6 +115,41 @@ def test_a_merged_model_is_whole(tiny_model_folder: Path, tmp_path: Path):
     assert "tiny/llama" in card
     assert "| LoRA rank | 4 |" in card
     assert "| training steps | 7 |" in card
+
+
+def untied(model_dir: Path) -> PreTrainedModel:
+    """The base model with an output layer of its own, so that PEFT can merge into it alone."""
+    model = load(model_dir)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_an_adapted_output_layer_is_merged(family: str, in_shards: bool, tmp_path: Path):
+    """A tied model gets an output layer of its own; its embedding stays as it is."""
+    model_dir = tiny_models.save(family, tmp_path / "model")
+    if in_shards:
+        model_dir = sharded(model_dir, tmp_path / "sharded", tokenizer=False)
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=True))
+    out = tmp_path / "out"
+    facts = adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
+    ours = load(out)
+    assert not ours.config.tie_word_embeddings
+    expected = logits(load_adapter(untied(model_dir), checkpoint), IDS)
+    assert (logits(ours, IDS) - expected).abs().max() < 1e-4
+    assert torch.equal(ours.get_input_embeddings().weight, load(model_dir).get_input_embeddings().weight)
+    assert not torch.equal(ours.get_input_embeddings().weight, ours.get_output_embeddings().weight)
+    assert facts["difference"] <= facts["tolerance"] < facts["effect"]
+    assert facts["size_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    stored = {name for path in out.glob("*.safetensors") for name in safetensors.torch.load_file(path)}
+    assert "lm_head.weight" in stored
+    if in_shards:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == stored
+        files = [safetensors.torch.load_file(path) for path in out.glob("*.safetensors")]
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for file in files for tensor in file.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

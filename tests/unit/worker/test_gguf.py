@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from test_adapters import IDS, load, load_adapter, logits, make_checkpoint, quiet, run_program
+from test_adapters import IDS, load, load_adapter, logits, make_checkpoint, quiet, run_program, untied
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -17,6 +17,7 @@ import gguf_models
 import tiny_models
 from selfloop.engine.models.config import read_config
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
 from selfloop.worker import adapters, gguf_tokenizer
 from selfloop.worker.gguf_names import gguf_name, halved, interleaved
 from selfloop.worker.gguf_read import GgufSource
@@ -71,6 +72,18 @@ def test_transformers_reads_the_merged_model(family: str, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
     expected = Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(gguf_models.TEXT).ids
     assert tokenizer.encode(gguf_models.TEXT, add_special_tokens=False) == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of the reader of GGUF
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_an_adapted_output_layer_is_a_tensor_of_its_own(family: str, tmp_path: Path):
+    model_dir = gguf_models.save(family, tmp_path / "model")
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=True))
+    out, facts = exported(model_dir, tmp_path)
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(out / "model.gguf").tensors}
+    expected = logits(load_adapter(untied(model_dir), checkpoint), IDS)
+    assert (logits(load(out, gguf_file="model.gguf"), IDS) - expected).abs().max() < 1e-4
+    assert facts["difference"] <= facts["tolerance"] < facts["effect"]
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

@@ -8,8 +8,10 @@ import traceback
 import warnings
 
 import checkpoints
+import custom_losses
 import losses
 import refusals
+import rest
 import sampling
 import training
 
@@ -17,7 +19,7 @@ import training
 def main() -> None:
     warnings.simplefilter("ignore")
     report: dict[str, str | None] = {}
-    for module in (training, losses, checkpoints, sampling, refusals):
+    for module in (training, losses, custom_losses, checkpoints, sampling, rest, refusals):
         for name, check in list(vars(module).items()):
             if name.startswith("check_"):
                 try:

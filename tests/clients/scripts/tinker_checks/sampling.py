@@ -1,7 +1,26 @@
 """Samples: ends, seeds, logprobs, many at a time."""
 
+import asyncio
+import pickle
+
 import numpy as np
-from shared import EOS, VOCAB_SIZE, base_sampler, close, datum, ids, logprobs, prompt, sampled, step, trainer
+import tinker
+from shared import (
+    EOS,
+    MODEL,
+    VOCAB_SIZE,
+    base_sampler,
+    close,
+    datum,
+    ids,
+    logprobs,
+    prompt,
+    sampled,
+    service,
+    step,
+    tensor,
+    trainer,
+)
 from tinker import types
 
 PROMPT = ids(6, 8)
@@ -139,3 +158,98 @@ def check_many_at_a_time() -> None:
     params = types.SamplingParams(max_tokens=3, stop=[])
     futures = [base_sampler().sample(prompt(PROMPT), 1, params) for _ in range(200)]
     assert {len(f.result().sequences[0].tokens) for f in futures} == {3}
+
+
+def check_hundreds_at_a_time() -> None:
+    params = types.SamplingParams(max_tokens=2, stop=[], seed=3)
+    futures = [base_sampler().sample(prompt(PROMPT), 1, params) for _ in range(600)]
+    assert len({tuple(f.result().sequences[0].tokens) for f in futures}) == 1
+
+
+def check_target_prompt_logprobs() -> None:
+    everything = sampled(base_sampler(), PROMPT)
+    cells = np.full((len(PROMPT) - 1, 3), -1)
+    cells[:, 1] = PROMPT[1:]
+    cells[2, 0] = 7
+    named = cells >= 0
+    dense = tensor(cells, np.int64)
+    sparse = types.TensorData(
+        data=cells[named].tolist(),
+        dtype="int64",
+        shape=list(cells.shape),
+        sparse_crow_indices=[0, *named.sum(1).cumsum().tolist()],
+        sparse_col_indices=named.nonzero()[1].tolist(),
+    )
+    one = types.SamplingParams(max_tokens=1)
+    found, of_sparse = (
+        base_sampler().sample(prompt(PROMPT), 1, one, target_prompt_logprobs=asked).result().target_prompt_logprobs
+        for asked in (dense, sparse)
+    )
+    logprobs_of = found.to_numpy()
+    assert logprobs_of.shape == cells.shape
+    close(logprobs_of[:, 1], everything)
+    assert logprobs_of[2, 0] < 0
+    assert (logprobs_of[~named] == 0).all()
+    assert of_sparse.sparse_crow_indices == sparse.sparse_crow_indices
+    assert of_sparse.sparse_col_indices == sparse.sparse_col_indices
+    close(of_sparse.data, logprobs_of[named])
+
+
+def check_alternatives_to_the_prompt() -> None:
+    response = _sample(max_tokens=1, seed=1, prompt_alt_tokens_k=5, topk_prompt_logprobs=128)
+    given = response.prompt_alt_tokens
+    tokens, values = given.tokens.to_numpy(), given.logprobs.to_numpy()
+    assert tokens.shape == values.shape == (len(PROMPT) - 1, 5)
+    for row, drawn, logprobs_of in zip(response.topk_prompt_logprobs[1:], tokens, values, strict=True):
+        known = dict(row)
+        for token, value in zip(drawn.tolist(), logprobs_of.tolist(), strict=True):
+            assert token not in known or abs(known[token] - value) < 1e-5
+    assert len({tuple(row) for row in tokens.tolist()}) > 1
+
+
+def check_a_pickled_client_samples() -> None:
+    params = types.SamplingParams(max_tokens=4, stop=[], seed=9)
+    copies = [pickle.loads(pickle.dumps(base_sampler())) for _ in range(2)]
+    clients = [base_sampler(), *copies]
+    answers = [client.sample(prompt(PROMPT), 1, params).result().sequences[0] for client in clients]
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
+    assert len({answer.sequence_id for answer in answers}) == 3
+
+
+def check_an_abandoned_sample_is_cancelled() -> None:
+    """With the engine full of what nobody waits for, the next sample would take its turn behind it."""
+
+    async def abandon() -> None:
+        params = types.SamplingParams(max_tokens=200, stop=[])
+        for _ in range(4):
+            try:
+                await asyncio.wait_for(base_sampler().sample_async(prompt(PROMPT), 64, params), 0.3)
+            except TimeoutError:
+                continue
+
+    asyncio.run(abandon())
+    assert len(_sample(max_tokens=2, stop=[]).sequences[0].tokens) == 2
+
+
+def check_inflight_clients_follow_the_training() -> None:
+    client = trainer()
+    first = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    before = sampled(first)
+    close(before, logprobs(client))
+    running = first.sample(prompt(PROMPT), 4, types.SamplingParams(max_tokens=60, stop=[]))
+    step(client, datum(ids(1)))
+    second = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    close(sampled(second), logprobs(client))
+    close(sampled(first), logprobs(client))
+    assert np.abs(sampled(first) - before).max() > 1e-3
+    assert [len(sequence.tokens) for sequence in running.result().sequences] == [60] * 4
+
+
+def check_named_weights_outlive_their_session() -> None:
+    own = tinker.ServiceClient()
+    client = own.create_lora_training_client(base_model=MODEL, rank=4).result()
+    kept = client.save_weights_for_sampler("kept").result().path
+    snapshot = client.save_weights_and_get_sampling_client().result()
+    before = sampled(snapshot)
+    own.close("success").result()
+    close(sampled(service().create_sampling_client(model_path=kept).result()), before)

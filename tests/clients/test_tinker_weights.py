@@ -1,0 +1,34 @@
+"""The cookbook downloads weights, decrypts them, and merges them into the base model."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_tinker_cookbook import Cookbook, cookbook_python  # noqa: F401 - a fixture
+
+from gateway import Gateway
+
+SCRIPT = Path(__file__).parent / "scripts" / "tinker_weights_checks.py"
+
+pytestmark = pytest.mark.clients
+
+
+def test_weights_are_downloaded_and_merged(
+    cookbook_python: str,  # noqa: F811
+    gateway: Gateway,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+):
+    """The passing export is encrypted to the client's key and gone afterwards; the merged model computes the same."""
+    env = Cookbook(cookbook_python, gateway, tmp_path).environment
+    command = [cookbook_python, str(SCRIPT), str(tiny_model_folder), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, f"{done.stderr[-3000:]}\n{gateway.log[-3000:]}"
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["files"] == [["adapter_config.json", "adapter_model.safetensors"]] * 2
+    assert told["same"]
+    assert "external_weights/e" in told["left"]
+    assert "external_weights/download" not in told["left"]
+    assert told["difference"] < 1e-3 < told["effect"]
+    assert "adapter_model.safetensors" in told["peft"]
