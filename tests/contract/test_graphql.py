@@ -177,11 +177,12 @@ def test_wrong_bodies(http: httpx.Client, body: dict[str, Any]):
 
 def test_training_jobs_are_refused_with_what_to_do(http: httpx.Client):
     """Whichever route the command line asks first, in the order of its options."""
+    (team,) = http.get("/v1/teams").json()["teams"]
     answers = [
         http.get("/v1/training_projects"),
         http.post("/v1/training_projects", json={"training_project": {"name": "p"}}),
-        http.post("/v1/teams/any/training_projects", json={}),
-        http.get("/v1/teams/any/secrets"),
+        http.post(f"/v1/teams/{team['id']}/training_projects", json={}),
+        http.get(f"/v1/teams/{team['id']}/secrets"),
     ]
     for answer in answers:
         assert answer.status_code == 422

@@ -228,7 +228,7 @@ def test_a_key_of_the_owner_opens_its_checkpoints(rest: Rest, stranger: Rest, ga
 def test_copies(rest: Rest):
     model = rest.trained()
     path = rest.save(model, 3, "origin", user_metadata={"a": "b"})["path"]
-    body = {"source_path": path, "destination_project_id": "archive", "ttl_seconds": 7200}
+    body = {"source_path": path, "destination_project_id": "of-copies", "ttl_seconds": 7200}
     headers = {"X-Idempotency-Key": "the-same"}
     first = ok(rest.http.post("/api/v1/copy_weights", json=body, headers=headers))
     assert ok(rest.http.post("/api/v1/copy_weights", json=body, headers=headers)) == first
@@ -240,7 +240,7 @@ def test_copies(rest: Rest):
     run, kind, name = copy.removeprefix("tinker://").split("/")
     assert (kind, name) == ("weights", "origin")
     assert run != model
-    listed = rest.get("/api/v1/training_runs", project_id="archive")["training_runs"]
+    listed = rest.get("/api/v1/training_runs", project_id="of-copies")["training_runs"]
     assert [each["training_run_id"] for each in listed] == [run]
     assert listed[0]["last_checkpoint"]["user_metadata"] == {"a": "b"}
     assert listed[0]["last_checkpoint"]["expires_at"] is not None
