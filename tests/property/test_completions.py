@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfloop.control.completions import Completion, Completions
+from selfloop.control.sampling.completions import Completion, Completions
 
 STEPS = st.lists(
     st.one_of(

@@ -13,7 +13,6 @@ from typing import IO
 from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
-from selfloop.control.jobs import Jobs
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.observe.billing import Billing, Prices
@@ -21,7 +20,6 @@ from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
-from selfloop.control.queued_samples import QueuedSamples
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
@@ -37,8 +35,10 @@ from selfloop.control.resources.sessions import Sessions
 from selfloop.control.resources.shared_samplers import SharedSamplers
 from selfloop.control.resources.sharing import Sharing
 from selfloop.control.resources.user_config import UserConfigs
-from selfloop.control.sampled_once import SampledOnce
-from selfloop.control.sampling import Sampling
+from selfloop.control.sampling.draw import Sampling
+from selfloop.control.sampling.jobs import Jobs
+from selfloop.control.sampling.once import SampledOnce
+from selfloop.control.sampling.queued import QueuedSamples
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState

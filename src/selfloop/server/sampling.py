@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Weights
+from selfloop.control.sampling.draw import Weights
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import to_json
 from selfloop.types.errors import BadRequest

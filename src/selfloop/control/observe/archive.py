@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from selfloop.control.observe import machine, worker_output
+from selfloop.control import machine
+from selfloop.control.observe import worker_output
 from selfloop.control.observe.logs import LogQuery, read
 from selfloop.storage.db.tables import StatusChangeRow
 from selfloop.types.errors import BadRequest, Denied, NotFound

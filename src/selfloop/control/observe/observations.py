@@ -15,8 +15,8 @@ from selfloop.control.context import Context
 from selfloop.control.observe import instruments, logs, meter, worker_output
 from selfloop.control.observe.archive import ArchiveFile, Archives, ArchiveSource
 from selfloop.control.observe.logs import LogQuery
-from selfloop.control.observe.machine import Machine, resident_bytes
 from selfloop.control.observe.meter import MINUTE_S, Minute, Step
+from selfloop.control.observe.processes import Processes, resident_bytes
 from selfloop.control.observe.usage import Usage
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Deployment, Runs
@@ -57,7 +57,7 @@ class Observations:
         self._c = context
         self._runs = runs
         self._data_dir = data_dir
-        self._machine = Machine(data_dir)
+        self._processes = Processes(data_dir)
         self.archives = Archives(data_dir, secret)
         self._meter = context.settlement.observer.meter
         self._output_from: dict[str, int] = {}
@@ -159,7 +159,7 @@ class Observations:
     async def look(self) -> None:
         """Note what the worker of each awake deployment takes now, and store the minutes that are over."""
         pids = {slot.model_name: slot.client.pid for slot in self._c.pool.slots() if slot.client is not None}
-        found = await asyncio.to_thread(self._machine.look, set(pids.values()))
+        found = await asyncio.to_thread(self._processes.look, set(pids.values()))
         for key, model_name in self._c.lifecycle.awake():
             usage = found.get(pids.get(model_name, -1))
             if usage is not None:

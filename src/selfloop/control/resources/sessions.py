@@ -8,9 +8,9 @@ from collections.abc import Coroutine
 import msgspec
 
 from selfloop.control.context import Context
-from selfloop.control.jobs import Jobs
 from selfloop.control.lifecycle import record_change
 from selfloop.control.resources.access import Caller
+from selfloop.control.sampling.jobs import Jobs
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import RunRow, SamplerRow, SessionRow

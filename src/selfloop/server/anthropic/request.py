@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from selfloop.control.sampling import Chat, Draw
+from selfloop.control.sampling.draw import Chat, Draw
 from selfloop.server import tools
 from selfloop.server.anthropic import wire
 from selfloop.server.decode import convert, to_json

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from selfloop.control.control import Control
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Draw, Weights
+from selfloop.control.sampling.draw import Draw, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.request import draw_of, prompt_of

@@ -6,10 +6,10 @@ from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.control import Control
 from selfloop.control.operations import Pending, checked_operation_id
-from selfloop.control.queued_samples import Drawn, Failed
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampled_once import Answer
-from selfloop.control.sampling import Draw
+from selfloop.control.sampling.draw import Draw
+from selfloop.control.sampling.once import Answer
+from selfloop.control.sampling.queued import Drawn, Failed
 from selfloop.server.auth import CallerOf, ControlOf, authenticated, control_of
 from selfloop.server.connection import while_connected
 from selfloop.server.errors import body_of

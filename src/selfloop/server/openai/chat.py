@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from selfloop.control.sampling import Chat
+from selfloop.control.sampling.draw import Chat
 from selfloop.server.decode import to_json
 from selfloop.server.openai import wire
 from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Draw, Weights
+from selfloop.control.sampling.draw import Draw, Weights
 from selfloop.server.connection import EventStream, while_connected
 from selfloop.server.errors import openai_body_of
 from selfloop.server.events import DONE, frame, merged

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from selfloop.control.sampling import Draw
+from selfloop.control.sampling.draw import Draw
 from selfloop.server.openai import wire
 from selfloop.server.sampling import (
     MAX_SAMPLES,

@@ -6,10 +6,10 @@ An id says what it is the future of, so that it means the same after a restart.
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from selfloop.control.completions import Completion
 from selfloop.control.control import Control
 from selfloop.control.operations import Pending
 from selfloop.control.resources.access import Caller
+from selfloop.control.sampling.completions import Completion
 from selfloop.control.settle import Outcome
 from selfloop.server.auth import ControlOf, authenticated_by_api_key, control_of
 from selfloop.server.decode import decode

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from selfloop.control.control import Control
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling import Draw
+from selfloop.control.sampling.draw import Draw
 from selfloop.server.auth import ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 
-from selfloop.control.observe.machine import NODE
+from selfloop.control.machine import NODE
 from selfloop.control.observe.meter import Minute, Step
 from selfloop.control.observe.observations import LogWindow
 from selfloop.server.auth import CallerOf, ControlOf, public_base

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from selfloop.control.context import Context
-from selfloop.control.continuation import Continuation
 from selfloop.control.held import held_key
+from selfloop.control.sampling.continuation import Continuation
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow

@@ -1,25 +1,17 @@
-"""Looks at this machine: what a worker's processes take, the disk, the GPUs if NVIDIA's library is there."""
+"""What a worker's processes take at this moment, and the disk, and the GPUs if NVIDIA's library is there."""
 
 import importlib
-import platform
 import shutil
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from selfloop.control.machine import this_machine
 from selfloop.control.observe.meter import Usage
 
-NODE = "local"
-"""The name of the only node."""
 
-_PACKAGES = ("selfloop", "torch", "transformers", "tokenizers", "safetensors", "llguidance", "sqlalchemy", "pyzmq")
-
-
-class Machine:
+class Processes:
     """Blocking calls, for a thread. CPU is what was used since the last look at the same process."""
 
     def __init__(self, data_dir: Path) -> None:
@@ -89,31 +81,3 @@ def resident_bytes(pids: set[int]) -> int:
         except psutil.NoSuchProcess:
             continue
     return total
-
-
-def versions() -> dict[str, str | None]:
-    """Python's and the packages' versions, None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def facts(data_dir: Path) -> dict[str, str | int | None]:
-    """What the machine is; no names of users or hosts."""
-    disk, memory, own = shutil.disk_usage(data_dir), psutil.virtual_memory(), this_machine()
-    return {
-        "system": platform.platform(),
-        "processor": platform.machine(),
-        "num_cpus": own.cpus,
-        "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
-        "disk_total_bytes": disk.total,
-        "disk_free_bytes": disk.free,
-        "gpu_count": own.gpu_count,
-        "gpu_type": own.gpu_type,
-        "gpu_memory_mib": own.gpu_memory_mib,
-    }

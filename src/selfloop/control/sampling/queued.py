@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from selfloop.control.context import Context
 from selfloop.control.operations import RESULT_KEPT_S, Pending
-from selfloop.control.sampling import Draw, Sampling, Weights
+from selfloop.control.sampling.draw import Draw, Sampling, Weights
 from selfloop.control.settle import checkpoint_key
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_resources, queries_samples

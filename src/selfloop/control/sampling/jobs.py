@@ -8,9 +8,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selfloop.control.completions import Completion, Completions
-from selfloop.control.open_jobs import OpenJobs
 from selfloop.control.operations import Pending
+from selfloop.control.sampling.completions import Completion, Completions
+from selfloop.control.sampling.open_jobs import OpenJobs
 from selfloop.control.waiters import Waiters
 from selfloop.types.errors import NotFound, NotReady, SelfloopError
 

@@ -7,9 +7,9 @@ import pytest
 
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
 from selfloop.control.operations import Pending
-from selfloop.control.queued_samples import Drawn, Failed
-from selfloop.control.sampled_once import Answer, SampledOnce
-from selfloop.control.sampling import Weights
+from selfloop.control.sampling.draw import Weights
+from selfloop.control.sampling.once import Answer, SampledOnce
+from selfloop.control.sampling.queued import Drawn, Failed
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.sampling import AdapterRef
 
