@@ -85,6 +85,33 @@ def _has_client(python: str) -> bool:
 
 
 @pytest.fixture(scope="session")
+def torch_client_python() -> str:
+    """A Python that has the official client beside PyTorch."""
+    for candidate in (os.environ.get("SELFLOOP_TORCH_CLIENT"), str(REPO / ".venv-torch-client" / "bin" / "python")):
+        if candidate and Path(candidate).exists():
+            return candidate
+    missing = (
+        "no official client beside PyTorch: `make setup` makes one in .venv-torch-client; or name a Python in "
+        "SELFLOOP_TORCH_CLIENT"
+    )
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def cookbook_python() -> str:
+    """A Python that has the Tinker cookbook, and the SDK with PyTorch."""
+    for candidate in (os.environ.get("SELFLOOP_COOKBOOK_PYTHON"), str(REPO / ".venv-cookbook" / "bin" / "python")):
+        if candidate and Path(candidate).exists():
+            return candidate
+    missing = "no cookbook: `make setup` makes one in .venv-cookbook; or name a Python in SELFLOOP_COOKBOOK_PYTHON"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
 def truss_command() -> Path:
     """The ``truss`` command, in an environment of its own."""
     candidates = [os.environ.get("SELFLOOP_TRUSS"), str(REPO / ".venv-truss" / "bin" / "truss")]

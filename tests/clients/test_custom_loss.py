@@ -1,4 +1,4 @@
-"""The official client's ``forward_backward_custom`` with an arbitrary PyTorch loss, where its Python has PyTorch."""
+"""The official client's ``forward_backward_custom`` with an arbitrary PyTorch loss."""
 
 import json
 import subprocess
@@ -11,14 +11,6 @@ from gateway import KEY, Gateway, environment
 SCRIPT = Path(__file__).parent / "scripts" / "custom_loss_checks.py"
 
 pytestmark = pytest.mark.clients
-
-
-@pytest.fixture(scope="module")
-def torch_client_python(client_python: str) -> str:
-    probe = "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))"
-    if subprocess.run([client_python, "-c", probe], check=False).returncode != 0:
-        pytest.skip("the client's Python has no PyTorch: name one that has it in SELFLOOP_CLIENT_PYTHON")
-    return client_python
 
 
 def test_any_torch_loss_trains(torch_client_python: str, gateway: Gateway, tmp_path: Path):

@@ -5,7 +5,6 @@ A tiny model is served under a name that the cookbook knows; its tokenizer comes
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -14,25 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from gateway import KEY, MODEL, REPO, Gateway, environment, selfloop, until
+from gateway import KEY, MODEL, Gateway, environment, selfloop, until
 
 KNOWN_NAME = "Qwen/Qwen3-8B"
 RENDERER = "qwen3_instruct"
 RECIPE_SECONDS = 200
 
 pytestmark = pytest.mark.clients
-
-
-@pytest.fixture(scope="module")
-def cookbook_python() -> str:
-    """A Python that has the cookbook."""
-    for candidate in (os.environ.get("SELFLOOP_COOKBOOK_PYTHON"), str(REPO / ".venv-cookbook" / "bin" / "python")):
-        if candidate and Path(candidate).exists():
-            return candidate
-    missing = "no cookbook: `make setup` makes one in .venv-cookbook; or name a Python in SELFLOOP_COOKBOOK_PYTHON"
-    if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
 
 
 def _ended_well(status: int) -> bool:

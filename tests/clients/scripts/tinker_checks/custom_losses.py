@@ -1,14 +1,9 @@
-"""Losses that are traced and uploaded, beside the same functions run by the SDK in two passes."""
+"""Losses that are traced and uploaded, beside the same functions run by the SDK in two passes: these need PyTorch."""
 
 import numpy as np
 import tinker
+import torch
 from shared import STILL, close, datum, error_of, ids, logprobs, service, trainer
-
-try:
-    import torch
-except ImportError:
-    # Only what traces a loss needs it.
-    torch = None
 
 
 def ppo(logprobs, old, advantages):
@@ -36,8 +31,6 @@ def _data(lp: np.ndarray, count: int):
 
 
 def _check(function, ranks) -> None:
-    if torch is None:
-        return
     client = trainer(seed=4)
     data = list(_data(logprobs(client, ids(5)), 3))
     handle = service().create_custom_loss(function, ranks).result()
@@ -74,9 +67,6 @@ def check_preference_within_a_datum() -> None:
 
 
 def check_an_operation_that_is_not_served_is_named() -> None:
-    if torch is None:
-        return
-
     def fancy(logprobs):
         return torch.fft.fft(logprobs).real.sum(), {}
 
