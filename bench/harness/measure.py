@@ -1,0 +1,47 @@
+"""Measuring in alternation, so that all sides see the same state of a machine that is never quiet."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def alternate(calls: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
+    """Call each in turn, ``rounds`` times over; returns what each returned, round by round.
+
+    Args:
+        calls: by name; each measures its side once and returns the figure.
+        warm_up: call each once beforehand and forget the figure.
+    """
+    assert rounds >= 1
+    if warm_up:
+        for call in calls.values():
+            call()
+    values: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            values[name].append(call())
+    return values
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """``ours`` divided by ``theirs``, round by round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def scaled(values: Sequence[float], factor: float) -> list[float]:
+    return [factor * value for value in values]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    assert values
+    assert 0 < share <= 1
+    ordered = sorted(values)
+    return ordered[math.ceil(share * len(ordered)) - 1]

@@ -1,0 +1,74 @@
+"""Our side: the engine through its front door."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from selfloop.engine.engine import Engine
+from selfloop.types.datum import Datum
+from selfloop.types.operation import AdamParams
+from selfloop.types.sampling import AdapterRef, SampledSequence, SampleRequest, SamplingParams
+
+ADAM = AdamParams()
+
+
+class Drawn(NamedTuple):
+    """Samples of some requests, in their order, and how long they took.
+
+    Args:
+        first_s: until the end of the step in which the last request could begin, counted from submission: for
+            requests that fit one step's prefill, the time to the first token of all.
+        rest_s: from then to the end.
+    """
+
+    sequences: list[list[SampledSequence]]
+    first_s: float
+    rest_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.first_s + self.rest_s
+
+
+def load(model_dir: Path, dtype: str, device: str = "auto") -> Engine:
+    return Engine.load(model_dir, dtype=dtype, device=device)
+
+
+def train_step(engine: Engine, run_id: str, data: list[Datum]) -> None:
+    engine.forward_backward(run_id, data, "cross_entropy", {})
+    engine.optim_step(run_id, ADAM)
+
+
+def requests(
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    adapters: Sequence[str | None] = (None,),
+    num_samples: int = 1,
+    temperature: float = 1.0,
+) -> list[SampleRequest]:
+    """A request a prompt, which runs to its full length; ``adapters`` go round."""
+    made: list[SampleRequest] = []
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=max_tokens, seed=i, temperature=temperature, use_end_tokens=False)
+        adapter = adapters[i % len(adapters)]
+        ref = None if adapter is None else AdapterRef(adapter, "")
+        made.append(SampleRequest(str(i), list(prompt), num_samples, params, ref))
+    return made
+
+
+def sample(engine: Engine, asked: Sequence[SampleRequest]) -> Drawn:
+    """Submit all at once and step until all are done."""
+    started = time.perf_counter()
+    for request in asked:
+        engine.submit_sample(request)
+    results: dict[str, list[SampledSequence]] = {}
+    first_s = 0.0
+    while engine.num_sampling:
+        finished = engine.sample_step()
+        assert not (failed := engine.take_failed_samples()), failed
+        first_s = first_s or time.perf_counter() - started
+        results |= {result.request_id: result.sequences for result in finished}
+    total_s = time.perf_counter() - started
+    return Drawn([results[request.request_id] for request in asked], first_s, total_s - first_s)
