@@ -17,6 +17,7 @@ SEEDED = {"seed": 7, "max_tokens": 12, "temperature": 1.0}
 CHAT = "/oai/api/v1/chat/completions"
 COMPLETIONS = "/oai/api/v1/completions"
 MODELS = "/oai/api/v1/models"
+MESSAGES_ROUTE = "/anthropic/api/v1/messages"
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,35 @@ def test_teams_share_nothing(client: OpenAI, other_team: httpx.Client, run: Run,
     theirs, ours = shared(other_team), shared(http)
     assert len(theirs) == len(ours) == 1
     assert theirs[0]["id"] != ours[0]["id"]
+
+
+def test_a_published_checkpoint_is_anybodys_to_sample(http: httpx.Client, other_team: httpx.Client):
+    """By both dialects of the whole server and, pinned, on a sampler of one's own; until it is published no more."""
+    run = Run.create(http, seed=4).attached()
+    run.train(1, 2)
+    run.save("given", "save_weights_for_sampler")
+    name, own = f"tinker://{run.id}/sampler_weights/given", f"bt://loops:{run.id}/sampler_weights/given"
+    drawn = {"prompt": words(3), **SEEDED}
+    message = {"model": name, "messages": MESSAGES, "max_tokens": 8, "temperature": 0.0}
+    (text,) = [choice["text"] for choice in ok(http.post(COMPLETIONS, json=drawn | {"model": name}))["choices"]]
+    (said,) = ok(http.post(MESSAGES_ROUTE, json=message))["content"]
+    sampler = Run.create(other_team, seed=5).attached().resource["sampler"]["id"]
+    pinned = {"X-Checkpoint-Path": own}
+    published = f"/api/v1/training_runs/{run.id}/checkpoints/sampler_weights/given/publish"
+    assert http.post(published).status_code == 204
+    for known in (name, own, f"{MODEL};{name}"):
+        (choice,) = ok(other_team.post(COMPLETIONS, json=drawn | {"model": known}))["choices"]
+        assert choice["text"] == text
+        assert ok(other_team.get(f"{MODELS}/{known}"))["parent"] == MODEL
+    (theirs,) = ok(other_team.post(MESSAGES_ROUTE, json=message))["content"]
+    assert theirs == said
+    (choice,) = ok(other_team.post(f"/loops/samplers/{sampler}/sample", json=drawn, headers=pinned))["choices"]
+    assert choice["text"] == text
+    assert http.delete(published).status_code == 204
+    assert other_team.post(COMPLETIONS, json=drawn | {"model": name}).status_code == 404
+    assert other_team.post(MESSAGES_ROUTE, json=message).status_code == 404
+    answer = other_team.post(f"/loops/samplers/{sampler}/sample", json=drawn, headers=pinned)
+    assert (answer.status_code, answer.headers["x-baseten-error-source"]) == (404, "06"), answer.text
 
 
 def test_one_sampler_however_many_ask_first(new_gateway: Callable[[], Gateway]):

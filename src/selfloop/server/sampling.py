@@ -95,7 +95,7 @@ async def weights_of(
         path, field = pinned, pinned_by
     checkpoint = None
     if path is not None and (checkpoint := await control.samplers.served_named(sampler, path)) is None:
-        checkpoint = await control.checkpoints.at_path(caller, path, field)
+        checkpoint = await control.checkpoints.readable_at(caller, path, field)
         await control.catalogue.same_model(checkpoint.base_model, sampler.base_model, field)
     floor = request.headers.get("x-min-policy-version")
     if floor is not None and not _VERSION.fullmatch(floor):

@@ -1,4 +1,4 @@
-"""The models of the whole server by name: base models of the catalogue, and checkpoints of the caller's team."""
+"""The models of the whole server by name: base models of the catalogue, and checkpoints that the caller may read."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.status import CheckpointTarget
 
 _SCHEMES = ("tinker://", "bt://")
-_HINT = f"a base model of this server, or {URI_FORM} (or bt://...) of a checkpoint of your team"
+_HINT = f"a base model of this server, or {URI_FORM} (or bt://...) of a checkpoint of your team or a published one"
 _MAX_LISTED = 1000
 
 
@@ -55,7 +55,7 @@ async def named(name: str, caller: Caller, control: Control) -> Named:
             return Named(base, None, created_at)
     assert path is not None
     try:
-        checkpoint = await control.checkpoints.at_path(caller, our_path(path, "model"), "model")
+        checkpoint = await control.checkpoints.readable_at(caller, our_path(path, "model"), "model")
     except (BadRequest, NotFound):
         raise NotFound("model", name[:200], _HINT) from None
     if base is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from selfloop.control import retention
 from selfloop.control.context import Context
+from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_resources
@@ -76,10 +77,18 @@ class Checkpoints:
             return await queries_checkpoints.newest(session, caller.team_id, target, limit)
 
     async def at_path(self, caller: Caller, path: str, field: str) -> CheckpointRow:
+        """A checkpoint of the caller's team, to change it. Raises :class:`BadRequest` and :class:`NotFound`."""
+        row = await self.readable_at(caller, path, field)
+        if row.team_id != caller.team_id:
+            raise NotFound("checkpoint", path)
+        return row
+
+    async def readable_at(self, caller: Caller, path: str, field: str) -> CheckpointRow:
+        """A checkpoint that the caller may sample from or load: another team's too, once published."""
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.read() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or row.team_id != caller.team_id:
+        if row is None or not may_read(row, caller.team_id):
             raise NotFound("checkpoint", path)
         return row
 

@@ -39,7 +39,7 @@ async def pinned_by(name: str, sampler: Sampler, caller: Caller, control: Contro
         return name
     try:
         if name.startswith(_CHECKPOINT):
-            checkpoint = await control.checkpoints.at_path(caller, name, "model")
+            checkpoint = await control.checkpoints.readable_at(caller, name, "model")
             await control.catalogue.same_model(checkpoint.base_model, sampler.base_model, "model")
             return name
         await control.catalogue.same_model(name, sampler.base_model, "model")
