@@ -71,6 +71,14 @@ def test_idle_run_gives_its_worker_back_and_comes_back_the_same(own: Gateway, ht
     ok(client.post(f"{sampler}/wake"), 202)
     until(lambda: sampler_status(client, run) == "ACTIVE", "the sampler is awake")
 
+    # The Loops client asks for the readiness just before it samples; whoever else looks lets the sampler sleep.
+    until(lambda: sampler_status(client, run) == "SCALED_TO_ZERO", "the sampler sleeps once more")
+    named = run.resource["sampler"]
+    readiness = f"/v1/models/{named['model_id']}/deployments/{named['deployment_id']}"
+    assert ok(client.get(readiness))["status"] == "SCALED_TO_ZERO"
+    asked = client.get(readiness, headers={"User-Agent": "baseten-loops/0.32.0"})
+    assert ok(asked)["status"] == "ACTIVE"
+
 
 def test_gradients_outlive_a_sample_that_wakes_the_worker(own: Gateway, http: httpx.Client):
     """Gradients wait asleep; meanwhile the live adapter is sampled, which brings the worker back for it alone."""

@@ -217,14 +217,17 @@ class Lifecycle:
             await self._follow(group, "ready", slot.reason)
             return client
 
-    def wake_soon(self, id: str) -> None:
-        """Start waking without waiting; a failure shows in the status."""
+    def is_asleep(self, id: str) -> bool:
+        return self.status(id) in _SLEEPING
+
+    def wake_soon(self, id: str) -> "asyncio.Task[None]":
+        """Start waking; the task ends when it is up or cannot be, which the status shows."""
 
         async def wake() -> None:
             with contextlib.suppress(Exception):  # Reported as the status, with its cause.
                 await self.wake(id)
 
-        self._spawn(wake(), f"wake-{id}")
+        return self._spawn(wake(), f"wake-{id}")
 
     async def settled(self, id: str, timeout_s: float) -> None:
         """Wait until the status is one that lasts, at most ``timeout_s``."""

@@ -1,8 +1,9 @@
 """Models: the names that checkpoints are deployed under, and the deployments behind samplers."""
 
+import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
@@ -16,6 +17,8 @@ router = APIRouter()
 
 # The clients ask again only after 10 s, so a status that is about to change is worth waiting for.
 _READINESS_HOLD_S = 25.0
+# Asks only when it is about to sample: told of a sleeping sampler it wakes it, then pauses for 10 s whatever comes.
+_ABOUT_TO_SAMPLE = "baseten-loops/"
 
 
 @router.get("/models", summary="List the models that checkpoints were deployed under.")
@@ -46,11 +49,19 @@ async def list_model_deployments(
 
 @router.get("/models/{model_id}/deployments/{deployment_id}", summary="A sampler as a deployment; its readiness.")
 async def readiness(
-    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+    model_id: str,
+    deployment_id: str,
+    caller: CallerOf,
+    control: ControlOf,
+    render: RenderOf,
+    user_agent: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> s.ModelDeploymentV1:
-    """The sampler's status; one that is coming up is waited for, up to 25 s."""
-    version = await control.deploys.version(caller, model_id, deployment_id)
-    await control.lifecycle.settled(version.sampler.id, _READINESS_HOLD_S)
+    """The sampler's status; one that is coming up is waited for, up to 25 s. The Loops client's question wakes it."""
+    sampler_id = (await control.deploys.version(caller, model_id, deployment_id)).sampler.id
+    if control.lifecycle.is_asleep(sampler_id) and user_agent.startswith(_ABOUT_TO_SAMPLE):
+        await asyncio.wait({control.lifecycle.wake_soon(sampler_id)}, timeout=_READINESS_HOLD_S)
+    else:
+        await control.lifecycle.settled(sampler_id, _READINESS_HOLD_S)
     view = await control.deploys.model(caller, model_id)
     return await _deployment(control, render, view, await control.deploys.version(caller, model_id, deployment_id))
 
