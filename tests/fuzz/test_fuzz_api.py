@@ -1,6 +1,7 @@
 """Generated requests against a real gateway: no 5xx, and no answer outside the documented shapes.
 
-``FUZZ_REQUESTS`` sets how many are sent in all (``make fuzz`` sends 20,000).
+``FUZZ_REQUESTS`` sets how many are sent in all (``make fuzz`` sends 20,000), and that they are others each time;
+without it they are always the same.
 """
 
 import json
@@ -31,6 +32,7 @@ def _binary(_context: Any, value: Any) -> bytes:
 
 ENDS_EVERYTHING = {"DELETE /api/v1/auth/apikey/me"}  # revokes the key of all further requests
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "1200"))
+ALWAYS_THE_SAME = "FUZZ_REQUESTS" not in os.environ
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
@@ -101,7 +103,8 @@ def test_generated_requests(gateway: Gateway, operations: list[Any], ids: dict[s
         @settings(
             max_examples=max(3, REQUESTS // len(operations)),
             deadline=None,
-            derandomize=True,
+            derandomize=ALWAYS_THE_SAME,
+            print_blob=True,
             database=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
@@ -186,7 +189,14 @@ def test_generated_bodies_of_the_data_plane(gateway: Gateway, ids: dict[str, str
     http = gateway.http()
     kind, id = ("samplers", ids["sampler_id"]) if route == "sample" else ("runs", ids["run_id"])
 
-    @settings(max_examples=REQUESTS // 6, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(
+        max_examples=REQUESTS // 6,
+        deadline=None,
+        derandomize=ALWAYS_THE_SAME,
+        print_blob=True,
+        database=None,
+        phases=[Phase.generate],
+    )
     @given(body=bodies)
     def send(body: dict[str, Any]) -> None:
         response = http.post(f"/loops/{kind}/{id}/{route}", content=_json(body))
