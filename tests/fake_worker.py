@@ -33,6 +33,7 @@ from selfloop.worker.protocol import (
     Sample,
     Snapshot,
     Tokenize,
+    Written,
 )
 
 _decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
@@ -102,6 +103,9 @@ class FakeWorker:
         self.cancelled: list[str] = []
         self.dies_after_parts: int | None = None
         self.salt = 0
+        self.writing_turns = 5
+        self.num_busy = 0
+        self._writing: asyncio.Task[None] | None = None
         self._begun: asyncio.Future[bytes] | None = None
         self._calls: asyncio.Queue[tuple[Command, bytes, asyncio.Future[bytes]]] = asyncio.Queue()
         self._task = asyncio.create_task(self._serve())
@@ -138,6 +142,8 @@ class FakeWorker:
             return
         self.lost.set_result("killed by the test")
         self._task.cancel()
+        if self._writing is not None:
+            self._writing.cancel()
         while not self._calls.empty():
             self._lose(self._calls.get_nowait()[2])
 
@@ -146,8 +152,10 @@ class FakeWorker:
         await self.call(Tokenize(["a"]))
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._writing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _lose(self, future: "asyncio.Future[bytes]") -> None:
         if not future.done():
@@ -161,6 +169,9 @@ class FakeWorker:
                 await asyncio.sleep(0)
                 if isinstance(command, Execute):
                     self._begun = future
+                if isinstance(command, Snapshot) and command.background and not self.full_disk:
+                    self._begin_writing(command, future)
+                    continue
                 if self.dies_at is not None and len(self.executed) >= self.dies_at:
                     asyncio.get_running_loop().call_soon(self.die)
                     await asyncio.sleep(3600)
@@ -173,6 +184,29 @@ class FakeWorker:
             else:
                 if not future.done():
                     future.set_result(body)
+
+    def _begin_writing(self, command: Snapshot, future: "asyncio.Future[bytes]") -> None:
+        """A copy of the state is written while the calls behind go on."""
+        if self._writing is not None and not self._writing.done():
+            self.num_busy += 1
+            future.set_exception(OperationFailed("another is being written", "Busy"))
+            return
+        if command.run_id not in self.runs:
+            future.set_exception(OperationFailed("no such run", "NotFound"))
+            return
+        state = FakeState(**vars(self.runs[command.run_id]))
+
+        async def write() -> None:
+            try:
+                for _ in range(self.writing_turns):
+                    await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self._lose(future)
+                raise
+            state.save(Path(command.write_to))
+            future.set_result(msgspec.msgpack.encode(Written(0.0, 0.0)))
+
+        self._writing = asyncio.create_task(write())
 
     def _perform(self, command: Command, payload: bytes) -> bytes:
         match command:
@@ -187,7 +221,7 @@ class FakeWorker:
                 raise OperationFailed("no space left", "OSError")
             case Snapshot(run_id, write_to):
                 self.runs[run_id].save(Path(write_to))
-                return b""
+                return msgspec.msgpack.encode(Written(0.0, 0.0))
             case Execute(run_id):
                 self.executed.append(run_id)
                 return msgspec.msgpack.encode(self._execute(command, _decoder.decode(payload)))

@@ -68,6 +68,19 @@ def serve(
     session_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a Tinker session lives without a heartbeat of its client.")
     ] = 600.0,
+    snapshot_every: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds of a run's work between two snapshots of it; what a recovery does again."),
+    ] = 10.0,
+    operation_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a worker that is still at one operation is replaced.")
+    ] = 3600.0,
+    heartbeat_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds without a sign of life after which a worker is replaced.")
+    ] = 60.0,
+    stop_grace: Annotated[
+        float, typer.Option(min=1, help="Seconds that SIGTERM leaves to what is running, to be finished and stored.")
+    ] = 25.0,
     usd_per_million_tokens: Annotated[
         float, typer.Option(min=0, help="Price of tokens in the usage reports of Tinker's client; nobody is charged.")
     ] = 0.0,
@@ -96,6 +109,10 @@ def serve(
         log_format,
         metrics_public,
         session_timeout,
+        snapshot_every,
+        operation_timeout,
+        heartbeat_timeout,
+        stop_grace,
         usd_per_million_tokens,
         usd_per_gigabyte_month,
         stable_reinforce,

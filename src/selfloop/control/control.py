@@ -1,10 +1,12 @@
 """The gateway's inside, put together: made at start, stopped in order at the end."""
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +55,16 @@ log = logging.getLogger(__name__)
 
 DATABASE_FILE = "selfloop.db"
 _REVOCATIONS_FILE = "keys_revoked"
-_STOP_GRACE_S = 20.0
+# Of the time to stop in, what the workers' own end may take.
+_WORKERS_END_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for."""
+    """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for.
+
+    ``stop_grace_s`` is what running operations, their snapshots and the workers' end may take when we stop.
+    """
 
     data_dir: Path
     device: str = "auto"
@@ -67,6 +73,9 @@ class ControlConfig:
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen
     prices: Prices = Prices()  # noqa: RUF009 - frozen
     session_timeout_s: float = 600.0
+    operation_timeout_s: float = 3600.0
+    heartbeat_timeout_s: float = 60.0
+    stop_grace_s: float = 20.0
 
 
 class DataDirectory:
@@ -160,6 +169,8 @@ class Control:
         return made
 
     async def stop(self) -> None:
+        """Finish what is running and store it, within the time that there is; the journal has the rest."""
+        deadline = time.monotonic() + self.config.stop_grace_s
         if self._preparing is not None:
             self._preparing.cancel()
             await asyncio.gather(self._preparing, return_exceptions=True)
@@ -167,9 +178,11 @@ class Control:
         await self.operations.stop()
         await self.queued_samples.stop()
         await self.jobs.stop()
-        await self._context.scheduler.stop(_STOP_GRACE_S)
+        await self._context.scheduler.stop(max(deadline - _WORKERS_END_S - time.monotonic(), 0.0))
         await self.lifecycle.stop()
-        await self._context.pool.stop()
+        # A worker that is still loading, or in an operation, ends with us.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._context.pool.stop(), max(deadline - time.monotonic(), _WORKERS_END_S / 2))
         await self.observations.stop()
         await self.checkpoints.stop()
         await self.db.close()
@@ -179,7 +192,14 @@ class Control:
         config = self.config
 
         def command(name: str, folder: Path) -> WorkerCommand:
-            return WorkerCommand(folder, config.device, config.dtype, self.observations.worker_log(name))
+            return WorkerCommand(
+                folder,
+                config.device,
+                config.dtype,
+                self.observations.worker_log(name),
+                silence_s=config.heartbeat_timeout_s,
+                stuck_s=config.operation_timeout_s,
+            )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:
             await self.observations.on_worker_state(name, state, reason)

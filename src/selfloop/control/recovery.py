@@ -14,7 +14,7 @@ from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
 from selfloop.types.status import RunStatus
 from selfloop.worker.client import WorkerClient
-from selfloop.worker.protocol import Execute, OpenRun, Snapshot
+from selfloop.worker.protocol import Execute, OpenRun
 
 log = logging.getLogger(__name__)
 
@@ -49,27 +49,6 @@ async def reopen(
                 f"the run's state could not be rebuilt: replaying {row.kind} (seq_id {row.seq}) failed: {error}",
                 "RecoveryFailed",
             ) from error
-
-
-async def take_snapshot(
-    run: RunRow,
-    position: tuple[int, int],
-    worker: WorkerClient,
-    journal: Journal,
-    blobs: LocalBlobs,
-    settlement: Settlement,
-) -> None:
-    """Store the run's state after the operation at ``position``; what it covers need not be replayed."""
-    key = f"snapshots/{run.id}/{position[0]}-{position[1]}"
-    aside = key + ".part"
-    await asyncio.to_thread(blobs.prepare_folder, aside)
-    await worker.call(Snapshot(run.id, str(blobs.path(aside))))
-    await asyncio.to_thread(blobs.publish_folder, aside, key)
-    previous = run.snapshot_key
-    await settlement.snapshot_taken(run, key, position)
-    if previous is not None and previous != key:
-        await asyncio.to_thread(blobs.delete, previous)
-    await journal.forget_payloads(run.id, position)
 
 
 async def clear_leftovers(runs: Iterable[RunRow], blobs: LocalBlobs) -> None:

@@ -13,8 +13,9 @@ import msgspec
 
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
-from selfloop.control.recovery import reopen, take_snapshot
+from selfloop.control.recovery import reopen
 from selfloop.control.settle import Settlement
+from selfloop.control.snapshots import Position, RunSnapshots
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import OperationFailed, WorkerLost
@@ -40,7 +41,7 @@ _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decod
 
 @dataclass(order=True, slots=True)
 class _Queued:
-    position: tuple[int, int]
+    position: Position
     row: OperationRow = field(compare=False)
     num_attempts: int = field(default=0, compare=False)
 
@@ -57,7 +58,7 @@ class SchedulerConfig:
     """Times in seconds: how long a missing seq_id is waited for, how much work a snapshot may lag behind."""
 
     gap_grace_s: float = 60.0
-    snapshot_every_s: float = 60.0
+    snapshot_every_s: float = 10.0
 
 
 class RunActor:
@@ -86,9 +87,11 @@ class RunActor:
         self._in_flight: deque[_InFlight] = deque()
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
-        self._work_since_snapshot_s = 0.0
+        self._snapshots = RunSnapshots(
+            run, journal, blobs, settlement, config.snapshot_every_s, on_written=self._wakeup.set
+        )
         self._last_reply_at = 0.0
-        self._last_done: tuple[int, int] | None = None
+        self._last_done: Position | None = None
         self._park_requests: list[asyncio.Future[None]] = []
         self._halted = False
         self._num_lost_reopening = 0
@@ -183,6 +186,7 @@ class RunActor:
         while True:
             self._wakeup.clear()
             try:
+                await self._snapshots.collect(self._is_settled)
                 await self._fill()
                 if self._in_flight:
                     await self._await_head()
@@ -228,24 +232,23 @@ class RunActor:
             reply = worker.call(command, payload)
             self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
             self._settlement.observer.begun(queued.row)
+            await self._begin_snapshot()
 
     def _may_send(self) -> bool:
         if self._halted or not self._queue or not self._is_ready(self._queue[0]):
+            return False
+        if self._snapshots.is_pending and self._queue[0].row.kind == "load_state":
             return False
         if not self._in_flight:
             return True
         if self._worker is None or self._worker.lost.done():
             # First settle what a lost worker still answered: recovery replays settled operations only.
             return False
-        # A load reads files that an operation before it may still be writing, and is followed by a snapshot;
-        # a snapshot must not contain operations later than its position. So both find the worker's queue empty.
+        # A load reads files that an operation before it may still be writing, and is followed by a snapshot that
+        # must not contain operations later than its position. So both find the worker's queue empty.
         if "load_state" in (self._queue[0].row.kind, self._in_flight[-1].queued.row.kind):
             return False
-        return len(self._in_flight) < _WINDOW and not self._is_snapshot_due
-
-    @property
-    def _is_snapshot_due(self) -> bool:
-        return self._work_since_snapshot_s >= self._config.snapshot_every_s
+        return len(self._in_flight) < _WINDOW
 
     async def _open(self) -> WorkerClient:
         if self._worker is not None and not self._worker.lost.done():
@@ -296,24 +299,28 @@ class RunActor:
                     await self._settlement.discard(row)
                 self._in_flight.popleft()
                 await self._settlement.fail(row, str(error), error.error_class)
+                if error.state_lost:
+                    self._return_in_flight()
+                    await self._snapshots.drop()
+                    self._worker = None
                 return
             # It began when it was sent, or when the one before it ended.
             now = time.monotonic()
-            self._work_since_snapshot_s += now - max(flight.started, self._last_reply_at)
+            self._snapshots.worked(now - max(flight.started, self._last_reply_at))
             self._last_reply_at = now
             if row.kind == "load_state" and not await self._pin_loaded(flight):
                 return
             await self._settlement.done(self.run, row, body)
             self._in_flight.popleft()
             self._last_done = (row.epoch, row.seq)
-            if self._is_snapshot_due and not self._in_flight:
-                await self._try_snapshot(self._last_done)
+            await self._begin_snapshot()
 
     async def _pin_loaded(self, flight: _InFlight) -> bool:
         """Store the state just loaded: the checkpoint may be deleted, so recovery must never need to load it again."""
         row = flight.queued.row
+        assert self._worker is not None
         try:
-            await self._snapshot((row.epoch, row.seq))
+            await self._snapshots.take(self._worker, (row.epoch, row.seq))
         except OperationFailed as error:
             # What cannot be kept was not loaded: the run goes back to its state before.
             self._in_flight.popleft()
@@ -322,19 +329,20 @@ class RunActor:
             return False
         return True
 
-    async def _try_snapshot(self, position: tuple[int, int]) -> None:
-        """A snapshot that only shortens recovery: without it the journal has everything still."""
-        try:
-            await self._snapshot(position)
-        except OperationFailed as error:
-            log.warning("run %s: no snapshot: %s", self.run.id, error)
-            self._work_since_snapshot_s = 0.0
+    async def _begin_snapshot(self) -> None:
+        """Have the state behind what was sent last written, if it is time, while the worker goes on."""
+        if not self._snapshots.is_due or self._worker is None or self._worker.lost.done():
+            return
+        last = self._in_flight[-1].queued if self._in_flight else None
+        if last is not None and last.row.kind == "load_state":
+            return  # It is followed by one of its own.
+        position = self._last_done if last is None else last.position
+        if position is not None:
+            await self._snapshots.begin(self._worker, position)
 
-    async def _snapshot(self, position: tuple[int, int]) -> None:
-        assert self._worker is not None
-        if position != (self.run.snapshot_epoch, self.run.snapshot_seq):
-            await take_snapshot(self.run, position, self._worker, self._journal, self._blobs, self._settlement)
-        self._work_since_snapshot_s = 0.0
+    def _is_settled(self, position: Position) -> bool:
+        """Whether everything of the run up to ``position`` that was ever sent to a worker has its outcome."""
+        return not any(flight.queued.position <= position for flight in self._in_flight)
 
     async def _close_in_worker(self) -> None:
         worker, self._worker = self._worker, None
@@ -368,8 +376,13 @@ class RunActor:
     async def _park_now(self) -> None:
         requests, self._park_requests = self._park_requests, []
         try:
+            await self._snapshots.settled(self._is_settled)
             if self._worker is not None and not self._worker.lost.done() and self._last_done is not None:
-                await self._try_snapshot(self._last_done)
+                try:
+                    await self._snapshots.take(self._worker, self._last_done)
+                except OperationFailed as error:
+                    # It only shortens recovery: without it the journal has everything still.
+                    log.warning("run %s: no snapshot: %s", self.run.id, error)
             await self._close_in_worker()
         finally:
             for request in requests:
@@ -379,10 +392,9 @@ class RunActor:
     async def _recover(self, lost: WorkerLost) -> None:
         log.warning("run %s lost its worker: %s", self.run.id, lost)
         self._worker = None
-        returned = [flight.queued for flight in self._in_flight]
-        self._in_flight.clear()
-        for queued in returned:
-            heapq.heappush(self._queue, queued)
+        returned = self._return_in_flight()
+        # Of what it holds, something may be sent once more.
+        await self._snapshots.drop()
         if returned and lost.begun:
             suspect = returned[0]
             suspect.num_attempts += 1
@@ -390,6 +402,16 @@ class RunActor:
                 self.remove(suspect.row.id)
                 cause = f"it ended its worker {_MAX_ATTEMPTS} times: {lost}"
                 await self._settlement.fail(suspect.row, cause, "WorkerLost")
+
+    def _return_in_flight(self) -> list[_Queued]:
+        """Put what was sent and not settled back into the queue."""
+        returned = [flight.queued for flight in self._in_flight]
+        for flight in self._in_flight:
+            flight.reply.add_done_callback(_seen)
+        self._in_flight.clear()
+        for queued in returned:
+            heapq.heappush(self._queue, queued)
+        return returned
 
     async def _fail_all(self, error: OperationFailed) -> None:
         for row in self.drain():

@@ -4,8 +4,9 @@ Not thread-safe: one thread calls it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,6 +291,11 @@ class Engine:
         """The whole state, accumulated gradients included, bit for bit."""
         run = self._run(run_id)
         return _saved(run, checkpoint.write_snapshot(directory, run, self._config))
+
+    def begin_snapshot(self, run_id: str, directory: Path) -> Callable[[], int]:
+        """Copy the whole state; the function returned writes the copy, in any thread, and returns the bytes."""
+        run = self._run(run_id).copy()
+        return partial(checkpoint.write_snapshot, directory, run, self._config)
 
     def restore(self, run_id: str, directory: Path) -> LoadResult:
         """Make ``run_id`` what it was at :meth:`snapshot`; creates it if need be."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import resource
 from collections.abc import Callable
 
@@ -13,8 +14,6 @@ from selfloop.server.app import make_app
 from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
 
-# How long requests in flight may go on once we are told to stop; long polls are sent home at once.
-_CLOSE_GRACE_S = 5
 # Connections that may wait to be taken, as when hundreds of samples are asked for at once.
 _BACKLOG = 4096
 # Thousands of waiting requests are a large heap with little garbage, and looking through it stops everything else.
@@ -58,7 +57,7 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         access_log=False,
         # Its own would close every handler there is.
         log_config=None,
-        timeout_graceful_shutdown=_CLOSE_GRACE_S,
+        timeout_graceful_shutdown=math.ceil(settings.close_grace_s),
         # Above the clients' heartbeat of 60 s, so that it does not dial anew each time.
         timeout_keep_alive=120,
         backlog=_BACKLOG,

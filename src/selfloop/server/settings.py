@@ -7,6 +7,7 @@ from typing import Literal
 
 from selfloop.control.control import ControlConfig
 from selfloop.control.observe.billing import Prices
+from selfloop.control.scheduler import SchedulerConfig
 from selfloop.server.telemetry import LogFormat
 
 Capacity = Literal["dedicated", "serverless"]
@@ -33,6 +34,10 @@ class Settings:
         usd_per_gigabyte_month: the same of stored checkpoints.
         stable_reinforce: what answers to the name of a loss that is not published: a stand-in, or a refusal.
         session_timeout_s: how long a Tinker session lives without a heartbeat of its client.
+        snapshot_every_s: how much work of a run lies between two snapshots of it.
+        operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
+        heartbeat_timeout_s: so is one that gives no sign of life for so long.
+        stop_grace_s: from the signal to the end, at most.
     """
 
     host: str
@@ -47,9 +52,18 @@ class Settings:
     log_format: LogFormat = "text"
     metrics_public: bool = False
     session_timeout_s: float = 600.0
+    snapshot_every_s: float = 10.0
+    operation_timeout_s: float = 3600.0
+    heartbeat_timeout_s: float = 60.0
+    stop_grace_s: float = 25.0
     stable_reinforce: StableReinforce = "stand-in"
     usd_per_million_tokens: float = 0.0
     usd_per_gigabyte_month: float = 0.0
+
+    @property
+    def close_grace_s(self) -> float:
+        """How long requests in flight may go on once we are told to stop; long polls are sent home at once."""
+        return min(5.0, self.stop_grace_s / 5)
 
     @property
     def control(self) -> ControlConfig:
@@ -60,4 +74,8 @@ class Settings:
             self.prepare,
             prices=Prices(self.usd_per_million_tokens, self.usd_per_gigabyte_month),
             session_timeout_s=self.session_timeout_s,
+            scheduler=SchedulerConfig(snapshot_every_s=self.snapshot_every_s),
+            operation_timeout_s=self.operation_timeout_s,
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            stop_grace_s=self.stop_grace_s - self.close_grace_s,
         )

@@ -72,11 +72,15 @@ class NotReady(SelfloopError):
 
 
 class OperationFailed(SelfloopError):
-    """An accepted operation ended in an error; ``error_class`` names its kind for the client."""
+    """An accepted operation ended in an error; ``error_class`` names its kind for the client.
 
-    def __init__(self, cause: str, error_class: str = "OperationFailed") -> None:
+    ``state_lost`` tells that its run lies in the worker no more, as it may have been left half-changed there.
+    """
+
+    def __init__(self, cause: str, error_class: str = "OperationFailed", *, state_lost: bool = False) -> None:
         super().__init__(cause)
         self.error_class = error_class
+        self.state_lost = state_lost
 
 
 class WorkerLost(SelfloopError):

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from selfloop.worker.protocol import (
     Begun,
     Call,
     Command,
+    Dying,
     LoadFailed,
     Loading,
     ModelInfo,
@@ -28,9 +31,15 @@ from selfloop.worker.protocol import (
     Shutdown,
     encode,
     event_decoder,
+    heartbeat_decoder,
 )
 
+log = logging.getLogger(__name__)
+
 _STOP_GRACE_S = 20.0
+_LOOK_EVERY_S = 0.5
+# Before its first heartbeat a process only imports, which a busy machine can draw out.
+_SILENCE_AT_START = 5
 
 
 class WorkerClient:
@@ -46,7 +55,8 @@ class WorkerClient:
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
-        self._begun: int | None = None
+        self._begun: set[int] = set()
+        self._dying: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
@@ -62,10 +72,13 @@ class WorkerClient:
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(address)
-        self._process = await launch_worker(self._command, address)
+        self._pulse = self._context.socket(zmq.PULL)
+        self._pulse.bind(f"ipc://{self._folder}/pulse.sock")
+        self._process = await launch_worker(self._command, address, f"ipc://{self._folder}/pulse.sock")
         self._tasks = [
             asyncio.create_task(self._receive(), name="worker-receive"),
             asyncio.create_task(self._watch(), name="worker-watch"),
+            asyncio.create_task(self._watch_pulse(), name="worker-pulse"),
         ]
 
     @property
@@ -126,6 +139,7 @@ class WorkerClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
+        self._pulse.close(linger=0)
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -135,14 +149,16 @@ class WorkerClient:
             match event_decoder.decode(frames[0]):
                 case Reply(ticket):
                     self._settle(ticket, lambda future, body=frames[1]: future.set_result(body))
-                case ReplyError(ticket, error, error_class):
-                    failure = OperationFailed(error, error_class)
+                case ReplyError(ticket, error, error_class, state_lost):
+                    failure = OperationFailed(error, error_class, state_lost=state_lost)
                     self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
                 case Partial(ticket):
                     if ticket in self._streams:
                         self._streams[ticket].put_nowait(frames[1])
                 case Begun(ticket):
-                    self._begun = ticket
+                    self._begun.add(ticket)
+                case Dying(cause):
+                    self._dying = cause
                 case Loading(stage):
                     self._on_loading(stage)
                 case Ready(info):
@@ -154,6 +170,7 @@ class WorkerClient:
                         self.ready.exception()
 
     def _settle(self, ticket: int, settle: Callable[[asyncio.Future[bytes]], None]) -> None:
+        self._begun.discard(ticket)
         future = self._waiting.pop(ticket, None)
         if future is not None and not future.done():
             settle(future)
@@ -162,7 +179,31 @@ class WorkerClient:
         code = await self._process.wait()
         # Answers that were sent before the process ended are still on the socket.
         await asyncio.sleep(0.05)
-        self._lose("stopped" if self._stopping else describe_exit(code))
+        self._lose("stopped" if self._stopping else self._dying or describe_exit(code))
+
+    async def _watch_pulse(self) -> None:
+        """End the process when nothing is heard of it, or when it has been at one thing for too long."""
+        command = self._command
+        now = time.monotonic()
+        heard_at, busy_s = now + (_SILENCE_AT_START - 1) * command.silence_s, 0.0
+        while True:
+            while await self._pulse.poll(0):
+                heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._pulse.recv()).busy_s
+            if time.monotonic() - heard_at > command.silence_s:
+                self._end(f"worker process gave no sign of life for {command.silence_s:g} s")
+            elif busy_s > command.stuck_s:
+                self._end(f"worker process hung: {busy_s:.0f} s at one piece of work (--operation-timeout)")
+            before = time.monotonic()
+            await asyncio.sleep(_LOOK_EVERY_S)
+            # If it was we who stood still, what the worker said meanwhile is yet to be read.
+            heard_at += max(time.monotonic() - before - 2 * _LOOK_EVERY_S, 0.0)
+
+    def _end(self, cause: str) -> None:
+        if self._dying is None:
+            log.error("%s: ending process %d", cause, self.pid)
+            self._dying = cause
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
@@ -172,7 +213,7 @@ class WorkerClient:
             self.ready.exception()
         for ticket, future in self._waiting.items():
             if not future.done():
-                future.set_exception(WorkerLost(reason, begun=ticket == self._begun))
+                future.set_exception(WorkerLost(reason, begun=ticket in self._begun))
                 _retrieve(future)
         self._waiting.clear()
 

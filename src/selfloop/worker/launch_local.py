@@ -20,6 +20,8 @@ class WorkerCommand:
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         log_path: where the process's output goes.
         num_threads: CPU threads of the engine; None takes every core.
+        silence_s: a worker that its gateway has heard nothing of for so long is ended: it is stopped or stuck.
+        stuck_s: so is one whose main loop has been at one piece of work for so long.
     """
 
     model_dir: Path
@@ -27,16 +29,20 @@ class WorkerCommand:
     dtype: str
     log_path: Path
     num_threads: int | None = None
+    silence_s: float = 60.0
+    stuck_s: float = 3600.0
 
 
-async def launch_worker(command: WorkerCommand, address: str) -> asyncio.subprocess.Process:
-    """Launch a worker that connects to ``address`` and dies with this process."""
+async def launch_worker(command: WorkerCommand, address: str, pulse_address: str) -> asyncio.subprocess.Process:
+    """Launch a worker that connects to both addresses and dies with this process."""
     arguments = [
         sys.executable,
         "-m",
         "selfloop.worker.process",
         "--address",
         address,
+        "--pulse-address",
+        pulse_address,
         "--model-dir",
         str(command.model_dir),
         "--device",

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+import torch
 import zmq
 
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
@@ -27,14 +28,24 @@ class Outbox:
     def refuse(self, ticket: int, error: Exception) -> None:
         """Answer a call with an error: one that a caller may see as it is, another with its type, and into the log."""
         if isinstance(error, BadRequest | NotFound | OperationFailed):
-            self.send(ReplyError(ticket, str(error), getattr(error, "error_class", type(error).__name__)))
+            error_class = getattr(error, "error_class", type(error).__name__)
+            self.send(ReplyError(ticket, str(error), error_class, getattr(error, "state_lost", False)))
             return
+        if is_device_lost(error):
+            raise error
         log.error("call %d failed", ticket, exc_info=error)
         self.send(ReplyError(ticket, f"{type(error).__name__}: {error}", type(error).__name__))
 
     def guard(self, ticket: int, act: Callable[[], None]) -> None:
-        """Do what a call asks; whatever it raises is its answer."""
+        """Do what a call asks; whatever it raises is its answer, but for the loss of the device, which ends us."""
         try:
             act()
         except Exception as error:  # The worker's edge: one bad call must not end every run it holds.
             self.refuse(ticket, error)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether every further call on the GPU fails, too: its errors stick to the process, but for a lack of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

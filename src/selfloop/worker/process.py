@@ -16,6 +16,7 @@ import zmq
 from selfloop.engine.engine import Engine
 from selfloop.engine.models.config import read_config
 from selfloop.types.logline import JsonFormatter
+from selfloop.worker.background import Pulse
 from selfloop.worker.chat import ChatTemplate
 from selfloop.worker.drawing import SamplingDesk
 from selfloop.worker.grammars import GrammarCompiler
@@ -48,6 +49,7 @@ def _die_with(parent_pid: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--address", required=True)
+    parser.add_argument("--pulse-address", required=True)
     parser.add_argument("--model-dir", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -62,6 +64,8 @@ def main() -> None:
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
 
+    pulse = Pulse(options.pulse_address)
+    pulse.start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(options.address)
@@ -90,7 +94,7 @@ def main() -> None:
     )
     outbox.send(ready)
     training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)
-    Worker(socket, outbox, training, sampling, TextDesk(tokenizer, chat)).run()
+    Worker(socket, outbox, pulse, training, sampling, TextDesk(tokenizer, chat)).run()
 
 
 if __name__ == "__main__":

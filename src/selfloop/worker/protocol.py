@@ -52,10 +52,23 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True):
-    """Write the run's whole state (accumulated gradients included) to a new folder and sync it."""
+    """Write the run's whole state (accumulated gradients included) to a new folder and sync it; replies ``Written``.
+
+    Args:
+        background: copy the state in its turn, and write the copy while the calls behind this one go on. Refused
+            with the class ``Busy`` while another copy is being written.
+    """
 
     run_id: str
     write_to: str
+    background: bool = False
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What a snapshot took from the work beside it: seconds of the main loop, and of a processor."""
+
+    stall_s: float
+    cpu_s: float
 
 
 class Sample(msgspec.Struct, frozen=True, tag=True):
@@ -160,6 +173,12 @@ class Partial(msgspec.Struct, frozen=True, tag=True):
     ticket: int
 
 
+class Dying(msgspec.Struct, frozen=True, tag=True):
+    """The process ends itself: its device takes no more work."""
+
+    cause: str
+
+
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """The call succeeded; its result's msgpack bytes (perhaps none) are the second frame."""
 
@@ -167,15 +186,28 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReplyError(msgspec.Struct, frozen=True, tag=True):
-    """The call failed and changed nothing; the worker goes on."""
+    """The call failed and changed nothing; the worker goes on.
+
+    Args:
+        state_lost: the run may have been left half-changed, so the worker has forgotten it: it must be opened again.
+    """
 
     ticket: int
     error: str
     error_class: str
+    state_lost: bool = False
 
 
-Event = Loading | Ready | LoadFailed | Begun | Partial | Reply | ReplyError
+Event = Loading | Ready | LoadFailed | Dying | Begun | Partial | Reply | ReplyError
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """Sent over a socket of its own, by a thread of its own: seconds that the main loop has been at one thing."""
+
+    busy_s: float
+
 
 call_decoder = msgspec.msgpack.Decoder(Call)
+heartbeat_decoder = msgspec.msgpack.Decoder(Heartbeat)
 event_decoder: "msgspec.msgpack.Decoder[Event]" = msgspec.msgpack.Decoder(Event)
 encode = msgspec.msgpack.encode

@@ -1,6 +1,6 @@
 """State of one training run: parameters, moments, accumulated gradient."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,17 @@ class Run:
     moments: Moments | None = None
     accumulated: Accumulated | None = None
 
+    def copy(self) -> "Run":
+        """The state as it is now, on the CPU. Gradients are shared: each sum of them is a tensor of its own."""
+        moments = self.moments
+        if moments is not None:
+            moments = Moments(_on_cpu(moments.mean_P), _on_cpu(moments.square_P), moments.num_updates)
+        return replace(self, theta_P=_on_cpu(self.theta_P), moments=moments)
+
     def frozen_adapter(self, dtype: torch.dtype) -> Adapter:
         """A copy of the adapter as it is now, in ``dtype``."""
         return self.shape.adapter(self.theta_P.detach().to(dtype, copy=True), self.alpha)
+
+
+def _on_cpu(values_P: Tensor) -> Tensor:
+    return values_P.detach().to("cpu", copy=True)
