@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from selfloop.engine.lora.targets import linear_groups
 from selfloop.engine.models.config import ModelConfig, parse_config
-from selfloop.engine.models.decoder import BaseWeights, Decoder, LayerWeights, Linear
+from selfloop.engine.models.decoder import BaseWeights, Decoder, LayerWeights
+from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.sample.kv_cache import PagePool
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.types.sampling import SampleRequest, SamplingParams
@@ -31,11 +32,13 @@ def tiny_decoder() -> Decoder:
     config = tiny_config()
     torch.manual_seed(0)
     linears = [
-        Linear(torch.randn(sum(t.out_features for t in group.targets), group.in_features), None)
+        FrozenLinear(torch.randn(sum(t.out_features for t in group.targets), group.in_features), None)
         for group in linear_groups(config)
     ]
     layer = LayerWeights(torch.ones(8), torch.ones(8), tuple(linears), None)
-    return Decoder(config, BaseWeights(torch.randn(11, 8), [layer], torch.ones(8), torch.randn(11, 8)))
+    return Decoder(
+        config, BaseWeights(torch.randn(11, 8), [layer], torch.ones(8), FrozenLinear(torch.randn(11, 8)), False)
+    )
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5)), max_size=40))

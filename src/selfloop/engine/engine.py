@@ -3,6 +3,7 @@
 Not thread-safe: one thread calls it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from selfloop.engine.files.peft import read_peft
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import Decoder, num_parameters
+from selfloop.engine.models.linear import best_layout
 from selfloop.engine.sample.bank import AdapterBank
 from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.kv_cache import PagePool
@@ -36,6 +38,8 @@ from selfloop.types.losses import LOSSES, LossSpec
 from selfloop.types.operation import AdamParams
 from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
+
+log = logging.getLogger("selfloop.engine")
 
 _SKIP = "skip_token_normalization"
 _MAX_BATCH = 256
@@ -129,7 +133,9 @@ class Engine:
         config = read_config(model_dir)
         on = pick_device(device)
         compute = pick_dtype(dtype, on)
-        decoder = Decoder(config, load_base_weights(model_dir, config, on, compute))
+        layout = best_layout(on, compute)
+        log.info("base weights in %s on %s, %s", compute, on, layout)
+        decoder = Decoder(config, load_base_weights(model_dir, config, on, compute, layout))
         budget = default_train_budget(on) if train_token_budget is None else train_token_budget
         kv_tokens = default_kv_tokens(config, on, compute) if max_kv_tokens is None else max_kv_tokens
         return cls(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.losses.logprob import HeadAdapter, score
+from selfloop.engine.models.linear import FrozenLinear
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -88,7 +89,7 @@ def test_gradients_through_an_adapted_head(num_targets: int):
     targets = torch.randint(11, (7, num_targets)).squeeze(1)
     weights = torch.randn(targets.shape)
     leaves = [t.clone().requires_grad_() for t in (h, a, b)]
-    logprob = score(leaves[0], head, targets, 2, HeadAdapter(leaves[1], leaves[2], 0.7)).logprobs
+    logprob = score(leaves[0], FrozenLinear(head), targets, 2, HeadAdapter(leaves[1], leaves[2], 0.7)).logprobs
     grads = torch.autograd.grad((logprob * weights).sum(), leaves)
     plain = [t.clone().requires_grad_() for t in (h, a, b)]
     logits = plain[0] @ head.t() + 0.7 * (plain[0] @ plain[1].t()) @ plain[2].t()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from selfloop.engine.lora.targets import LinearGroup, linear_groups
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.models.decoder import BaseWeights, LayerWeights, Linear
+from selfloop.engine.models.decoder import BaseWeights, LayerWeights
+from selfloop.engine.models.linear import FrozenLinear, Layout
 from selfloop.types.errors import OperationFailed
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,8 +39,10 @@ class _Destinations:
         return weight
 
 
-def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> BaseWeights:
-    """Load ``*.safetensors`` (with or without an index) in ``dtype``.
+def load_base_weights(
+    model_dir: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, layout: Layout = "plain"
+) -> BaseWeights:
+    """Load ``*.safetensors`` (with or without an index) in ``dtype``, laid out as ``layout`` says.
 
     Raises:
         OperationFailed: files or tensors are missing, unexpected, misshapen or unreadable.
@@ -58,6 +61,9 @@ def load_base_weights(model_dir: Path, config: ModelConfig, device: torch.device
         raise OperationFailed(f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}")
     for layer in weights.layers:
         _spread_qk_norm(config, layer)
+        for linear in layer.linears:
+            linear.lay_out(layout)
+    weights.head.lay_out(layout, keep_plain=weights.tied)
     return weights
 
 
@@ -104,7 +110,8 @@ def open_base_weights(source: TensorSource, config: ModelConfig, dtype: torch.dt
         embedding_VD=embedding_VD,
         layers=_LayersOnDisk(config, source, dtype),
         final_norm_D=places.alone("model.norm.weight", config.hidden_size),
-        head_VD=embedding_VD if config.tie_word_embeddings else places.alone("lm_head.weight", *vocab_hidden),
+        head=_allocate_head(config, embedding_VD, places),
+        tied=config.tie_word_embeddings,
     )
     _fill(places, source)
     return weights
@@ -161,22 +168,28 @@ def _fill(places: _Destinations, source: TensorSource) -> None:
 def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:
     vocab_hidden = config.vocab_size, config.hidden_size
     embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
-    tied = config.tie_word_embeddings
     return BaseWeights(
         embedding_VD=embedding_VD,
         layers=[_allocate_layer(config, f"model.layers.{i}", places) for i in range(config.num_layers)],
         final_norm_D=places.alone("model.norm.weight", config.hidden_size),
-        head_VD=embedding_VD if tied else places.alone("lm_head.weight", *vocab_hidden),
+        head=_allocate_head(config, embedding_VD, places),
+        tied=config.tie_word_embeddings,
     )
 
 
+def _allocate_head(config: ModelConfig, embedding_VD: Tensor, places: _Destinations) -> FrozenLinear:
+    if config.tie_word_embeddings:
+        return FrozenLinear(embedding_VD)
+    return FrozenLinear(places.alone("lm_head.weight", config.vocab_size, config.hidden_size))
+
+
 def _allocate_layer(config: ModelConfig, prefix: str, places: _Destinations) -> LayerWeights:
-    def linear(group: LinearGroup) -> Linear:
+    def linear(group: LinearGroup) -> FrozenLinear:
         names = [f"{prefix}.{target.module}" for target in group.targets]
         sizes = [target.out_features for target in group.targets]
         weight = places.fused([f"{name}.weight" for name in names], sizes, group.in_features)
         bias = places.fused([f"{name}.bias" for name in names], sizes) if group.bias else None
-        return Linear(weight, bias)
+        return FrozenLinear(weight, bias)
 
     qkv, o, gate_up, down = linear_groups(config)
     return LayerWeights(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.models.linear import FrozenLinear
+
 
 class LoraSegment(NamedTuple):
     """Rows [start, stop) get the adapter ``a`` (n * R, in), ``b`` n times (out_i, R)."""
@@ -21,20 +23,29 @@ class LoraSegment(NamedTuple):
     b: tuple[Tensor, ...]
 
 
-def lora_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: list[LoraSegment]) -> Tensor:
+def lora_linear(x_TI: Tensor, linear: FrozenLinear, segments: list[LoraSegment]) -> Tensor:
     """(T, in) -> (T, sum of out). Gradients reach x and the adapters, never the frozen weight."""
-    if not segments:
-        return F.linear(x_TI, weight_OI, bias_O)
     if not torch.is_grad_enabled():
-        return _forward(x_TI, weight_OI, bias_O, segments)[0]
+        return _forward(x_TI, linear, segments)[0]
     parameters = [tensor for segment in segments for tensor in (segment.a, *segment.b)]
-    return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, *parameters)  # pyright: ignore[reportReturnType]
+    return _LoraLinear.apply(x_TI, linear, segments, *parameters)  # pyright: ignore[reportReturnType]
 
 
-def _forward(
-    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: list[LoraSegment]
-) -> tuple[Tensor, list[Tensor]]:
-    y_TO = F.linear(x_TI, weight_OI, bias_O)
+def lora_logits(h_ND: Tensor, head: FrozenLinear, segments: list[LoraSegment]) -> Tensor:
+    """(N, D) -> float32 (N, V), summed in float32; follows no gradient."""
+    logits_NV = head.in_float32(h_ND)
+    for start, stop, scaling, a_RD, (b_VR,) in segments:
+        add_low_rank(logits_NV[start:stop], F.linear(h_ND[start:stop], a_RD), b_VR, scaling)
+    return logits_NV
+
+
+def add_low_rank(logits_CV: Tensor, u_CR: Tensor, b_VR: Tensor, scaling: float) -> Tensor:
+    """Add ``scaling`` * u B^T in float32, in place."""
+    return logits_CV.addmm_(u_CR.float(), b_VR.float().t(), alpha=scaling)
+
+
+def _forward(x_TI: Tensor, linear: FrozenLinear, segments: list[LoraSegment]) -> tuple[Tensor, list[Tensor]]:
+    y_TO = linear(x_TI)
     low_ranks: list[Tensor] = []
     for segment in segments:
         u_TR = F.linear(x_TI[segment.start : segment.stop], segment.a)
@@ -57,21 +68,21 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
+        linear: FrozenLinear,
         segments: list[LoraSegment],
         *parameters: Tensor,
     ) -> Tensor:
-        y_TO, low_ranks = _forward(x_TI, weight_OI, bias_O, segments)
-        ctx.save_for_backward(x_TI, weight_OI, *parameters, *low_ranks)
+        y_TO, low_ranks = _forward(x_TI, linear, segments)
+        ctx.linear = linear
+        ctx.save_for_backward(x_TI, *parameters, *low_ranks)
         ctx.spans = [(s.start, s.stop, s.scaling, len(s.b)) for s in segments]
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI, *rest = ctx.saved_tensors
+        x_TI, *rest = ctx.saved_tensors
         dy_TO = grads[0]
-        dx_TI = dy_TO @ weight_OI if ctx.needs_input_grad[0] else None
+        dx_TI = ctx.linear.input_grad(dy_TO) if ctx.needs_input_grad[0] else None
         low_ranks = rest[len(rest) - len(ctx.spans) :]
         tensors = iter(rest)
         parameter_grads: list[Tensor] = []
@@ -81,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
             parameter_grads += [du_TR.t() @ x_TI[start:stop], *b_grads]
             if dx_TI is not None:
                 dx_TI[start:stop].addmm_(du_TR, segment.a)
-        return dx_TI, None, None, None, *parameter_grads
+        return dx_TI, None, None, *parameter_grads
 
 
 def _low_rank_grads(dy_TO: Tensor, u_TR: Tensor, segment: LoraSegment) -> tuple[Tensor, list[Tensor]]:

@@ -1,6 +1,6 @@
 """Log-probabilities of targets from hidden states, in chunks, so that (T, V) never exists.
 
-log p_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t in the compute dtype, the rest in float32. As each logprob
+log p_t = z_t[y_t] - logsumexp(z_t), z_t = W h_t summed and kept in float32. As each logprob
 depends on its own row only, d log p_t / d h_t = W[y_t] - softmax(z_t) W is computed in the forward, while
 the chunk's logits are at hand; the backward only scales it, and no logits are computed twice.
 
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from selfloop.engine.lora.grouped_matmul import add_low_rank
+from selfloop.engine.models.linear import FrozenLinear
 
 _MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_ELEMENTS = 8 * 2**20
@@ -40,27 +43,29 @@ class Scores(NamedTuple):
     top_logprobs_NJ: Tensor
 
 
-def target_logprobs(h_ND: Tensor, head_VD: Tensor, targets: Tensor) -> Tensor:
+def target_logprobs(h_ND: Tensor, head: FrozenLinear, targets: Tensor) -> Tensor:
     """float32 logprobs of ``targets``, (N,) or (N, K); gradients reach ``h_ND`` and never the frozen head."""
-    return score(h_ND, head_VD, targets, 0).logprobs
+    return score(h_ND, head, targets, 0).logprobs
 
 
-def score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None) -> Scores:
+def score(
+    h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None
+) -> Scores:
     """As :func:`target_logprobs`, with each row's ``num_top`` likeliest tokens beside (all, if there are fewer).
 
     With an ``adapter`` on the head gradients reach its A and B, too.
     """
     assert h_ND.shape[0] == targets.shape[0]
     if adapter is not None:
-        return _adapted_score(h_ND, head_VD, targets, min(num_top, head_VD.shape[0]), adapter)
+        return _adapted_score(h_ND, head, targets, min(num_top, head.out_features), adapter)
     function = _TargetLogprobs if targets.dim() == 1 else _ManyTargetLogprobs
-    return Scores(*function.apply(h_ND, head_VD, targets, min(num_top, head_VD.shape[0])))  # pyright: ignore[reportGeneralTypeIssues]
+    return Scores(*function.apply(h_ND, head, targets, min(num_top, head.out_features)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def _adapted_score(h_ND: Tensor, head_VD: Tensor, targets: Tensor, num_top: int, adapter: HeadAdapter) -> Scores:
+def _adapted_score(h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: int, adapter: HeadAdapter) -> Scores:
     u_NR = F.linear(h_ND, adapter.a_RD)
     targets_NK = targets[:, None] if targets.dim() == 1 else targets
-    found = _AdaptedTargetLogprobs.apply(h_ND, u_NR, head_VD, adapter.b_VR, adapter.scaling, targets_NK, num_top)
+    found = _AdaptedTargetLogprobs.apply(h_ND, u_NR, head, adapter.b_VR, adapter.scaling, targets_NK, num_top)
     scores = Scores(*found)  # pyright: ignore[reportGeneralTypeIssues]
     return scores._replace(logprobs=scores.logprobs.view(targets.shape))
 
@@ -97,22 +102,22 @@ class _Tops:
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, num_top: int
+        ctx: Any, h_ND: Tensor, head: FrozenLinear, targets_N: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad: bool = ctx.needs_input_grad[0]
         logprobs_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
         slope_ND = torch.empty_like(h_ND) if wants_grad else None
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
+        for chunk in _chunks(h_ND.shape[0], head.out_features):
             targets_C1 = targets_N[chunk, None]
-            logits_CV = F.linear(h_ND[chunk], head_VD).float()
+            logits_CV = head.in_float32(h_ND[chunk])
             normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_N[chunk] = (logits_CV.gather(1, targets_C1) - normaliser_C1).squeeze(1)
             tops.take(chunk, logits_CV, normaliser_C1)
             if slope_ND is not None:
                 slope_CV = logits_CV.sub_(normaliser_C1).exp_().neg_()
                 slope_CV.scatter_add_(1, targets_C1, torch.ones_like(normaliser_C1))
-                slope_ND[chunk] = slope_CV.to(head_VD.dtype) @ head_VD
+                slope_ND[chunk] = head.input_grad(slope_CV.to(h_ND.dtype))
         if slope_ND is not None:
             ctx.save_for_backward(slope_ND)
         return logprobs_N, *tops.outputs(ctx)
@@ -126,31 +131,33 @@ class _TargetLogprobs(torch.autograd.Function):
 class _ManyTargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, head_VD: Tensor, targets_NK: Tensor, num_top: int
+        ctx: Any, h_ND: Tensor, head: FrozenLinear, targets_NK: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
-            logits_CV = F.linear(h_ND[chunk], head_VD).float()
+        for chunk in _chunks(h_ND.shape[0], head.out_features):
+            logits_CV = head.in_float32(h_ND[chunk])
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
             tops.take(chunk, logits_CV, normaliser_N1[chunk])
-        ctx.save_for_backward(h_ND, head_VD, targets_NK, normaliser_N1)
+        ctx.head = head
+        ctx.save_for_backward(h_ND, targets_NK, normaliser_N1)
         return logprobs_NK, *tops.outputs(ctx)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        h_ND, head_VD, targets_NK, normaliser_N1 = ctx.saved_tensors
+        h_ND, targets_NK, normaliser_N1 = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
         grad_NK = grads[0]
         grad_ND = torch.empty_like(h_ND)
-        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
-            slope_CV = F.linear(h_ND[chunk], head_VD).float().sub_(normaliser_N1[chunk]).exp_()
+        for chunk in _chunks(h_ND.shape[0], head.out_features):
+            slope_CV = head.in_float32(h_ND[chunk]).sub_(normaliser_N1[chunk]).exp_()
             slope_CV.mul_(-grad_NK[chunk].sum(1, keepdim=True))
             # One scatter a target: with all K at once a token that is there twice would make the order matter.
             for k in range(targets_NK.shape[1]):
                 slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
-            grad_ND[chunk] = slope_CV.to(head_VD.dtype) @ head_VD
+            grad_ND[chunk] = head.input_grad(slope_CV.to(h_ND.dtype))
         return grad_ND, None, None, None
 
 
@@ -162,7 +169,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         ctx: Any,
         h_ND: Tensor,
         u_NR: Tensor,
-        head_VD: Tensor,
+        head: FrozenLinear,
         b_VR: Tensor,
         scaling: float,
         targets_NK: Tensor,
@@ -171,33 +178,35 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
-            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head_VD, b_VR, scaling)
+        for chunk in _chunks(h_ND.shape[0], head.out_features):
+            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, scaling)
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
             tops.take(chunk, logits_CV, normaliser_N1[chunk])
         ctx.scaling = scaling
-        ctx.save_for_backward(h_ND, u_NR, head_VD, b_VR, targets_NK, normaliser_N1)
+        ctx.head = head
+        ctx.save_for_backward(h_ND, u_NR, b_VR, targets_NK, normaliser_N1)
         return logprobs_NK, *tops.outputs(ctx)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h_ND, u_NR, head_VD, b_VR, targets_NK, normaliser_N1 = ctx.saved_tensors
+        h_ND, u_NR, b_VR, targets_NK, normaliser_N1 = ctx.saved_tensors
+        head: FrozenLinear = ctx.head
         grad_NK = grads[0]
         grad_ND, grad_NR = torch.empty_like(h_ND), torch.empty_like(u_NR)
         grad_VR = torch.zeros(b_VR.shape, dtype=torch.float32, device=b_VR.device)
-        for chunk in _chunks(h_ND.shape[0], head_VD.shape[0]):
-            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head_VD, b_VR, ctx.scaling)
+        for chunk in _chunks(h_ND.shape[0], head.out_features):
+            logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, ctx.scaling)
             slope_CV = logits_CV.sub_(normaliser_N1[chunk]).exp_().mul_(-grad_NK[chunk].sum(1, keepdim=True))
             for k in range(targets_NK.shape[1]):
                 slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
-            slope_CV = slope_CV.to(head_VD.dtype)
-            grad_ND[chunk] = slope_CV @ head_VD
+            slope_CV = slope_CV.to(h_ND.dtype)
+            grad_ND[chunk] = head.input_grad(slope_CV)
             grad_NR[chunk] = (slope_CV @ b_VR).mul_(ctx.scaling)
             grad_VR.add_((slope_CV.t() @ u_NR[chunk]).float(), alpha=ctx.scaling)
         return grad_ND, grad_NR, None, grad_VR.to(b_VR.dtype), None, None, None
 
 
-def _adapted_logits(h_CD: Tensor, u_CR: Tensor, head_VD: Tensor, b_VR: Tensor, scaling: float) -> Tensor:
-    """float32 (C, V), rounded as the sampler's own."""
-    return F.linear(h_CD, head_VD).addmm_(u_CR, b_VR.t(), alpha=scaling).float()
+def _adapted_logits(h_CD: Tensor, u_CR: Tensor, head: FrozenLinear, b_VR: Tensor, scaling: float) -> Tensor:
+    """float32 (C, V), as the sampler's own."""
+    return add_low_rank(head.in_float32(h_CD), u_CR, b_VR, scaling)

@@ -8,42 +8,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.lora.grouped_matmul import lora_linear
+from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV
 from selfloop.engine.models.attention import Attention
 from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.models.norm import rms_norm
 from selfloop.engine.models.rope import Rotary, rotate
 from selfloop.engine.models.swiglu import swiglu
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """A frozen projection; ``weight`` is (out, in). Projections of one input are fused along out."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One block. ``linears`` in the order of :func:`selfloop.engine.lora.targets.linear_groups`;
+    """One block. ``linears`` in the order of :func:`selfloop.engine.lora.targets.linear_groups`, fused like those;
     ``qk_norm_Hd`` is (num_heads + num_kv_heads, head_dim), None in families without it."""
 
     attention_norm_D: Tensor
     mlp_norm_D: Tensor
-    linears: tuple[Linear, Linear, Linear, Linear]
+    linears: tuple[FrozenLinear, FrozenLinear, FrozenLinear, FrozenLinear]
     qk_norm_Hd: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class BaseWeights:
-    """Frozen weights of a model; ``head_VD`` is ``embedding_VD`` itself when tied."""
+    """Frozen weights of a model; when ``tied``, the weight of ``head`` is ``embedding_VD``."""
 
     embedding_VD: Tensor
     layers: Sequence[LayerWeights]
     final_norm_D: Tensor
-    head_VD: Tensor
+    head: FrozenLinear
+    tied: bool
 
 
 class Decoder:
@@ -78,7 +72,7 @@ class Decoder:
 
     def logits(self, h_ND: Tensor, adapters: AdapterBatch) -> Tensor:
         """Logits (N, V) in float32 of the rows asked for; ``adapters`` counts these rows."""
-        return lora_linear(h_ND, self.weights.head_VD, None, adapters.at_head()).float()
+        return lora_logits(h_ND, self.weights.head, adapters.at_head())
 
     def _attend(
         self,
@@ -100,19 +94,17 @@ class Decoder:
         return self._project(index, OUT, layer, out_THd.flatten(1), adapters)
 
     def _project(self, index: int, group: int, layer: LayerWeights, x_TI: Tensor, adapters: AdapterBatch) -> Tensor:
-        linear = layer.linears[group]
-        return lora_linear(x_TI, linear.weight, linear.bias, adapters.at(index, group))
+        return lora_linear(x_TI, layer.linears[group], adapters.at(index, group))
 
 
 def num_parameters(weights: BaseWeights) -> int:
     """Parameters of the base model, a tied head counted once."""
-    tensors: list[Tensor] = [weights.embedding_VD, weights.final_norm_D]
-    if weights.head_VD is not weights.embedding_VD:
-        tensors.append(weights.head_VD)
-    total = sum(t.numel() for t in tensors)
+    total = weights.embedding_VD.numel() + weights.final_norm_D.numel()
+    if not weights.tied:
+        total += weights.head.num_parameters
     for layer in weights.layers:
         total += layer.attention_norm_D.numel() + layer.mlp_norm_D.numel()
-        total += sum(x.weight.numel() + (x.bias.numel() if x.bias is not None else 0) for x in layer.linears)
+        total += sum(linear.num_parameters for linear in layer.linears)
         if layer.qk_norm_Hd is not None:
             total += 2 * layer.qk_norm_Hd.shape[1]  # held once per head, stored once
     return total

@@ -129,7 +129,7 @@ class LossStep:
         # A row with several targets may have some of them masked: they are scored as token 0 and left out below.
         targets = batch.targets[active_N].clamp_(min=0)
         head = None if adapter.head is None else HeadAdapter(adapter.head.a, adapter.head.b[0], adapter.scaling)
-        scores = score(h_TD[active_N], decoder.weights.head_VD, targets, self._num_top, head)
+        scores = score(h_TD[active_N], decoder.weights.head, targets, self._num_top, head)
         zeros = torch.zeros(batch.targets.shape, device=decoder.device)
         logprobs = zeros.index_put((active_N,), scores.logprobs)
         if logprobs.dim() > 1:

@@ -1,0 +1,65 @@
+"""A frozen weight in every layout, beside the plain product."""
+
+import pytest
+import torch
+
+from selfloop.engine.models.linear import FrozenLinear, best_layout
+
+SHAPES = [(96, 32), (33, 17), (1, 8), (640, 64)]
+BLOCKED = best_layout(torch.device("cpu"), torch.bfloat16)
+needs_blocks = pytest.mark.skipif(BLOCKED != "blocked", reason="this CPU does not multiply in bfloat16")
+
+
+def made(shape: tuple[int, int], dtype: torch.dtype, *, bias: bool = True) -> tuple[torch.Tensor, FrozenLinear]:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    return weight, FrozenLinear(weight, torch.randn(shape[0]).to(dtype) if bias else None)
+
+
+@needs_blocks
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
+def test_blocks_change_no_bit(shape: tuple[int, int], num_rows: int):
+    x, dy = (torch.randn(num_rows, n).bfloat16() for n in (shape[1], shape[0]))
+    _, plain = made(shape, torch.bfloat16)
+    _, blocked = made(shape, torch.bfloat16)
+    blocked.lay_out("blocked")
+    assert torch.equal(blocked(x), plain(x))
+    assert torch.equal(blocked.input_grad(dy), plain.input_grad(dy))
+
+
+@needs_blocks
+def test_a_row_is_the_same_among_few_and_many():
+    _, linear = made((640, 64), torch.bfloat16)
+    linear.lay_out("blocked")
+    x = torch.randn(700, 64).bfloat16()
+    for call in (linear, linear.in_float32):
+        everything = call(x)
+        assert all(torch.equal(call(x[at : at + num]), everything[at : at + num]) for at, num in ((0, 1), (5, 40)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["plain", pytest.param("blocked", marks=needs_blocks)])
+@pytest.mark.parametrize("keep_plain", [True, False])
+def test_bfloat16_summed_in_float32(shape: tuple[int, int], bias: bool, layout: str, keep_plain: bool):
+    weight, linear = made(shape, torch.bfloat16, bias=bias)
+    linear.lay_out(layout, keep_plain=keep_plain)
+    x = torch.randn(20, shape[1]).bfloat16()
+    exact = x.double() @ weight.double().t()
+    if linear.bias_O is not None:
+        exact += linear.bias_O.double()
+    found = linear.in_float32(x)
+    assert found.dtype == torch.float32
+    largest = float(exact.abs().max())
+    assert float((found - exact).abs().max()) < 2**-15 * largest
+    assert float((linear(x) - exact).abs().max()) > 2**-12 * largest, "a plain bfloat16 product is no better"
+    torch.testing.assert_close(linear.input_grad(linear(x)), linear(x) @ weight)
+
+
+def test_float32_is_plain():
+    assert best_layout(torch.device("cpu"), torch.float32) == "plain"
+    weight, linear = made((33, 17), torch.float32, bias=False)
+    x = torch.randn(5, 17)
+    assert torch.equal(linear(x), x @ weight.t())
+    assert torch.equal(linear.in_float32(x), linear(x))
