@@ -99,7 +99,7 @@ fuzz: $(READY)
 	FUZZ_REQUESTS=20000 $(BIN)/python -m pytest -q --timeout=3600 tests/fuzz $(ARGS)
 
 bench: $(READY) $(CLIENT_READY)
-	$(BIN)/python bench/overhead.py $(ARGS)
+	$(BIN)/python -m bench.served $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

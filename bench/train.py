@@ -64,13 +64,13 @@ def quarter(bench: Bench) -> None:
 
 def mixed(bench: Bench) -> None:
     """Lengths as they are in conversations: their logarithms evenly spread."""
-    lengths = work.long_tailed_lengths(bench.size(16), 16, bench.size(512, 20))
-    compare(bench, "16 sequences of 16 to 512, long-tailed, rank 32", lengths, ratio_target=3.0)
+    lengths = work.long_tailed_lengths(8, 16, bench.size(512, 20))
+    compare(bench, "8 sequences of 16 to 512, long-tailed, rank 32", lengths, ratio_target=3.0)
 
 
 def mixed_even(bench: Bench) -> None:
-    lengths = work.even_lengths(bench.size(16), 16, bench.size(512, 20))
-    compare(bench, "16 sequences of 16 to 512, evenly spread, rank 32", lengths, ratio_target=3.0)
+    lengths = work.even_lengths(8, 16, bench.size(512, 20))
+    compare(bench, "8 sequences of 16 to 512, evenly spread, rank 32", lengths, ratio_target=3.0)
 
 
 def shapes(bench: Bench) -> None:

@@ -1,10 +1,10 @@
 """Our side: the engine through its front door."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.harness.measure import now
 from selfloop.engine.engine import Engine
 from selfloop.types.datum import Datum
 from selfloop.types.operation import AdamParams
@@ -46,12 +46,12 @@ def requests(
     *,
     adapters: Sequence[str | None] = (None,),
     num_samples: int = 1,
-    temperature: float = 1.0,
+    use_end_tokens: bool = False,
 ) -> list[SampleRequest]:
-    """A request a prompt, which runs to its full length; ``adapters`` go round."""
+    """A request a prompt, which runs to its full length unless ``use_end_tokens``; ``adapters`` go round."""
     made: list[SampleRequest] = []
     for i, prompt in enumerate(prompts):
-        params = SamplingParams(max_tokens=max_tokens, seed=i, temperature=temperature, use_end_tokens=False)
+        params = SamplingParams(max_tokens=max_tokens, seed=i, use_end_tokens=use_end_tokens)
         adapter = adapters[i % len(adapters)]
         ref = None if adapter is None else AdapterRef(adapter, "")
         made.append(SampleRequest(str(i), list(prompt), num_samples, params, ref))
@@ -60,7 +60,7 @@ def requests(
 
 def sample(engine: Engine, asked: Sequence[SampleRequest]) -> Drawn:
     """Submit all at once and step until all are done."""
-    started = time.perf_counter()
+    started = now()
     for request in asked:
         engine.submit_sample(request)
     results: dict[str, list[SampledSequence]] = {}
@@ -68,7 +68,7 @@ def sample(engine: Engine, asked: Sequence[SampleRequest]) -> Drawn:
     while engine.num_sampling:
         finished = engine.sample_step()
         assert not (failed := engine.take_failed_samples()), failed
-        first_s = first_s or time.perf_counter() - started
+        first_s = first_s or now() - started
         results |= {result.request_id: result.sequences for result in finished}
-    total_s = time.perf_counter() - started
+    total_s = now() - started
     return Drawn([results[request.request_id] for request in asked], first_s, total_s - first_s)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.harness import ours, theirs
+from bench.harness.measure import use_clock
 from bench.harness.report import Report, machine
 from bench.harness.roof import ModelCost, Roof
 from selfloop.engine.engine import Engine
@@ -92,15 +93,16 @@ class Bench:
 Case = Callable[[Bench], None]
 
 
-def parser(description: str | None, cases: Mapping[str, Case]) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every program on a model has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model_dir", type=Path, nargs="?", help="a Hugging Face folder; default: the embedded model")
-    made.add_argument(
-        "--cases", nargs="+", choices=list(cases), default=list(cases), metavar="CASE", help=", ".join(cases)
-    )
     made.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     made.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    made.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time over threads, for a busy machine"
+    )
     made.add_argument("--quick", action="store_true", help="tiny sizes: only to see that it runs")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return made
@@ -108,14 +110,26 @@ def parser(description: str | None, cases: Mapping[str, Case]) -> argparse.Argum
 
 def run(program: str, description: str | None, cases: Mapping[str, Case], arguments: Sequence[str] | None) -> Report:
     """Parse the arguments, run the cases that are asked for, print the table."""
-    args = parser(description, cases).parse_args(arguments)
+    options = parser(description)
+    options.add_argument(
+        "--cases", nargs="+", choices=list(cases), default=list(cases), metavar="CASE", help=", ".join(cases)
+    )
+    args = options.parse_args(arguments)
+    return measure(program, [cases[name] for name in args.cases], args, arguments)
+
+
+def measure(program: str, cases: Sequence[Case], args: argparse.Namespace, arguments: Sequence[str] | None) -> Report:
+    """Run these cases on one :class:`Bench` as the options say; print the table."""
     model_dir = args.model_dir or embedded_model()
+    use_clock(args.clock)
     report = Report(program, machine(), judged=not args.quick)
     bench = Bench(model_dir, report, dtype=args.dtype, device=args.device, rounds=args.rounds, quick=args.quick)
     report.about |= {"model": model_dir.name, "dtype": bench.engine.info.dtype, "device": bench.device}
-    report.about["command"] = shlex.join(["python", "-m", f"bench.{program}", *(arguments or sys.argv[1:])])
-    for name in args.cases:
-        cases[name](bench)
+    report.about["clock"] = args.clock
+    given = sys.argv[1:] if arguments is None else arguments
+    report.about["command"] = shlex.join(["python", "-m", f"bench.{program}", *given])
+    for case in cases:
+        case(bench)
     if args.json is not None:
         report.write(args.json)
     print(report.render())

@@ -6,7 +6,6 @@ that these figures give is a lower bound.
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,25 @@ from typing import Any
 
 import torch
 
+from bench.harness.measure import now
+
 # Far beyond any cache.
 _READ_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Weights of the linear layers, in elements: of all blocks, and of the projection to the vocabulary."""
+    """What the linear layers of a model have.
+
+    Args:
+        block_weights: weights of all blocks.
+        head_weights: weights of the projection to the vocabulary.
+        adapter_ends: inputs and outputs of the blocks' layers: what an adapter has for each of its ranks.
+    """
 
     block_weights: int
     head_weights: int
+    adapter_ends: int
 
     @classmethod
     def read(cls, model_dir: Path) -> "ModelCost":
@@ -35,9 +43,20 @@ class ModelCost:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head_dim = int(config.get("head_dim") or hidden // heads)
         kv_heads = int(config.get("num_key_value_heads") or heads)
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-        mlp = 3 * hidden * int(config["intermediate_size"])
-        return cls(int(config["num_hidden_layers"]) * (attention + mlp), hidden * int(config["vocab_size"]))
+        num_layers, mlp_size = int(config["num_hidden_layers"]), int(config["intermediate_size"])
+        q_size, kv_size = heads * head_dim, kv_heads * head_dim
+        # Of each linear layer of a block, what goes in and what comes out.
+        ends = [(hidden, q_size), (hidden, kv_size), (hidden, kv_size), (q_size, hidden)]
+        ends += [(hidden, mlp_size), (hidden, mlp_size), (mlp_size, hidden)]
+        return cls(
+            num_layers * sum(a * b for a, b in ends),
+            hidden * int(config["vocab_size"]),
+            num_layers * sum(a + b for a, b in ends),
+        )
+
+    def adapter_weights(self, rank: int) -> int:
+        """Weights of a LoRA adapter on every linear layer of the blocks."""
+        return rank * self.adapter_ends
 
     def forward_gflop(self, head_share: float = 1.0) -> float:
         """GFLOP of one token, of which only ``head_share`` need logits."""
@@ -76,12 +95,12 @@ class Roof:
     def _per_second(self, call: Callable[[], object]) -> float:
         call()
         self._wait()
-        num, started, passed = 0, time.perf_counter(), 0.0
+        num, started, passed = 0, now(), 0.0
         while passed < self._seconds:
             call()
             self._wait()
             num += 1
-            passed = time.perf_counter() - started
+            passed = now() - started
         return num / passed
 
     def _wait(self) -> None:

@@ -1,6 +1,5 @@
 """The other side: transformers and PEFT doing the same work, as well as their public options allow."""
 
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
+from bench.harness.measure import now
 from bench.harness.work import IGNORED_TARGET, labels_of
 
 logging.disable_progress_bar()
@@ -39,7 +39,7 @@ class _Clock(StoppingCriteria):
         self.at: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.at.append(time.perf_counter())
+        self.at.append(now())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -119,7 +119,7 @@ def generate(
         output_logits=with_logits,
         return_dict_in_generate=True,
     )
-    started = time.perf_counter()
+    started = now()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = model.generate(

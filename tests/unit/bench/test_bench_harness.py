@@ -51,6 +51,7 @@ def test_the_cost_of_smollm2():
     assert cost.forward_gflop() == pytest.approx(0.269, abs=5e-4)
     assert cost.train_gflop() == pytest.approx(0.538, abs=5e-4)
     assert cost.train_gflop(head_share=0.25) == pytest.approx(4 * (106_168_320 + 28_311_552 / 4) / 1e9)
+    assert cost.adapter_weights(32) == 9_768_960
     assert cost.step_gb(torch.bfloat16) == pytest.approx(0.269, abs=5e-4)
 
 

@@ -1,15 +1,15 @@
 """The gateway of bench/api_load.py: as ``selfloop serve``, and it notes when each operation had its result.
 
-    python bench/load_gateway.py PORT DATA_DIR TIMES_FILE
+    python bench/peers/patient_gateway.py --port PORT --data-dir DIR
 
 Operations wait an hour for a missing ``seq_id``, so that they can be held back for a whole measurement. On SIGUSR1 it
-writes a line per operation: its id and the moment (``time.monotonic()``, one clock for the whole machine).
+writes a line per operation to DIR/times: its id and the moment (``time.monotonic()``, one clock for the whole machine).
 """
 
+import argparse
 import dataclasses
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -38,15 +38,19 @@ def patient(self: Settings) -> ControlConfig:
 Operations._settled = noting  # type: ignore[method-assign]
 Settings.control = property(patient)  # type: ignore[assignment, method-assign]
 
-port, data_dir, times = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+parser = argparse.ArgumentParser()
+parser.add_argument("--port", type=int, required=True)
+parser.add_argument("--data-dir", type=Path, required=True)
+options = parser.parse_args()
 
 
 def write_times(_signal: int, _frame: object) -> None:
+    times = options.data_dir / "times"
     aside = times.with_suffix(".part")
     aside.write_text("".join(f"{id} {at!r}\n" for id, at in ready_at.items()))
     aside.rename(times)
 
 
 signal.signal(signal.SIGUSR1, write_times)
-settings = Settings("127.0.0.1", port, data_dir, prepare=False)
+settings = Settings("127.0.0.1", options.port, options.data_dir, prepare=False)
 serve.serve(settings, os.environ["SELFLOOP_API_KEY"], lambda _made: None)
