@@ -39,7 +39,7 @@ async def reopen(
         log.info("run %s: replaying %d operations", run.id, len(rows))
     for row in rows:
         payload = await journal.payload(row)
-        context = Execute(run.id, run.seed, initial=initial, targets=targets)
+        context = Execute(run.id, run.seed, initial=initial, targets=targets, alone=True)
         if row.kind == "load_state":
             context = msgspec.structs.replace(context, read_from=await settlement.read_from(run, payload))
         try:

@@ -221,7 +221,8 @@ class RunActor:
                 worker = await self._open()
                 payload = await self._journal.payload(queued.row)
                 try:
-                    command = await self._command(queued.row, payload)
+                    # A suspect of the worker's death gets no company, so that only the culprit can be blamed again.
+                    command = await self._command(queued.row, payload, alone=queued.num_attempts > 0)
                 except OperationFailed as error:
                     self.remove(queued.row.id)
                     await self._settlement.fail(queued.row, str(error), error.error_class)
@@ -267,9 +268,11 @@ class RunActor:
         self._worker = worker
         return worker
 
-    async def _command(self, row: OperationRow, payload: bytes) -> Execute:
+    async def _command(self, row: OperationRow, payload: bytes, *, alone: bool) -> Execute:
         targets = LoraTargets.parse(self.run.targets)
-        context = Execute(self.run.id, self.run.seed, initial=self._folder(self.run.initial_key), targets=targets)
+        context = Execute(
+            self.run.id, self.run.seed, initial=self._folder(self.run.initial_key), targets=targets, alone=alone
+        )
         if row.kind == "load_state":
             return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
         if row.kind in _SAVES:

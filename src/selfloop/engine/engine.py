@@ -4,8 +4,7 @@ Not thread-safe: one thread calls it.
 """
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,25 +25,21 @@ from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.kv_cache import PagePool
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
-from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
 from selfloop.engine.train.optim import optim_step
-from selfloop.engine.train.run import Accumulated, Run
-from selfloop.engine.train.step import LossStep, LossTotals, all_finite
+from selfloop.engine.train.request import LossRequest
+from selfloop.engine.train.run import Run
+from selfloop.engine.train.step import advance, fitting
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum
-from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed, SelfloopError
 from selfloop.types.lora import LoraTargets
-from selfloop.types.losses import LOSSES, LossSpec
-from selfloop.types.operation import AdamParams
+from selfloop.types.operation import AdamParams, Forward, ForwardBackward
 from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 
 log = logging.getLogger("selfloop.engine")
 
-_SKIP = "skip_token_normalization"
 _MAX_BATCH = 256
-# What an uploaded loss reads is checked against its own declaration.
-_CUSTOM = LossSpec("custom", many_targets=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +78,7 @@ class Engine:
     ) -> None:
         config = decoder.config
         self._decoder = decoder
-        self._train_token_budget = train_token_budget
+        self.train_token_budget = train_token_budget
         self._runs: dict[str, Run] = {}
         self._bank = AdapterBank(max_adapters)
         self._scheduler = SamplingScheduler(
@@ -204,11 +199,8 @@ class Engine:
             BadRequest: a datum does not fit the loss or the model.
             OperationFailed: the loss is not finite.
         """
-        full = _full_config(loss_fn, config, custom)
-        batches = self._micro_batches(data, loss_fn, custom)
-        step = LossStep(self._decoder, loss_fn, full, top_k_logprobs, custom)
-        totals = step.forward(self._run(run_id), batches)
-        return _loss_result(totals, data, skip=summed or bool(full.get(_SKIP)))
+        operation = Forward(data, loss_fn, dict(config), top_k_logprobs, summed, custom)
+        return _only(self.compute([(run_id, operation)]))
 
     def forward_backward(
         self,
@@ -227,32 +219,51 @@ class Engine:
             BadRequest: as :meth:`forward`; or gradients that are divided by different things would share a step.
             OperationFailed: loss or gradient is not finite.
         """
-        run = self._run(run_id)
-        full = _full_config(loss_fn, config, custom)
-        skip = summed or bool(full.get(_SKIP))
-        before = run.accumulated
-        if before is not None and before.normalised == skip:
-            kind = "unnormalised" if skip else "normalised"
-            raise BadRequest(f"loss_fn_config.{_SKIP}", f"{kind} and other gradients cannot share an optim_step")
-        if before is not None and (before.num_pairs is not None) != (_spec(loss_fn, custom).rows == 2):
-            raise BadRequest(
-                "loss_fn", "gradients divided by pairs (dpo) and by tokens (other losses) cannot share an optim_step"
-            )
-        batches = self._micro_batches(data, loss_fn, custom)
-        step = LossStep(self._decoder, loss_fn, full, top_k_logprobs, custom)
-        totals, grad_P = step.forward_backward(run, batches)
-        num_tokens, num_pairs = totals.num_tokens, totals.num_pairs
-        if before is not None:
-            grad_P.add_(before.grad_P)
-            num_tokens += before.num_tokens
-            if num_pairs is not None and before.num_pairs is not None:
-                num_pairs += before.num_pairs
-            if not all_finite(grad_P):
-                raise OperationFailed(
-                    "the sum with the gradients accumulated before is not finite", "NonFiniteGradient"
-                )
-        run.accumulated = Accumulated(grad_P, num_tokens, normalised=not skip, num_pairs=num_pairs)
-        return _loss_result(totals, data, skip=skip)
+        operation = ForwardBackward(data, loss_fn, dict(config), top_k_logprobs, summed, custom)
+        return _only(self.compute([(run_id, operation)]))
+
+    def compute(self, asked: Sequence[tuple[str, Forward | ForwardBackward]]) -> list[LossResult | SelfloopError]:
+        """Operations of many runs together, in few passes of the model; each with its own outcome, in their order.
+
+        Losses, configurations, ranks, targets and lengths mix freely. What fails, fails alone. Of one run the
+        operations come in order, and gradients add up as if each had come by itself.
+        """
+        outcomes: dict[int, LossResult | SelfloopError] = {}
+        requests: dict[int, LossRequest] = {}
+        for place, (run_id, operation) in enumerate(asked):
+            try:
+                requests[place] = self.begin(run_id, operation)
+            except SelfloopError as error:
+                outcomes[place] = error
+        while left := [request for request in requests.values() if not request.job.is_done]:
+            self.advance(self.together(left))
+        for place, request in requests.items():
+            try:
+                outcomes[place] = request.result()
+            except SelfloopError as error:
+                outcomes[place] = error
+        return [outcomes[place] for place in range(len(asked))]
+
+    def begin(self, run_id: str, operation: Forward | ForwardBackward) -> LossRequest:
+        """Check an operation and lay out its work, which :meth:`advance` does; when its job is done, take its result.
+
+        Until then nothing else may be asked of the run.
+
+        Raises:
+            NotFound: no such run.
+            BadRequest: as :meth:`forward_backward`.
+        """
+        decoder = self._decoder
+        return LossRequest(self._run(run_id), operation, decoder.config, self.train_token_budget, decoder.device)
+
+    def together(self, requests: Sequence[LossRequest]) -> list[LossRequest]:
+        """The first of these requests and those after it whose next micro-batches fit one pass."""
+        chosen = fitting([request.job for request in requests], self.train_token_budget)
+        return [request for request in requests if request.job in chosen]
+
+    def advance(self, requests: Sequence[LossRequest]) -> None:
+        """One pass, forward and backward, for the next micro-batch of each of these requests."""
+        advance(self._decoder, [request.job for request in requests])
 
     def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
         """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""
@@ -380,67 +391,13 @@ class Engine:
             raise NotFound("run", run_id)
         return self._runs[run_id]
 
-    def _micro_batches(self, data: list[Datum], loss_fn: str, custom: CustomLoss | None) -> list[MicroBatch]:
-        spec, config = _spec(loss_fn, custom), self._config
-        if len(data) % spec.rows != 0:
-            raise BadRequest("data", f"{loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
-        examples = [
-            read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
-            for index, datum in enumerate(data)
-        ]
-        if custom is not None:
-            examples = [read_own(i, data[i], example, custom) for i, example in enumerate(examples)]
-        return micro_batches(examples, self._train_token_budget, self._decoder.device, spec.rows)
-
-
-def _spec(loss_fn: str, custom: CustomLoss | None) -> LossSpec:
-    if custom is not None:
-        return _CUSTOM
-    if loss_fn not in LOSSES:
-        raise BadRequest("loss_fn", f"expected one of {sorted(LOSSES)}")
-    return LOSSES[loss_fn]
-
-
-def _full_config(
-    loss_fn: str, config: Mapping[str, float | bool], custom: CustomLoss | None
-) -> dict[str, float | bool]:
-    """The configuration with defaults filled in; raises BadRequest on unknown names."""
-    known = _spec(loss_fn, custom).config
-    for name in config:
-        if name not in known:
-            raise BadRequest(f"loss_fn_config.{name}", f"loss {loss_fn!r} takes {sorted(known)}")
-    return {**known, **config}
-
-
-def _loss_result(totals: LossTotals, data: list[Datum], *, skip: bool) -> LossResult:
-    loss = totals.loss_sum
-    if not skip:
-        loss = loss / totals.num_units if totals.num_units > 0 else 0.0
-    assert math.isfinite(loss)
-    metrics = {"loss": loss, "num_trained_tokens": float(totals.num_tokens)}
-    if totals.num_pairs is not None:
-        metrics["num_trained_pairs"] = float(totals.num_pairs)
-    for name, value in totals.metric_sums.items():
-        metrics[name] = _reduced(name, value, totals.num_units, len(data))
-    if skip:
-        metrics[_SKIP] = 1.0
-    shapes = [datum.loss_inputs["target_tokens"].shape for datum in data]
-    logprobs = [from_torch(x, shape) for x, shape in zip(totals.logprobs, shapes, strict=True)]
-    return LossResult(
-        loss,
-        logprobs,
-        metrics,
-        [from_torch(x, tuple(x.shape), "int64") for x in totals.top_tokens],
-        [from_torch(x, tuple(x.shape)) for x in totals.top_logprobs],
-    )
-
-
-def _reduced(name: str, total: float, num_units: int, num_datums: int) -> float:
-    """A metric's mean; an uploaded loss says by the name of a metric how its datums' values are combined."""
-    if name.startswith("custom/"):
-        return total / num_datums if name.endswith(":mean") else total
-    return total / num_units if num_units > 0 else 0.0
-
 
 def _saved(run: Run, size_bytes: int) -> SavedState:
     return SavedState(run.step, run.shape.rank, run.alpha, size_bytes)
+
+
+def _only(outcomes: list[LossResult | SelfloopError]) -> LossResult:
+    (outcome,) = outcomes
+    if isinstance(outcome, SelfloopError):
+        raise outcome
+    return outcome

@@ -9,6 +9,8 @@ from pathlib import Path
 # A worker's log that has grown beyond this is put aside at the next launch; one such file is kept.
 _MAX_LOG_BYTES = 32 * 1024 * 1024
 
+DEFAULT_TRAINING_SHARE = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerCommand:
@@ -22,6 +24,7 @@ class WorkerCommand:
         num_threads: CPU threads of the engine; None takes every core.
         silence_s: a worker that its gateway has heard nothing of for so long is ended: it is stopped or stuck.
         stuck_s: so is one whose main loop has been at one piece of work for so long.
+        training_share: part of the device's time that training gets while there is sampling to do, too.
     """
 
     model_dir: Path
@@ -31,6 +34,7 @@ class WorkerCommand:
     num_threads: int | None = None
     silence_s: float = 60.0
     stuck_s: float = 3600.0
+    training_share: float = DEFAULT_TRAINING_SHARE
 
 
 async def launch_worker(command: WorkerCommand, address: str, pulse_address: str) -> asyncio.subprocess.Process:
@@ -49,6 +53,8 @@ async def launch_worker(command: WorkerCommand, address: str, pulse_address: str
         command.device,
         "--dtype",
         command.dtype,
+        "--training-share",
+        str(command.training_share),
         "--parent-pid",
         str(os.getpid()),
     ]

@@ -1,6 +1,7 @@
-"""The worker's one loop, in one thread: receive, then give the device to whichever kind of work had less of it."""
+"""The worker's one loop, in one thread: receive, then give the device to the kind of work whose turn it is."""
 
 import logging
+import math
 import os
 import time
 
@@ -8,6 +9,7 @@ import zmq
 
 from selfloop.worker.background import Pulse
 from selfloop.worker.drawing import SamplingDesk
+from selfloop.worker.fair_share import FairShare
 from selfloop.worker.outbox import Outbox
 from selfloop.worker.protocol import (
     Call,
@@ -32,10 +34,15 @@ log = logging.getLogger("selfloop.worker")
 _IDLE_POLL_MS = 1000
 # While a snapshot is being written, whose end is to be told.
 _WRITING_POLL_MS = 10
+_TRAINING, _SAMPLING = "training", "sampling"
 
 
 class Worker:
-    """Brings each call to the desk that it is for; the desks of training and sampling share the device."""
+    """Brings each call to the desk that it is for; the desks of training and sampling share the device.
+
+    Args:
+        training_share: part of the device's time that training gets while there is sampling to do, too.
+    """
 
     def __init__(
         self,
@@ -45,6 +52,8 @@ class Worker:
         training: TrainingDesk,
         sampling: SamplingDesk,
         text: TextDesk,
+        *,
+        training_share: float,
     ) -> None:
         self._socket = socket
         self._outbox = outbox
@@ -52,8 +61,8 @@ class Worker:
         self._training = training
         self._sampling = sampling
         self._text = text
-        self._train_s = 0.0
-        self._sample_s = 0.0
+        self._shares: FairShare[str] = FairShare()
+        self._training_share = training_share
         self._stopping = False
 
     def run(self) -> None:
@@ -70,41 +79,34 @@ class Worker:
         while not self._stopping:
             self._receive()
             self._training.tell_of_snapshots()
-            training, sampling = self._training.has_work, self._sampling.has_work
-            if training and sampling:
-                self._share()
-            elif training:
-                self._train_s = self._sample_s = 0.0
-                self._train()
-            elif sampling:
-                self._train_s = self._sample_s = 0.0
-                self._sample()
+            self._note(_TRAINING, self._training.has_work, self._training_share)
+            self._note(_SAMPLING, self._sampling.has_work, 1 - self._training_share)
+            for kind in self._shares.in_turn()[:1]:
+                started = time.monotonic()
+                with self._pulse.at_work():
+                    if kind == _TRAINING:
+                        self._training.step()
+                    else:
+                        self._sampling.step()
+                self._shares.charge(kind, time.monotonic() - started)
 
-    def _share(self) -> None:
-        # Equal time to each while both have work, so that neither starves.
-        started = time.monotonic()
-        if self._train_s <= self._sample_s:
-            self._train()
-            self._train_s += time.monotonic() - started
+    def _note(self, kind: str, has_work: bool, share: float) -> None:
+        if has_work:
+            self._shares.join(kind, share)
         else:
-            self._sample()
-            self._sample_s += time.monotonic() - started
-
-    def _train(self) -> None:
-        with self._pulse.at_work():
-            self._training.step()
-
-    def _sample(self) -> None:
-        with self._pulse.at_work():
-            self._sampling.step()
+            self._shares.leave(kind)
 
     def _receive(self) -> None:
-        busy = self._training.has_work or self._sampling.has_work
-        idle_ms = _WRITING_POLL_MS if self._training.is_writing else _IDLE_POLL_MS
-        while self._socket.poll(0 if busy else idle_ms):
+        while self._socket.poll(self._patience_ms()):
             frames = self._socket.recv_multipart()
             self._accept(call_decoder.decode(frames[0]), frames[1])
-            busy = True
+
+    def _patience_ms(self) -> int:
+        if self._sampling.has_work:
+            return 0
+        if self._training.has_work:
+            return math.ceil(1000 * self._training.patience_s())
+        return _WRITING_POLL_MS if self._training.is_writing else _IDLE_POLL_MS
 
     def _accept(self, call: Call, payload: bytes) -> None:
         match call.command:

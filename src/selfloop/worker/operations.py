@@ -35,7 +35,7 @@ def open_run(engine: Engine, command: OpenRun) -> None:
 
 
 def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
-    """Raises what the engine raises, and then has changed nothing."""
+    """Whatever is not a loss. Raises what the engine raises, and then has changed nothing."""
     run_id = context.run_id
     match operation:
         case InitTrainer(lora_rank):
@@ -46,10 +46,8 @@ def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
                 initial=_path(context.initial),
                 targets=context.targets,
             )
-        case Forward(data, loss_fn, config, top_k, summed, custom):
-            return engine.forward(run_id, data, loss_fn, config, top_k, summed=summed, custom=custom)
-        case ForwardBackward(data, loss_fn, config, top_k, summed, custom):
-            return engine.forward_backward(run_id, data, loss_fn, config, top_k, summed=summed, custom=custom)
+        case Forward() | ForwardBackward():
+            raise AssertionError("a loss goes through the model with those of other runs")
         case OptimStep(adam):
             return engine.optim_step(run_id, adam)
         case LoadState(with_optimizer=with_optimizer):

@@ -20,6 +20,7 @@ from selfloop.worker.background import Pulse
 from selfloop.worker.chat import ChatTemplate
 from selfloop.worker.drawing import SamplingDesk
 from selfloop.worker.grammars import GrammarCompiler
+from selfloop.worker.launch_local import DEFAULT_TRAINING_SHARE
 from selfloop.worker.loop import Worker
 from selfloop.worker.outbox import Outbox
 from selfloop.worker.protocol import LoadFailed, Loading, ModelInfo, Ready
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--training-share", type=float, default=DEFAULT_TRAINING_SHARE)
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args()
 
@@ -94,7 +96,8 @@ def main() -> None:
     )
     outbox.send(ready)
     training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)
-    Worker(socket, outbox, pulse, training, sampling, TextDesk(tokenizer, chat)).run()
+    text = TextDesk(tokenizer, chat)
+    Worker(socket, outbox, pulse, training, sampling, text, training_share=options.training_share).run()
 
 
 if __name__ == "__main__":

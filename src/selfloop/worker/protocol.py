@@ -41,10 +41,13 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
         initial: folder of the run's starting checkpoint, for ``init_trainer_server``.
         seed: the run's seed, for ``init_trainer_server``.
         targets: what the run's fresh adapter changes, for ``init_trainer_server``.
+        alone: compute nothing of other runs with it, nor between its begin and its end. So a repetition of what was
+            computed alone gives the same bits, and the one of several that ends the worker is found.
     """
 
     run_id: str
     seed: int
+    alone: bool = False
     read_from: str | None = None
     write_to: str | None = None
     initial: str | None = None
@@ -162,7 +165,7 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):
-    """An ``Execute`` call has its turn; if the process dies before the answer, this call is the suspect."""
+    """An ``Execute`` call has its turn; if the process dies before the answer, this call is a suspect."""
 
     ticket: int
 

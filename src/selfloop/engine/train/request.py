@@ -1,0 +1,152 @@
+"""From a loss operation to a job, and from a finished job to the operation's result."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
+from selfloop.engine.train.job import LossChoice, LossJob, LossTotals, all_finite
+from selfloop.engine.train.run import Accumulated, Run
+from selfloop.types.custom_loss import CustomLoss
+from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.losses import LOSSES, LossSpec
+from selfloop.types.operation import Forward, ForwardBackward
+from selfloop.types.result import LossResult
+
+_SKIP = "skip_token_normalization"
+# What an uploaded loss reads is checked against its own declaration.
+_CUSTOM = LossSpec("custom", many_targets=True)
+
+
+class LossRequest:
+    """A ``forward`` or ``forward_backward`` of one run that has begun; its work is :attr:`job`.
+
+    Raises:
+        BadRequest: a datum does not fit the loss or the model; or gradients that are divided by different things
+            would share a step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        operation: Forward | ForwardBackward,
+        config: ModelConfig,
+        token_budget: int,
+        device: torch.device,
+    ) -> None:
+        full = _full_config(operation.loss_fn, operation.loss_config, operation.custom)
+        self._run = run
+        self._skip = operation.summed or bool(full.get(_SKIP))
+        self._rows = _spec(operation.loss_fn, operation.custom).rows
+        with_gradient = isinstance(operation, ForwardBackward)
+        if with_gradient:
+            self._check_mates(run.accumulated)
+        batches = _micro_batches(operation, config, token_budget, device)
+        choice = LossChoice(operation.loss_fn, full, operation.top_k_logprobs, operation.custom)
+        self._shapes = [datum.loss_inputs["target_tokens"].shape for datum in operation.data]
+        self.job = LossJob(run, batches, choice, with_gradient=with_gradient)
+
+    def result(self) -> LossResult:
+        """The result of a finished job, whose gradient joins those of the run; all or nothing.
+
+        Raises:
+            OperationFailed: loss, gradient or the sum of gradients is not finite.
+        """
+        job = self.job
+        assert job.is_done
+        if job.failure is not None:
+            raise job.failure
+        if job.with_gradient:
+            self._accumulate()
+        return _loss_result(job.totals, self._shapes, skip=self._skip)
+
+    def _accumulate(self) -> None:
+        job, before = self.job, self._run.accumulated
+        self._check_mates(before)
+        grad_P = torch.zeros_like(self._run.theta_P) if job.grad_P is None else job.grad_P
+        num_tokens, num_pairs = job.totals.num_tokens, job.totals.num_pairs
+        if before is not None:
+            grad_P.add_(before.grad_P)
+            num_tokens += before.num_tokens
+            if num_pairs is not None and before.num_pairs is not None:
+                num_pairs += before.num_pairs
+            if not all_finite(grad_P):
+                raise OperationFailed(
+                    "the sum with the gradients accumulated before is not finite", "NonFiniteGradient"
+                )
+        self._run.accumulated = Accumulated(grad_P, num_tokens, normalised=not self._skip, num_pairs=num_pairs)
+        job.grad_P = None
+
+    def _check_mates(self, before: Accumulated | None) -> None:
+        if before is not None and before.normalised == self._skip:
+            kind = "unnormalised" if self._skip else "normalised"
+            raise BadRequest(f"loss_fn_config.{_SKIP}", f"{kind} and other gradients cannot share an optim_step")
+        if before is not None and (before.num_pairs is not None) != (self._rows == 2):
+            raise BadRequest(
+                "loss_fn", "gradients divided by pairs (dpo) and by tokens (other losses) cannot share an optim_step"
+            )
+
+
+def _micro_batches(
+    operation: Forward | ForwardBackward, config: ModelConfig, token_budget: int, device: torch.device
+) -> list[MicroBatch]:
+    spec, data = _spec(operation.loss_fn, operation.custom), operation.data
+    if len(data) % spec.rows != 0:
+        raise BadRequest("data", f"{operation.loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
+    examples = [
+        read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
+        for index, datum in enumerate(data)
+    ]
+    if operation.custom is not None:
+        examples = [read_own(i, data[i], example, operation.custom) for i, example in enumerate(examples)]
+    return micro_batches(examples, token_budget, device, spec.rows)
+
+
+def _spec(loss_fn: str, custom: CustomLoss | None) -> LossSpec:
+    if custom is not None:
+        return _CUSTOM
+    if loss_fn not in LOSSES:
+        raise BadRequest("loss_fn", f"expected one of {sorted(LOSSES)}")
+    return LOSSES[loss_fn]
+
+
+def _full_config(
+    loss_fn: str, config: Mapping[str, float | bool], custom: CustomLoss | None
+) -> dict[str, float | bool]:
+    """The configuration with defaults filled in; raises BadRequest on unknown names."""
+    known = _spec(loss_fn, custom).config
+    for name in config:
+        if name not in known:
+            raise BadRequest(f"loss_fn_config.{name}", f"loss {loss_fn!r} takes {sorted(known)}")
+    return {**known, **config}
+
+
+def _loss_result(totals: LossTotals, shapes: list[tuple[int, ...]], *, skip: bool) -> LossResult:
+    loss = totals.loss_sum
+    if not skip:
+        loss = loss / totals.num_units if totals.num_units > 0 else 0.0
+    assert math.isfinite(loss)
+    metrics = {"loss": loss, "num_trained_tokens": float(totals.num_tokens)}
+    if totals.num_pairs is not None:
+        metrics["num_trained_pairs"] = float(totals.num_pairs)
+    for name, value in totals.metric_sums.items():
+        metrics[name] = _reduced(name, value, totals.num_units, len(shapes))
+    if skip:
+        metrics[_SKIP] = 1.0
+    logprobs = [from_torch(x, shape) for x, shape in zip(totals.logprobs, shapes, strict=True)]
+    return LossResult(
+        loss,
+        logprobs,
+        metrics,
+        [from_torch(x, tuple(x.shape), "int64") for x in totals.top_tokens],
+        [from_torch(x, tuple(x.shape)) for x in totals.top_logprobs],
+    )
+
+
+def _reduced(name: str, total: float, num_units: int, num_datums: int) -> float:
+    """A metric's mean; an uploaded loss says by the name of a metric how its datums' values are combined."""
+    if name.startswith("custom/"):
+        return total / num_datums if name.endswith(":mean") else total
+    return total / num_units if num_units > 0 else 0.0
