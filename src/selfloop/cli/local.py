@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfloop.control.control import DataDirectory
-from selfloop.server.settings import default_data_dir
+from selfloop.server.settings import default_data_dir, given_database_url
 from selfloop.types.errors import SelfloopError
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def progress() -> Generator[Callable[[str, float], None]]:
 @asynccontextmanager
 async def opened(data_dir: Path | None) -> AsyncGenerator[DataDirectory]:
     """The data directory's rows, for the length of a block."""
-    data = DataDirectory(resolve(data_dir))
+    data = DataDirectory(resolve(data_dir), given_database_url())
     try:
         await data.seed()
         yield data

@@ -92,6 +92,15 @@ def serve(
             help="What Tinker's unpublished loss of that name is here: stand-in, or refuse.",
         ),
     ] = "stand-in",
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SELFLOOP_DATABASE_URL",
+            show_envvar=False,
+            help="Keep the rows in PostgreSQL: postgresql://user@host/database. "
+            "Default: $SELFLOOP_DATABASE_URL, or a file in the data directory.",
+        ),
+    ] = None,
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
@@ -116,6 +125,7 @@ def serve(
         usd_per_million_tokens,
         usd_per_gigabyte_month,
         stable_reinforce,
+        database_url,
     )
 
 

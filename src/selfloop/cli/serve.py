@@ -31,6 +31,7 @@ def serve_command(
     usd_per_million_tokens: float,
     usd_per_gigabyte_month: float,
     stable_reinforce: str,
+    database_url: str | None,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import NewerDatabase
@@ -64,6 +65,7 @@ def serve_command(
         stop_grace_s=stop_grace_s,
         usd_per_million_tokens=usd_per_million_tokens,
         usd_per_gigabyte_month=usd_per_gigabyte_month,
+        database_url=database_url,
         stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
     )
     given = os.environ.get("SELFLOOP_API_KEY") or None

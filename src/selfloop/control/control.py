@@ -6,11 +6,14 @@ import fcntl
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+from sqlalchemy.engine import URL
 
 from selfloop.control import held
 from selfloop.control.context import Context
@@ -46,6 +49,7 @@ from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import migrate, queries_resources
+from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import Conflict
@@ -63,7 +67,9 @@ _WORKERS_END_S = 2.0
 class ControlConfig:
     """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for.
 
-    ``stop_grace_s`` is what running operations, their snapshots and the workers' end may take when we stop.
+    Args:
+        stop_grace_s: what running operations, their snapshots and the workers' end may take when we stop.
+        database_url: of a PostgreSQL database; None for the file in the data directory.
     """
 
     data_dir: Path
@@ -76,15 +82,22 @@ class ControlConfig:
     operation_timeout_s: float = 3600.0
     heartbeat_timeout_s: float = 60.0
     stop_grace_s: float = 20.0
+    database_url: str | None = field(default=None, repr=False)
+
+
+def database_url(data_dir: Path, given: str | None) -> URL:
+    """Where the rows are: what was given, else the file in the data directory. Raises :class:`BadRequest`."""
+    return sqlite_url(data_dir / DATABASE_FILE) if given is None else parse_database_url(given)
 
 
 class DataDirectory:
     """The rows of a data directory, for commands that need no server: it may run beside one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, database: str | None = None) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        migrate.upgrade(path / DATABASE_FILE)
-        self._db = Database(path / DATABASE_FILE)
+        url = database_url(path, database)
+        migrate.upgrade(url)
+        self._db = Database(url)
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
         self.catalogue = Catalogue(self._db, path / "models")
         blobs = LocalBlobs(path)
@@ -114,8 +127,9 @@ class Control:
         data_dir = config.data_dir
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(data_dir)
-        migrate.upgrade(data_dir / DATABASE_FILE)
-        self.db = Database(data_dir / DATABASE_FILE)
+        self.db = Database(database_url(data_dir, config.database_url))
+        self._claim = self.db.claim()
+        migrate.upgrade(self.db.url)
         blobs = LocalBlobs(data_dir)
         journal = Journal(self.db, blobs)
         settlement = Settlement(self.db, blobs, journal)
@@ -151,9 +165,12 @@ class Control:
         self.jobs = Jobs(data_dir / "open_samples")
         self.sessions = Sessions(self._context, self.jobs, config.session_timeout_s)
         self._preparing: asyncio.Task[None] | None = None
+        self._claiming: asyncio.Task[None] | None = None
 
     async def start(self, first_key: str | None) -> str | None:
         """Take up what an earlier gateway left; returns the first key if one was made just now."""
+        if self._claim is not None:
+            self._claiming = asyncio.create_task(self._claim.keep(_end_at_once), name="keep-database")
         await self.catalogue.seed()
         made = await self.access.ensure_first_key(first_key)
         await self.access.start()
@@ -186,6 +203,10 @@ class Control:
         await self.observations.stop()
         await self.checkpoints.stop()
         await self.db.close()
+        if self._claiming is not None and self._claim is not None:
+            self._claiming.cancel()
+            await asyncio.gather(self._claiming, return_exceptions=True)
+            self._claim.release()
         self._lock.close()
 
     def _make_slot(self, model_name: str) -> WorkerSlot:
@@ -206,6 +227,12 @@ class Control:
             await self.lifecycle.on_worker_state(name, state, reason)
 
         return WorkerSlot(model_name, self.catalogue.prepare, command, on_state)
+
+
+def _end_at_once(reason: str) -> None:
+    """Another gateway has our database: whatever this one still did, it would do twice."""
+    log.critical("ending at once: %s", reason)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _lock(data_dir: Path) -> IO[str]:

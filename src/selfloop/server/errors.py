@@ -19,6 +19,7 @@ from selfloop.types.errors import (
     OperationFailed,
     SelfloopError,
     TooLarge,
+    Unavailable,
     WorkerLost,
 )
 
@@ -49,6 +50,7 @@ _STATUS: dict[type[SelfloopError], int] = {
     Conflict: 409,
     TooLarge: 413,
     NotReady: 408,
+    Unavailable: 503,
     OperationFailed: 500,
     WorkerLost: 500,
 }
@@ -107,6 +109,9 @@ def _anthropic_status(error: SelfloopError) -> int:
 
 def response_of(error: SelfloopError, path: str) -> Response:
     status = _STATUS[type(error)]
+    if isinstance(error, Unavailable) and path.startswith(_DATA_PLANE_PREFIX):
+        # To these clients a 503 is the end of a server, and a 408 a reason to ask again.
+        status = _STATUS[NotReady]
     reason = reason_of(error)
     headers: dict[str, str] = {}
     if isinstance(error, Denied):

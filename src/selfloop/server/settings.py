@@ -1,7 +1,7 @@
 """One settings object for the gateway, made at the edge from flags and environment."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,11 @@ StableReinforce = Literal["stand-in", "refuse"]
 
 def default_data_dir() -> Path:
     return Path(os.environ.get("SELFLOOP_DATA_DIR", "~/.selfloop")).expanduser()
+
+
+def given_database_url() -> str | None:
+    """For commands without an option of their own."""
+    return os.environ.get("SELFLOOP_DATABASE_URL") or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Settings:
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
         stop_grace_s: from the signal to the end, at most.
+        database_url: of a PostgreSQL database, instead of the file in the data directory.
     """
 
     host: str
@@ -59,6 +65,7 @@ class Settings:
     stable_reinforce: StableReinforce = "stand-in"
     usd_per_million_tokens: float = 0.0
     usd_per_gigabyte_month: float = 0.0
+    database_url: str | None = field(default=None, repr=False)
 
     @property
     def close_grace_s(self) -> float:
@@ -78,4 +85,5 @@ class Settings:
             operation_timeout_s=self.operation_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
+            database_url=self.database_url,
         )

@@ -7,6 +7,7 @@ SelfloopError
 ├── Conflict                         right in itself, but not now or not twice
 ├── TooLarge(limit)                  over a size limit
 ├── NotReady(reason, retry_s)        the same request will work later
+│   └── Unavailable                  what the server keeps its data in cannot be reached
 ├── OperationFailed(cause)           an accepted operation ended in an error
 └── WorkerLost                       the process that computed it died
 """
@@ -69,6 +70,10 @@ class NotReady(SelfloopError):
     def __init__(self, reason: str, retry_s: float) -> None:
         super().__init__(reason)
         self.retry_s = retry_s
+
+
+class Unavailable(NotReady):
+    """The database or the store of checkpoints cannot be reached; nothing was changed."""
 
 
 class OperationFailed(SelfloopError):

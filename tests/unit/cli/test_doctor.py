@@ -16,6 +16,7 @@ from selfloop.cli import client_env, doctor
 from selfloop.cli.doctor import Verdict
 from selfloop.cli.main import app
 from selfloop.storage.db import migrate
+from selfloop.storage.db.address import sqlite_url
 from selfloop.worker import smollm2
 
 
@@ -80,7 +81,7 @@ def test_ports():
 def test_databases(tmp_path: Path):
     assert doctor.check_database(tmp_path).found == "made at the first start"
     file = tmp_path / "selfloop.db"
-    migrate.upgrade(file)
+    migrate.upgrade(sqlite_url(file))
     assert doctor.check_database(tmp_path).found == "up to date"
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")

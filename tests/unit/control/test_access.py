@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from selfloop.control.resources.access import Access
-from selfloop.storage.db import migrate
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import BadRequest, Denied, NotFound
+from stores import database_url
 
 
 @pytest.fixture
 async def db(tmp_path: Path) -> AsyncGenerator[Database]:
-    migrate.upgrade(tmp_path / "test.db")
-    db = Database(tmp_path / "test.db")
+    db = Database(database_url(tmp_path))
     yield db
     await db.close()
 

@@ -1,12 +1,12 @@
 """What an export refuses before any work, and how it appears."""
 
-import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+import stores
 from selfloop.control.control import DATABASE_FILE, DataDirectory
 from selfloop.control.resources import exports
 from selfloop.control.resources.imports import _Facts
@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 async def data(data_template: Path, tmp_path: Path):
-    directory = DataDirectory(Path(shutil.copytree(data_template, tmp_path / "data")))
+    directory = stores.data_directory(stores.copy(data_template, tmp_path / "data"))
     yield directory
     await directory.close()
 
@@ -73,7 +73,7 @@ async def test_a_target_that_holds_something_is_refused(data: DataDirectory, uri
 
 
 async def test_an_expired_checkpoint_is_gone(data: DataDirectory, uri: str, tmp_path: Path):
-    db = Database(tmp_path / "data" / DATABASE_FILE)
+    db = Database(stores.database_url(tmp_path / "data", DATABASE_FILE))
     async with db.write() as session:
         row = await session.get(CheckpointRow, "chk0001")
         assert row is not None

@@ -11,9 +11,10 @@ import pytest
 from fake_worker import FakeWorker
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.workers import WorkerPool, WorkerState
-from selfloop.storage.db import migrate, queries_resources
+from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import OperationFailed
+from stores import database_url
 
 
 class FakeSlot:
@@ -47,8 +48,7 @@ class FakeSlot:
 
 class House:
     def __init__(self, folder: Path) -> None:
-        migrate.upgrade(folder / "test.db")
-        self.db = Database(folder / "test.db")
+        self.db = Database(database_url(folder))
         self.now = 1000.0
         self.parked: list[str] = []
         self.slots: dict[str, FakeSlot] = {}

@@ -9,16 +9,15 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db import migrate
 from selfloop.storage.db.database import Database
+from stores import database_url
 
 
 @pytest.mark.parametrize(("method", "opens"), [("close", "read"), ("commit", "write")])
 async def test_a_cancelled_caller_does_not_break_off_giving_back_its_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, opens: str
 ) -> None:
-    migrate.upgrade(tmp_path / "test.db")
-    db = Database(tmp_path / "test.db")
+    db = Database(database_url(tmp_path))
     begun, finished = asyncio.Event(), asyncio.Event()
     original = getattr(AsyncSession, method)
 
@@ -44,12 +43,11 @@ async def test_a_cancelled_caller_does_not_break_off_giving_back_its_connection(
 
 
 async def test_work_that_fails_undoes_only_itself(tmp_path: Path) -> None:
-    migrate.upgrade(tmp_path / "test.db")
-    db = Database(tmp_path / "test.db")
+    db = Database(database_url(tmp_path))
 
     def insert(id: str) -> Callable[[Connection], str]:
         def work(connection: Connection) -> str:
-            statement = text("INSERT INTO teams (id, name, is_default, created_at) VALUES (:id, :id, 0, 0)")
+            statement = text("INSERT INTO teams (id, name, is_default, created_at) VALUES (:id, :id, false, 0)")
             connection.execute(statement, {"id": f"{id}-first"})
             connection.execute(statement, {"id": id})
             return id

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine
 
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import migrate
+from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base
 
 
@@ -40,10 +41,10 @@ def test_no_key_leaves_the_root(tmp_path: Path) -> None:
 
 
 def test_migrations_give_the_tables_that_the_code_uses(tmp_path: Path) -> None:
-    database = tmp_path / "x.db"
+    database = sqlite_url(tmp_path / "x.db")
     migrate.upgrade(database)
     migrate.upgrade(database)
-    engine = create_engine(f"sqlite:///{database}")
+    engine = create_engine(database)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
     engine.dispose()
@@ -51,9 +52,9 @@ def test_migrations_give_the_tables_that_the_code_uses(tmp_path: Path) -> None:
 
 def test_a_newer_database_is_refused(tmp_path: Path) -> None:
     database = tmp_path / "x.db"
-    migrate.upgrade(database)
+    migrate.upgrade(sqlite_url(database))
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
     with pytest.raises(migrate.NewerDatabase, match="newer Selfloop"):
-        migrate.upgrade(database)
+        migrate.upgrade(sqlite_url(database))

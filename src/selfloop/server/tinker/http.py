@@ -20,6 +20,7 @@ from selfloop.types.errors import (
     OperationFailed,
     SelfloopError,
     TooLarge,
+    Unavailable,
     WorkerLost,
 )
 
@@ -31,6 +32,7 @@ _STATUS: dict[type[SelfloopError], int] = {
     Conflict: 400,
     TooLarge: 413,
     NotReady: 429,
+    Unavailable: 503,
     OperationFailed: 400,
     WorkerLost: 503,
 }

@@ -1,68 +1,171 @@
 """The connection: one writer at a time, readers beside it."""
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from selfloop.storage.db.address import shown
+from selfloop.storage.db.backend import IMMEDIATE, Postgres, Transaction, backend_of
+from selfloop.storage.db.claim import Claim
 from selfloop.storage.db.group_commit import GroupCommit
+from selfloop.types.errors import Unavailable
 
 T = TypeVar("T")
 
-# A second process (the command line) may hold the write lock for a moment.
-_BUSY_TIMEOUT_MS = 10_000
+# How long a caller is held while the database cannot be reached, before it is told to come again.
+_OUTAGE_WAIT_S = 10.0
+_TRY_AGAIN_S = 0.25
+_RETRY_AFTER_S = 2.0
 
 
 class Database:
-    """Sessions on one SQLite file. Rows that leave a session stay readable."""
+    """Sessions on one database. Rows that leave a session stay readable."""
 
-    def __init__(self, path: Path) -> None:
-        self.url = URL.create("sqlite+aiosqlite", database=str(path))
-        self._engine: AsyncEngine = create_async_engine(self.url, pool_size=8, max_overflow=8)
-        event.listen(self._engine.sync_engine, "connect", _configure)
-        event.listen(self._engine.sync_engine, "begin", _begin)
-        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self._backend = backend_of(url)
+        engine = self._backend.async_engine(pool_size=8, overflow=8)
+        self._engine = engine
+        self._beside = self._backend.engine(pool_size=2)
+        # Each query of a reader sees one state of the database: it needs no transaction.
+        reading = engine.execution_options(isolation_level="AUTOCOMMIT") if self.is_postgres else engine
+        self._readers = async_sessionmaker(reading, expire_on_commit=False)
+        self._writers = async_sessionmaker(engine, expire_on_commit=False)
         self._write_lock = asyncio.Lock()
         self._finishing: set[asyncio.Task[None]] = set()
-        beside = create_engine(self.url.set(drivername="sqlite"), pool_size=1)
-        event.listen(beside, "connect", _configure)
-        event.listen(beside, "begin", _begin)
-        self._grouped = GroupCommit(beside, self._write_lock)
+        self._closing = threading.Event()
+        self._grouped = GroupCommit(self._in_transaction, self._write_lock)
+
+    @property
+    def is_postgres(self) -> bool:
+        return isinstance(self._backend, Postgres)
+
+    def claim(self) -> Claim | None:
+        """Make this process the one gateway on the database. Raises :class:`Conflict`."""
+        return Claim(self._backend, shown(self.url)) if isinstance(self._backend, Postgres) else None
 
     async def write_grouped(self, work: Callable[[Connection], T]) -> T:
         """Do ``work``, a few statements, in a transaction shared with whoever writes at the same moment.
 
         Returns once it is on disk. What ``work`` raises undoes its own changes only. It runs in another
         thread, and may be called twice, the first time undone.
+
+        Raises:
+            Unavailable: the database cannot be reached; nothing was written.
         """
         return await self._grouped.run(work)
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[AsyncSession]:
-        """A session for queries only."""
-        session = self._sessions()
+        """A session for queries only. Raises :class:`Unavailable`."""
+        session = self._readers()
         try:
+            await self._connect(session, {})
             yield session
+        except DBAPIError as error:
+            self._raise_outage(error)
+            raise
         finally:
             await self._finish(session.close())
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncSession]:
-        """A transaction: committed (and on disk) at the end of the block, rolled back on an exception."""
+        """A transaction: committed (and on disk) at the end of the block, rolled back on an exception.
+
+        Raises:
+            Unavailable: the database cannot be reached, or broke off; nothing was written.
+        """
         async with self._write_lock:
-            session = self._sessions()
+            session = self._writers()
             try:
-                await session.connection(execution_options={"immediate": True})
+                await self._connect(session, {IMMEDIATE: True})
                 yield session
+            except DBAPIError as error:
+                await self._finish(session.close())
+                self._raise_outage(error)
+                raise
             except BaseException:
                 await self._finish(session.close())
                 raise
-            await self._finish(_commit(session))
+            await self._finish(self._commit(session))
+
+    async def _connect(self, session: AsyncSession, options: dict[str, Any]) -> None:
+        """Get the session its connection; while the database cannot be reached, wait a little for it."""
+        since = time.monotonic()
+        while True:
+            try:
+                await session.connection(execution_options=options)
+                return
+            except (DBAPIError, Unavailable) as error:
+                if not self._may_pass(error) or self._is_over(since):
+                    raise
+                await session.close()
+            await asyncio.sleep(_TRY_AGAIN_S)
+
+    def _is_over(self, since: float) -> bool:
+        return self._closing.is_set() or time.monotonic() - since >= _OUTAGE_WAIT_S
+
+    def _may_pass(self, error: DBAPIError | Unavailable) -> bool:
+        return isinstance(error, Unavailable) or self._backend.is_outage(error)
+
+    def _raise_outage(self, error: DBAPIError) -> None:
+        if self._backend.is_outage(error):
+            raise Unavailable(f"the database cannot be reached: {error.orig}", _RETRY_AFTER_S) from error
+
+    async def _commit(self, session: AsyncSession) -> None:
+        try:
+            connection = (await session.connection()).sync_connection
+            assert connection is not None
+            transaction = self._backend.transaction(connection)
+            try:
+                await session.commit()
+            except DBAPIError as error:
+                if not await asyncio.to_thread(self._was_committed, error, transaction):
+                    self._raise_outage(error)
+                    raise
+        finally:
+            await session.close()
+
+    def _was_committed(self, error: DBAPIError, transaction: Transaction | None) -> bool:
+        """Whether a commit that ended in ``error`` took effect all the same."""
+        if transaction is None or not self._backend.is_outage(error):
+            return False
+        return self._backend.was_committed(transaction, self._beside, self._closing)
+
+    def _in_transaction(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work`` in a transaction of the calling thread, which is not the event loop's."""
+        since = time.monotonic()
+        while True:
+            try:
+                with self._beside.connect().execution_options(**{IMMEDIATE: True}) as connection:
+                    return self._committed(connection, work)
+            except (DBAPIError, Unavailable) as error:
+                if not self._may_pass(error):
+                    raise
+                if self._is_over(since):
+                    if isinstance(error, DBAPIError):
+                        self._raise_outage(error)
+                    raise
+            self._closing.wait(_TRY_AGAIN_S)
+
+    def _committed(self, connection: Connection, work: Callable[[Connection], T]) -> T:
+        with connection.begin() as begun:
+            transaction = self._backend.transaction(connection)
+            value = work(connection)
+            try:
+                begun.commit()
+            except DBAPIError as error:
+                if not self._was_committed(error, transaction):
+                    raise
+            return value
 
     async def _finish(self, work: Coroutine[None, None, None]) -> None:
         """Give a connection back in a task of its own: a caller that is cancelled meanwhile must not break it off."""
@@ -73,35 +176,9 @@ class Database:
 
     async def close(self) -> None:
         """Let go of the file, once the sessions of callers that were cancelled have given their connections back."""
+        self._closing.set()
         while self._finishing:
             await asyncio.gather(*self._finishing, return_exceptions=True)
         await self._grouped.close()
+        self._beside.dispose()
         await self._engine.dispose()
-
-
-async def _commit(session: AsyncSession) -> None:
-    try:
-        await session.commit()
-    finally:
-        await session.close()
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    # The driver must not open transactions by itself: BEGIN is ours, see _begin.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        f"busy_timeout={_BUSY_TIMEOUT_MS}",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin(connection: Any) -> None:
-    # A writer takes the lock first: upgrading a reader half-way can fail with "database is locked".
-    # A reader needs no transaction: each query sees one state of the database.
-    if connection.get_execution_options().get("immediate", False):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from selfloop.types.errors import SelfloopError
+from selfloop.types.errors import SelfloopError, Unavailable
 
 # How long the next transaction gathers work after one that was shared: one costs the CPU as much as several writes.
 _GATHER_S = 0.005
 
 Work = Callable[[Connection], Any]
+InTransaction = Callable[[Callable[[Connection], "list[_Ended]"]], "list[_Ended]"]
 
 
 class _Waiting(NamedTuple):
@@ -33,8 +34,9 @@ class GroupCommit:
     A sync costs milliseconds however much it carries, so a busy moment pays for one instead of hundreds.
     """
 
-    def __init__(self, engine: Engine, write_lock: asyncio.Lock) -> None:
-        self._engine = engine
+    def __init__(self, in_transaction: InTransaction, write_lock: asyncio.Lock) -> None:
+        """``in_transaction`` does work in a transaction of the calling thread, and commits it."""
+        self._in_transaction = in_transaction
         self._write_lock = write_lock
         self._waiting: list[_Waiting] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -52,10 +54,9 @@ class GroupCommit:
         return await done
 
     async def close(self) -> None:
-        """Return once everything that was handed over is on disk, and let go of the file."""
+        """Return once everything that was handed over is on disk."""
         if self._flusher is not None:
             await asyncio.gather(self._flusher, return_exceptions=True)
-        self._engine.dispose()
 
     async def _flush(self) -> None:
         while self._waiting:
@@ -77,15 +78,13 @@ class GroupCommit:
                 await asyncio.sleep(_GATHER_S)
 
     def _commit(self, batch: Sequence[Work]) -> list[_Ended]:
-        with self._engine.connect().execution_options(immediate=True) as connection:
-            with connection.begin() as transaction:
-                try:
-                    return [_Ended(work(connection), None) for work in batch]
-                except (SQLAlchemyError, SelfloopError):
-                    transaction.rollback()
+        try:
+            return self._in_transaction(lambda connection: [_Ended(work(connection), None) for work in batch])
+        except Unavailable:
+            raise
+        except (SQLAlchemyError, SelfloopError):
             # One of them failed, which is rare: all once more, each behind a savepoint, to tell which.
-            with connection.begin():
-                return [self._try(connection, work) for work in batch]
+            return self._in_transaction(lambda connection: [self._try(connection, work) for work in batch])
 
     @staticmethod
     def _try(connection: Connection, work: Work) -> _Ended:

@@ -1,4 +1,4 @@
-"""Bring a data directory's database to this version's schema."""
+"""Bring a database to this version's schema."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,7 +6,11 @@ from typing import Literal
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import inspect, text
+from sqlalchemy.engine import URL
+
+from selfloop.storage.db.address import is_sqlite, shown
+from selfloop.storage.db.backend import backend_of
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -15,21 +19,21 @@ class NewerDatabase(Exception):
     """The database was written by a newer version of Selfloop."""
 
 
-def upgrade(database: Path) -> None:
+def upgrade(database: URL) -> None:
     """Create or migrate ``database``. Raises :class:`NewerDatabase` rather than touching a newer one."""
     match schema_of(database):
         case "current":
             return
         case "newer":
             raise NewerDatabase(
-                f"{database} has schema {_current_revision(database)}, which this version does not know: it was "
+                f"{shown(database)} has schema {_current_revision(database)}, which this version does not know: it was "
                 "written by a newer Selfloop. Upgrade Selfloop, or choose another --data-dir."
             )
         case "absent" | "older":
             command.upgrade(_config(database), "head")
 
 
-def schema_of(database: Path) -> Literal["absent", "older", "current", "newer"]:
+def schema_of(database: URL) -> Literal["absent", "older", "current", "newer"]:
     """How the schema of ``database`` compares with this version's; changes nothing."""
     current = _current_revision(database)
     if current is None:
@@ -40,17 +44,17 @@ def schema_of(database: Path) -> Literal["absent", "older", "current", "newer"]:
     return "older" if current in {r.revision for r in script.walk_revisions()} else "newer"
 
 
-def _config(database: Path) -> Config:
+def _config(database: URL) -> Config:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["database"] = database
     return config
 
 
-def _current_revision(database: Path) -> str | None:
-    if not database.exists():
+def _current_revision(database: URL) -> str | None:
+    if is_sqlite(database) and not Path(str(database.database)).exists():
         return None
-    engine = create_engine(f"sqlite:///{database}")
+    engine = backend_of(database).engine(pool_size=1)
     try:
         with engine.connect() as connection:
             if not inspect(connection).has_table("alembic_version"):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.queries_listings import NO_PROJECT
+from selfloop.storage.db.portable import total
+from selfloop.storage.db.queries_listings import project_of_session
 from selfloop.storage.db.tables import CheckpointRow, RunRow, SamplerRow, SessionRow, UsageRow
 
 
@@ -47,7 +48,7 @@ async def hourly(session: AsyncSession, team_id: str, start: float, end: float) 
     base_model = func.coalesce(of_run.c.base_model, SamplerRow.base_model)
     counts = (UsageRow.tokens_forwarded, UsageRow.tokens_prefilled, UsageRow.tokens_sampled)
     query = (
-        select(UsageRow.hour, UsageRow.key_id, session_id, base_model, *(func.sum(count) for count in counts))
+        select(UsageRow.hour, UsageRow.key_id, session_id, base_model, *(total(count) for count in counts))
         .outerjoin(of_run, of_run.c.id == UsageRow.run_id)
         .outerjoin(SamplerRow, SamplerRow.id == UsageRow.sampler_id)
         .where(UsageRow.team_id == team_id, UsageRow.hour >= start, UsageRow.hour < end)
@@ -77,9 +78,9 @@ async def stored_between(session: AsyncSession, team_id: str, start: float, end:
 
 async def storage_now(session: AsyncSession, team_id: str, now: float) -> Sequence[ProjectStorage]:
     """What the checkpoints of a team take, by project and key."""
-    project = func.coalesce(func.json_extract(SessionRow.details, "$.project_id"), NO_PROJECT)
+    project = project_of_session()
     query = (
-        select(project, RunRow.key_id, func.count(CheckpointRow.id), func.sum(CheckpointRow.size_bytes))
+        select(project, RunRow.key_id, func.count(CheckpointRow.id), total(CheckpointRow.size_bytes))
         .join(RunRow, RunRow.id == CheckpointRow.run_id)
         .join(SessionRow, SessionRow.id == RunRow.session_id)
         .where(CheckpointRow.team_id == team_id)

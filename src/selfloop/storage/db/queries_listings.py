@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import BigInteger, ColumnElement, Select, and_, cast, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.storage.db.portable import json_text, total
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow
 
 NO_PROJECT = "default"
@@ -58,8 +59,8 @@ def _stored_now() -> ColumnElement[bool]:
     return and_(CheckpointRow.sampler_id.is_(None), alive)
 
 
-def _project() -> ColumnElement[str]:
-    return func.coalesce(func.json_extract(SessionRow.details, "$.project_id"), NO_PROJECT)
+def project_of_session() -> ColumnElement[str]:
+    return func.coalesce(json_text(SessionRow.details, "project_id"), NO_PROJECT)
 
 
 async def _page(session: AsyncSession, query: "Select[Any]", order: Sequence[Any], page: Page) -> Any:
@@ -81,7 +82,7 @@ async def runs(
     query = select(RunRow).where(owned)
     if project_id is not None:
         query = query.join(SessionRow, SessionRow.id == RunRow.session_id).where(
-            _project() == project_id, SessionRow.team_id == owner.team_id
+            project_of_session() == project_id, SessionRow.team_id == owner.team_id
         )
     return await _page(session, query, (RunRow.created_at.desc(), RunRow.id), page)
 
@@ -128,14 +129,13 @@ async def search_sessions(session: AsyncSession, search: SessionSearch) -> Seque
     if search.session_id is not None:
         named.append(SessionRow.id == search.session_id)
     if search.display_name is not None:
-        named.append(func.json_extract(SessionRow.details, "$.display_name") == search.display_name)
+        named.append(json_text(SessionRow.details, "display_name") == search.display_name)
     if named:
         query = query.where(or_(*named))
     if search.project_ids is not None:
-        query = query.where(_project().in_(list(search.project_ids)))
+        query = query.where(project_of_session().in_(list(search.project_ids)))
     for key, value in search.user_metadata.items():
-        pairs = func.json_each(SessionRow.details, "$.user_metadata").table_valued("key", "value")
-        query = query.where(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value).exists())
+        query = query.where(json_text(json_text(SessionRow.details, "user_metadata"), key) == value)
     if search.key_ids is not None:
         query = query.where(SessionRow.key_id.in_(list(search.key_ids)))
     if search.states is not None:
@@ -150,7 +150,7 @@ async def search_sessions(session: AsyncSession, search: SessionSearch) -> Seque
 async def session_totals(session: AsyncSession, ids: Collection[str]) -> dict[str, SessionTotals]:
     """What the checkpoints of each session's runs come to; sessions without any are left out."""
     query = (
-        select(RunRow.session_id, func.count(CheckpointRow.id), func.sum(CheckpointRow.size_bytes))
+        select(RunRow.session_id, func.count(CheckpointRow.id), total(CheckpointRow.size_bytes))
         .join(CheckpointRow, CheckpointRow.run_id == RunRow.id)
         .where(RunRow.session_id.in_(list(ids)), _stored_now())
         .group_by(RunRow.session_id)

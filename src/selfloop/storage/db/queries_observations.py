@@ -1,13 +1,13 @@
 """Rows of usage and of deployments' metrics."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-from sqlalchemy import delete, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.storage.db.portable import insert_or_update, total
 from selfloop.storage.db.tables import (
     CheckpointRow,
     DeploymentMinuteRow,
@@ -48,8 +48,12 @@ class Counts(msgspec.Struct, frozen=True):
 _COUNTS = tuple(field.name for field in msgspec.structs.fields(Counts))
 
 
+def _total(name: str) -> ColumnElement[Any]:
+    return func.sum(UsageRow.compute_s) if name == "compute_s" else total(UsageRow.__table__.c[name])
+
+
 async def add_usage(session: AsyncSession, key: UsageKey, counts: Counts) -> None:
-    statement = insert(UsageRow).values(**key._asdict(), **msgspec.structs.asdict(counts))
+    statement = insert_or_update(session, UsageRow).values(**key._asdict(), **msgspec.structs.asdict(counts))
     table = UsageRow.__table__.c
     added = {name: table[name] + statement.excluded[name] for name in _COUNTS}
     await session.execute(statement.on_conflict_do_update(index_elements=list(UsageKey._fields), set_=added))
@@ -67,7 +71,7 @@ async def usage(
 ) -> dict[str, Counts]:
     """Totals by id of the group."""
     column = {"run": UsageRow.run_id, "key": UsageRow.key_id, "team": UsageRow.team_id}[group_by]
-    query = select(column, *(func.sum(UsageRow.__table__.c[name]) for name in _COUNTS)).group_by(column)
+    query = select(column, *(_total(name) for name in _COUNTS)).group_by(column)
     for kept, wanted in ((UsageRow.team_id, team_id), (UsageRow.key_id, key_id), (UsageRow.run_id, run_id)):
         if wanted is not None:
             query = query.where(kept == wanted)
@@ -88,7 +92,7 @@ async def checkpoint_bytes(
 ) -> dict[str, int]:
     """Bytes stored now, by id of the group; a checkpoint belongs to its run's key."""
     column = {"run": CheckpointRow.run_id, "key": RunRow.key_id, "team": CheckpointRow.team_id}[group_by]
-    query = select(column, func.sum(CheckpointRow.size_bytes)).join(RunRow, RunRow.id == CheckpointRow.run_id)
+    query = select(column, total(CheckpointRow.size_bytes)).join(RunRow, RunRow.id == CheckpointRow.run_id)
     if team_id is not None:
         query = query.where(CheckpointRow.team_id == team_id)
     if key_id is not None:
@@ -99,7 +103,7 @@ async def checkpoint_bytes(
 
 
 async def all_checkpoint_bytes(session: AsyncSession) -> int:
-    return int(await session.scalar(select(func.coalesce(func.sum(CheckpointRow.size_bytes), 0))) or 0)
+    return int(await session.scalar(select(func.coalesce(total(CheckpointRow.size_bytes), 0))) or 0)
 
 
 async def labels(
@@ -116,7 +120,9 @@ async def labels(
 
 
 async def add_minute(session: AsyncSession, deployment_id: str, minute: int, data: bytes) -> None:
-    statement = insert(DeploymentMinuteRow).values(deployment_id=deployment_id, minute=minute, data=data)
+    statement = insert_or_update(session, DeploymentMinuteRow).values(
+        deployment_id=deployment_id, minute=minute, data=data
+    )
     await session.execute(
         statement.on_conflict_do_update(
             index_elements=["deployment_id", "minute"], set_={"data": statement.excluded.data}

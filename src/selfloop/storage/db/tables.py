@@ -1,7 +1,18 @@
 """The tables. Times are UNIX seconds; ids are what ``types.ids`` hands out."""
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, MetaData, UniqueConstraint, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+
+from selfloop.storage.db.column_types import Text, Whole
 
 
 class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
@@ -15,6 +26,7 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
             "pk": "pk_%(table_name)s",
         }
     )
+    type_annotation_map = {int: Whole, str: Text}
 
 
 class TeamRow(Base):

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from selfloop.storage.db.column_types import Whole
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -38,7 +40,7 @@ def _queued_samples() -> None:
 
 
 def _accounts() -> None:
-    op.add_column("runs", sa.Column("keep_last_checkpoints", sa.Integer(), nullable=True))
+    op.add_column("runs", sa.Column("keep_last_checkpoints", Whole, nullable=True))
     op.add_column("runs", sa.Column("reused_from", sa.String(), nullable=True))
     op.add_column("runs", sa.Column("capacity_reason", sa.String(), nullable=False, server_default=""))
     op.add_column("samplers", sa.Column("standing", sa.Boolean(), nullable=False, server_default=sa.false()))
@@ -48,11 +50,11 @@ def _accounts() -> None:
         "held_checkpoints",
         sa.Column("sampler_id", sa.String(), nullable=False),
         sa.Column("checkpoint_id", sa.String(), nullable=False),
-        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("position", Whole, nullable=False),
         sa.Column("run_id", sa.String(), nullable=False),
         sa.Column("target", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
-        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("step", Whole, nullable=False),
         sa.ForeignKeyConstraint(["sampler_id"], ["samplers.id"], name=op.f("fk_held_checkpoints_sampler_id")),
         sa.PrimaryKeyConstraint("sampler_id", "checkpoint_id", name=op.f("pk_held_checkpoints")),
     )
@@ -70,7 +72,7 @@ def _accounts() -> None:
         "model_versions",
         sa.Column("sampler_id", sa.String(), nullable=False),
         sa.Column("model_id", sa.String(), nullable=False),
-        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("number", Whole, nullable=False),
         sa.Column("hf_secret_name", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(["sampler_id"], ["samplers.id"], name=op.f("fk_model_versions_sampler_id")),
         sa.ForeignKeyConstraint(["model_id"], ["deployed_models.id"], name=op.f("fk_model_versions_model_id")),

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from selfloop.storage.db.column_types import Whole
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -30,7 +32,7 @@ def _publishing_and_audit() -> None:
     op.create_index("ix_runs_team_id_copy_key", "runs", ["team_id", "copy_key"], unique=True)
     op.create_table(
         "audit_events",
-        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", Whole, autoincrement=True, nullable=False),
         sa.Column("team_id", sa.String(), nullable=False),
         sa.Column("key_id", sa.String(), nullable=True),
         sa.Column("event", sa.String(), nullable=False),
@@ -49,7 +51,7 @@ def _custom_losses() -> None:
     op.create_table(
         "custom_losses",
         sa.Column("session_id", sa.String(), nullable=False),
-        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("number", Whole, nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("definition", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("session_id", "number", name=op.f("pk_custom_losses")),
@@ -59,5 +61,5 @@ def _custom_losses() -> None:
 
 def _shared_sampling() -> None:
     op.add_column("samplers", sa.Column("follows", sa.String(), nullable=True))
-    op.add_column("samplers", sa.Column("num_clones", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("samplers", sa.Column("num_clones", Whole, nullable=False, server_default="0"))
     op.create_index(op.f("ix_samplers_follows"), "samplers", ["follows"])

@@ -1,0 +1,222 @@
+"""What differs between databases: how a connection is set up, how a transaction begins, what an outage looks like."""
+
+import logging
+import threading
+import time
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from selfloop.storage.db.address import is_sqlite
+from selfloop.types.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+IMMEDIATE = "immediate"
+"""Execution option of a connection whose transaction writes."""
+
+# A second process (the command line) may hold the write lock for a moment.
+_BUSY_TIMEOUT_S = 10
+
+# Two numbers that name our locks in a PostgreSQL database: its writer's turn, and the gateway that owns it.
+_LOCKS = 0x5E1F
+_WRITER = 1
+GATEWAY_LOCK = (_LOCKS, 2)
+
+_HELD = (
+    f"SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = {GATEWAY_LOCK[0]} "
+    f"AND objid = {GATEWAY_LOCK[1]} AND pid = {{}})"
+)
+
+_ASK_AGAIN_S = 0.25
+_UNNOTICED_S = 2.0
+_RETRY_AFTER_S = 2.0
+_TRANSACTION = "selfloop_transaction"
+
+
+class Transaction(NamedTuple):
+    """Its number, and the server's process that carries it out."""
+
+    id: str
+    server_pid: int
+
+
+class Backend(Protocol):
+    """Of one database: engines on it, and what their errors mean."""
+
+    def engine(self, pool_size: int) -> Engine: ...
+
+    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine: ...
+
+    def is_outage(self, error: DBAPIError) -> bool:
+        """Whether the server could not be reached or broke off, so that the same work may succeed later."""
+        ...
+
+    def transaction(self, connection: Connection) -> Transaction | None:
+        """By which the server can tell what became of the transaction that writes now; None where none can be lost."""
+        ...
+
+    def was_committed(self, transaction: Transaction, engine: Engine, closing: threading.Event) -> bool:
+        """What became of a commit that was not answered. Blocks until the server tells."""
+        ...
+
+
+def backend_of(url: URL) -> Backend:
+    return Sqlite(url) if is_sqlite(url) else Postgres(url)
+
+
+class Sqlite:
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def engine(self, pool_size: int) -> Engine:
+        engine = create_engine(self._url, pool_size=pool_size, hide_parameters=True)
+        self._listen(engine)
+        return engine
+
+    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine:
+        url = self._url.set(drivername="sqlite+aiosqlite")
+        engine = create_async_engine(url, pool_size=pool_size, max_overflow=overflow, hide_parameters=True)
+        self._listen(engine.sync_engine)
+        return engine
+
+    def is_outage(self, error: DBAPIError) -> bool:
+        return False
+
+    def transaction(self, connection: Connection) -> Transaction | None:
+        return None
+
+    def was_committed(self, transaction: Transaction, engine: Engine, closing: threading.Event) -> bool:
+        raise AssertionError("a file answers")
+
+    def _listen(self, engine: Engine) -> None:
+        event.listen(engine, "connect", self._configure)
+        event.listen(engine, "begin", self._begin)
+
+    @staticmethod
+    def _configure(connection: Any, _record: Any) -> None:
+        # The driver must not open transactions by itself: BEGIN is ours, see _begin.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+            f"busy_timeout={_BUSY_TIMEOUT_S * 1000}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @staticmethod
+    def _begin(connection: Connection) -> None:
+        # A writer takes the lock first: upgrading a reader half-way can fail with "database is locked".
+        # A reader needs no transaction: each query sees one state of the database.
+        if connection.get_execution_options().get(IMMEDIATE, False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+class Postgres:
+    """Writers take turns by an advisory lock, as on SQLite: then nothing can fail to be serialised, nor deadlock."""
+
+    # SQLSTATE classes and codes: connection lost, server stops or starts, too many connections, a lock not had in
+    # time, and the two that ask for the transaction to be tried again.
+    _OUTAGES = ("08", "57P01", "57P02", "57P03", "53300", "55P03", "40001", "40P01")
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self.holder_pid: int | None = None
+        """Of the server's process that holds the database for this gateway; where set, none writes without it."""
+
+    def engine(self, pool_size: int) -> Engine:
+        engine = create_engine(
+            self._url, pool_size=pool_size, pool_pre_ping=True, hide_parameters=True, connect_args=self._connect_args
+        )
+        self._listen(engine)
+        return engine
+
+    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine:
+        engine = create_async_engine(
+            self._url,
+            pool_size=pool_size,
+            max_overflow=overflow,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            connect_args=self._connect_args,
+        )
+        self._listen(engine.sync_engine)
+        return engine
+
+    @property
+    def _connect_args(self) -> dict[str, object]:
+        """A server that is gone without a word is noticed within half a minute; the URL's own options win."""
+        chosen = {
+            "application_name": "selfloop",
+            "connect_timeout": 5,
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 25_000,
+        }
+        return {name: value for name, value in chosen.items() if name not in self._url.query}
+
+    def is_outage(self, error: DBAPIError) -> bool:
+        if error.connection_invalidated:
+            return True
+        state = getattr(error.orig, "sqlstate", None)
+        if state is None:
+            # Psycopg's own errors of connecting have none.
+            return type(error.orig).__name__ in ("OperationalError", "ConnectionTimeout")
+        return state.startswith(self._OUTAGES)
+
+    def transaction(self, connection: Connection) -> Transaction:
+        return connection.info[_TRANSACTION]
+
+    def was_committed(self, transaction: Transaction, engine: Engine, closing: threading.Event) -> bool:
+        log.warning("the database broke off while it committed; asking what became of that")
+        since = time.monotonic()
+        while not closing.is_set():
+            try:
+                with engine.connect() as connection:
+                    status = connection.exec_driver_sql(f"SELECT pg_xact_status('{transaction.id}'::xid8)").scalar()
+                    if status != "in progress":
+                        log.warning("the transaction that was broken off is %s", status)
+                        return status == "committed"
+                    if time.monotonic() - since > _UNNOTICED_S:
+                        # The server has not heard that nobody is there any more.
+                        connection.exec_driver_sql(f"SELECT pg_terminate_backend({transaction.server_pid})")
+            except DBAPIError as error:
+                if not self.is_outage(error):
+                    raise
+            closing.wait(_ASK_AGAIN_S)
+        return False
+
+    def _listen(self, engine: Engine) -> None:
+        event.listen(engine, "connect", self._configure)
+        event.listen(engine, "begin", self._begin)
+
+    @staticmethod
+    def _configure(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(
+            f"SET lock_timeout = '{_BUSY_TIMEOUT_S}s'; "
+            # Of a client that is gone without a word, so that it does not keep the writers' turn.
+            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"
+        )
+        # What was accepted must be on disk, whatever the server does for others.
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        cursor.close()
+        connection.commit()
+
+    def _begin(self, connection: Connection) -> None:
+        if not connection.get_execution_options().get(IMMEDIATE, False):
+            return
+        turn = f"SELECT pg_advisory_xact_lock({_LOCKS}, {_WRITER}), pg_current_xact_id()::text, pg_backend_pid()"
+        _, id, pid = connection.exec_driver_sql(turn).one()
+        connection.info[_TRANSACTION] = Transaction(id, pid)
+        if self.holder_pid is not None and not connection.exec_driver_sql(_HELD.format(self.holder_pid)).scalar():
+            raise Unavailable("this server does not hold the database at the moment", _RETRY_AFTER_S)

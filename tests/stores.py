@@ -1,0 +1,273 @@
+"""Where the tests keep rows and checkpoints: SQLite and files, or a real PostgreSQL server and a real S3 server.
+
+With ``SELFLOOP_TEST_STORES=postgres+s3`` the whole suite runs on the two servers (``make test-stores``), each of its
+data directories with a database and a prefix of its own.
+"""
+
+import contextlib
+import getpass
+import hashlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psycopg
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import URL
+
+from selfloop.control.control import DATABASE_FILE, DataDirectory
+from selfloop.storage.db import migrate
+from selfloop.storage.db.address import parse_database_url, sqlite_url
+
+PASSWORD = "correct-horse-battery-staple"
+BUCKET = "checkpoints"
+ON_SERVERS = os.environ.get("SELFLOOP_TEST_STORES") == "postgres+s3"
+_TEMPLATE = "migrated"
+
+
+class Missing(Exception):
+    """A server's programs are not installed."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(is_up: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not is_up():
+        is_over = process.poll() is not None or time.monotonic() > deadline
+        assert not is_over, log.read_text(errors="replace")
+        time.sleep(0.05)
+
+
+class PostgresServer:
+    """A temporary cluster; PostgreSQL refuses to run as root, so then it is another user's."""
+
+    def __init__(self) -> None:
+        self._bin = _postgres_programs()
+        self.folder = Path(tempfile.mkdtemp(prefix="selfloop-postgres-"))
+        self._user = "nobody" if getpass.getuser() == "root" else None
+        if self._user is not None:
+            shutil.chown(self.folder, self._user)
+        self.port = free_port()
+        self._data, self._log = self.folder / "data", self.folder / "log"
+        secret = self.folder / "password"
+        secret.write_text(PASSWORD)
+        secret.chmod(0o644)
+        self._run("initdb", "-D", self._data, "-U", "tester", "-A", "scram-sha-256", "--pwfile", secret, "-E", "UTF8")
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.start()
+            with self.admin() as connection:
+                connection.execute(f"CREATE DATABASE {_TEMPLATE}")
+            migrate.upgrade(self.url(_TEMPLATE))
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, program: str, *arguments: object) -> None:
+        subprocess.run([self._bin / program, *map(str, arguments)], check=True, capture_output=True, **self._as_user)
+
+    @property
+    def _as_user(self) -> dict[str, object]:
+        """Where to run, as whom, and with whose home."""
+        if self._user is None:
+            return {"cwd": self.folder}
+        entry = pwd.getpwnam(self._user)
+        return {"cwd": self.folder, "user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+    def start(self) -> None:
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",
+            "max_connections": 300,
+            "shared_buffers": "64MB",
+            # The tests end the server, not the machine.
+            "fsync": "off",
+        }
+        given = [argument for name, value in options.items() for argument in ("-c", f"{name}={value}")]
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [self._bin / "postgres", "-D", self._data, *given], stdout=log, stderr=log, **self._as_user
+            )
+        _wait(self._is_up, self._process, self._log)
+
+    def _is_up(self) -> bool:
+        try:
+            self.admin().close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT ends every session, SIGQUIT is a crash."""
+        assert self._process is not None
+        self._process.send_signal(how)
+        self._process.wait(60)
+
+    def close(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def admin(self, database: str = "postgres") -> psycopg.Connection:
+        return psycopg.connect(self.text(database), autocommit=True)
+
+    def text(self, database: str) -> str:
+        """The address as a user writes it."""
+        url = URL.create("postgresql", "tester", PASSWORD, "127.0.0.1", self.port, database)
+        return url.render_as_string(hide_password=False)
+
+    def url(self, database: str) -> URL:
+        return parse_database_url(self.text(database))
+
+    def ensure(self, database: str, template: str = _TEMPLATE) -> str:
+        """The name of a database, made if it is not there."""
+        with self.admin() as connection:
+            if connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
+                connection.execute(f"CREATE DATABASE {database} TEMPLATE {template}")
+        return database
+
+
+def _postgres_programs() -> Path:
+    """The folder of the newest server's programs. Raises :class:`Missing`."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
+    on_path = shutil.which("initdb")
+    for folder in [*debian, *([Path(on_path).parent] if on_path else [])]:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    raise Missing("no PostgreSQL server: on Debian `apt-get install postgresql`, elsewhere have initdb on the PATH")
+
+
+class S3Server:
+    """A server of the S3 protocol over a real socket; it checks signatures."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="selfloop-s3-"))
+        self.port = free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.key_id, self.secret = "selfloop-tests", "a secret of forty characters or so, all in all"
+        self._log = self.folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        (self.folder / "data" / BUCKET).mkdir(parents=True)
+        self.start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        options = ["--data-dir", str(self.folder / "data"), "--host", "127.0.0.1", "--port", str(self.port)]
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nanio", "serve", *options, "--log-level", "warning", "--no-access-log"],
+                env=os.environ | {"NANIO_ACCESS_KEY": self.key_id, "NANIO_SECRET_KEY": self.secret},
+                stdout=log,
+                stderr=log,
+            )
+        _wait(self._is_up, self._process, self._log)
+
+    def _is_up(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(self.endpoint, timeout=5)
+            return True
+        return False
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Servers:
+    """Both, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._postgres: PostgresServer | None = None
+        self._s3: S3Server | None = None
+
+    @property
+    def postgres(self) -> PostgresServer:
+        if self._postgres is None:
+            self._postgres = PostgresServer()
+        return self._postgres
+
+    @property
+    def s3(self) -> S3Server:
+        if self._s3 is None:
+            self._s3 = S3Server()
+        return self._s3
+
+    def close(self) -> None:
+        for server in (self._postgres, self._s3):
+            if server is not None:
+                server.close()
+        self._postgres = self._s3 = None
+
+
+servers = Servers()
+
+
+def name_of(data_dir: Path) -> str:
+    """Of the database and the prefix that belong to a data directory."""
+    return "t" + hashlib.sha1(str(data_dir).encode()).hexdigest()[:20]
+
+
+def database_url(data_dir: Path, file: str = "test.db") -> URL:
+    """A migrated database for a data directory of a test."""
+    if ON_SERVERS:
+        return servers.postgres.url(servers.postgres.ensure(name_of(data_dir)))
+    url = sqlite_url(data_dir / file)
+    migrate.upgrade(url)
+    return url
+
+
+def environment(data_dir: Path) -> dict[str, str]:
+    """What tells a command which database and store go with a data directory."""
+    if not ON_SERVERS:
+        return {}
+    name = servers.postgres.ensure(name_of(data_dir))
+    return {"SELFLOOP_DATABASE_URL": servers.postgres.text(name)}
+
+
+def copy(template: Path, target: Path) -> Path:
+    """Copy a data directory, with what belongs to it elsewhere."""
+    if ON_SERVERS:
+        servers.postgres.ensure(name_of(target), name_of(template))
+    return Path(shutil.copytree(template, target))
+
+
+def data_directory(path: Path) -> DataDirectory:
+    """A data directory that commands work on, in this process."""
+    return DataDirectory(path, environment(path).get("SELFLOOP_DATABASE_URL"))
+
+
+def execute(data_dir: Path, statement: str) -> None:
+    """Change rows behind the back of a gateway that does not run."""
+    url = servers.postgres.url(name_of(data_dir)) if ON_SERVERS else sqlite_url(data_dir / DATABASE_FILE)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
