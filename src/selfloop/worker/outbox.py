@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import zmq
@@ -10,6 +11,8 @@ from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.worker.protocol import Event, Reply, ReplyError, encode
 
 log = logging.getLogger("selfloop.worker")
+
+_Answer = TypeVar("_Answer")
 
 
 class Outbox:
@@ -38,10 +41,17 @@ class Outbox:
 
     def guard(self, ticket: int, act: Callable[[], None]) -> None:
         """Do what a call asks; whatever it raises is its answer, but for the loss of the device, which ends us."""
-        try:
-            act()
-        except Exception as error:  # The worker's edge: one bad call must not end every run it holds.
-            self.refuse(ticket, error)
+        outcome = attempt(act)
+        if isinstance(outcome, Exception):
+            self.refuse(ticket, outcome)
+
+
+def attempt(act: Callable[[], _Answer]) -> _Answer | Exception:
+    """What ``act`` returns or raises."""
+    try:
+        return act()
+    except Exception as error:  # The worker's edge: one bad call must not end every run it holds.
+        return error
 
 
 def is_device_lost(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from selfloop.types.result import Result, Spent
 from selfloop.worker.background import SnapshotWriter
 from selfloop.worker.fair_share import FairShare
 from selfloop.worker.operations import carry_out, open_run
-from selfloop.worker.outbox import Outbox, is_device_lost
+from selfloop.worker.outbox import Outbox, attempt, is_device_lost
 from selfloop.worker.protocol import Begun, Call, CloseRun, Execute, OpenRun, Reply, Snapshot, Written, encode
 
 log = logging.getLogger("selfloop.worker")
@@ -159,15 +159,13 @@ class TrainingDesk:
         tokens = [request.job.num_next_tokens for request in requests]
         self._begin(chosen)
         started = time.monotonic()
-        try:
-            self._engine.advance(requests)
-        except Exception as error:  # The worker's edge: what one of them did to all must not fail the others.
-            self._charge(chosen, time.monotonic() - started)
-            self._blame(chosen, error)
-            return
+        failure = attempt(lambda: self._engine.advance(requests))
         self._last_pass_s = time.monotonic() - started
         for work, num in zip(chosen, tokens, strict=True):
-            self._charge([work], self._last_pass_s * num / sum(tokens))
+            self._charge(work, self._last_pass_s * num / sum(tokens))
+        if failure is not None:
+            self._blame(chosen, failure)
+            return
         for work, request in zip(chosen, requests, strict=True):
             if request.job.is_done:
                 self._answer(work, request)
@@ -176,10 +174,10 @@ class TrainingDesk:
         """Its passes, if it has any to make; if not, it is answered."""
         assert isinstance(work.operation, Forward | ForwardBackward)
         if work.request is None:
-            try:
-                request = self._engine.begin(work.run_id, work.operation)
-            except Exception as error:  # The worker's edge, as above.
-                self._refuse(work, error)
+            run_id, operation = work.run_id, work.operation
+            request = attempt(lambda: self._engine.begin(run_id, operation))
+            if isinstance(request, Exception):
+                self._refuse(work, request)
                 return None
             if request.job.is_done:
                 self._answer(work, request)
@@ -199,19 +197,17 @@ class TrainingDesk:
     def _carry_out(self, work: _Work) -> None:
         self._begin([work])
         started = time.monotonic()
-        try:
-            body = self._perform(work)
-        except Exception as error:  # The worker's edge, as above.
-            self._charge([work], time.monotonic() - started)
-            self._refuse(work, self._consequence(work, error))
-            return
-        self._charge([work], time.monotonic() - started)
-        if body is not None and not isinstance(body, bytes):
-            self._reply(work, body)
-            return
-        self._leave(work)
-        if body is not None:
-            self._outbox.send(Reply(work.ticket), body)
+        answer = attempt(lambda: self._perform(work))
+        self._charge(work, time.monotonic() - started)
+        if isinstance(answer, Exception):
+            self._refuse(work, self._consequence(work, answer))
+        elif answer is None:
+            self._leave(work)
+        elif isinstance(answer, bytes):
+            self._leave(work)
+            self._outbox.send(Reply(work.ticket), answer)
+        else:
+            self._reply(work, answer)
 
     def _perform(self, work: _Work) -> Result | bytes | None:
         """The result, or the reply's bytes; None when the reply comes later."""
@@ -263,16 +259,14 @@ class TrainingDesk:
                 self._outbox.send(Begun(work.ticket))
             work.has_begun = True
 
-    def _charge(self, works: list[_Work], seconds: float) -> None:
-        for work in works:
-            work.spent_s += seconds / len(works)
-            self._turns.charge(work.run_id, seconds / len(works))
+    def _charge(self, work: _Work, seconds: float) -> None:
+        work.spent_s += seconds
+        self._turns.charge(work.run_id, seconds)
 
     def _answer(self, work: _Work, request: LossRequest) -> None:
-        try:
-            result = request.result()
-        except Exception as error:  # The worker's edge, as above.
-            self._refuse(work, error)
+        result = attempt(request.result)
+        if isinstance(result, Exception):
+            self._refuse(work, result)
         else:
             self._reply(work, result)
 
