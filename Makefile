@@ -99,7 +99,7 @@ fuzz: $(READY)
 	FUZZ_REQUESTS=20000 $(BIN)/python -m pytest -q --timeout=3600 tests/fuzz $(ARGS)
 
 bench: $(READY) $(CLIENT_READY)
-	$(BIN)/python -m bench.served $(ARGS)
+	$(BIN)/python -m bench.selection --json build/bench/selection.json $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

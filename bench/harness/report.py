@@ -148,6 +148,7 @@ class Report:
         }
 
     def write(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
 

