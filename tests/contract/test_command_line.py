@@ -46,8 +46,8 @@ class Cli:
     def text(self, *arguments: str, **more: Any) -> str:
         return self.run(*arguments, **more).stdout
 
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.text(*arguments, "--json"))
+    def json(self, *arguments: str, **env: str) -> Any:
+        return json.loads(self.text(*arguments, "--json", **env))
 
     def error(self, *arguments: str, **env: str) -> str:
         """The one line on standard error of a command that must fail."""
@@ -90,6 +90,24 @@ def test_runs(cli: Cli, trained: Run, gateway: Gateway):
     offline = cli.text("runs", "--data-dir", str(gateway.data_dir), SELFLOOP_URL="")
     (line,) = [line for line in offline.splitlines() if trained.id in line]
     assert line.split()[:6] == [trained.id, "mine", MODEL, "ACTIVE", "2", "8"]
+
+
+def test_listing_by_its_own_name(cli: Cli, trained: Run):
+    """Other groups have it, so a hand types it."""
+    for group in (("runs",), ("samplers",), ("checkpoints", "--run", trained.id)):
+        assert cli.json(*group) == cli.json(group[0], "list", *group[1:]) != []
+
+
+def test_usage_of_a_server(cli: Cli, trained: Run, gateway: Gateway):
+    """The same of the server as of its data directory; a window and the team are asked of the server, too."""
+    told = {row["run_id"]: row for row in cli.json("usage")}[trained.id]
+    stored = cli.json("usage", "--data-dir", str(gateway.data_dir), SELFLOOP_URL="")
+    assert told == next(row for row in stored if row["run_id"] == trained.id)
+    assert told["operations"] > 2
+    assert trained.id in {row["run_id"] for row in cli.json("usage", "--since", "1h", "--team")}
+    assert cli.json("usage", "--by", "team")[0]["name"] == "default"
+    (line,) = [line for line in cli.text("usage").splitlines() if trained.id in line]
+    assert line.split()[:3] == [trained.id, "mine", str(told["operations"])]
 
 
 def test_runs_show_and_deactivate(cli: Cli, trained: Run, http: httpx.Client):

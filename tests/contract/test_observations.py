@@ -404,6 +404,25 @@ def test_usage_of_a_run_is_exact(http: httpx.Client, gateway: Gateway):
     assert "counted" in selfloop("usage", "--since", "1d", "--data-dir", str(gateway.data_dir))
 
 
+def test_samples_count_for_the_run_that_trained_their_weights(http: httpx.Client, other_team: httpx.Client):
+    """Of a sampler that has no run itself; another team's samples of a published checkpoint are none of this run's."""
+    own = Run.create(http, name="sampled elsewhere").attached()
+    own.train(1)
+    own.save("kept", "save_weights_for_sampler")
+    name = f"bt://loops:{own.id}/sampler_weights/kept"
+    body = {"session_id": own.resource["session_id"], "model_path": name}
+    alone = ok(http.post("/v1/loops/samplers", json=body))["sampler"]
+    assert alone["run_id"] is None
+    drawn = {"prompt": words(4), "max_tokens": 3, "stop_token_ids": []}
+    ok(http.post(f"/loops/samplers/{alone['id']}/sample", json=drawn))
+    (line,) = usage(http, run_id=own.id)
+    assert (line["samples"], line["tokens_prefilled"]) == (1, len(drawn["prompt"]))
+    assert http.post(f"/api/v1/training_runs/{own.id}/checkpoints/sampler_weights/kept/publish").status_code == 204
+    ok(other_team.post("/oai/api/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1}))
+    assert usage(http, run_id=own.id) == [line]
+    assert own.id not in {other["id"] for other in usage(other_team, scope="org")}
+
+
 def _cli_usage(gateway: Gateway) -> dict[str, Json]:
     told = json.loads(selfloop("usage", "--json", "--data-dir", str(gateway.data_dir)))
     return {line["run_id"]: line for line in told}

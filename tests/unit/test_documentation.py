@@ -51,6 +51,7 @@ COMMANDS = {
         "--yes",
     ],
     "selfloop checkpoints deploy": ["CHECKPOINT", "--data-dir", "--json", "--name", "--url"],
+    "selfloop checkpoints list": ["--data-dir", "--json", "--model", "--run", "--target", "--url"],
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--data-dir", "--port"],
@@ -64,9 +65,11 @@ COMMANDS = {
     "selfloop models list": ["--data-dir"],
     "selfloop runs": ["--data-dir", "--json", "--team", "--url"],
     "selfloop runs deactivate": ["RUN_ID", "--data-dir", "--url"],
+    "selfloop runs list": ["--data-dir", "--json", "--team", "--url"],
     "selfloop runs show": ["RUN_ID", "--data-dir", "--json", "--url"],
     "selfloop samplers": ["--data-dir", "--json", "--team", "--url"],
     "selfloop samplers deactivate": ["SAMPLER_ID", "--data-dir", "--url"],
+    "selfloop samplers list": ["--data-dir", "--json", "--team", "--url"],
     "selfloop samplers show": ["SAMPLER_ID", "--data-dir", "--json", "--url"],
     "selfloop samplers wake": ["SAMPLER_ID", "--data-dir", "--url"],
     "selfloop serve": [
@@ -91,7 +94,7 @@ COMMANDS = {
         "--usd-per-gigabyte-month",
         "--usd-per-million-tokens",
     ],
-    "selfloop usage": ["--by", "--data-dir", "--json", "--since"],
+    "selfloop usage": ["--by", "--data-dir", "--json", "--since", "--team", "--url"],
 }
 
 

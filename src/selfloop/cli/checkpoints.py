@@ -42,8 +42,20 @@ def checkpoints(
     as_json: remote.AsJson = False,
 ) -> None:
     """List checkpoints, newest first: of all runs of this key, or those that a filter names."""
-    if not remote.is_alone(context):
-        return
+    if remote.is_alone(context):
+        list_checkpoints(run, model, target, url, data_dir, as_json)
+
+
+@app.command("list")
+def list_checkpoints(
+    run: OfRun = None,
+    model: OfModel = None,
+    target: Target = None,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
+) -> None:
+    """List checkpoints, newest first: of all runs of this key, or those that a filter names."""
     with remote.server(url, data_dir) as server:
         rows = [row for row in _listed(server, run, model) if target in (None, Purpose(row["target"]))]
     rows.sort(key=lambda row: row["created_at"], reverse=True)

@@ -23,8 +23,18 @@ def runs(
     as_json: remote.AsJson = False,
 ) -> None:
     """List the runs, newest first: of the server at --url or $SELFLOOP_URL, else of the data directory."""
-    if not remote.is_alone(context):
-        return
+    if remote.is_alone(context):
+        list_runs(team, url, data_dir, as_json)
+
+
+@app.command("list")
+def list_runs(
+    team: Everybody = False,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
+) -> None:
+    """List the runs, newest first: of the server at --url or $SELFLOOP_URL, else of the data directory."""
     if remote.named_url(url) is None:
         _of_directory(data_dir, as_json)
         return

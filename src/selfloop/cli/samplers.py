@@ -20,8 +20,18 @@ def samplers(
     as_json: remote.AsJson = False,
 ) -> None:
     """List the samplers, newest first."""
-    if not remote.is_alone(context):
-        return
+    if remote.is_alone(context):
+        list_samplers(team, url, data_dir, as_json)
+
+
+@app.command("list")
+def list_samplers(
+    team: Annotated[bool, typer.Option("--team", help="The whole team's, not only this key's.")] = False,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
+) -> None:
+    """List the samplers, newest first."""
     with remote.server(url, data_dir) as server:
         rows: list[remote.Json] = server.get("/v1/loops/samplers", scope="org" if team else None)["samplers"]
     rows.sort(key=lambda row: row["created_at"], reverse=True)

@@ -30,6 +30,10 @@ class _Open:
     trace_id: str
 
 
+Drawn = Callable[[SamplerRow, str | None, int, SampleResult], None]
+"""Hears of a request's end: its sampler, the run that trained the weights, the prompt's tokens, what was drawn."""
+
+
 class Observer:
     def __init__(self, usage: Usage) -> None:
         self.meter = Meter()
@@ -99,15 +103,17 @@ class Observer:
         instruments.FAILED.labels(row.kind, "cancelled" if was_cancelled else "error").inc()
 
     @contextmanager
-    def sampling(self, deployment_id: str | None) -> Generator[Callable[[SamplerRow, int, SampleResult], None]]:
+    def sampling(
+        self, deployment_id: str | None
+    ) -> Generator[Callable[[SamplerRow, str | None, int, SampleResult], None]]:
         """A sampling request in progress on a trainer's deployment (or on none); gives what to call once drawn."""
         started = time.monotonic()
         status: int | None = None
 
-        def drawn(sampler: SamplerRow, num_prompt_tokens: int, result: SampleResult) -> None:
+        def drawn(sampler: SamplerRow, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> None:
             nonlocal status
             status = 200
-            counts = self.usage.sampled(sampler, num_prompt_tokens, result)
+            counts = self.usage.sampled(sampler, run_id, num_prompt_tokens, result)
             self._sampled(sampler, counts, result, time.monotonic() - started)
 
         if deployment_id is not None:

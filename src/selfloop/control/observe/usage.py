@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -46,7 +46,7 @@ def _hour(now: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """A group's totals. ``id`` is the run's, key's or team's; empty for samplers without a run.
+    """A group's totals. ``id`` is the run's, key's or team's; empty for base models' samples.
 
     Args:
         label: name of the run, key or team.
@@ -67,8 +67,11 @@ class Usage:
         self._pending: dict[UsageKey, Counts] = {}
         self._flushing = asyncio.Lock()
 
-    def sampled(self, sampler: SamplerRow, num_prompt_tokens: int, result: SampleResult) -> Counts:
-        """Count one drawn request; with the key that asked, or the sampler's where that is not known."""
+    def sampled(self, sampler: SamplerRow, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> Counts:
+        """Count one drawn request; with the key that asked, or the sampler's where that is not known.
+
+        It counts for the sampler's run, else for ``run_id``, which trained the weights.
+        """
         counts = Counts(
             samples=1,
             tokens_prefilled=num_prompt_tokens,
@@ -77,7 +80,7 @@ class Usage:
         )
         scope = current()
         key_id = scope.key_id if scope.key_id and scope.team_id == sampler.team_id else sampler.key_id
-        key = UsageKey(sampler.team_id, _hour(time.time()), key_id, sampler.run_id or "", sampler.id)
+        key = UsageKey(sampler.team_id, _hour(time.time()), key_id, sampler.run_id or run_id or "", sampler.id)
         self._pending[key] = self._pending.get(key, Counts()) + counts
         return counts
 
@@ -135,11 +138,10 @@ class Usage:
         return sorted(lines, key=lambda line: (-line.counts.compute_s, line.id))
 
 
-def as_json(lines: Sequence[UsageLine], group_by: GroupBy) -> bytes:
+def as_rows(lines: Sequence[UsageLine], group_by: GroupBy) -> list[dict[str, Any]]:
     """The report as the command line prints it for programs."""
-    rows = [
+    return [
         {f"{group_by}_id": line.id or None, "name": line.label, **msgspec.structs.asdict(line.counts)}
         | {"checkpoint_bytes": line.checkpoint_bytes}
         for line in lines
     ]
-    return msgspec.json.format(msgspec.json.encode(rows))

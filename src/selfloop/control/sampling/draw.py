@@ -44,10 +44,14 @@ _bytes_decoder: "msgspec.msgpack.Decoder[list[bytes]]" = msgspec.msgpack.Decoder
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a request is served from: ``adapter`` None is the base model, at policy version 0."""
+    """What a request is served from: ``adapter`` None is the base model, at policy version 0.
+
+    ``run_id`` is the run of the sampler's team that trained it, None if there is none.
+    """
 
     adapter: AdapterRef | None
     policy_version: int
+    run_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +119,10 @@ class Sampling:
                 raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
         if isinstance(checkpoint, HeldCheckpointRow):
             path = self._c.blobs.path(held_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
-            return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step)
+            return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step, checkpoint.run_id)
         path = self._c.blobs.path(checkpoint_key(checkpoint.id))
-        return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step)
+        run_id = checkpoint.run_id if checkpoint.team_id == sampler.team_id else None
+        return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step, run_id)
 
     async def live_version(self, sampler: SamplerRow) -> int:
         return (await self._row(sampler.id)).live_version
@@ -230,7 +235,7 @@ class Sampling:
                     async with contextlib.aclosing(_parts(worker, request, stream)) as parts:
                         async for part in parts:
                             if isinstance(part, SampleResult):
-                                drawn(sampler, len(draw.prompt), part)
+                                drawn(sampler, weights.run_id, len(draw.prompt), part)
                                 yield part
                                 return
                             fresh = continuation.fresh(part)

@@ -137,7 +137,7 @@ class LoopsDebugArchiveFilesResponseV1(BaseModel):
 
 
 class LoopsUsageV1(BaseModel):
-    id: str | None = Field(description="The run's, key's or team's; null for samplers without a run.")
+    id: str | None = Field(description="The run's, key's or team's; null for samples of base models.")
     name: str
     operations: int = Field(description="Operations that gave a result.")
     samples: int = Field(description="Sampling requests drawn.")

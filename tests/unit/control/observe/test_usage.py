@@ -1,12 +1,13 @@
 """Usage counts every finished operation once, whatever crashes, and goes to who asked."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.observe.usage import Counts, Usage, UsageKey, UsageLine, as_json, counts_of
+from selfloop.control.observe.usage import Counts, Usage, UsageKey, UsageLine, as_rows, counts_of
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_observations
 from selfloop.storage.db.tables import OperationRow, SamplerRow
@@ -99,9 +100,9 @@ async def test_sampling_adds_up_to_the_hour_and_is_written_once(house: FakeHouse
     )  # fmt: skip
     sequence = SampledSequence([1, 2, 3], [0.0] * 3, "stop", "")
     for _ in range(3):
-        usage.sampled(sampler, 5, SampleResult("x", [sequence, sequence], spent=Spent(0.5)))
+        usage.sampled(sampler, None, 5, SampleResult("x", [sequence, sequence], spent=Spent(0.5)))
     with bound(Scope(team_id="elsewhere", key_id="stranger")):
-        usage.sampled(sampler, 5, SampleResult("x", [sequence], spent=Spent(0.5)))
+        usage.sampled(sampler, None, 5, SampleResult("x", [sequence], spent=Spent(0.5)))
     await usage.flush()
     await usage.flush()
     (line,) = await usage.report(None, "run")
@@ -128,7 +129,7 @@ async def test_hours_are_chosen_by_their_start(house: FakeHouse):
 
 
 def test_the_report_for_programs():
-    text = as_json([UsageLine("r", "my run", Counts(operations=2), 5)], "run").decode()
+    text = json.dumps(as_rows([UsageLine("r", "my run", Counts(operations=2), 5)], "run"))
     assert '"run_id": "r"' in text
     assert '"operations": 2' in text
     assert '"checkpoint_bytes": 5' in text
