@@ -24,11 +24,12 @@ def compare(
     supervised: float = 1.0,
     ratio_target: float | None = None,
     roof_target: float | None = None,
+    autocast_adapter: bool = True,
 ) -> None:
     """Steps on random sequences of these lengths, both sides and the roof in alternation."""
     ids = work.sequences(lengths, bench.vocab_size)
     data = [work.datum(s, supervised) for s in ids]
-    peft = bench.peft(rank)
+    peft = bench.peft(rank, autocast_adapter=autocast_adapter)
     batch = peft.batch(ids, supervised)
     run = bench.fresh_run("train", rank)
     num_tokens = sum(lengths)
@@ -62,6 +63,12 @@ def quarter(bench: Bench) -> None:
     compare(bench, "8 x 256, the last quarter supervised, rank 32", lengths, supervised=0.25, ratio_target=1.8)
 
 
+def low_precision(bench: Bench) -> None:
+    """Beside PEFT with the adapter and its moments in the model's dtype, where small updates are lost to rounding."""
+    case = "4 x 256, all supervised, rank 32, PEFT's adapter in the model's dtype"
+    compare(bench, case, [bench.size(256)] * 4, autocast_adapter=False)
+
+
 def mixed(bench: Bench) -> None:
     """Lengths as they are in conversations: their logarithms evenly spread."""
     lengths = work.long_tailed_lengths(8, 16, bench.size(512, 20))
@@ -88,6 +95,7 @@ CASES: dict[str, Case] = {
     "quarter": quarter,
     "mixed": mixed,
     "mixed-even": mixed_even,
+    "low-precision": low_precision,
     "shapes": shapes,
     "ranks": ranks,
 }

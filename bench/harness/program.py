@@ -72,13 +72,18 @@ class Bench:
         """The plain model of transformers."""
         return theirs.load_base(self.model_dir, self.dtype, self.device)
 
-    def peft(self, rank: int) -> theirs.PeftTrainer:
+    def peft(self, rank: int, *, autocast_adapter: bool = True) -> theirs.PeftTrainer:
         """The model with a fresh adapter; only the last one asked for is kept."""
-        if self._peft is None or self._peft[0] != rank:
-            self._peft = (rank, theirs.PeftTrainer(self.model_dir, self.dtype, self.device, rank))
+        wanted = (rank, autocast_adapter)
+        if self._peft is None or self._peft[0] != wanted:
+            self._peft = None
+            trainer = theirs.PeftTrainer(
+                self.model_dir, self.dtype, self.device, rank, autocast_adapter=autocast_adapter
+            )
+            self._peft = (wanted, trainer)
         return self._peft[1]
 
-    _peft: tuple[int, theirs.PeftTrainer] | None = None
+    _peft: tuple[tuple[int, bool], theirs.PeftTrainer] | None = None
 
     def fresh_run(self, name: str, rank: int) -> str:
         """A new adapter of that rank in the engine."""

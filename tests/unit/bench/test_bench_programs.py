@@ -28,7 +28,7 @@ def figures_of(main: Callable[[list[str]], object], file: Path, *arguments: str)
     [
         (train.main, ["full", "quarter", "mixed"]),
         (sample.main, ["decode1", "adapter32", "adapters", "sharing", "prefix", "gap"]),
-        (multirun.main, ["together", "scaling", "ranks", "memory"]),
+        (multirun.main, ["together", "ranks", "memory"]),
         (rl_loop.main, ["grpo"]),
     ],
     ids=["train", "sample", "multirun", "rl_loop"],
