@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import ours, program, work
-from bench.harness.measure import alternate, ratios, scaled, seconds
+from bench.harness.measure import alternate, ratios, scaled, seconds, wall_clock
 from bench.harness.program import Bench, Case
 from bench.harness.serving import Peer, Server, add_model, loops_client, peak_rss_bytes, serving
 
@@ -24,8 +24,9 @@ MIB = 2**20
 
 @contextmanager
 def served(bench: Bench, num_clients: int) -> Generator[tuple[Server, list[Peer]]]:
-    """A server of the model, and clients with a run each."""
+    """A server of the model, and clients with a run each; measured by the wall's clock."""
     with ExitStack() as stack:
+        stack.enter_context(wall_clock())
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfloop-bench-")))
         add_model(bench.model_dir, MODEL, data_dir)
         server = stack.enter_context(serving(data_dir, "--dtype", bench.engine.info.dtype))

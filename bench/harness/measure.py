@@ -6,7 +6,8 @@ leaves neighbours out on a busy one.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -19,6 +20,17 @@ def use_clock(clock: Clock) -> None:
     """Which clock :func:`now` reads from here on."""
     global _clock
     _clock = clock
+
+
+@contextmanager
+def wall_clock() -> Generator[None]:
+    """The wall's within: what several processes do together has no CPU time of ours."""
+    before = _clock
+    use_clock("wall")
+    try:
+        yield
+    finally:
+        use_clock(before)
 
 
 def now() -> float:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.harness import work
-from bench.harness.measure import alternate, percentile, ratios
+from bench.harness.measure import alternate, percentile, ratios, seconds, use_clock, wall_clock
 from bench.harness.report import Figure, Report, number, table
 from bench.harness.roof import ModelCost, Roof
 
@@ -33,6 +34,17 @@ def test_alternation_warms_up_and_takes_turns():
     assert called == ["ours", "theirs"] * 3
     assert values == {"ours": [3.0, 5.0], "theirs": [4.0, 6.0]}
     assert ratios(values["ours"], values["theirs"]) == [3 / 4, 5 / 6]
+
+
+def test_the_cpu_clock_does_not_count_waiting():
+    use_clock("cpu")
+    try:
+        assert seconds(lambda: time.sleep(0.05)) < 0.04
+        with wall_clock():
+            assert seconds(lambda: time.sleep(0.05)) >= 0.05
+        assert seconds(lambda: time.sleep(0.05)) < 0.04
+    finally:
+        use_clock("wall")
 
 
 def test_ratios_need_as_many_of_each():
