@@ -16,7 +16,7 @@ def run_all(engine, *requests):
     while engine.num_sampling:
         results.update({r.request_id: r for r in engine.sample_step()})
     engine._scheduler._pool.check_integrity()
-    assert engine._scheduler._pool.num_free == engine._scheduler._pool.num_pages
+    assert engine._scheduler._pool.num_available == engine._scheduler._pool.num_pages
     return results
 
 

@@ -84,4 +84,4 @@ def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_p
     assert len(finished) == len(requests)
     for index, (_, num_samples, max_tokens) in enumerate(requests):
         assert [len(s.tokens) for s in finished[str(index)].sequences] == [max_tokens] * num_samples
-    assert pool.num_free == pool.num_pages
+    assert pool.num_available == pool.num_pages

@@ -21,7 +21,7 @@ def run_all(engine, *requests):
     while engine.num_sampling:
         engine._scheduler._pool.check_integrity()
         results.update({r.request_id: r for r in engine.sample_step()})
-    assert engine._scheduler._pool.num_free == engine._scheduler._pool.num_pages
+    assert engine._scheduler._pool.num_available == engine._scheduler._pool.num_pages
     assert engine.take_failed_samples() == []
     return results
 
@@ -214,4 +214,4 @@ def test_logits_that_are_not_finite_fail_their_request_only(engine):
     assert failed_id == "bad"
     assert error.error_class == "NonFiniteLogits"
     engine._scheduler._pool.check_integrity()
-    assert engine._scheduler._pool.num_free == engine._scheduler._pool.num_pages
+    assert engine._scheduler._pool.num_available == engine._scheduler._pool.num_pages

@@ -27,7 +27,7 @@ def stream_all(engine, *requests):
         for request_id, deltas in engine.take_sample_deltas().items():
             steps[request_id].append(deltas)
         results |= finished
-    assert engine._scheduler._pool.num_free == engine._scheduler._pool.num_pages
+    assert engine._scheduler._pool.num_available == engine._scheduler._pool.num_pages
     return results, steps
 
 
@@ -201,7 +201,7 @@ def test_a_grammar_that_fails_ends_its_own_request(load):
     ((failed_id, error),) = failed
     assert (failed_id, error.error_class) == ("bad", "BadRequest")
     assert "too complex" in str(error)
-    assert engine._scheduler._pool.num_free == engine._scheduler._pool.num_pages
+    assert engine._scheduler._pool.num_available == engine._scheduler._pool.num_pages
 
 
 def test_what_no_token_can_begin_is_refused(load):

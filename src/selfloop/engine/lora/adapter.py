@@ -34,7 +34,7 @@ class NamedParameter(NamedTuple):
     view: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank; None where nothing is adapted."""
 

@@ -49,7 +49,7 @@ class Decoder:
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
-        self._rotary = Rotary(config.rope, self.device, self.dtype)
+        self.rotary = Rotary(config.rope, self.device, self.dtype)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
         """Hidden states h_TD after the final norm, in the compute dtype.
@@ -59,7 +59,7 @@ class Decoder:
             positions_T: int64 position of each row in its own sequence.
         """
         assert tokens_T.shape == positions_T.shape
-        cos, sin = self._rotary(positions_T)
+        cos, sin = self.rotary(positions_T)
         h_TD = F.embedding(tokens_T, self.weights.embedding_VD)
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self.weights.layers):

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.models.attention import causal_attention
+from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool, cell, page_table, pages_for
+from selfloop.engine.sample.kv_window import Seated, Shelf
+from selfloop.engine.sample.sequence import Sample
 
 
 class PromptChunk(NamedTuple):
@@ -53,23 +56,93 @@ class PrefillAttention:
         )
 
 
-class DecodeAttention:
-    """One new token for each of B sequences, at ``positions``; all that precede it are cached."""
+class StepAttentionOverCache:
+    """One new token for each of B samples, whose cache has room for it; ``samples`` in the order of the rows."""
 
-    def __init__(self, pool: PagePool, pages: list[list[int]], positions: list[int], device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, pool: PagePool, samples: list[Sample], seated: Seated) -> None:
+        rows = {id(sample): row for row, sample in enumerate(samples)}
+        device = pool.device
+        self._parts: list[tuple[Tensor | None, _ShelfStep | _PagedStep]] = []
+        for shelf in seated.shelves:
+            self._add([rows[id(s)] for s in shelf.samples], len(samples), _ShelfStep(config, shelf, device), device)
+        if seated.outside:
+            step = _PagedStep(config, pool, seated.outside)
+            self._add([rows[id(s)] for s in seated.outside], len(samples), step, device)
+
+    def _add(self, rows: list[int], num_rows: int, step: "_ShelfStep | _PagedStep", device: torch.device) -> None:
+        in_order = rows == list(range(num_rows))
+        self._parts.append((None if in_order else torch.tensor(rows, device=device), step))
+
+    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+        if self._parts[0][0] is None:
+            return self._parts[0][1](layer, qkv_BHd)
+        out_BI = None
+        for rows_N, step in self._parts:
+            assert rows_N is not None
+            part_NI = step(layer, qkv_BHd.index_select(0, rows_N))
+            if out_BI is None:
+                out_BI = part_NI.new_empty(qkv_BHd.shape[0], part_NI.shape[1])
+            out_BI.index_copy_(0, rows_N, part_NI)
+        assert out_BI is not None
+        return out_BI
+
+
+class _ShelfStep:
+    """Of the samples of one shelf, in its order."""
+
+    def __init__(self, config: ModelConfig, shelf: Shelf, device: torch.device) -> None:
+        self._heads, self._groups = config.num_heads, config.num_kv_heads
+        self._kv_LSRGNd = shelf.kv_LSRGNd
+        num, groups, size = len(shelf.samples), self._groups, shelf.num_tokens
+        positions = [sample.position for sample in shelf.samples]
+        self._length = max(positions) + 1
+        self._num = num
+        rows_B11 = torch.arange(num)[:, None, None]
+        s_2 = torch.arange(2)[:, None] * shelf.num_rows
+        cells_B2G = ((rows_B11 + s_2) * groups + torch.arange(groups)) * size + torch.tensor(positions)[:, None, None]
+        self._cells = cells_B2G.flatten().to(device)
+        self._bias = None if len(set(positions)) == 1 else _bias(positions, self._length, device)
+
+    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+        kv_SRGNd = self._kv_LSRGNd[layer]
+        new_Nd = qkv_BHd[:, self._heads :].to(kv_SRGNd.dtype).reshape(-1, qkv_BHd.shape[2])
+        kv_SRGNd.flatten(0, 3).index_copy_(0, self._cells, new_Nd)
+        k_XNd, v_XNd = kv_SRGNd[:, : self._num, :, : self._length].flatten(1, 2)
+        return _attend(qkv_BHd[:, : self._heads], k_XNd, v_XNd, self._bias)
+
+
+class _PagedStep:
+    """Of samples that only have pages: gathered anew in every layer."""
+
+    def __init__(self, config: ModelConfig, pool: PagePool, samples: list[Sample]) -> None:
+        self._heads, self._groups = config.num_heads, config.num_kv_heads
         self._pool = pool
-        tables = [p[: pages_for(n + 1)] for p, n in zip(pages, positions, strict=True)]
-        self._table_BP = page_table(tables, device)
-        cells = [cell(p, n) for p, n in zip(pages, positions, strict=True)]
-        self._cells_B = torch.tensor(cells, device=device)
-        keys_L = torch.arange(self._table_BP.shape[1] * PAGE_TOKENS, device=device)
-        self._visible_B11L = (keys_L <= torch.tensor(positions, device=device)[:, None])[:, None, None]
-        pool.zero([p[n // PAGE_TOKENS] for p, n in zip(pages, positions, strict=True) if n % PAGE_TOKENS == 0])
+        positions = [sample.position for sample in samples]
+        self._table_BP = page_table([s.pages[: pages_for(s.position + 1)] for s in samples], pool.device)
+        self._cells_B = torch.tensor([cell(s.pages, s.position) for s in samples], device=pool.device)
+        self._bias = _bias(positions, self._table_BP.shape[1] * PAGE_TOKENS, pool.device)
+        pool.zero([s.pages[s.position // PAGE_TOKENS] for s in samples if s.position % PAGE_TOKENS == 0])
+        for sample in samples:
+            sample.num_in_pages = sample.position + 1
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        self._pool.write(layer, self._cells_B, k_TGd, v_TGd)
-        k_BGLd, v_BGLd = self._pool.read(layer, self._table_BP)
-        # Heads that share keys are the rows of one small matrix, so nothing is repeated.
-        q_BGNd = q_THd.unflatten(1, (k_TGd.shape[1], -1))
-        out_BGNd = F.scaled_dot_product_attention(q_BGNd, k_BGLd, v_BGLd, attn_mask=self._visible_B11L)
-        return out_BGNd.flatten(1, 2)
+    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+        q_BHd, k_BGd, v_BGd = qkv_BHd.split([self._heads, self._groups, self._groups], dim=1)
+        self._pool.write(layer, self._cells_B, k_BGd, v_BGd)
+        k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._pool.read(layer, self._table_BP))
+        return _attend(q_BHd, k_XNd, v_XNd, self._bias)
+
+
+def _bias(positions: list[int], length: int, device: torch.device) -> Tensor:
+    """(B, 1, 1, length) float32: minus infinity after each sample's position."""
+    hidden = torch.arange(length) > torch.tensor(positions)[:, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None].to(device)
+
+
+def _attend(q_BHd: Tensor, k_XNd: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None) -> Tensor:
+    """(B, H, d), (B * G, N, d) twice -> (B, H * d); heads that share keys are the rows of one small matrix."""
+    num = q_BHd.shape[0]
+    q_XMd = (q_BHd * q_BHd.shape[2] ** -0.5).view(k_XNd.shape[0], -1, q_BHd.shape[2])
+    scores_XMN = torch.bmm(q_XMd, k_XNd.transpose(1, 2))
+    if bias_B11N is not None:
+        scores_XMN.unflatten(0, (num, -1)).add_(bias_B11N)
+    return torch.bmm(scores_XMN.softmax(-1), v_XNd).view(num, -1)

@@ -1,4 +1,6 @@
-"""Keys and values of active sequences in fixed pages, which samples of one prompt share."""
+"""Keys and values in fixed pages, which samples of one prompt share and which stay as long as there is room."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,11 +14,13 @@ _NULL_PAGE = 0
 class PagePool:
     """Pages of ``PAGE_TOKENS`` tokens over all layers, counted by reference.
 
-    Page 0 is never given out: it stays zero and pads page tables.
+    Page 0 is never given out: it stays zero and pads page tables. A page that nobody but the prefix cache refers to
+    is idle: it counts as available, as the cache gives it back when the free ones run out.
     """
 
     def __init__(self, config: ModelConfig, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.num_pages = -(-num_tokens // PAGE_TOKENS)
+        self.device = device
         shape = (
             config.num_layers,
             self.num_pages + 1,
@@ -29,15 +33,30 @@ class PagePool:
         self._v = torch.empty(shape, dtype=dtype, device=device)
         self._free = list(range(self.num_pages, 0, -1))
         self._references = [0] * (self.num_pages + 1)
+        self._cached: set[int] = set()
+        self._num_idle = 0
+        self._reclaim: Callable[[int], None] | None = None
         self.zero([_NULL_PAGE])
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_available(self) -> int:
+        """Pages that can be had: free ones and idle ones."""
+        return len(self._free) + self._num_idle
+
+    def reclaim_with(self, reclaim: Callable[[int], None]) -> None:
+        """Whom to ask for that many idle pages when the free ones run out."""
+        self._reclaim = reclaim
+
     def allocate(self, num: int) -> list[int]:
         """Take ``num`` pages, each with one reference."""
-        assert num <= self.num_free, "the scheduler must ask for room first"
+        assert num <= self.num_available, "the scheduler must ask for room first"
+        if num > self.num_free and self._reclaim is not None:
+            self._reclaim(num - self.num_free)
+        assert num <= self.num_free, "an idle page was not given back"
         pages = [self._free.pop() for _ in range(num)]
         for page in pages:
             self._references[page] = 1
@@ -47,6 +66,7 @@ class PagePool:
         """One more reference to each."""
         for page in pages:
             assert self._references[page] > 0, "a free page cannot be shared"
+            self._num_idle -= self.is_idle(page)
             self._references[page] += 1
 
     def release(self, pages: list[int]) -> None:
@@ -54,15 +74,35 @@ class PagePool:
         for page in pages:
             assert self._references[page] > 0, "page released twice"
             self._references[page] -= 1
+            self._num_idle += self.is_idle(page)
             if self._references[page] == 0:
                 self._free.append(page)
 
+    def is_idle(self, page: int) -> bool:
+        """Whether only the prefix cache refers to it."""
+        return page in self._cached and self._references[page] == 1
+
+    def keep(self, page: int) -> None:
+        """The prefix cache takes a reference to a page that somebody uses."""
+        assert page not in self._cached, "a page is cached once"
+        self.share([page])
+        self._cached.add(page)
+
+    def give_up(self, page: int) -> None:
+        """The prefix cache lets go of an idle page."""
+        assert self.is_idle(page), "a page in use stays cached"
+        self._num_idle -= 1
+        self._cached.remove(page)
+        self.release([page])
+
     def check_integrity(self) -> None:
-        """Every page is either free or referenced, never both."""
+        """Every page is either free or referenced, never both; cached pages are referenced."""
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         held = {page for page in range(1, self.num_pages + 1) if self._references[page] > 0}
         assert held.isdisjoint(self._free), "a page is both held and free"
         assert len(held) + len(self._free) == self.num_pages, "a page is lost"
+        assert self._cached <= held, "a cached page is free"
+        assert self._num_idle == sum(self.is_idle(page) for page in self._cached), "idle pages are miscounted"
 
     def zero(self, pages: list[int]) -> None:
         """Clear pages before their first token is written."""
@@ -76,8 +116,20 @@ class PagePool:
 
     def write(self, layer: int, cells_N: Tensor, k_NGd: Tensor, v_NGd: Tensor) -> None:
         """Store keys and values; cell = page * PAGE_TOKENS + position in page."""
-        self._k[layer].flatten(0, 1).index_copy_(0, cells_N, k_NGd)
-        self._v[layer].flatten(0, 1).index_copy_(0, cells_N, v_NGd)
+        self._k[layer].flatten(0, 1).index_copy_(0, cells_N, k_NGd.to(self._k.dtype))
+        self._v[layer].flatten(0, 1).index_copy_(0, cells_N, v_NGd.to(self._v.dtype))
+
+    def write_all(self, cells_N: Tensor, kv_LSGNd: Tensor) -> None:
+        """Store keys (S = 0) and values (S = 1) of N tokens in all layers."""
+        for which, pool in enumerate((self._k, self._v)):
+            pool.flatten(1, 2).index_copy_(1, cells_N, kv_LSGNd[:, which].transpose(1, 2).to(pool.dtype))
+
+    def read_all(self, pages: list[int], out_LSGNd: Tensor) -> None:
+        """The first N tokens of these pages, in all layers."""
+        table_P = torch.tensor(pages, device=self._k.device)
+        num = out_LSGNd.shape[3]
+        for which, pool in enumerate((self._k, self._v)):
+            out_LSGNd[:, which].copy_(pool.index_select(1, table_P).flatten(1, 2)[:, :num].transpose(1, 2))
 
     def read(self, layer: int, table_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, P * PAGE_TOKENS, head_dim) of page tables padded with page 0."""

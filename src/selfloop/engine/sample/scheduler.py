@@ -1,7 +1,8 @@
 """Continuous batching: at every step requests join, prompts are prefilled, each sample grows by a token.
 
 A request waits until the cache has room for its prompt and one whole sample; its further samples start as
-room frees, so nothing that has started ever runs out of cache.
+room frees, so nothing that has started ever runs out of cache. What a prompt shares with an earlier one is found
+in the prefix cache; one that could share with a prompt under way waits for that.
 """
 
 from collections import deque
@@ -14,9 +15,12 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.decoder import Decoder
-from selfloop.engine.sample.attention import DecodeAttention, PrefillAttention, PromptChunk
+from selfloop.engine.sample.attention import PrefillAttention, PromptChunk, StepAttentionOverCache
+from selfloop.engine.sample.decode import StepDecoder
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
-from selfloop.engine.sample.kv_cache import PagePool
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
+from selfloop.engine.sample.kv_window import KvWindow
+from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
@@ -25,6 +29,8 @@ from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob
 
 _Item = TypeVar("_Item")
+# While samples run, a step prefills this part of the budget at most.
+_PARTS = 4
 
 
 class SamplingScheduler:
@@ -39,9 +45,14 @@ class SamplingScheduler:
         max_batch: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
+        window_tokens: int | None = None,
     ) -> None:
         self._decoder = decoder
+        self._step_decoder = StepDecoder(decoder)
         self._pool = pool
+        self._prefixes = PrefixCache(pool)
+        most = pool.num_pages * PAGE_TOKENS if window_tokens is None else window_tokens
+        self._window = KvWindow(decoder.config, pool, most, decoder.device, torch.float32)
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
         self._vocabulary = vocabulary
@@ -143,21 +154,43 @@ class SamplingScheduler:
         """
         if any(r.first_logits_V is not None and not r.all_started for r in self._active):
             return
-        while self._waiting and len(self._active) < self._max_batch:
-            request = self._waiting[0]
+        for request in list(self._waiting):
+            if len(self._active) == self._max_batch:
+                return
+            prompt = request.request.prompt
+            # What is asked about a prompt is read off its hidden states, which no cache holds.
+            asks = request.request.asks_about_prompt
+            found = [] if asks else self._prefixes.match(request.adapter, prompt)
+            if not asks and self._follows(request, len(found)):
+                self._pool.release(found)
+                continue
             # Active requests that have no sample yet must still find room for their first.
             owed = sum(r.sample_pages for r in self._active if r.num_started == 0)
-            if request.prompt_pages + request.sample_pages + owed > self._pool.num_free:
+            if request.prompt_pages - len(found) + request.sample_pages + owed > self._pool.num_available:
+                self._pool.release(found)
                 return
-            self._waiting.popleft()
-            request.pages = self._pool.allocate(request.prompt_pages)
+            self._waiting.remove(request)
+            request.pages = found + self._pool.allocate(request.prompt_pages - len(found))
+            request.num_prefilled = request.num_found = len(found) * PAGE_TOKENS
             self._active.append(request)
 
+    def _follows(self, request: ActiveRequest, num_found: int) -> bool:
+        """Whether a prompt under way will leave another page that this one begins with."""
+        num = (num_found + 1) * PAGE_TOKENS
+        if num >= request.prompt_length:
+            return False
+        start = request.request.prompt[:num]
+        return any(
+            not r.is_prefilled and r.adapter is request.adapter and r.request.prompt[:num] == start
+            for r in self._active
+        )
+
     def _prefill(self) -> None:
-        budget = self._prefill_budget
+        # Running samples wait for a short part of a long prompt only.
+        budget = max(1, self._prefill_budget // _PARTS) if self._samples else self._prefill_budget
         batch: list[tuple[ActiveRequest, PromptChunk]] = []
         for request in self._active:
-            if budget > 0 and request.num_prefilled < request.prompt_length:
+            if budget > 0 and not request.is_prefilled:
                 stop = min(request.prompt_length, request.num_prefilled + budget)
                 batch.append((request, PromptChunk(request.pages, request.num_prefilled, stop)))
                 budget -= stop - request.num_prefilled
@@ -183,8 +216,11 @@ class SamplingScheduler:
         request.num_prefilled = chunk.stop
         if request.prompt_scores is not None:
             request.prompt_scores.add(self._decoder, chunk.start, h_ND, request.adapter)
-        if chunk.stop == request.prompt_length:
-            request.first_logits_V = self._decoder.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
+        if request.is_prefilled:
+            logits_V = self._decoder.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
+            request.first_logits_V = logits_V
+            if logits_V.isfinite().all():
+                self._prefixes.insert(request.adapter, request.request.prompt, request.pages)
 
     def _start_samples(self) -> None:
         """Start samples of prefilled requests while there is room, and draw their first tokens."""
@@ -206,7 +242,7 @@ class SamplingScheduler:
     def _has_room(self, request: ActiveRequest, num_starting: int) -> bool:
         owed = sum(r.sample_pages for r in self._active if r.num_started == 0 and r is not request)
         room = request.sample_pages + (owed if request.num_started > 0 else 0)
-        return room <= self._pool.num_free and len(self._samples) + num_starting < self._max_batch
+        return room <= self._pool.num_available and len(self._samples) + num_starting < self._max_batch
 
     def _start(self, request: ActiveRequest) -> Sample:
         shared = request.pages[: request.shared_pages]
@@ -218,7 +254,7 @@ class SamplingScheduler:
         request.num_started += 1
         generator = sample_generator(request.request.params.seed, index)
         text = SampleText(self._vocabulary, request.stops)
-        sample = Sample(request, index, [*shared, *own], generator, text)
+        sample = Sample(request, index, [*shared, *own], generator, text, num_in_pages=request.prompt_length)
         if request.grammar is not None:
             sample.constraint = self._constraint(request.request, request.grammar)
         if request.request.top_logprobs > 0:
@@ -231,16 +267,14 @@ class SamplingScheduler:
         if not samples:
             return
         samples = _by_adapter(samples, lambda s: s.parent.adapter)
-        device = self._decoder.device
-        positions = [s.position for s in samples]
-        adapters = AdapterBatch.of([(1, s.parent.adapter) for s in samples])
-        h_BD = self._decoder.forward(
-            torch.tensor([s.tokens[-1] for s in samples], device=device),
-            torch.tensor(positions, device=device),
-            DecodeAttention(self._pool, [s.pages for s in samples], positions, device),
-            adapters,
+        attention = StepAttentionOverCache(self._decoder.config, self._pool, samples, self._window.seat(samples))
+        logits_BV = self._step_decoder.forward(
+            [s.tokens[-1] for s in samples],
+            [s.position for s in samples],
+            attention,
+            [s.parent.adapter for s in samples],
         )
-        self._draw(samples, self._decoder.logits(h_BD, adapters))
+        self._draw(samples, logits_BV)
 
     def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
         finite: list[bool] = logits_BV.isfinite().all(-1).tolist()
@@ -295,12 +329,23 @@ class SamplingScheduler:
             self._finish(sample, "length")
 
     def _finish(self, sample: Sample, reason: StopReason) -> None:
-        self._pool.release(sample.pages)
-        self._samples.remove(sample)
+        self._keep(sample)
+        self._forget(sample)
         sample.text.finish()
         if sample.parent.stream:
             self._tell(sample, reason)
         sample.parent.finished[sample.index] = sample.finished(reason)
+
+    def _keep(self, sample: Sample) -> None:
+        """Leave the sample's full pages to those whose prompt goes on from it."""
+        known = [*sample.parent.request.prompt, *sample.tokens[:-1]]
+        self._window.write_back(sample, len(known) // PAGE_TOKENS * PAGE_TOKENS)
+        self._prefixes.insert(sample.parent.adapter, known, sample.pages)
+
+    def _forget(self, sample: Sample) -> None:
+        self._window.leave(sample)
+        self._pool.release(sample.pages)
+        self._samples.remove(sample)
 
     def _tell(self, sample: Sample, reason: StopReason | None) -> None:
         self._deltas.setdefault(sample.parent.request.request_id, []).append(sample.delta(reason))
@@ -312,8 +357,7 @@ class SamplingScheduler:
 
     def _drop(self, request: ActiveRequest) -> None:
         for sample in [s for s in self._samples if s.parent is request]:
-            self._pool.release(sample.pages)
-            self._samples.remove(sample)
+            self._forget(sample)
         self._pool.release(request.pages)
         self._active.remove(request)
         self._deltas.pop(request.request.request_id, None)

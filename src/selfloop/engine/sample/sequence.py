@@ -15,6 +15,7 @@ from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
 if TYPE_CHECKING:
+    from selfloop.engine.sample.kv_window import Shelf
     from selfloop.engine.sample.prompt_logprobs import PromptScores
 
 StopReason = Literal["stop", "length"]
@@ -29,6 +30,7 @@ class ActiveRequest:
         grammar: what every sample must match.
         pages: cache of the prompt, until every sample has started.
         num_prefilled: prompt tokens already in the cache.
+        num_found: of these, how many were there before it came.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
         num_started: samples that have started.
         prompt_scores: filled as the prompt is prefilled, when asked for.
@@ -41,6 +43,7 @@ class ActiveRequest:
     stops: list[StopString] = field(default_factory=list[StopString])
     pages: list[int] = field(default_factory=list[int])
     num_prefilled: int = 0
+    num_found: int = 0
     first_logits_V: Tensor | None = None
     num_started: int = 0
     prompt_scores: "PromptScores | None" = None
@@ -63,6 +66,10 @@ class ActiveRequest:
     def sample_pages(self) -> int:
         """Pages of its own that one sample may need; the last token is never cached."""
         return pages_for(self.prompt_length + self.request.params.max_tokens - 1) - self.shared_pages
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_prefilled == self.prompt_length
 
     @property
     def all_started(self) -> bool:
@@ -89,6 +96,8 @@ class Sample:
         top_logprobs: the likeliest tokens at each position, when asked for.
         token_bytes: what each token stands for, when asked for.
         sent: how much of it was told of.
+        num_in_pages: how many of its tokens, from the first on, its pages hold.
+        shelf: where the window keeps all of them; None for a sample outside.
     """
 
     parent: ActiveRequest
@@ -102,6 +111,8 @@ class Sample:
     top_logprobs: list[list[TokenLogprob]] | None = None
     token_bytes: list[bytes] | None = None
     sent: Sent = field(default_factory=lambda: Sent(0, 0))
+    num_in_pages: int = 0
+    shelf: "Shelf | None" = None
 
     @property
     def position(self) -> int:

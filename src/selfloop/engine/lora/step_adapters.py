@@ -1,0 +1,149 @@
+"""The adapters of a decode step, laid out so that many rows of many adapters take few operations."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.lora.adapter import Adapter, LoraGroup
+from selfloop.engine.lora.targets import LinearGroup
+
+
+class StepAdapters(Protocol):
+    """Adds what the adapters of a batch's rows contribute to a projection."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def add(self, y_BO: Tensor, x_BI: Tensor, layer: int, group: int) -> None:
+        """Add to ``y_BO`` in place; both are in ``dtype``."""
+        ...
+
+
+class _Part(NamedTuple):
+    """One of the projections that are fused: its columns of y, its columns of x A^T, its B transposed."""
+
+    columns: slice
+    ranks: slice
+    b_RO: Tensor
+
+
+class SharedAdapter:
+    """One adapter for the rows [start, stop) of a step; it is given in any type and held in ``dtype``."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.rows: slice | None = None
+        self._scaling = adapter.scaling
+        self._layers = [[_single(group, dtype) for group in layer] for layer in adapter.layers]
+
+    def at(self, start: int, stop: int, num_rows: int) -> "SharedAdapter":
+        """Use it for these of ``num_rows`` rows from now on."""
+        self.rows = None if stop - start == num_rows else slice(start, stop)
+        return self
+
+    def add(self, y_BO: Tensor, x_BI: Tensor, layer: int, group: int) -> None:
+        held = self._layers[layer][group]
+        if held is None:
+            return
+        a_IR, parts = held
+        if self.rows is not None:
+            y_BO, x_BI = y_BO[self.rows], x_BI[self.rows]
+        u_BR = torch.mm(x_BI, a_IR)
+        for columns, ranks, b_RO in parts:
+            y_BO[:, columns].addmm_(u_BR[:, ranks], b_RO, alpha=self._scaling)
+
+
+def _single(group: LoraGroup | None, dtype: torch.dtype) -> tuple[Tensor, list[_Part]] | None:
+    if group is None:
+        return None
+    rank = group.b[0].shape[1]
+    parts: list[_Part] = []
+    column = 0
+    for index, b_OR in enumerate(group.b):
+        columns = slice(column, column + b_OR.shape[0])
+        parts.append(_Part(columns, slice(index * rank, (index + 1) * rank), b_OR.to(dtype).t()))
+        column = columns.stop
+    return group.a.to(dtype).t(), parts
+
+
+class _Stack(NamedTuple):
+    """One group of S adapters: ``a_SIR`` and, of each projection, its B; scaling is in B already."""
+
+    a_SIR: Tensor
+    parts: list[_Part]
+
+
+class StackedAdapters:
+    """S adapters side by side, of any ranks and targets: what one lacks is zero.
+
+    Rows are dealt to the adapters in equal numbers, some of them padding, so that one batched product serves all.
+    """
+
+    def __init__(self, adapters: list[Adapter], groups: tuple[LinearGroup, ...], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.places = {id(adapter): place for place, adapter in enumerate(adapters)}
+        self._adapters = adapters  # keeps their ids their own
+        self._layers = [
+            [_stack(adapters, layer, index, group, dtype) for index, group in enumerate(groups)]
+            for layer in range(len(adapters[0].layers))
+        ]
+        self._deal: Tensor | None = None
+        self._rows = self._cells = torch.empty(0)
+
+    def serves(self, adapters: list[Adapter]) -> bool:
+        """Whether it holds all of these, and not many others."""
+        return 2 * len(adapters) >= len(self.places) and all(id(adapter) in self.places for adapter in adapters)
+
+    def at(self, row_adapters: list[Adapter | None], device: torch.device) -> "StackedAdapters":
+        """Use them for these rows from now on."""
+        lists: list[list[int]] = [[] for _ in self._adapters]
+        for row, adapter in enumerate(row_adapters):
+            if adapter is not None:
+                lists[self.places[id(adapter)]].append(row)
+        width = max(len(rows) for rows in lists)
+        dealt = [rows + [0] * (width - len(rows)) for rows in lists]
+        cells = [place * width + at for place, rows in enumerate(lists) for at in range(len(rows))]
+        rows = [row for rows in lists for row in rows]
+        self._width = width
+        in_order = rows == list(range(len(row_adapters))) == cells
+        self._deal = None if in_order else torch.tensor(dealt, device=device).flatten()
+        self._rows, self._cells = torch.tensor(rows, device=device), torch.tensor(cells, device=device)
+        return self
+
+    def add(self, y_BO: Tensor, x_BI: Tensor, layer: int, group: int) -> None:
+        stack = self._layers[layer][group]
+        if stack is None:
+            return
+        x_SWI = (x_BI if self._deal is None else x_BI.index_select(0, self._deal)).unflatten(0, (-1, self._width))
+        u_SWR = torch.bmm(x_SWI, stack.a_SIR)
+        for columns, ranks, b_SRO in stack.parts:
+            part_NO = torch.bmm(u_SWR[:, :, ranks], b_SRO).flatten(0, 1)
+            if self._deal is None:
+                y_BO[:, columns].add_(part_NO)
+            else:
+                y_BO[:, columns].index_add_(0, self._rows, part_NO.index_select(0, self._cells))
+
+
+def _stack(adapters: list[Adapter], layer: int, index: int, group: LinearGroup, dtype: torch.dtype) -> _Stack | None:
+    held = [adapter.layers[layer][index] for adapter in adapters]
+    ranks = [part.b[0].shape[1] for part in held if part is not None]
+    if not ranks:
+        return None
+    rank, num = max(ranks), len(group.targets)
+    device = next(part.a.device for part in held if part is not None)
+    a_SnRI = torch.zeros(len(adapters), num, rank, group.in_features, dtype=dtype, device=device)
+    bs = [torch.zeros(len(adapters), t.out_features, rank, dtype=dtype, device=device) for t in group.targets]
+    for place, (adapter, part) in enumerate(zip(adapters, held, strict=True)):
+        if part is not None:
+            own = part.b[0].shape[1]
+            a_SnRI[place, :, :own] = part.a.unflatten(0, (num, own))
+            for b_SOR, b_OR in zip(bs, part.b, strict=True):
+                b_SOR[place, :, :own] = b_OR * adapter.scaling
+    parts: list[_Part] = []
+    column = 0
+    for at, b_SOR in enumerate(bs):
+        columns = slice(column, column + b_SOR.shape[1])
+        parts.append(_Part(columns, slice(at * rank, (at + 1) * rank), b_SOR.transpose(1, 2)))
+        column = columns.stop
+    return _Stack(a_SnRI.flatten(1, 2).transpose(1, 2), parts)

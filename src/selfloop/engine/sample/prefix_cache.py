@@ -1,0 +1,108 @@
+"""Pages of keys and values that are kept after use, found again by the weights and the tokens that made them."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A full page that follows its parent's."""
+
+    parent: "_Node | None" = None
+    tokens: tuple[int, ...] = ()
+    page: int = 0
+    children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict[tuple[int, ...], "_Node"])
+
+
+class PrefixCache:
+    """A tree of full pages for each version of the weights; the longest unused leave first, and ends before beginnings.
+
+    An adapter in the engine's bank is frozen, so the object is the version: new weights are another object and never
+    meet these pages. Those of an adapter that is gone are found by nobody and leave in their turn.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._base = _Node()
+        self._adapted: WeakKeyDictionary[Adapter, _Node] = WeakKeyDictionary()
+        # Every page stands before the one it follows, as a path is touched from its end.
+        self._order: OrderedDict[_Node, None] = OrderedDict()
+        pool.reclaim_with(self._reclaim)
+
+    def match(self, adapter: Adapter | None, tokens: list[int]) -> list[int]:
+        """The longest run of cached pages that ``tokens`` begins with, short of the last token, each shared once."""
+        path = self._path(adapter, tokens, (len(tokens) - 1) // PAGE_TOKENS)
+        self._touch(path)
+        pages = [node.page for node in path]
+        self._pool.share(pages)
+        return pages
+
+    def insert(self, adapter: Adapter | None, tokens: list[int], pages: list[int]) -> None:
+        """Keep the pages that are full of ``tokens``. The caller's references stay its own to release.
+
+        Where equal pages are cached already, the caller gets those in the place of its own: so whoever uses a page
+        uses all that come before it, and an idle page has no busy one after it.
+        """
+        num = len(tokens) // PAGE_TOKENS
+        path = self._path(adapter, tokens, num)
+        for index, node in enumerate(path):
+            self._pool.share([node.page])
+            self._pool.release([pages[index]])
+            pages[index] = node.page
+        node = path[-1] if path else self._root(adapter)
+        for index in range(len(path), num):
+            key = _key(tokens, index)
+            child = _Node(node, key, pages[index])
+            self._pool.keep(child.page)
+            node.children[key] = child
+            path.append(child)
+            node = child
+        self._touch(path)
+
+    def clear(self) -> None:
+        """Give up every idle page."""
+        self._reclaim(len(self._order))
+
+    def _root(self, adapter: Adapter | None) -> _Node:
+        if adapter is None:
+            return self._base
+        if adapter not in self._adapted:
+            self._adapted[adapter] = _Node()
+        return self._adapted[adapter]
+
+    def _path(self, adapter: Adapter | None, tokens: list[int], max_pages: int) -> list[_Node]:
+        node, path = self._root(adapter), list[_Node]()
+        for index in range(max_pages):
+            child = node.children.get(_key(tokens, index))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return path
+
+    def _touch(self, path: list[_Node]) -> None:
+        for node in reversed(path):
+            self._order[node] = None
+            self._order.move_to_end(node)
+
+    def _reclaim(self, num: int) -> None:
+        given: list[_Node] = []
+        for node in self._order:
+            if len(given) == num:
+                break
+            if self._pool.is_idle(node.page):
+                given.append(node)
+        for node in given:
+            assert not node.children, "what follows a page leaves before it"
+            del self._order[node]
+            assert node.parent is not None
+            del node.parent.children[node.tokens]
+            self._pool.give_up(node.page)
+
+
+def _key(tokens: list[int], index: int) -> tuple[int, ...]:
+    return tuple(tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS])
