@@ -69,7 +69,13 @@ def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_p
     decoder = tiny_decoder()
     pool = PagePool(decoder.config, num_pages * 16, decoder.device, decoder.dtype)
     scheduler = SamplingScheduler(
-        decoder, pool, prefill_budget=budget, max_batch=max_batch, vocabulary=None, compile_grammar=None
+        decoder,
+        pool,
+        prefill_budget=budget,
+        max_batch=max_batch,
+        vocabulary=None,
+        compile_grammar=None,
+        window_tokens=256,
     )
     for index, (length, num_samples, max_tokens) in enumerate(requests):
         params = SamplingParams(max_tokens=max_tokens, seed=index)

@@ -1,5 +1,7 @@
 """Where to compute, in which dtype, and how much memory to plan for."""
 
+import os
+
 import torch
 
 from selfloop.engine.models.config import ModelConfig
@@ -8,6 +10,9 @@ from selfloop.types.errors import OperationFailed
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
 _CPU_KV_BYTES = 256 * 2**20
 _CUDA_KV_SHARE = 0.4
+_CPU_WINDOW_BYTES = 384 * 2**20
+_CUDA_WINDOW_SHARE = 0.1
+_CPU_COPY_SHARE = 0.1
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,3 +49,17 @@ def default_kv_tokens(config: ModelConfig, device: torch.device, dtype: torch.dt
     if device.type == "cuda":
         budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
     return max(budget_bytes // per_token, config.max_position_embeddings)
+
+
+def default_window_tokens(config: ModelConfig, device: torch.device) -> int:
+    """Tokens of running samples whose keys and values lie side by side, in float32; memory is taken as it is needed."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * torch.float32.itemsize
+    budget_bytes = _CPU_WINDOW_BYTES
+    if device.type == "cuda":
+        budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_WINDOW_SHARE)
+    return budget_bytes // per_token
+
+
+def has_memory_for(num_bytes: int) -> bool:
+    """Whether a copy that only makes things faster is small beside this machine's memory."""
+    return num_bytes <= _CPU_COPY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from selfloop.engine.device import default_kv_tokens, default_train_budget, pick_device, pick_dtype
+from selfloop.engine.device import (
+    default_kv_tokens,
+    default_train_budget,
+    default_window_tokens,
+    pick_device,
+    pick_dtype,
+)
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.files.peft import read_peft
@@ -88,6 +94,7 @@ class Engine:
             max_batch=_MAX_BATCH,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
+            window_tokens=default_window_tokens(config, decoder.device),
         )
         self.info = ModelInfo(
             vocab_size=config.vocab_size,

@@ -3,47 +3,72 @@
 import pytest
 import torch
 
-from selfloop.engine.sample.sampler import Row, draw, filtered_probabilities
+from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import sample_generator
 from selfloop.types.sampling import SamplingParams
 
 LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
 
 
+def frequencies(logits, num=2000, **params):
+    """How often each token comes when the uniform number takes ``num`` even steps."""
+    rows = [Row(SamplingParams(max_tokens=1, **params), (step + 0.5) / num) for step in range(num)]
+    tokens = draw(logits.repeat(num, 1), rows).tokens
+    return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / num
+
+
 def probabilities(**params):
-    settings = [SamplingParams(max_tokens=1, **params)]
-    return filtered_probabilities(LOGITS[None], settings)[0].tolist()
+    return pytest.approx(frequencies(LOGITS, **params).tolist(), abs=1e-3)
 
 
 def test_no_filter_is_the_distribution():
-    assert probabilities() == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05])
+    assert probabilities() == [0.5, 0.2, 0.15, 0.1, 0.05]
 
 
 def test_temperature_sharpens():
     squares = [p**2 for p in (0.5, 0.2, 0.15, 0.1, 0.05)]
-    assert probabilities(temperature=0.5) == pytest.approx([s / sum(squares) for s in squares])
+    assert [s / sum(squares) for s in squares] == probabilities(temperature=0.5)
 
 
 def test_top_k_keeps_k():
-    assert probabilities(top_k=2) == pytest.approx([5 / 7, 2 / 7, 0, 0, 0])
+    assert probabilities(top_k=2) == [5 / 7, 2 / 7, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (0.94, 4), (0.96, 5), (1.0, 5)]
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
-    assert sum(p > 0 for p in probabilities(top_p=top_p)) == kept
+    assert int((frequencies(LOGITS, top_p=top_p) > 0).sum()) == kept
 
 
 def test_top_p_counts_after_top_k():
     # Of the two kept by top_k the first has 5/7.
-    assert sum(p > 0 for p in probabilities(top_k=2, top_p=0.7)) == 1
+    assert int((frequencies(LOGITS, top_k=2, top_p=0.7) > 0).sum()) == 1
 
 
-def test_rows_are_filtered_each_by_its_own_parameters():
-    params = [SamplingParams(max_tokens=1, top_k=k) for k in (0, 1, 3)]
-    kept = (filtered_probabilities(LOGITS.repeat(3, 1), params) > 0).sum(1)
-    assert kept.tolist() == [5, 1, 3]
+def test_rows_are_drawn_each_by_its_own_parameters():
+    settings = [{"top_k": 1}, {"temperature": 0}, {}, {"top_k": 3}, {"top_p": 0.6}]
+    rows = [Row(SamplingParams(max_tokens=1, **params), 0.999) for params in settings]
+    assert draw(LOGITS.repeat(5, 1), rows).tokens == [0, 0, 4, 2, 1]
+
+
+def test_a_large_vocabulary_is_drawn_as_its_distribution_says():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 2
+    expected = (logits.double() / 0.7).softmax(-1).cumsum(-1)
+    rows = [Row(SamplingParams(max_tokens=1, temperature=0.7), u) for u in torch.linspace(0, 0.9999, 300).tolist()]
+    for row, token in zip(rows, draw(logits.repeat(300, 1), rows).tokens, strict=True):
+        assert token == pytest.approx(int(torch.searchsorted(expected, row.uniform)), abs=0) or (
+            abs(float(expected[min(token, int(torch.searchsorted(expected, row.uniform)))]) - row.uniform) < 1e-6
+        )
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
+def test_top_p_looks_beyond_the_likeliest_thousand_where_it_must(top_p):
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(2)) * 0.5
+    drawn = draw(logits[None], [Row(SamplingParams(max_tokens=1, top_p=top_p), 1 - 2**-40)]).tokens[0]
+    probs, order = logits.double().softmax(-1).sort(descending=True)
+    last = int((probs.cumsum(-1) < top_p).sum())
+    assert drawn == int(order[last])
 
 
 def test_uniform_numbers_walk_the_distribution():

@@ -106,7 +106,7 @@ class StackedAdapters:
         cells = [place * width + at for place, rows in enumerate(lists) for at in range(len(rows))]
         rows = [row for rows in lists for row in rows]
         self._width = width
-        in_order = rows == list(range(len(row_adapters))) == cells
+        in_order = rows == list(range(len(lists) * width)) == cells and len(rows) == len(row_adapters)
         self._deal = None if in_order else torch.tensor(dealt, device=device).flatten()
         self._rows, self._cells = torch.tensor(rows, device=device), torch.tensor(cells, device=device)
         return self

@@ -50,6 +50,13 @@ class FrozenLinear:
         if not keep_plain:
             self._plain_OI = None
 
+    def plain(self) -> Tensor:
+        """The weight (out, in) as it was given; a copy where it is laid out otherwise."""
+        if self._plain_OI is not None:
+            return self._plain_OI
+        assert self._blocked_OI is not None
+        return self._blocked_OI.to_dense()
+
     def __call__(self, x_TI: Tensor) -> Tensor:
         """(T, in) -> (T, out) in the compute dtype."""
         if self._blocked_OI is None:

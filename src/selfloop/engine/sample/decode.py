@@ -4,24 +4,27 @@ A step of few rows is short, so what counts is how many operations a layer takes
 once and where they lie. Between the products everything is float32. The tests hold it to the decoder's own numbers.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.device import has_memory_for
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV, linear_groups
-from selfloop.engine.models.decoder import Decoder
+from selfloop.engine.models.decoder import Decoder, num_parameters
+from selfloop.engine.models.few_rows import MAX_HEAD_ROWS, MAX_ROWS, FewRowsLinear, can_pack, few_rows
 from selfloop.engine.models.linear import FrozenLinear
 
+Linear = FrozenLinear | FewRowsLinear
 StepAttention = Callable[[int, Tensor], Tensor]
 """Layer, rotated (B, H + 2G, head_dim) float32 -> (B, H * head_dim) float32."""
 
-# Up to so many rows a product of one adapter is faster in float32 on a CPU than in bfloat16, whose calls cost more.
-_FEW_ROWS = 4
+log = logging.getLogger("selfloop.engine")
 
 
 class StepDecoder:
@@ -36,6 +39,7 @@ class StepDecoder:
         self._final_norm = weights.final_norm_D.float()
         self._eps = torch.tensor(config.rms_norm_eps, device=decoder.device)
         self._num_qk = config.num_heads + config.num_kv_heads
+        self._few_rows, self._few_rows_head = self._copies()
         self._shared: tuple[Adapter, SharedAdapter] | None = None
         self._stacked: StackedAdapters | None = None
 
@@ -49,7 +53,8 @@ class StepDecoder:
         cos, sin = decoder.rotary(torch.tensor(positions, device=decoder.device))
         cos_B11d = cos[:, :, None].float()
         sin_B12d = torch.stack((-sin, sin), dim=2).float()
-        for index, (qkv, out, gate_up, down) in enumerate(self._linears):
+        linears = self._linears if self._few_rows is None or len(tokens) > MAX_ROWS else self._few_rows
+        for index, (qkv, out, gate_up, down) in enumerate(linears):
             attention_norm_D, mlp_norm_D = self._norms[index]
             x_BD = self._norm(h_BD, attention_norm_D)
             qkv_BHd = self._project(qkv, x_BD, adapters, index, QKV).unflatten(1, (-1, config.head_dim))
@@ -63,16 +68,22 @@ class StepDecoder:
             x_BD = self._norm(h_BD, mlp_norm_D)
             gate_BF, up_BF = self._project(gate_up, x_BD, adapters, index, GATE_UP).chunk(2, dim=1)
             h_BD += self._project(down, F.silu(gate_BF).mul_(up_BF), adapters, index, DOWN)
-        h_BD = self._norm(h_BD, self._final_norm).to(decoder.dtype)
-        return decoder.logits(h_BD, AdapterBatch.of([(1, adapter) for adapter in row_adapters]))
+        h_BD = self._norm(h_BD, self._final_norm)
+        segments = AdapterBatch.of([(1, adapter) for adapter in row_adapters])
+        if self._few_rows_head is None or len(tokens) > MAX_HEAD_ROWS or segments.at_head():
+            return decoder.logits(h_BD.to(decoder.dtype), segments)
+        return self._few_rows_head(h_BD)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
 
-    def _project(
-        self, linear: FrozenLinear, x_BI: Tensor, adapters: StepAdapters | None, index: int, group: int
-    ) -> Tensor:
+    def _project(self, linear: Linear, x_BI: Tensor, adapters: StepAdapters | None, index: int, group: int) -> Tensor:
+        if isinstance(linear, FewRowsLinear):
+            y_BO = linear(x_BI)
+            if adapters is not None:
+                adapters.add(y_BO, x_BI, index, group)
+            return y_BO
         low_BI = x_BI.to(self._decoder.dtype)
         y_BO = linear(low_BI)
         if adapters is None:
@@ -85,6 +96,8 @@ class StepDecoder:
         return y_BO.float()
 
     def _adapters(self, row_adapters: list[Adapter | None]) -> StepAdapters | None:
+        few = len(row_adapters) <= MAX_ROWS and self._few_rows is not None
+        dtype = torch.float32 if few else self._decoder.dtype
         distinct = list(dict.fromkeys(adapter for adapter in row_adapters if adapter is not None))
         if not distinct:
             return None
@@ -92,18 +105,27 @@ class StepDecoder:
             self._stacked = None
             start = row_adapters.index(distinct[0])
             count = row_adapters.count(distinct[0])
-            return self._one(distinct[0], count).at(start, start + count, len(row_adapters))
+            return self._one(distinct[0], dtype).at(start, start + count, len(row_adapters))
         self._shared = None
         stacked = self._stacked
         # What is no longer needed stays in the stack as long as that is the smaller part.
-        if stacked is None or not stacked.serves(distinct):
+        if stacked is None or stacked.dtype != dtype or not stacked.serves(distinct):
             groups = linear_groups(self._decoder.config)
-            stacked = self._stacked = StackedAdapters(distinct, groups, self._decoder.dtype)
+            stacked = self._stacked = StackedAdapters(distinct, groups, dtype)
         return stacked.at(row_adapters, self._decoder.device)
 
-    def _one(self, adapter: Adapter, num_rows: int) -> SharedAdapter:
-        few = num_rows <= _FEW_ROWS and self._decoder.device.type == "cpu"
-        dtype = torch.float32 if few else self._decoder.dtype
+    def _one(self, adapter: Adapter, dtype: torch.dtype) -> SharedAdapter:
         if self._shared is None or self._shared[0] is not adapter or self._shared[1].dtype != dtype:
             self._shared = adapter, SharedAdapter(adapter, dtype)
         return self._shared[1]
+
+    def _copies(self) -> tuple[list[list[FewRowsLinear]] | None, FewRowsLinear | None]:
+        decoder = self._decoder
+        if not can_pack(decoder.device, decoder.dtype) or not has_memory_for(2 * num_parameters(decoder.weights)):
+            return None, None
+        layers = [few_rows(linears) for linears in self._linears]
+        head = few_rows([decoder.weights.head])
+        if head is None or any(layer is None for layer in layers):
+            return None, None
+        log.info("a float16 copy of the base weights serves decode steps of up to %d rows", MAX_ROWS)
+        return [layer for layer in layers if layer is not None], head[0]

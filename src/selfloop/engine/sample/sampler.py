@@ -1,13 +1,20 @@
-"""Draw one token a row: temperature, top-k, top-p, greedy."""
+"""Draw one token a row: temperature, top-k, top-p, greedy.
+
+A draw inverts the cumulative distribution at the row's uniform number: over the tokens by id, or with top-k or top-p
+over those that are left, the likeliest first. So it depends on the row alone.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfloop.types.sampling import SamplingParams
 
-_MAX_ELEMENTS = 4 * 2**20  # of one float64 pass over the vocabulary
+_MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
+_BLOCK = 256  # tokens that are summed before the block that holds the draw is looked into
+_NUCLEUS = 1024  # top-p looks among so many of the likeliest tokens first
 
 
 class Row(NamedTuple):
@@ -57,12 +64,14 @@ def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> D
 def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int | None) -> Draw:
     real_BV = logits_BV[:, :num_tokens]
     masked_BV = _masked(real_BV, rows)
-    tokens_B = masked_BV.argmax(-1)
-    drawn = [at for at, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        at_N = torch.tensor(drawn, device=logits_BV.device)
-        uniforms_N1 = torch.tensor([[rows[at].uniform] for at in drawn], dtype=torch.float64)
-        tokens_B[at_N] = _invert(masked_BV[at_N], [rows[at].params for at in drawn], uniforms_N1).squeeze(1)
+    tokens_B = torch.empty(len(rows), dtype=torch.int64, device=logits_BV.device)
+    for which, pick in ((_is_greedy, _greedy), (_is_plain, _plain), (_is_filtered, _filtered)):
+        at = [row for row, (params, *_) in enumerate(rows) if which(params)]
+        if len(at) == len(rows):
+            tokens_B = pick(masked_BV, rows)
+        elif at:
+            at_N = torch.tensor(at, device=logits_BV.device)
+            tokens_B[at_N] = pick(masked_BV[at_N], [rows[row] for row in at])
     chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
     logsumexp_B = logits_BV.logsumexp(-1)
     logprobs_B = chosen_B - logsumexp_B
@@ -96,45 +105,99 @@ def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Te
     num_rows, num_draws = uniforms_BK.shape
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True).expand(num_rows, num_draws)
-    params = [SamplingParams(max_tokens=1, temperature=temperature)]
+    temperature_11 = torch.tensor([[temperature]], device=logits_BV.device)
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     parts = zip(logits_BV.split(rows_per_pass), uniforms_BK.split(rows_per_pass), strict=True)
-    return torch.cat([_invert(logits, params * len(logits), uniforms) for logits, uniforms in parts])
+    return torch.cat([_draw_by_id(logits, temperature_11, uniforms) for logits, uniforms in parts])
 
 
-def filtered_probabilities(logits_BV: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Probabilities (B, V) float64 after temperature, then top-k, then top-p; rows sum to 1."""
-    device = logits_BV.device
-    temperature_B1 = torch.tensor([[p.temperature] for p in params], device=device)
-    probs_BV = (logits_BV / temperature_B1).softmax(-1, dtype=torch.float64)
-    filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if filtered:
-        rows = torch.tensor(filtered, device=device)
-        probs_BV[rows] = _top_k_top_p(probs_BV[rows], [params[r] for r in filtered])
-    return probs_BV
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0
 
 
-def _top_k_top_p(probs_BV: Tensor, params: list[SamplingParams]) -> Tensor:
-    vocab_size, device = probs_BV.shape[1], probs_BV.device
-    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    top_k_B1 = torch.tensor([[p.top_k if p.top_k > 0 else vocab_size] for p in params], device=device)
-    top_p_B1 = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=device)
-    sorted_BV = sorted_BV * (torch.arange(vocab_size, device=device) < top_k_B1)
-    sorted_BV = sorted_BV / sorted_BV.sum(-1, keepdim=True)
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params.temperature > 0 and not _is_filtered(params)
+
+
+def _greedy(logits_NV: Tensor, rows: list[Row]) -> Tensor:
+    return logits_NV.argmax(-1)
+
+
+def _plain(logits_NV: Tensor, rows: list[Row]) -> Tensor:
+    return _draw_by_id(logits_NV, _temperatures(logits_NV, rows), _uniforms(logits_NV, rows)).squeeze(1)
+
+
+def _filtered(logits_NV: Tensor, rows: list[Row]) -> Tensor:
+    vocab_size = logits_NV.shape[1]
+    temperature_N1 = _temperatures(logits_NV, rows)
+    num = min(vocab_size, max(row.params.top_k or _NUCLEUS for row in rows))
+    kept = _kept(logits_NV, temperature_N1, rows, num)
+    if kept is None:
+        kept = _kept(logits_NV, temperature_N1, rows, vocab_size)
+        assert kept is not None
+    probs_NK, tokens_NK = kept
+    return tokens_NK.gather(1, _invert(probs_NK, _uniforms(logits_NV, rows))).squeeze(1)
+
+
+def _kept(logits_NV: Tensor, temperature_N1: Tensor, rows: list[Row], num: int) -> tuple[Tensor, Tensor] | None:
+    """Probabilities, float64 and up to a factor, of the ``num`` likeliest tokens; 0 for those that are filtered out.
+
+    None where so few do not reach a row's top-p.
+    """
+    device, vocab_size = logits_NV.device, logits_NV.shape[1]
+    scaled_NV = _scaled(logits_NV, temperature_N1)
+    scaled_NK, tokens_NK = scaled_NV.topk(num)
+    probs_NK = (scaled_NK.double() - scaled_NV.logsumexp(-1, keepdim=True)).exp()
+    top_k_N1 = torch.tensor([[row.params.top_k or vocab_size] for row in rows], device=device)
+    probs_NK = probs_NK * (torch.arange(num, device=device) < top_k_N1)
+    # After top-k the rest is a distribution of its own, of which top-p takes its share.
+    mass_N1 = probs_NK.sum(-1, keepdim=True)
+    whole_N1 = torch.where(top_k_N1 < vocab_size, mass_N1, 1.0)
+    top_p_N1 = torch.tensor([[row.params.top_p] for row in rows], dtype=torch.float64, device=device) * whole_N1
+    if num < vocab_size and bool((mass_N1 < top_p_N1).any()):
+        return None
     # A token stays while those before it have not reached top_p; the likeliest always stays.
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    dropped_BV = (before_BV >= top_p_B1) & (top_p_B1 < 1)
-    dropped_BV[:, 0] = False
-    sorted_BV = sorted_BV.masked_fill(dropped_BV, 0.0)
-    sorted_BV = sorted_BV / sorted_BV.sum(-1, keepdim=True)
-    return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV)
+    before_NK = probs_NK.cumsum(-1) - probs_NK
+    dropped_NK = (before_NK >= top_p_N1) & (top_p_N1 < whole_N1)
+    dropped_NK[:, 0] = False
+    return probs_NK.masked_fill_(dropped_NK, 0.0), tokens_NK
 
 
-def _invert(logits_BV: Tensor, params: list[SamplingParams], uniforms_BK: Tensor) -> Tensor:
-    """For each uniform number, the first token whose cumulative probability exceeds it."""
-    cdf_BV = filtered_probabilities(logits_BV, params).cumsum(-1)
-    total_B1 = cdf_BV[:, -1:]
-    levels_BK = uniforms_BK.to(logits_BV.device) * total_B1
-    # Below the total even after rounding, so that it is never a token without probability that is found.
-    levels_BK = torch.minimum(levels_BK, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, levels_BK, right=True)
+def _draw_by_id(logits_BV: Tensor, temperature_B1: Tensor, uniforms_BK: Tensor) -> Tensor:
+    """(B, K) tokens: first the block of tokens that the number falls into, then the token in it."""
+    probs_BV = _scaled(logits_BV, temperature_B1).exp_()
+    blocks_BCN = F.pad(probs_BV, (0, -probs_BV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    cdf_BC = blocks_BCN.sum(-1).double().cumsum(-1)
+    levels_BK = _below(uniforms_BK * cdf_BC[:, -1:], cdf_BC[:, -1:])
+    block_BK = torch.searchsorted(cdf_BC, levels_BK, right=True)
+    before_BK = F.pad(cdf_BC, (1, 0)).gather(1, block_BK)
+    inner_BKN = blocks_BCN.gather(1, block_BK[..., None].expand(-1, -1, _BLOCK)).double().cumsum(-1)
+    inner_BK1 = _below((levels_BK - before_BK)[..., None], inner_BKN[..., -1:])
+    return block_BK * _BLOCK + torch.searchsorted(inner_BKN, inner_BK1, right=True).squeeze(-1)
+
+
+def _invert(probs_NK: Tensor, uniforms_N1: Tensor) -> Tensor:
+    cdf_NK = probs_NK.cumsum(-1)
+    return torch.searchsorted(cdf_NK, _below(uniforms_N1 * cdf_NK[:, -1:], cdf_NK[:, -1:]), right=True)
+
+
+def _below(levels: Tensor, total: Tensor) -> Tensor:
+    """Below the total even after rounding, so that it is never a token without probability that is found."""
+    return torch.minimum(levels, torch.nextafter(total, torch.zeros_like(total)))
+
+
+def _scaled(logits_BV: Tensor, temperature_B1: Tensor) -> Tensor:
+    """Logits at a temperature, the largest 0."""
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(temperature_B1)
+
+
+def _temperatures(logits_NV: Tensor, rows: list[Row]) -> Tensor:
+    return torch.tensor([[row.params.temperature] for row in rows], device=logits_NV.device)
+
+
+def _uniforms(logits_NV: Tensor, rows: list[Row]) -> Tensor:
+    return torch.tensor([[row.uniform] for row in rows], dtype=torch.float64, device=logits_NV.device)

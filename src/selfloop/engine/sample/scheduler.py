@@ -45,14 +45,13 @@ class SamplingScheduler:
         max_batch: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
-        window_tokens: int | None = None,
+        window_tokens: int,
     ) -> None:
         self._decoder = decoder
         self._step_decoder = StepDecoder(decoder)
         self._pool = pool
         self._prefixes = PrefixCache(pool)
-        most = pool.num_pages * PAGE_TOKENS if window_tokens is None else window_tokens
-        self._window = KvWindow(decoder.config, pool, most, decoder.device, torch.float32)
+        self._window = KvWindow(decoder.config, pool, window_tokens, decoder.device, torch.float32)
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
         self._vocabulary = vocabulary
@@ -277,7 +276,7 @@ class SamplingScheduler:
         self._draw(samples, logits_BV)
 
     def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
-        finite: list[bool] = logits_BV.isfinite().all(-1).tolist()
+        finite: list[bool] = logits_BV.sum(-1).isfinite().tolist()
         if not all(finite):
             for sample, ok in zip(samples, finite, strict=True):
                 if not ok:
