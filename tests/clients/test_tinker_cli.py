@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import fake_hub
 import pytest
 from test_tinker_client import tinker_python  # noqa: F401 - a fixture
 
@@ -27,7 +28,7 @@ COMMANDS = {
     "checkpoint info": "test_checkpoints_are_told_of",
     "checkpoint list": "test_checkpoints_are_told_of",
     "checkpoint publish": "test_a_checkpoint_is_published",
-    "checkpoint push-hf": "test_push_to_a_hub_that_is_not_there",
+    "checkpoint push-hf": "test_a_checkpoint_is_pushed_to_a_hub",
     "checkpoint set-ttl": "test_a_checkpoint_gets_a_time_to_live",
     "checkpoint unpublish": "test_a_checkpoint_is_published",
     "model list": "test_models",
@@ -235,10 +236,25 @@ def test_a_checkpoint_is_downloaded(tinker: Tinker, gateway: Gateway):
     assert "cannot be downloaded" in sampler.stderr
 
 
-def test_push_to_a_hub_that_is_not_there(tinker: Tinker):
-    """It asks for the hub before it asks this server."""
+def test_a_checkpoint_is_pushed_to_a_hub(tinker: Tinker):
+    """To a hub of these tests: what arrives is the adapter of the download, with a model card that names it."""
     refused = tinker.done("checkpoint", "push-hf", tinker.path("kept"))
-    assert refused.returncode != 0
+    assert "Not logged in" in refused.stderr
+    with fake_hub.serving() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": fake_hub.TOKEN, "HF_HUB_OFFLINE": "0"}
+        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        done = tinker.done("checkpoint", "push-hf", tinker.path("kept"), "--repo", "me/captain", **env)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ((repo, _),) = hub.repos
+    (files,) = hub.repos.values()
+    assert repo == "me/captain"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert f"tinker_path: {tinker.path('kept')}" in files["README.md"].decode()
+    config = json.loads(files["adapter_config.json"])
+    assert (config["r"], config["base_model_name_or_path"]) == (4, MODEL)
+    told = tinker.json("checkpoint", "download", tinker.path("kept"), "--output", "pushed")
+    (weights,) = Path(tinker.folder, str(told["destination"])).glob("*.safetensors")
+    assert files["adapter_model.safetensors"] == weights.read_bytes()
 
 
 def test_a_session_is_exported(tinker: Tinker):
