@@ -1,7 +1,6 @@
 """``selfloop checkpoints``: what was saved, on a running server."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -108,7 +107,7 @@ def delete(
         "keep_last": keep_last,
     }
     wanted |= {
-        "older_than_seconds": None if older_than is None else _seconds(older_than),
+        "older_than_seconds": None if older_than is None else local.duration_s("--older-than", older_than),
         "scope": "org" if team else None,
     }
     body: remote.Json = {field: value for field, value in wanted.items() if value is not None}
@@ -131,14 +130,6 @@ def _print_deleted(answer: remote.Json, as_json: bool) -> None:
         typer.echo(f"{kept['checkpoint']['id']}  {kept['checkpoint']['path']}  stays: {kept['reason']}")
     did = "would delete" if answer["dry_run"] else "deleted"
     typer.echo(f"{did} {len(answer['deleted'])} checkpoints, {local.megabytes(answer['size_bytes'])}")
-
-
-def _seconds(duration: str) -> int:
-    """``7d`` in seconds."""
-    matched = re.fullmatch(r"(\d{1,9})([smhd])", duration)
-    if matched is None:
-        raise typer.BadParameter("a number with s, m, h or d, e.g. 7d", param_hint="--older-than")
-    return int(matched[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[matched[2]]
 
 
 @app.command()

@@ -7,6 +7,8 @@ import typer
 from rich.table import Table
 
 from selfloop.cli import local
+from selfloop.control import links
+from selfloop.types.roles import parse_role
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -15,13 +17,21 @@ app = typer.Typer(no_args_is_help=True)
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     team: Annotated[str | None, typer.Option(help="Team of the key; made if new. Default: the first team.")] = None,
+    role: Annotated[
+        str,
+        typer.Option(help="admin (also manages keys), member, or read-only (lists, downloads, watches)."),
+    ] = "member",
+    expires_in: Annotated[
+        str | None, typer.Option(help="How long it is valid: 45m, 12h, 30d. Default: until it is revoked.")
+    ] = None,
     data_dir: local.DataDir = None,
 ) -> None:
     """Make a key; it is shown this once."""
 
     async def work() -> str:
         async with local.opened(data_dir) as data:
-            return await data.access.create_key(name, team)
+            seconds = None if expires_in is None else local.duration_s("--expires-in", expires_in)
+            return await data.access.create_key(name, team, parse_role(role, "--role"), seconds)
 
     typer.echo(local.run(work))
 
@@ -33,10 +43,10 @@ def list_keys(data_dir: local.DataDir = None) -> None:
     async def work() -> Table:
         async with local.opened(data_dir) as data:
             teams = {team.id: team.name for team in await data.access.teams()}
-            table = local.table("id", "name", "team", "key", "created", "revoked")
+            table = local.table("id", "name", "team", "role", "key", "created", "expires", "revoked")
             for row in await data.access.keys():
-                revoked = "" if row.revoked_at is None else _day(row.revoked_at)
-                table.add_row(row.id, row.name, teams[row.team_id], row.prefix + "…", _day(row.created_at), revoked)
+                times = [_day(at) for at in (row.created_at, row.expires_at, row.revoked_at)]
+                table.add_row(row.id, row.name, teams[row.team_id], row.role, row.prefix + "…", *times)
             return table
 
     local.show(local.run(work))
@@ -57,5 +67,15 @@ def revoke(
     typer.echo(f"revoked {key_id}")
 
 
-def _day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+@app.command("rotate-links")
+def rotate_links(data_dir: local.DataDir = None) -> None:
+    """Make every download link that was given out worthless, at once, also in a running server."""
+    folder = local.resolve(data_dir)
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is no data directory", param_hint="--data-dir")
+    links.rotate(folder)
+    typer.echo("the secret that signs links is a new one")
+
+
+def _day(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -1,6 +1,7 @@
 """Commands that work on a data directory itself, beside a running server or without one."""
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
@@ -51,6 +52,14 @@ def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
     except SelfloopError as error:
         Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def duration_s(option: str, duration: str) -> int:
+    """``7d`` in seconds."""
+    matched = re.fullmatch(r"(\d{1,9})([smhd])", duration)
+    if matched is None:
+        raise typer.BadParameter("a number with s, m, h or d, e.g. 7d", param_hint=option)
+    return int(matched[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[matched[2]]
 
 
 def megabytes(size_bytes: int) -> str:

@@ -101,9 +101,21 @@ def serve(
             "Default: $SELFLOOP_DATABASE_URL, or a file in the data directory.",
         ),
     ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate chain: serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
+    key_requests_per_second: Annotated[
+        float, typer.Option(min=0, help="Requests a second of each key, long polls apart; faster ones wait. 0: any.")
+    ] = 0.0,
+    key_mib_per_second: Annotated[
+        float, typer.Option(min=0, help="MiB a second that each key may send in bodies; more has to wait. 0: any.")
+    ] = 0.0,
+    key_open_requests: Annotated[
+        int, typer.Option(min=0, help="Requests, polls and streams of each key at a time. 0: any.")
+    ] = 0,
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
+    from selfloop.server.key_limits import Limits
 
     serve_command(
         host,
@@ -126,6 +138,9 @@ def serve(
         usd_per_gigabyte_month,
         stable_reinforce,
         database_url,
+        tls_cert,
+        tls_key,
+        Limits(key_requests_per_second, key_mib_per_second * 2**20, key_open_requests),
     )
 
 

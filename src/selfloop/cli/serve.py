@@ -1,11 +1,14 @@
 """``selfloop serve``."""
 
 import os
+import ssl
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from selfloop.server.key_limits import Limits
 from selfloop.server.settings import Settings, default_data_dir
 
 KEY_FILE = "api_key"
@@ -32,6 +35,9 @@ def serve_command(
     usd_per_gigabyte_month: float,
     stable_reinforce: str,
     database_url: str | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    key_limits: Limits,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import NewerDatabase
@@ -46,6 +52,9 @@ def serve_command(
         if value not in known:
             console.print(f"[red]--{name}: one of {', '.join(known)}, got {value}[/red]")
             sys.exit(2)
+    for problem in _tls_problems(tls_cert, tls_key):
+        console.print(f"[red]{problem}[/red]")
+        sys.exit(2)
     settings = Settings(
         host=host,
         port=port,
@@ -67,6 +76,9 @@ def serve_command(
         usd_per_gigabyte_month=usd_per_gigabyte_month,
         database_url=database_url,
         stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
+        key_limits=key_limits,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
     )
     given = os.environ.get("SELFLOOP_API_KEY") or None
 
@@ -80,6 +92,20 @@ def serve_command(
         sys.exit(1)
 
 
+def _tls_problems(cert: Path | None, key: Path | None) -> Iterator[str]:
+    """What is wrong with the files of ``--tls-cert`` and ``--tls-key``."""
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        yield "--tls-cert and --tls-key: both, or neither"
+        return
+    try:
+        # The password is empty rather than asked for on a terminal that nobody may sit at.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password="")
+    except (OSError, ssl.SSLError) as error:
+        yield f"--tls-cert, --tls-key: a PEM certificate chain and its private key ({error})"
+
+
 def _announce(settings: Settings, given: str | None, made: str | None) -> None:
     """The three lines a user needs. The key is readable here once; afterwards only in its own file."""
     key_file = settings.data_dir / KEY_FILE
@@ -88,7 +114,8 @@ def _announce(settings: Settings, given: str | None, made: str | None) -> None:
         with open(descriptor, "w") as file:
             file.write(made + "\n")
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    base = settings.public_url or f"http://{host}:{settings.port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    base = settings.public_url or f"{scheme}://{host}:{settings.port}"
     if made is not None:
         key = made
     elif given is not None:

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import secrets
 import signal
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.links import Links
 from selfloop.control.observe.billing import Billing, Prices
 from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.traces import Traces
@@ -151,8 +151,9 @@ class Control:
         self.shared_samplers = SharedSamplers(self._context, self.user_configs)
         self.cleanup = Cleanup(self._context)
         self.deploys = Deploys(self._context, self.user_configs)
-        self.checkpoints = Checkpoints(self._context, _secret(data_dir / "link_secret"))
-        self.observations = Observations(self._context, self.runs, data_dir, _secret(data_dir / "link_secret"))
+        links = Links(data_dir)
+        self.checkpoints = Checkpoints(self._context, links)
+        self.observations = Observations(self._context, self.runs, data_dir, links)
         self.operations = Operations(self._context)
         self.sampling = Sampling(self._context)
         self.queued_samples = QueuedSamples(self._context, self.sampling)
@@ -251,15 +252,3 @@ def _lock(data_dir: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-def _secret(path: Path) -> bytes:
-    """A random secret kept in ``path``, readable by the owner only."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        secret = secrets.token_bytes(32)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(secret)
-        return secret

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 
@@ -12,7 +13,10 @@ from selfloop.control.control import Control
 from selfloop.server import errors, openapi
 from selfloop.server.anthropic.routes import router as anthropic_router
 from selfloop.server.graphql import router as graphql_router
+from selfloop.server.guard import Guard
+from selfloop.server.headers import BrowserHeaders, LocalNames, is_local
 from selfloop.server.hub.routes import router as hub_router
+from selfloop.server.key_limits import KeyLimits
 from selfloop.server.limits import BodyLimit
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
@@ -51,6 +55,9 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         version=selfloop.__version__,
         summary="Open, self-hosted training API for the Loops client",
         lifespan=lifespan,
+        # Their pages run scripts of another site.
+        docs_url=None,
+        redoc_url=None,
         responses=openapi.ERRORS,
     )
     app.state.settings = settings
@@ -59,7 +66,13 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     openapi.install(app)
     app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
     app.add_middleware(BodyLimit)
+    public = ["/metrics"] if settings.metrics_public else []
+    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), public=public)
+    if is_local(settings.host):
+        names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]
+        app.add_middleware(LocalNames, names=names)
     app.add_middleware(Observed, control=control)
+    app.add_middleware(BrowserHeaders)
 
     @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
     async def healthz() -> dict[str, str]:

@@ -14,9 +14,11 @@ from selfloop.types.errors import (
     BadRequest,
     Conflict,
     Denied,
+    Forbidden,
     NotFound,
     NotReady,
     OperationFailed,
+    RateLimited,
     SelfloopError,
     TooLarge,
     Unavailable,
@@ -35,22 +37,28 @@ _OPENAI_PATH = re.compile(r"(/loops/samplers/[^/]+/(sync/)?|/oai/api/)v1/.*")
 _ANTHROPIC_PREFIX = "/anthropic/api/"
 _ANTHROPIC_KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     529: "overloaded_error",
 }
+# Here a refusal before the query is read has GraphQL's.
+GRAPHQL_PATH = "/graphql/"
 # Nobody reads it; the status that proxies log when a client goes away.
 _CLIENT_CLOSED_REQUEST = 499
 
 _STATUS: dict[type[SelfloopError], int] = {
     BadRequest: 422,
     Denied: 401,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
     NotReady: 408,
     Unavailable: 503,
+    RateLimited: 429,
     OperationFailed: 500,
     WorkerLost: 500,
 }
@@ -102,15 +110,23 @@ def anthropic_body_of(error: SelfloopError) -> dict[str, object]:
 
 
 def _anthropic_status(error: SelfloopError) -> int:
-    if isinstance(error, NotReady):
+    if isinstance(error, NotReady) and not isinstance(error, RateLimited):
         return 529
     return 400 if isinstance(error, BadRequest) else _STATUS[type(error)]
 
 
+def graphql_extensions(error: SelfloopError) -> dict[str, object]:
+    """What GraphQL's shape of an error has beside the message."""
+    details = body_of(str(error), reason_of(error), error.field if isinstance(error, BadRequest) else None)
+    return {"code": details["code"], "details": details["details"]}
+
+
 def response_of(error: SelfloopError, path: str) -> Response:
+    """The error in the shape of the dialect that ``path`` belongs to."""
     status = _STATUS[type(error)]
-    if isinstance(error, Unavailable) and path.startswith(_DATA_PLANE_PREFIX):
-        # To these clients a 503 is the end of a server, and a 408 a reason to ask again.
+    is_sampled_openly = _OPENAI_PATH.fullmatch(path) and isinstance(error, RateLimited)
+    if isinstance(error, Unavailable | RateLimited) and path.startswith(_DATA_PLANE_PREFIX) and not is_sampled_openly:
+        # To these clients a 503 is the end of a server, a 429 that of the script, and a 408 a reason to ask again.
         status = _STATUS[NotReady]
     reason = reason_of(error)
     headers: dict[str, str] = {}
@@ -127,6 +143,9 @@ def response_of(error: SelfloopError, path: str) -> Response:
     if _OPENAI_PATH.fullmatch(path):
         status = 400 if isinstance(error, BadRequest) else status
         return JSONResponse(openai_body_of(error), status, headers | again)
+    if path == GRAPHQL_PATH:
+        shown = {"message": str(error), "extensions": graphql_extensions(error)}
+        return JSONResponse({"data": None, "errors": [shown]}, status, headers)
     field = error.field if isinstance(error, BadRequest) else None
     return JSONResponse(body_of(str(error), reason, field), status, headers)
 

@@ -9,8 +9,8 @@ from selfloop.control.observe import instruments, tracing
 from selfloop.types import logline
 
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-# Answers that say nothing of a deployment: no key, not yours, not yet.
-_UNCOUNTED = {401, 404, 408}
+# Answers that say nothing of a deployment: no key, or none that may; not yours; not yet; too fast.
+_UNCOUNTED = {401, 403, 404, 408, 429}
 
 
 class Observed:

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import logging
 import math
+import os
 import resource
 from collections.abc import Callable
 
@@ -11,8 +13,11 @@ import uvloop
 
 from selfloop.control.control import Control
 from selfloop.server.app import make_app
+from selfloop.server.headers import is_local
 from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
+
+log = logging.getLogger(__name__)
 
 # Connections that may wait to be taken, as when hundreds of samples are asked for at once.
 _BACKLOG = 4096
@@ -61,6 +66,8 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         # Above the clients' heartbeat of 60 s, so that it does not dial anew each time.
         timeout_keep_alive=120,
         backlog=_BACKLOG,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
 
     def listening() -> None:
@@ -75,7 +82,10 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
 
 
 def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
+    # Whatever this process and its workers write is for its user alone.
+    os.umask(0o077)
     with logging_to(settings.data_dir, settings.log_format), exporting_spans():
+        _warn_of_exposure(settings)
         _allow_many_connections()
         gc.set_threshold(*_COLLECT_AFTER)
         uvloop.run(run_gateway(settings, first_key, on_listening))
@@ -86,6 +96,17 @@ async def _collect_young() -> None:
     while True:
         await asyncio.sleep(_COLLECT_YOUNG_EVERY_S)
         gc.collect(1)
+
+
+def _warn_of_exposure(settings: Settings) -> None:
+    is_encrypted = settings.tls_cert is not None or (settings.public_url or "").startswith("https:")
+    if not is_local(settings.host) and not is_encrypted:
+        log.warning(
+            "listening on %s without TLS: keys can be read on the way; see --tls-cert, or put a TLS proxy in front",
+            settings.host,
+        )
+    if settings.data_dir.stat().st_mode & 0o077:
+        log.warning("%s is open to other users of this machine; chmod 700 closes it", settings.data_dir)
 
 
 def _allow_many_connections() -> None:

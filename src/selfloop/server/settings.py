@@ -8,6 +8,7 @@ from typing import Literal
 from selfloop.control.control import ControlConfig
 from selfloop.control.observe.billing import Prices
 from selfloop.control.scheduler import SchedulerConfig
+from selfloop.server.key_limits import Limits
 from selfloop.server.telemetry import LogFormat
 
 Capacity = Literal["dedicated", "serverless"]
@@ -38,6 +39,8 @@ class Settings:
         usd_per_million_tokens: price that Tinker's usage reports are made at; nobody is charged.
         usd_per_gigabyte_month: the same of stored checkpoints.
         stable_reinforce: what answers to the name of a loss that is not published: a stand-in, or a refusal.
+        key_limits: how much each key may ask for.
+        tls_cert: PEM file of the certificate chain, with ``tls_key`` its private key: the server then speaks HTTPS.
         session_timeout_s: how long a Tinker session lives without a heartbeat of its client.
         snapshot_every_s: how much work of a run lies between two snapshots of it.
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
@@ -66,6 +69,9 @@ class Settings:
     usd_per_million_tokens: float = 0.0
     usd_per_gigabyte_month: float = 0.0
     database_url: str | None = field(default=None, repr=False)
+    key_limits: Limits = Limits()  # noqa: RUF009 - frozen
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     @property
     def close_grace_s(self) -> float:

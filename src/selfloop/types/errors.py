@@ -3,11 +3,13 @@
 SelfloopError
 ├── BadRequest(field, expected)      the request is wrong; repeating it cannot help
 ├── Denied                           no key, or a wrong one
+├── Forbidden(role)                  the key's role does not allow it
 ├── NotFound(kind, id)               unknown here, or another team's
 ├── Conflict                         right in itself, but not now or not twice
 ├── TooLarge(limit)                  over a size limit
 ├── NotReady(reason, retry_s)        the same request will work later
-│   └── Unavailable                  what the server keeps its data in cannot be reached
+│   ├── Unavailable                  what the server keeps its data in cannot be reached
+│   └── RateLimited                  because the key asks for too much at once
 ├── OperationFailed(cause)           an accepted operation ended in an error
 └── WorkerLost                       the process that computed it died
 """
@@ -36,6 +38,13 @@ class BadRequest(SelfloopError):
 
 class Denied(SelfloopError):
     """No valid API key came with the request."""
+
+
+class Forbidden(SelfloopError):
+    """The key is valid, and its role does not allow this."""
+
+    def __init__(self, role: str, needed: str) -> None:
+        super().__init__(f"a {role} key may not do this: it takes {needed}")
 
 
 class NotFound(SelfloopError):
@@ -74,6 +83,10 @@ class NotReady(SelfloopError):
 
 class Unavailable(NotReady):
     """The database or the store of checkpoints cannot be reached; nothing was changed."""
+
+
+class RateLimited(NotReady):
+    """The key is over a limit that the server was started with."""
 
 
 class OperationFailed(SelfloopError):

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from selfloop.types.errors import BadRequest
+from selfloop.types.folders import is_own_file
 
 T = TypeVar("T")
 
@@ -123,12 +124,12 @@ def check_config(path: Path) -> None:
 
 def tokenizer_files(path: Path) -> list[str]:
     """Names in ``path`` that may be served to anyone, sorted. Never weights."""
-    return sorted(name for name in PUBLIC_FILES if (path / name).is_file())
+    return sorted(name for name in PUBLIC_FILES if is_own_file(path, name))
 
 
 def weight_files(path: Path) -> list[str]:
     """Names of the safetensors files of ``path`` and their index, sorted."""
-    names = [file.name for file in path.glob("*.safetensors") if file.is_file()]
+    names = [file.name for file in path.glob("*.safetensors") if is_own_file(path, file.name)]
     return sorted([*names, WEIGHTS_INDEX] if (path / WEIGHTS_INDEX).is_file() else names)
 
 

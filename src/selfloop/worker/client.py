@@ -63,7 +63,10 @@ class WorkerClient:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
-        """Launch the process; returns before the model is loaded (see ``ready``)."""
+        """Launch the process; returns before the model is loaded (see ``ready``).
+
+        The socket lies in a folder of mode 0700 and takes the launched process alone.
+        """
         # Not in the data directory: a socket's path may not be longer than about 100 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="selfloop-"))
         address = f"ipc://{self._folder}/worker.sock"
@@ -71,10 +74,13 @@ class WorkerClient:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(address)
         self._pulse = self._context.socket(zmq.PULL)
-        self._pulse.bind(f"ipc://{self._folder}/pulse.sock")
-        self._process = await launch_worker(self._command, address, f"ipc://{self._folder}/pulse.sock")
+        pulse = f"ipc://{self._folder}/pulse.sock"
+        self._process = await launch_worker(self._command, address, pulse)
+        # The kernel says who connects; the worker tries again until there is something to connect to.
+        for socket, at in ((self._socket, address), (self._pulse, pulse)):
+            socket.setsockopt(zmq.IPC_FILTER_PID, self._process.pid)
+            socket.bind(at)
         self._tasks = [
             asyncio.create_task(self._receive(), name="worker-receive"),
             asyncio.create_task(self._watch(), name="worker-watch"),

@@ -25,6 +25,7 @@ from typing import NoReturn
 import msgspec
 
 from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.folders import check_links
 from selfloop.types.model_folder import ModelFacts, read_facts
 
 Report = Callable[[str, float], None]
@@ -55,6 +56,7 @@ def prepare_folder(path: Path, report: Report) -> ModelFacts:
     """A local model, served where it lies: checked, never copied."""
     report("check", 0.0)
     facts = read_facts(path)
+    check_links(facts.path, "base_model")
     if not (facts.path / "tokenizer.json").is_file():
         _check_tokenizer_converts(facts.path)
     return facts

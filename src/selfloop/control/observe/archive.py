@@ -1,8 +1,6 @@
 """The debug archive: what a maintainer needs to see of a deployment, behind links that need no key."""
 
 import asyncio
-import hashlib
-import hmac
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,13 +10,13 @@ from pathlib import Path
 import msgspec
 
 from selfloop.control import machine
+from selfloop.control.links import LINK_LIFE_S, Links
 from selfloop.control.observe import worker_output
 from selfloop.control.observe.logs import LogQuery, read
 from selfloop.storage.db.tables import StatusChangeRow
-from selfloop.types.errors import BadRequest, Denied, NotFound
+from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 
-LINK_LIFE_S = 3600
 _MAX_LOG_LINES = 20_000
 _WORKER_LINES = 2000
 
@@ -53,10 +51,10 @@ class ArchiveSource:
 class Archives:
     """Made anew for each first page and removed once its links have expired."""
 
-    def __init__(self, data_dir: Path, secret: bytes) -> None:
+    def __init__(self, data_dir: Path, links: Links) -> None:
         self._data_dir = data_dir
         self._folder = data_dir / "debug"
-        self._secret = secret
+        self._links = links
 
     async def make(self, source: ArchiveSource) -> str:
         """Write an archive; returns its id, by which :meth:`files` and page tokens know it."""
@@ -86,11 +84,8 @@ class Archives:
 
     def open_link(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
         """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
-        if not hmac.compare_digest(self._sign(archive_id, name, expires).encode(), signature.encode()):
-            raise Denied("this link is not valid")
+        self._links.check("debug", archive_id, name, expires, signature)
         path = self._folder / archive_id / name
-        if expires < time.time():
-            raise Denied("this link has expired; list the files again for a new one")
         if not path.is_file():
             raise NotFound("file", f"{archive_id}/{name}")
         return path
@@ -117,12 +112,11 @@ class Archives:
         folder = self._folder / archive_id
         if not folder.is_dir():
             raise BadRequest("page_token", f"one that is not older than {LINK_LIFE_S} s")
-        expires = int(time.time()) + LINK_LIFE_S
         files: list[ArchiveFile] = []
         for path in sorted(folder.iterdir()):
             stat = path.stat()
-            signature = self._sign(archive_id, path.name, expires)
-            files.append(ArchiveFile(archive_id, path.name, stat.st_size, stat.st_mtime, expires, signature))
+            link = self._links.sign("debug", archive_id, path.name)
+            files.append(ArchiveFile(archive_id, path.name, stat.st_size, stat.st_mtime, link.expires, link.signature))
         return files
 
     def _remove_expired(self) -> None:
@@ -131,6 +125,3 @@ class Archives:
             for old in self._folder.iterdir():
                 if old.stat().st_mtime < time.time() - 2 * LINK_LIFE_S:
                     shutil.rmtree(old, ignore_errors=True)
-
-    def _sign(self, archive_id: str, name: str, expires: int) -> str:
-        return hmac.new(self._secret, f"debug\n{archive_id}\n{name}\n{expires}".encode(), hashlib.sha256).hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.context import Context
+from selfloop.control.links import Links
 from selfloop.control.observe import instruments, logs, meter, worker_output
 from selfloop.control.observe.archive import ArchiveFile, Archives, ArchiveSource
 from selfloop.control.observe.logs import LogQuery
@@ -53,12 +54,12 @@ class LogWindow:
 
 
 class Observations:
-    def __init__(self, context: Context, runs: Runs, data_dir: Path, secret: bytes) -> None:
+    def __init__(self, context: Context, runs: Runs, data_dir: Path, links: Links) -> None:
         self._c = context
         self._runs = runs
         self._data_dir = data_dir
         self._processes = Processes(data_dir)
-        self.archives = Archives(data_dir, secret)
+        self.archives = Archives(data_dir, links)
         self._meter = context.settlement.observer.meter
         self._output_from: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []

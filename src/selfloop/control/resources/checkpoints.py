@@ -1,8 +1,6 @@
 """Checkpoints: who may see them, their files, and links to the files that need no key."""
 
 import asyncio
-import hashlib
-import hmac
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +8,13 @@ from pathlib import Path
 
 from selfloop.control import retention
 from selfloop.control.context import Context
+from selfloop.control.links import Links, Signed
 from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, RunRow
-from selfloop.types.errors import BadRequest, Conflict, Denied, NotFound
+from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.lora import LoraTargets
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import parse_checkpoint_uri
@@ -23,7 +22,6 @@ from selfloop.types.uris import parse_checkpoint_uri
 Checkpoint = CheckpointRow
 """What the dialects may know of a checkpoint."""
 
-LINK_LIFE_S = 3600
 _EXPIRE_EVERY_S = 60.0
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -38,9 +36,9 @@ class StoredFile:
 
 
 class Checkpoints:
-    def __init__(self, context: Context, secret: bytes) -> None:
+    def __init__(self, context: Context, links: Links) -> None:
         self._c = context
-        self._secret = secret
+        self._links = links
         self._expirer: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -132,25 +130,18 @@ class Checkpoints:
 
     # -- links ----------------------------------------------------------------------------------------
 
-    def sign(self, id: str, name: str) -> tuple[int, str]:
-        """Expiry (UNIX seconds) and signature of a link to one file."""
-        expires = int(time.time()) + LINK_LIFE_S
-        return expires, self._signature(id, name, expires)
+    def sign(self, id: str, name: str) -> Signed:
+        """A link to one file."""
+        return self._links.sign("checkpoint", id, name)
 
     def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
         """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
-        if not hmac.compare_digest(self._signature(id, name, expires).encode(), signature.encode()):
-            raise Denied("this link is not valid")
-        if expires < time.time():
-            raise Denied("this link has expired; list the files again for a new one")
+        self._links.check("checkpoint", id, name, expires, signature)
         folder = self._c.blobs.path(checkpoint_key(id)).resolve()
         path = (folder / name).resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise NotFound("file", f"{id}/{name}")
         return path
-
-    def _signature(self, id: str, name: str, expires: int) -> str:
-        return hmac.new(self._secret, f"{id}\n{name}\n{expires}".encode(), hashlib.sha256).hexdigest()
 
     async def _expire(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, KeyRow, RunRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.folders import check_links
 from selfloop.types.ids import RunId, new_id
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
 from selfloop.types.uris import CheckpointUri
@@ -165,6 +166,8 @@ class Imports:
 
 def _read_base_model(folder: Path) -> str | None:
     file = folder / _CONFIG_FILE
+    if folder.is_dir():
+        check_links(folder, "FOLDER")
     if not file.is_file():
         raise BadRequest("FOLDER", f"a PEFT adapter; {folder} has no {_CONFIG_FILE}")
     try:

@@ -13,7 +13,7 @@ from selfloop.control.sampling.draw import Draw, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.request import draw_of, prompt_of
-from selfloop.server.auth import CallerByApiKey, ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.connection import EventStream, while_connected
 from selfloop.server.decode import decode
 from selfloop.server.errors import anthropic_body_of
@@ -37,7 +37,7 @@ router = APIRouter(
 
 
 @router.post("/messages", openapi_extra=json_body(wire.MessagesBody))
-async def messages(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+async def messages(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
     body = await _body(request, wire.MessagesBody)
     target = await target_of(request, body.model, caller, control)
@@ -60,7 +60,7 @@ async def messages(request: Request, caller: CallerByApiKey, control: ControlOf)
 
 
 @router.post("/messages/count_tokens", openapi_extra=json_body(wire.PromptBody))
-async def count_tokens(request: Request, caller: CallerByApiKey, control: ControlOf) -> dict[str, int]:
+async def count_tokens(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, int]:
     """How many tokens the conversation is in the model's own chat template."""
     body = await _body(request, wire.PromptBody)
     target = await target_of(request, body.model, caller, control)

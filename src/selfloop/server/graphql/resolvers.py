@@ -11,6 +11,7 @@ from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.deploys import DeployRequest
+from selfloop.server.permissions import check_may_change
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget
@@ -67,6 +68,7 @@ class Root:
 
     async def create_model_version_from_inference_template(self, info: Info, request: Json) -> Json:
         """Deploy the named Loops checkpoints as one sampler that stays up, under the model's name."""
+        check_may_change(self._caller.role)
         secret = _hub_secret(request["inference_stack"]["environment_variables"])
         wanted = DeployRequest(
             checkpoint_ids=_checkpoint_ids(request["weights_sources"]),

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import JSONResponse
 
 from selfloop.server import errors
-from selfloop.server.auth import authenticated, control_of
+from selfloop.server.auth import CallerOf, control_of
 from selfloop.server.graphql.resolvers import Root
-from selfloop.types.errors import BadRequest, Denied, SelfloopError
+from selfloop.types.errors import SelfloopError
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,8 @@ class GraphQLRequest(BaseModel):
 
 
 @router.post("/graphql/", summary="What the truss command line asks beside REST.")
-async def graphql_query(body: GraphQLRequest, request: Request) -> JSONResponse:
+async def graphql_query(body: GraphQLRequest, caller: CallerOf, request: Request) -> JSONResponse:
     """Errors come as ``errors`` with ``extensions.code``, with status 200; without a valid key with 401."""
-    try:
-        caller = await authenticated(request)
-    except Denied as error:
-        headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse(
-            _formatted(ExecutionResult(None, [GraphQLError(str(error), original_error=error)])), 401, headers
-        )
     result = await graphql(
         _schema,
         body.query,
@@ -70,9 +63,7 @@ def _shown(error: GraphQLError) -> dict[str, Any]:
     shown: dict[str, Any] = dict(error.formatted)
     cause = error.original_error
     if isinstance(cause, SelfloopError):
-        field = cause.field if isinstance(cause, BadRequest) else None
-        details = errors.body_of(str(cause), errors.reason_of(cause), field)
-        return shown | {"extensions": {"code": details["code"], "details": details["details"]}}
+        return shown | {"extensions": errors.graphql_extensions(cause)}
     if cause is not None and not isinstance(cause, GraphQLError):
         log.error("POST /graphql/ failed", exc_info=cause)
         return shown | {"message": _INTERNAL, "extensions": {"code": "INTERNAL"}}

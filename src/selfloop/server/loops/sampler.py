@@ -10,9 +10,10 @@ from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.draw import Draw
 from selfloop.control.sampling.once import Answer
 from selfloop.control.sampling.queued import Drawn, Failed
-from selfloop.server.auth import CallerOf, ControlOf, authenticated, control_of
+from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.connection import while_connected
 from selfloop.server.errors import body_of
+from selfloop.server.guard import caller_of
 from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.openapi import json_answer
@@ -91,7 +92,7 @@ async def operation(sampler_id: str, operation_id: str, caller: CallerOf, contro
 
 
 async def _poll(request: Request, sampler_id: str, operation_id: str) -> Response:
-    return await operation(sampler_id, operation_id, await authenticated(request), control_of(request))
+    return await operation(sampler_id, operation_id, caller_of(request), control_of(request))
 
 
 POLL = Poll("GET", router.prefix + "/operations/{operation_id}", _poll)

@@ -13,8 +13,9 @@ from selfloop.control.journal import Submission
 from selfloop.control.operations import Pending, checked_operation_id
 from selfloop.control.resources.runs import MAX_LORA_RANK, Run
 from selfloop.control.settle import Outcome
-from selfloop.server.auth import CallerOf, ControlOf, authenticated, control_of
+from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.errors import body_of
+from selfloop.server.guard import caller_of
 from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
@@ -172,7 +173,7 @@ async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Respon
 
 async def _poll(request: Request, run_id: str, operation_id: str) -> Response:
     control = control_of(request)
-    run = await control.runs.live(await authenticated(request), run_id)
+    run = await control.runs.live(caller_of(request), run_id)
     return await operation(operation_id, run, control)
 
 

@@ -9,7 +9,7 @@ from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server import served_models
-from selfloop.server.auth import CallerByApiKey, CallerOf, ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
@@ -81,28 +81,28 @@ async def _target(
 
 
 @whole.get("/models")
-async def server_models(caller: CallerByApiKey, control: ControlOf) -> dict[str, object]:
+async def server_models(caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The base models, and the team's newest checkpoints for samplers."""
     found = await served_models.listed(caller, control)
     return {"object": "list", "data": [entry(model.id, model.created_at, model.parent) for model in found]}
 
 
 @whole.get("/models/{model:path}")
-async def server_model(model: str, caller: CallerByApiKey, control: ControlOf) -> dict[str, object]:
+async def server_model(model: str, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """One model by a name that requests may give."""
     meant = await served_models.named(model, caller, control)
     return entry(model, meant.created_at, None if meant.path is None else meant.base_model)
 
 
 @whole.post("/chat/completions", openapi_extra=json_body(wire.ChatBody))
-async def server_chat_completions(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+async def server_chat_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.ChatBody)
     return await chat_answer(request, body, await target_of(request, body.model, caller, control), caller, control)
 
 
 @whole.post("/completions", openapi_extra=json_body(wire.CompletionBody))
-async def server_completions(request: Request, caller: CallerByApiKey, control: ControlOf) -> Response:
+async def server_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.CompletionBody)
     target = await target_of(request, body.model, caller, control)

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from selfloop.control.observe.billing import GIGABYTE, HOURS_A_MONTH, AuditEvent, BillingEvent, Prices, project_of
 from selfloop.control.observe.usage import HOUR_S
 from selfloop.control.resources.sessions import details_of
-from selfloop.server.auth import ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.limits import read_body
 from selfloop.server.tinker import names
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute
+from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.runs import rfc3339
 from selfloop.types.errors import BadRequest
 from selfloop.types.status import CheckpointTarget
@@ -36,9 +36,13 @@ async def own_key(caller: CallerOf, control: ControlOf) -> Json:
     """The key that the request was sent with, and its team."""
     (team,) = await control.access.teams_of(caller)
     details = {"org_details": {"name": team.name}, "user_details": {"email": caller.key_name}}
-    # The client wants a number: the id, read as one.
-    key_id = int(caller.key_id, _ID_BASE)
-    return {"key_id": key_id, "name": caller.key_name, "note": f"key {caller.key_id}", "details": details}
+    return {
+        # The client wants a number: the id, read as one.
+        "key_id": int(caller.key_id, _ID_BASE),
+        "name": caller.key_name,
+        "note": f"key {caller.key_id}, {caller.role}",
+        "details": details,
+    }
 
 
 @router.delete("/auth/apikey/me", status_code=204)

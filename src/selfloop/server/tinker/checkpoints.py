@@ -5,14 +5,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from selfloop.control.resources.checkpoints import LINK_LIFE_S
+from selfloop.control.links import LINK_LIFE_S
 from selfloop.control.resources.sharing import Address, CopyRequest
-from selfloop.server.auth import ControlOf, public_base
+from selfloop.server.auth import CallerOf, ControlOf, public_base
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.openapi import json_body
 from selfloop.server.tinker import names, validate, wire
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, granted_team
+from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.runs import rfc3339
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.lora import LoraTargets

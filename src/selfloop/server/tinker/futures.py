@@ -11,15 +11,16 @@ from selfloop.control.operations import Pending
 from selfloop.control.resources.access import Caller
 from selfloop.control.sampling.completions import Completion
 from selfloop.control.settle import Outcome
-from selfloop.server.auth import ControlOf, authenticated_by_api_key, control_of
+from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.decode import decode
 from selfloop.server.errors import body_of
+from selfloop.server.guard import caller_of
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body
 from selfloop.server.polls import Poll
 from selfloop.server.tinker import names, wire
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, refusal
+from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.server.tinker.results import render
 from selfloop.types.errors import BadRequest, Conflict, NotFound, SelfloopError
 from selfloop.types.status import DeploymentStatus, SamplerStatus
@@ -122,7 +123,7 @@ async def cancel_future(request: Request, caller: CallerOf, control: ControlOf) 
 
 async def _poll(request: Request) -> Response:
     try:
-        return await retrieve_future(request, await authenticated_by_api_key(request), control_of(request))
+        return await retrieve_future(request, caller_of(request), control_of(request))
     except SelfloopError as error:
         return refusal(error)
 

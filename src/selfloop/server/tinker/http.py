@@ -8,16 +8,18 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from selfloop.control.control import Control
-from selfloop.server.auth import CallerByApiKey, authenticated_by_api_key, authenticated_key
 from selfloop.server.errors import body_of, reason_of
+from selfloop.server.guard import authenticated_key
 from selfloop.server.openapi import ErrorV1
 from selfloop.types.errors import (
     BadRequest,
     Conflict,
     Denied,
+    Forbidden,
     NotFound,
     NotReady,
     OperationFailed,
+    RateLimited,
     SelfloopError,
     TooLarge,
     Unavailable,
@@ -28,11 +30,13 @@ from selfloop.types.errors import (
 _STATUS: dict[type[SelfloopError], int] = {
     BadRequest: 400,
     Denied: 401,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 400,
     TooLarge: 413,
     NotReady: 429,
     Unavailable: 503,
+    RateLimited: 429,
     OperationFailed: 400,
     WorkerLost: 503,
 }
@@ -62,10 +66,6 @@ def refusal(error: SelfloopError, status: int | None = None) -> JSONResponse:
     headers = {"Retry-After": f"{error.retry_s:g}"} if isinstance(error, NotReady) else None
     field = error.field if isinstance(error, BadRequest) else None
     return JSONResponse(body_of(str(error), reason_of(error), field), status or _STATUS[type(error)], headers)
-
-
-caller_of = authenticated_by_api_key
-CallerOf = CallerByApiKey
 
 
 async def granted_team(control: Control, token: str | None) -> str | None:

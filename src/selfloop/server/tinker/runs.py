@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query
 
 from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.listings import ListedRun, Page
-from selfloop.server.auth import ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.tinker import names
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute
+from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.status import CheckpointTarget
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)

@@ -7,13 +7,13 @@ from fastapi import APIRouter, Request
 from selfloop.control.control import Control
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.draw import Draw
-from selfloop.server.auth import ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body
 from selfloop.server.tinker import futures, names, wire
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute
+from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.results import SampleView, sample_response
 from selfloop.server.tinker.targets import read_targets
 from selfloop.types.errors import BadRequest

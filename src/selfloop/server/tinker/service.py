@@ -5,12 +5,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.resources.sessions import SessionDetails
-from selfloop.server.auth import ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.openapi import json_body
 from selfloop.server.tinker import wire
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, refusal
+from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.types.errors import BadRequest, NotFound
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)

@@ -11,13 +11,13 @@ from selfloop.control.control import Control
 from selfloop.control.journal import Submission
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run, RunRequest
-from selfloop.server.auth import ControlOf
+from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body, protobuf_body
 from selfloop.server.tinker import custom_losses, data, futures, names, schema, validate, wire
-from selfloop.server.tinker.http import ERRORS, CallerOf, TinkerRoute, granted_team
+from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id

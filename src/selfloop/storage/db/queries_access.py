@@ -32,8 +32,10 @@ async def key(session: AsyncSession, id: str) -> KeyRow | None:
     return await session.get(KeyRow, id)
 
 
-async def keys(session: AsyncSession) -> Sequence[KeyRow]:
-    return (await session.scalars(select(KeyRow).order_by(KeyRow.created_at))).all()
+async def keys(session: AsyncSession, team_id: str | None = None) -> Sequence[KeyRow]:
+    """Every key, or those of a team; the oldest first."""
+    query = select(KeyRow).order_by(KeyRow.created_at)
+    return (await session.scalars(query if team_id is None else query.filter_by(team_id=team_id))).all()
 
 
 async def revoke(session: AsyncSession, id: str, at: float) -> bool:

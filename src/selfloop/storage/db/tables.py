@@ -50,6 +50,8 @@ class KeyRow(Base):
     prefix: Mapped[str]
     created_at: Mapped[float]
     revoked_at: Mapped[float | None] = mapped_column(default=None)
+    role: Mapped[str] = mapped_column(default="member", server_default="member")
+    expires_at: Mapped[float | None] = mapped_column(default=None)
 
 
 class ModelRow(Base):

@@ -6,6 +6,7 @@ from selfloop.server.management.routes import (
     account,
     checkpoints,
     deployments,
+    keys,
     models,
     observations,
     runs,
@@ -14,7 +15,7 @@ from selfloop.server.management.routes import (
 )
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, samplers, models, deployments, checkpoints, account, training_jobs, observations):
+for part in (runs, samplers, models, deployments, checkpoints, account, keys, training_jobs, observations):
     router.include_router(part.router)
 
 public = checkpoints.public

@@ -107,12 +107,6 @@ async def teams(
     )
 
 
-@router.get("/users/me", summary="Who calls: the holder of the key.")
-async def me(caller: CallerOf, control: ControlOf) -> s.UserInfoV1:
-    (team,) = await control.access.teams_of(caller)
-    return s.UserInfoV1(user_id=caller.key_id, email=caller.key_name, name=caller.key_name, workspace_name=team.name)
-
-
 @router.get("/instance_types", summary="The one there is: this machine.")
 async def instance_types(caller: CallerOf) -> s.InstanceTypesV1:
     return s.InstanceTypesV1(instance_types=[instance_type()])
