@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -59,9 +60,11 @@ class Gateway:
         self.log_path = data_dir.with_name(data_dir.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self._clients: list[httpx.Client] = []
+        self.trusted: ssl.SSLContext | bool = True
+        """Whom its clients take certificates from."""
 
-    def start(self, key: str | None = KEY, *options: str) -> "Gateway":
-        given = {} if key is None else {"SELFLOOP_API_KEY": key}
+    def start(self, key: str | None = KEY, *options: str, **variables: str) -> "Gateway":
+        given = variables if key is None else {"SELFLOOP_API_KEY": key} | variables
         arguments = [
             "serve",
             "--port",
@@ -87,7 +90,7 @@ class Gateway:
         assert self.process is not None
         assert self.process.poll() is None, f"the gateway exited with {self.process.returncode}:\n{self.log}"
         try:
-            return httpx.get(f"{self.url}/healthz", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/healthz", timeout=5, verify=self.trusted).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -104,7 +107,7 @@ class Gateway:
     def http(self, key: str | None = KEY) -> httpx.Client:
         """A client that sends ``key``; closed with the gateway."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=self.trusted)
         self._clients.append(client)
         return client
 

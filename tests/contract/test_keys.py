@@ -7,7 +7,7 @@ import httpx
 import pytest
 from baseten.client import ManagementClient
 from baseten.client import managementapi as m
-from baseten.client.managementapi._models import APIKeyCategory
+from baseten.client.managementapi._client import ResponseError
 
 from gateway import KEY, Gateway, Run, datum, ok, selfloop, until, words
 
@@ -26,13 +26,17 @@ def official(gateway: Gateway) -> Iterator[ManagementClient]:
 
 
 def test_the_official_client_makes_lists_and_revokes_keys(official: ManagementClient, gateway: Gateway):
-    request = m.CreateAPIKeyRequest(name="ci", type=APIKeyCategory.PERSONAL)
+    request = m.CreateAPIKeyRequest(name="ci", type="PERSONAL")
     key = official.api.post_api_keys(request=request).api_key
     me = official.api.get_users_me()
     holder = ok(gateway.http(key).get("/v1/users/me"))
     assert (holder["name"], holder["role"], holder["workspace_name"]) == ("ci", "member", me.workspace_name)
     (info,) = [info for info in official.api.get_api_keys().keys if key.startswith(info.prefix)]
-    assert (info.name, info.type) == ("ci", APIKeyCategory.PERSONAL)
+    assert (info.name, info.type) == ("ci", "PERSONAL")
+    admins = official.api.get_api_keys(params=m.GetApiKeysParams(type="WORKSPACE_MANAGE_ALL")).keys
+    assert {admin.type for admin in admins} == {"WORKSPACE_MANAGE_ALL"}
+    with pytest.raises(ResponseError, match="created_by_me"):
+        official.api.get_api_keys(params=m.GetApiKeysParams(created_by_me=True))
     assert key not in official.api.get_api_keys().model_dump_json()
     assert official.api.get_users_user_id(user_id=holder["user_id"]).name == "ci"
     assert holder["user_id"] in [user.user_id for user in official.api.get_users().items]

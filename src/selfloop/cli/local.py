@@ -1,6 +1,7 @@
 """Commands that work on a data directory itself, beside a running server or without one."""
 
 import asyncio
+import os
 import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
@@ -79,9 +80,14 @@ def progress() -> Generator[Callable[[str, float], None]]:
 @asynccontextmanager
 async def opened(data_dir: Path | None) -> AsyncGenerator[DataDirectory]:
     """The data directory's rows, for the length of a block."""
-    data = DataDirectory(resolve(data_dir), given_database_url())
+    # What is made here is for its user alone; what the command then writes elsewhere is as the user likes it.
+    usual = os.umask(0o077)
     try:
+        data = DataDirectory(resolve(data_dir), given_database_url())
         await data.seed()
+    finally:
+        os.umask(usual)
+    try:
         yield data
     finally:
         await data.close()

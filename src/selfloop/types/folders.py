@@ -13,8 +13,6 @@ def is_own_file(folder: Path, name: str) -> bool:
     file = folder / name
     if not file.is_file():
         return False
-    if not file.is_symlink():
-        return True
     root = folder.resolve()
     homes = [root]
     if root.parent.name == "snapshots":

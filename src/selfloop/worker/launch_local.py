@@ -2,10 +2,15 @@
 
 import asyncio
 import os
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Names of variables whose values a process of numbers has no use for.
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|DATABASE_URL|OTLP.*HEADERS", re.IGNORECASE)
+_HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 # A worker's log that has grown beyond this is put aside at the next launch; one such file is kept.
 _MAX_LOG_BYTES = 32 * 1024 * 1024
 
@@ -77,7 +82,7 @@ async def launch_worker(command: WorkerCommand, address: str, pulse_address: str
 
 async def launch_prepare(*arguments: str) -> asyncio.subprocess.Process:
     """Launch the program that turns a model source into a served folder; progress on its stdout."""
-    return await _launch_program("selfloop.worker.prepare", *arguments)
+    return await _launch_program("selfloop.worker.prepare", *arguments, keep=_HUB_SECRETS)
 
 
 async def launch_adapters(*arguments: str) -> asyncio.subprocess.Process:
@@ -85,7 +90,7 @@ async def launch_adapters(*arguments: str) -> asyncio.subprocess.Process:
     return await _launch_program("selfloop.worker.adapters", *arguments)
 
 
-async def _launch_program(module: str, *arguments: str) -> asyncio.subprocess.Process:
+async def _launch_program(module: str, *arguments: str, keep: Sequence[str] = ()) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -94,13 +99,13 @@ async def _launch_program(module: str, *arguments: str) -> asyncio.subprocess.Pr
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=_environment(),
+        env=_environment(keep),
     )
 
 
-def _environment() -> dict[str, str]:
-    """Our environment, less the secrets a worker has no use for, with its memory and its waiting kept in check."""
-    environment = {k: v for k, v in os.environ.items() if k != "SELFLOOP_API_KEY"}
+def _environment(keep: Sequence[str] = ()) -> dict[str, str]:
+    """Our environment less its secrets but those to ``keep``, with the process's memory and waiting kept in check."""
+    environment = {k: v for k, v in os.environ.items() if k in keep or not _SECRET_NAME.search(k)}
     # glibc otherwise keeps an arena per thread, which costs hundreds of MB in a process of large tensors.
     environment.setdefault("MALLOC_ARENA_MAX", "2")
     # By default an idle OpenMP thread spins for so long that a busy neighbour on the core costs us 90% of our speed.

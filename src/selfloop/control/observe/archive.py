@@ -86,7 +86,7 @@ class Archives:
         """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
         self._links.check("debug", archive_id, name, expires, signature)
         path = self._folder / archive_id / name
-        if not path.is_file():
+        if path.resolve().parent.parent != self._folder.resolve() or not path.is_file():
             raise NotFound("file", f"{archive_id}/{name}")
         return path
 

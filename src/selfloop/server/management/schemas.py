@@ -429,7 +429,7 @@ class InstanceTypePricesV1(_Answer):
     instance_types: list[InstanceTypeWithPriceV1]
 
 
-_KEY_TYPES = Literal["PERSONAL", "WORKSPACE_MANAGE_ALL"]
+KeyType = Literal["PERSONAL", "WORKSPACE_MANAGE_ALL"]
 _ROLES = Literal["admin", "member", "read-only"]
 
 
@@ -437,7 +437,7 @@ class CreateAPIKeyRequestV1(_Request):
     name: Annotated[StrictStr, Field(min_length=1, max_length=255)] | None = Field(
         None, description="What the key is for. Defaults to the role."
     )
-    type: _KEY_TYPES = Field(
+    type: KeyType = Field(
         "PERSONAL", description="PERSONAL makes a member's key, WORKSPACE_MANAGE_ALL an admin's; see `role`."
     )
     role: _ROLES | None = Field(None, description="What the key may do; goes before `type`.")
@@ -464,7 +464,7 @@ class APIKeyInfoV1(_Answer):
     id: str
     prefix: str = Field(description="The key's first characters.")
     name: str | None
-    type: _KEY_TYPES
+    type: KeyType
     role: _ROLES
     model_ids: list[str] | None = None
     team_name: str | None

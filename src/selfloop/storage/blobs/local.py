@@ -14,8 +14,10 @@ class LocalBlobs:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, key: str) -> Path:
+        """Where the blob of a key lies. Raises :class:`ValueError` for a key that leads out of the root."""
         path = self.root / key
-        assert path.resolve().is_relative_to(self.root.resolve()), key
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError(f"not below the root of blobs: {key!r}")
         return path
 
     def put(self, key: str, data: bytes) -> None:

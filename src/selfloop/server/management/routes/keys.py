@@ -17,10 +17,18 @@ _MANAGES_ALL = "WORKSPACE_MANAGE_ALL"
 
 
 @router.get("/api_keys", summary="List the team's valid keys. Admins only.")
-async def list_keys(caller: CallerOf, control: ControlOf) -> s.APIKeysV1:
+async def list_keys(
+    caller: CallerOf,
+    control: ControlOf,
+    type: Annotated[s.KeyType | None, Query(description="Only those of this type.")] = None,
+    created_by_me: Annotated[bool, Query(description="Only false: the audit log tells who made a key.")] = False,
+) -> s.APIKeysV1:
     """Their first characters, never the keys themselves: only hashes of those are stored."""
+    if created_by_me:
+        raise BadRequest("created_by_me", "false: GET /api/v1/audit tells who made a key")
     (team,) = await control.access.teams_of(caller)
-    return s.APIKeysV1(keys=[_info(row, team.name) for row in await control.access.valid_keys(caller)])
+    shown = [_info(row, team.name) for row in await control.access.valid_keys(caller)]
+    return s.APIKeysV1(keys=[info for info in shown if type in (None, info.type)])
 
 
 @router.post("/api_keys", summary="Make a key in the caller's team. Admins only.")
