@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | fuzz | lint | types | bench | docs | clean
+# make setup | demo | test | test-fast | fuzz | audit | lint | types | bench | docs | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -7,6 +7,7 @@ CLIENT := .venv-client
 TRUSS := .venv-truss
 TINKER := .venv-tinker
 COOKBOOK := .venv-cookbook
+AUDIT := .venv-audit
 TORCH_CLIENT := .venv-torch-client
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -18,7 +19,7 @@ TINKER_READY := $(TINKER)/.ready
 COOKBOOK_READY := $(COOKBOOK)/.ready
 TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 
-.PHONY: setup demo test test-fast fuzz lint types bench docs clean
+.PHONY: setup demo test test-fast fuzz audit lint types bench docs clean
 
 setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
 	@echo "Set up. Next: make demo"
@@ -98,6 +99,14 @@ types: $(READY)
 fuzz: $(READY)
 	FUZZ_REQUESTS=20000 $(BIN)/python -m pytest -q --timeout=3600 tests/fuzz $(ARGS)
 
+$(AUDIT)/.ready: requirements/audit.txt
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/audit.txt
+	@touch $@
+
+audit: $(AUDIT)/.ready
+	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/bin/pip-audit
+
 bench: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.selection --json build/bench/selection.json $(ARGS)
 
@@ -105,4 +114,4 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) $(COOKBOOK) $(TORCH_CLIENT) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) $(COOKBOOK) $(AUDIT) $(TORCH_CLIENT) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -103,7 +104,7 @@ def requests(draw: st.DrawFn, route: str, ask: Ask, house: House) -> dict[str, A
     if not draw(st.integers(0, 5)):
         ids[draw(st.sampled_from(sorted(ids)))] = draw(st.text(min_size=1, max_size=8) | st.just("../x"))
     params = {name: str(bent(draw, value, house.known)) for name, value in filled(ask.params, ids).items()}
-    made: dict[str, Any] = {"method": method, "url": filled(path, ids), "params": params}
+    made: dict[str, Any] = {"method": method, "url": quote(filled(path, ids), safe="/:.~"), "params": params}
     if ask.content is not None:
         made["content"] = draw(protobuf(ids))
     elif ask.json is not None:

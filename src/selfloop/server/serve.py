@@ -59,6 +59,7 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         host=settings.host,
         port=settings.port,
         log_level="warning",
+        server_header=False,
         access_log=False,
         # Its own would close every handler there is.
         log_config=None,
