@@ -55,6 +55,8 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         version=selfloop.__version__,
         summary="Open, self-hosted training API for the Loops client",
         lifespan=lifespan,
+        # Ours has no queries, in which links have their signatures, and no messages of errors.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         # Their pages run scripts of another site.
         docs_url=None,
         redoc_url=None,
