@@ -36,7 +36,7 @@ def test_a_folder_is_published_in_one_move_and_may_be_written_again(tmp_path: Pa
 
 
 def test_no_key_leaves_the_root(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="root"):
         LocalBlobs(tmp_path / "root").get("../secret")
 
 
