@@ -52,7 +52,7 @@ class Decoder:
         self.rotary = Rotary(config.rope, self.device, self.dtype)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
-        """Hidden states h_TD after the final norm, in the compute dtype.
+        """Hidden states h_TD after the final norm, in the compute dtype; between layers they are float32.
 
         Args:
             tokens_T: int64 ids of all sequences, one after another.
@@ -60,7 +60,7 @@ class Decoder:
         """
         assert tokens_T.shape == positions_T.shape
         cos, sin = self.rotary(positions_T)
-        h_TD = F.embedding(tokens_T, self.weights.embedding_VD)
+        h_TD = F.embedding(tokens_T, self.weights.embedding_VD).float()
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self.weights.layers):
             x_TD = rms_norm(h_TD, layer.attention_norm_D, eps)

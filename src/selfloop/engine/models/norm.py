@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension. ``weight`` broadcasts against ``x`` and is frozen."""
+    """Normalise the last dimension. ``weight`` broadcasts against ``x`` and is frozen; the result is in its dtype."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
     x32 = x.float()
-    return weight * (x32 * _inverse_rms(x32, eps)).to(x.dtype)
+    return weight * (x32 * _inverse_rms(x32, eps)).to(weight.dtype)
 
 
 def _inverse_rms(x32: Tensor, eps: float) -> Tensor:
@@ -24,7 +24,7 @@ class _RmsNorm(torch.autograd.Function):
         x32 = x.float()
         inverse = _inverse_rms(x32, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (x32 * inverse).to(x.dtype)
+        return weight * (x32 * inverse).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

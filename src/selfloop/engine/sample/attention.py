@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from selfloop.engine.models.attention import causal_attention
+from selfloop.engine.models.attention import causal_attention, masked_attention
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool, cell, page_table, pages_for
 from selfloop.engine.sample.kv_window import Seated, Shelf
@@ -51,9 +50,7 @@ class PrefillAttention:
         keys_L = torch.arange(chunk.stop, device=q_NHd.device)
         visible_NL = keys_L <= keys_L[chunk.start :, None]
         q_1HNd = q_NHd.transpose(0, 1)[None]
-        return F.scaled_dot_product_attention(
-            q_1HNd, k_1GLd, v_1GLd, attn_mask=visible_NL, enable_gqa=q_NHd.shape[1] != k_1GLd.shape[1]
-        )
+        return masked_attention(q_1HNd, k_1GLd, v_1GLd, visible_NL)
 
 
 class StepAttentionOverCache:
