@@ -41,10 +41,9 @@ def test_a_row_is_the_same_among_few_and_many():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["plain", pytest.param("blocked", marks=needs_blocks)])
-@pytest.mark.parametrize("keep_plain", [True, False])
-def test_bfloat16_summed_in_float32(shape: tuple[int, int], bias: bool, layout: str, keep_plain: bool):
+def test_bfloat16_summed_in_float32(shape: tuple[int, int], bias: bool, layout: str):
     weight, linear = made(shape, torch.bfloat16, bias=bias)
-    linear.lay_out(layout, keep_plain=keep_plain)
+    linear.lay_out(layout)
     x = torch.randn(20, shape[1]).bfloat16()
     exact = x.double() @ weight.double().t()
     if linear.bias_O is not None:

@@ -63,7 +63,7 @@ def load_base_weights(
         _spread_qk_norm(config, layer)
         for linear in layer.linears:
             linear.lay_out(layout)
-    weights.head.lay_out(layout, keep_plain=weights.tied)
+    weights.head.lay_out(layout)
     return weights
 
 

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from selfloop.engine.lora.grouped_matmul import add_low_rank
 from selfloop.engine.models.linear import FrozenLinear
 
-_MAX_CHUNK_ROWS = 256
-_MAX_CHUNK_ELEMENTS = 8 * 2**20
+# On a CPU a chunk's logits should stay in its cache, but fewer rows make the products slow.
+_CPU_CHUNK_ROWS = (32, 256)
+_CPU_CHUNK_ELEMENTS = 3 * 2**20
+_CUDA_CHUNK_ELEMENTS = 256 * 2**20
 
 
 class HeadAdapter(NamedTuple):
@@ -70,14 +72,17 @@ def _adapted_score(h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: i
     return scores._replace(logprobs=scores.logprobs.view(targets.shape))
 
 
-def chunk_rows(vocab_size: int) -> int:
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Rows whose float32 logits are held at once."""
-    return max(1, min(_MAX_CHUNK_ROWS, _MAX_CHUNK_ELEMENTS // vocab_size))
+    if device.type == "cuda":
+        return max(1, _CUDA_CHUNK_ELEMENTS // vocab_size)
+    fewest, most = _CPU_CHUNK_ROWS
+    return min(most, max(fewest, _CPU_CHUNK_ELEMENTS // vocab_size))
 
 
-def _chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    rows = chunk_rows(vocab_size)
-    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+def _chunks(h_ND: Tensor, head: FrozenLinear) -> list[slice]:
+    rows = chunk_rows(head.out_features, h_ND.device)
+    return [slice(start, start + rows) for start in range(0, h_ND.shape[0], rows)]
 
 
 class _Tops:
@@ -88,9 +93,15 @@ class _Tops:
         self.logprobs_NJ = torch.empty(num_rows, num_top, dtype=torch.float32, device=device)
 
     def take(self, chunk: slice, logits_CV: Tensor, normaliser_C1: Tensor) -> None:
+        self.put(chunk, self.likeliest(logits_CV), normaliser_C1)
+
+    def likeliest(self, logits_CV: Tensor) -> tuple[Tensor, Tensor] | None:
         num_top = self.tokens_NJ.shape[1]
-        if num_top > 0:
-            logits_CJ, self.tokens_NJ[chunk] = logits_CV.topk(num_top, dim=1)
+        return logits_CV.topk(num_top, dim=1) if num_top > 0 else None
+
+    def put(self, chunk: slice, likeliest: tuple[Tensor, Tensor] | None, normaliser_C1: Tensor) -> None:
+        if likeliest is not None:
+            logits_CJ, self.tokens_NJ[chunk] = likeliest
             self.logprobs_NJ[chunk] = logits_CJ - normaliser_C1
 
     def outputs(self, ctx: Any) -> tuple[Tensor, Tensor]:
@@ -108,16 +119,24 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
         slope_ND = torch.empty_like(h_ND) if wants_grad else None
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head.out_features):
+        for chunk in _chunks(h_ND, head):
             targets_C1 = targets_N[chunk, None]
             logits_CV = head.in_float32(h_ND[chunk])
-            normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            logprobs_N[chunk] = (logits_CV.gather(1, targets_C1) - normaliser_C1).squeeze(1)
-            tops.take(chunk, logits_CV, normaliser_C1)
-            if slope_ND is not None:
-                slope_CV = logits_CV.sub_(normaliser_C1).exp_().neg_()
-                slope_CV.scatter_add_(1, targets_C1, torch.ones_like(normaliser_C1))
-                slope_ND[chunk] = head.input_grad(slope_CV.to(h_ND.dtype))
+            chosen_C1 = logits_CV.gather(1, targets_C1)
+            if slope_ND is None:
+                normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
+                tops.take(chunk, logits_CV, normaliser_C1)
+            else:
+                # As few passes over the vocabulary as will do: this and the products are the cost of a head.
+                largest_C1, likeliest = logits_CV.amax(-1, keepdim=True), tops.likeliest(logits_CV)
+                weights_CV = logits_CV.sub_(largest_C1).exp_()
+                sum_C1 = weights_CV.sum(-1, keepdim=True)
+                normaliser_C1 = largest_C1 + sum_C1.log()
+                tops.put(chunk, likeliest, normaliser_C1)
+                weights_CV.scatter_add_(1, targets_C1, -sum_C1)
+                slope_CD = head.input_grad(weights_CV.to(h_ND.dtype))
+                slope_ND[chunk] = slope_CD.float() / -sum_C1
+            logprobs_N[chunk] = (chosen_C1 - normaliser_C1).squeeze(1)
         if slope_ND is not None:
             ctx.save_for_backward(slope_ND)
         return logprobs_N, *tops.outputs(ctx)
@@ -136,7 +155,7 @@ class _ManyTargetLogprobs(torch.autograd.Function):
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head.out_features):
+        for chunk in _chunks(h_ND, head):
             logits_CV = head.in_float32(h_ND[chunk])
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
@@ -151,7 +170,7 @@ class _ManyTargetLogprobs(torch.autograd.Function):
         head: FrozenLinear = ctx.head
         grad_NK = grads[0]
         grad_ND = torch.empty_like(h_ND)
-        for chunk in _chunks(h_ND.shape[0], head.out_features):
+        for chunk in _chunks(h_ND, head):
             slope_CV = head.in_float32(h_ND[chunk]).sub_(normaliser_N1[chunk]).exp_()
             slope_CV.mul_(-grad_NK[chunk].sum(1, keepdim=True))
             # One scatter a target: with all K at once a token that is there twice would make the order matter.
@@ -178,7 +197,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND.shape[0], head.out_features):
+        for chunk in _chunks(h_ND, head):
             logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, scaling)
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
@@ -195,7 +214,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         grad_NK = grads[0]
         grad_ND, grad_NR = torch.empty_like(h_ND), torch.empty_like(u_NR)
         grad_VR = torch.zeros(b_VR.shape, dtype=torch.float32, device=b_VR.device)
-        for chunk in _chunks(h_ND.shape[0], head.out_features):
+        for chunk in _chunks(h_ND, head):
             logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, ctx.scaling)
             slope_CV = logits_CV.sub_(normaliser_N1[chunk]).exp_().mul_(-grad_NK[chunk].sum(1, keepdim=True))
             for k in range(targets_NK.shape[1]):

@@ -41,14 +41,13 @@ class FrozenLinear:
     def num_parameters(self) -> int:
         return self.out_features * (self.in_features + (self.bias_O is not None))
 
-    def lay_out(self, layout: Layout, *, keep_plain: bool = False) -> None:
-        """Bring the weight into ``layout``, and let go of the plain one unless another reads it, too."""
+    def lay_out(self, layout: Layout) -> None:
+        """Bring the weight into ``layout``, and let go of the plain one."""
         if layout == "plain":
             return
         assert self._plain_OI is not None, "laid out already"
         self._blocked_OI = _blocked(self._plain_OI)
-        if not keep_plain:
-            self._plain_OI = None
+        self._plain_OI = None
 
     def plain(self) -> Tensor:
         """The weight (out, in) as it was given; a copy where it is laid out otherwise."""

@@ -30,5 +30,8 @@ class _SwiGlu(torch.autograd.Function):
         (gate_up_TF,) = ctx.saved_tensors
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         grad_TF = grads[0]
-        d_gate_TF = torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF)
-        return torch.cat((d_gate_TF, F.silu(gate_TF).mul_(grad_TF)), dim=-1)
+        d_gate_up_TF = torch.empty_like(gate_up_TF)
+        d_gate_TF, d_up_TF = d_gate_up_TF.chunk(2, dim=-1)
+        torch.mul(F.silu(gate_TF), grad_TF, out=d_up_TF)
+        torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=d_gate_TF)
+        return d_gate_up_TF

@@ -65,7 +65,7 @@ class PromptScores:
         needed = [row for row in range(first_row, stop) if self._needs(row)]
         if self.positions is not None:
             self.positions += [None] * (max(first_row, min(stop, self._first_own_row)) - first_row)
-        size = chunk_rows(decoder.config.vocab_size)
+        size = chunk_rows(decoder.config.vocab_size, decoder.device)
         for at in range(0, len(needed), size):
             rows = needed[at : at + size]
             h_CD = h_ND[torch.tensor(rows, device=h_ND.device) - first_row]
