@@ -54,7 +54,7 @@ COMMANDS = {
     "selfloop checkpoints list": ["--data-dir", "--json", "--model", "--run", "--target", "--url"],
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
-    "selfloop doctor": ["--data-dir", "--port"],
+    "selfloop doctor": ["--bench", "--data-dir", "--model", "--port"],
     "selfloop export": ["FOLDER", "URI", "--data-dir", "--dtype", "--to"],
     "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
     "selfloop logs": ["ID", "--data-dir", "--follow", "--json", "--level", "--limit", "--url"],

@@ -73,6 +73,54 @@ class _Health(msgspec.Struct):
     version: str
 
 
+class _Speed(msgspec.Struct):
+    """As :class:`selfloop.engine.speed.Speed`."""
+
+    model: str
+    device: str
+    dtype: str
+    num_threads: int
+    float32_gflops: float
+    bfloat16_gflops: float
+    memory_gb_per_s: float
+    train_tokens_per_s: float
+    train_roof: float
+    decode_1_tokens_per_s: float
+    decode_1_roof: float
+    decode_32_tokens_per_s: float
+    decode_32_roof: float
+
+
+def run_bench(model_dir: Path | None) -> int:
+    """Measure the machine and the engine on it, for about a minute; 1 when that fails."""
+    console = Console()
+    command = [sys.executable, "-m", "selfloop.engine.speed", *([] if model_dir is None else [str(model_dir)])]
+    with console.status("Measuring; this takes about a minute"):
+        # In a process of its own: the command line itself never loads torch.
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        console.print(f"[red]The engine cannot be measured: {said[-1] if said else 'it gave no reason'}[/red]")
+        return 1
+    console.print(_speed_table(msgspec.json.decode(done.stdout, type=_Speed)))
+    return 0
+
+
+def _speed_table(speed: _Speed) -> Table:
+    title = f"{speed.model}, {speed.dtype} on {speed.device}, {speed.num_threads} threads"
+    table = Table("", "reached", "roof", "share", title=title, title_justify="left")
+    table.add_row("matrix product, float32", f"{speed.float32_gflops:.0f} GFLOP/s")
+    table.add_row("matrix product, bfloat16", f"{speed.bfloat16_gflops:.0f} GFLOP/s")
+    table.add_row("reading memory", f"{speed.memory_gb_per_s:.1f} GB/s")
+    for name, reached, roof in (
+        ("training, 8 x 256 tokens, rank 32", speed.train_tokens_per_s, speed.train_roof),
+        ("decoding, 1 stream", speed.decode_1_tokens_per_s, speed.decode_1_roof),
+        ("decoding, 32 streams", speed.decode_32_tokens_per_s, speed.decode_32_roof),
+    ):
+        table.add_row(name, f"{reached:.0f} tokens/s", f"{roof:.0f} tokens/s", f"{reached / roof:.0%}")
+    return table
+
+
 def run_doctor(data_dir: Path | None, port: int) -> int:
     """Print the checks; 1 when something would stop ``selfloop serve``, else 0."""
     folder = local.resolve(data_dir)

@@ -148,10 +148,16 @@ def serve(
 def doctor(
     data_dir: Annotated[Path | None, typer.Option(help="The data directory to look at.")] = None,
     port: Annotated[int, typer.Option(help="The port that serve would use.")] = 8000,
+    bench: Annotated[bool, typer.Option("--bench", help="Measure the machine and the engine on it instead.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="With --bench: a Hugging Face model folder, not a small model's shape.")
+    ] = None,
 ) -> None:
     """Explain what is missing on this machine."""
-    from selfloop.cli.doctor import run_doctor
+    from selfloop.cli.doctor import run_bench, run_doctor
 
+    if bench:
+        raise typer.Exit(run_bench(model))
     raise typer.Exit(run_doctor(data_dir, port))
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+import tiny_models
 from selfloop.cli import client_env, doctor
 from selfloop.cli.doctor import Verdict
 from selfloop.cli.main import app
@@ -158,3 +159,16 @@ def test_the_name_that_truss_calls(monkeypatch: pytest.MonkeyPatch, addresses: l
     check = doctor.check_truss_name()
     assert (check.verdict, word in check.found) == (verdict, True)
     assert ("/etc/hosts" in check.advice) == (verdict is Verdict.WARNING)
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_the_speed_of_a_model_folder(model: bool, tmp_path: Path):
+    folder = tiny_models.save("llama", tmp_path / "model") if model else tmp_path
+    result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(folder)], env={"COLUMNS": "120"})
+    if not model:
+        assert result.exit_code == 1
+        assert "holds no config.json" in result.output
+        return
+    assert result.exit_code == 0, result.output
+    for word in ("GFLOP/s", "GB/s", "training, 8 x 256", "decoding, 32 streams", "%"):
+        assert word in result.output

@@ -59,12 +59,26 @@ def load_base_weights(
         raise OperationFailed(f"{model_dir} lacks {len(remaining)} tensors, e.g. {sorted(remaining)[:3]}")
     if unexpected:
         raise OperationFailed(f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}")
+    _finish(config, weights, layout)
+    return weights
+
+
+def random_base_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> BaseWeights:
+    """Weights that no one has trained, for measuring speed."""
+    places = _Destinations(device, dtype)
+    weights = _allocate(config, places)
+    for place in places.slots.values():
+        place.normal_(std=0.02)
+    _finish(config, weights, layout)
+    return weights
+
+
+def _finish(config: ModelConfig, weights: BaseWeights, layout: Layout) -> None:
     for layer in weights.layers:
         _spread_qk_norm(config, layer)
         for linear in layer.linears:
             linear.lay_out(layout)
     weights.head.lay_out(layout)
-    return weights
 
 
 class TensorSource(Protocol):
