@@ -19,7 +19,7 @@ import pytest
 import trustme
 from test_tinker import Wire
 
-from gateway import MODEL, Gateway, Run, copy_data, datum, environment, free_port, ok, until, words
+from gateway import MODEL, Gateway, Run, copy_data, datum, environment, ok, until, words
 
 KEY = "slk-environment-5ecre7-ENVIRONMENT"
 SECRETS = {
@@ -148,7 +148,7 @@ def test_certificates_that_do_not_fit_are_refused_at_the_start(
 
     options = ["--tls-cert", str(certificates / cert)]
     options += [] if key is None else ["--tls-key", str(certificates / key)]
-    done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path), "--port", str(free_port()), *options])
+    done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path), "--port", "0", *options])
     assert done.exit_code == 2
     assert says in re.sub(r"\s+", " ", done.output)
 
