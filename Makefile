@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | fuzz | audit | lint | types | bench | docs | clean
+# make setup | demo | test | test-fast | fuzz | chaos | audit | lint | types | bench | docs | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ TINKER_READY := $(TINKER)/.ready
 COOKBOOK_READY := $(COOKBOOK)/.ready
 TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 
-.PHONY: setup demo test test-fast fuzz audit lint types bench docs clean
+.PHONY: setup demo test test-fast fuzz chaos audit lint types bench docs clean
 
 setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
 	@echo "Set up. Next: make demo"
@@ -106,6 +106,9 @@ $(AUDIT)/.ready: requirements/audit.txt
 
 audit: $(AUDIT)/.ready
 	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/bin/pip-audit
+
+chaos: $(READY) $(CLIENT_READY)
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 bench: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.selection --json build/bench/selection.json $(ARGS)

@@ -71,7 +71,7 @@ def serve(
     snapshot_every: Annotated[
         float,
         typer.Option(min=0, help="Seconds of a run's work between two snapshots of it; what a recovery does again."),
-    ] = 10.0,
+    ] = 5.0,
     operation_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a worker that is still at one operation is replaced.")
     ] = 3600.0,

@@ -7,18 +7,31 @@ import msgspec
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
-from selfloop.types.errors import OperationFailed
+from selfloop.types.errors import NotReady, OperationFailed
 from selfloop.types.lora import LoraTargets
 from selfloop.types.lora_size import save_bytes
 
 # Left for the database and the journal, which must go on when a save is refused.
 SPARE_BYTES = 64 * 2**20
+# Left for the outcomes of what was accepted, when nothing new is.
+OUTCOME_BYTES = 32 * 2**20
+_RETRY_S = 10.0
 
 
 class DiskRoom:
     def __init__(self, blobs: LocalBlobs, catalogue: Catalogue) -> None:
         self._blobs = blobs
         self._catalogue = catalogue
+
+    def check_accept(self, num_bytes: int) -> None:
+        """Raises :class:`NotReady` when ``num_bytes`` more would leave too little for what was accepted before."""
+        free = self._blobs.free_bytes()  # One call of the system, a microsecond.
+        if free < num_bytes + OUTCOME_BYTES:
+            raise NotReady(
+                f"the disk of {self._blobs.root} is full ({free:,} bytes left, of which {OUTCOME_BYTES:,} are for the "
+                "outcomes of what was accepted before); nothing was accepted, ask again once there is room",
+                _RETRY_S,
+            )
 
     async def check_save(self, run: RunRow, *, with_optimizer: bool) -> None:
         """Raises :class:`OperationFailed` (``DiskFull``) when what the save writes does not fit."""

@@ -13,6 +13,7 @@ from typing import Literal
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.observe.observer import status_extra
+from selfloop.control.outages import tried
 from selfloop.control.workers import WorkerPool, WorkerState
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
@@ -339,7 +340,8 @@ class Lifecycle:
 
     async def _keep_reaping(self) -> None:
         while True:
-            await self.reap()
+            with tried("scale to zero"):
+                await self.reap()
             await asyncio.sleep(_REAPER_PAUSE_S)
 
     async def _scale_to_zero(self, group: _Group, reason: str) -> None:

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, first_missing
+from selfloop.control.outages import Ages, tried
 from selfloop.control.readable import may_read
 from selfloop.control.recovery import clear_leftovers
 from selfloop.control.scheduler import RunActor
@@ -94,11 +94,14 @@ class Operations:
 
         Raises:
             Conflict: the run is inactive, or the id or sequence id was used for a different request.
+            NotReady: the disk is full.
         """
         if run.status != RunStatus.ACTIVE:
             raise Conflict(
                 f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
             )
+        if self._c.settlement.disk_room is not None:
+            self._c.settlement.disk_room.check_accept(len(submission.payload))
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
@@ -246,9 +249,11 @@ class Operations:
                 self._recent.popitem(last=False)
 
     async def _purge(self) -> None:
+        ages = Ages(RESULT_KEPT_S)
         while True:
             await asyncio.sleep(_PURGE_EVERY_S)
-            await self._c.journal.purge(time.time() - RESULT_KEPT_S)
+            with tried("purge of results"):
+                await self._c.journal.purge(ages.old())
 
 
 def checked_operation_id(key: str) -> str:

@@ -58,7 +58,7 @@ class SchedulerConfig:
     """Times in seconds: how long a missing seq_id is waited for, how much work a snapshot may lag behind."""
 
     gap_grace_s: float = 60.0
-    snapshot_every_s: float = 10.0
+    snapshot_every_s: float = 5.0
 
 
 class RunActor:
@@ -256,7 +256,7 @@ class RunActor:
             return self._worker
         worker = await self._lifecycle.wake(self.run.deployment_id)
         try:
-            await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+            replayed_s = await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
         except WorkerLost as lost:
             self._num_lost_reopening += 1
             if self._num_lost_reopening < _MAX_REOPENINGS:
@@ -265,6 +265,8 @@ class RunActor:
             cause = f"the worker died {_MAX_REOPENINGS} times while rebuilding the run's state: {lost}"
             raise OperationFailed(cause, "RecoveryFailed") from None
         self._num_lost_reopening = 0
+        # As if it were new work: or else deaths in short order would have ever more replayed.
+        self._snapshots.worked(replayed_s)
         self._worker = worker
         return worker
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from selfloop.control.outages import OUTAGES, not_ready
 from selfloop.types.errors import (
     BadRequest,
     Conflict,
@@ -193,6 +194,13 @@ def install(app: FastAPI) -> None:
         log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
         return _answer(request, 500, "internal error; the server's log has the cause", "INTERNAL", {})
 
+    async def outage(request: Request, error: Exception) -> Response:
+        told = not_ready(error)
+        if told is None:
+            return await unexpected(request, error)
+        log.warning("%s %s: %s", request.method, request.url.path, told)
+        return response_of(told, request.url.path)
+
     async def gone(_request: Request, _error: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
@@ -201,6 +209,7 @@ def install(app: FastAPI) -> None:
         (RequestValidationError, invalid),
         (HTTPException, http_error),
         (ClientDisconnect, gone),
+        *((kind, outage) for kind in OUTAGES),
         (Exception, unexpected),
     ]
     for kind, handler in handlers:

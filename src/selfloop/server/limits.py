@@ -1,5 +1,6 @@
 """Read request bodies within bounds, and keep the event loop free of the large ones."""
 
+import asyncio
 import random
 
 import zstandard
@@ -8,12 +9,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.server.offload import off_loop
-from selfloop.types.errors import BadRequest, TooLarge
+from selfloop.types.errors import BadRequest, NotReady, TooLarge
 
 _MIB = 1024 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
 _MAX_WINDOW_BYTES = 32 * _MIB
+BODY_PATIENCE_S = 30.0
 # How long a long poll is held, at least and at most: the Loops client reads for 35 s.
 _POLL_HOLD_S = (20.0, 30.0)
 
@@ -24,7 +26,10 @@ def poll_hold_s() -> float:
 
 
 class BodyLimit:
-    """Stops any request's body at the limit with :class:`TooLarge`, without reading on, whoever reads it."""
+    """Stops any request's body at the limit with :class:`TooLarge`, without reading on, whoever reads it.
+
+    And with :class:`NotReady` when nothing comes any more: what has come is memory of ours.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -35,13 +40,20 @@ class BodyLimit:
             return
         # The server has checked that it is a number, and ends a body that is longer.
         declared = int(Headers(scope=scope).get("content-length", "0"))
-        received = 0
+        received, is_whole = 0, False
 
         async def bounded() -> Message:
-            nonlocal received
+            nonlocal received, is_whole
             if declared > MAX_BODY_BYTES:
                 raise _too_large()
-            message = await receive()
+            if is_whole:
+                return await receive()  # Waits for the client to go.
+            try:
+                async with asyncio.timeout(BODY_PATIENCE_S):
+                    message = await receive()
+            except TimeoutError:
+                raise NotReady(f"nothing of the body came for {BODY_PATIENCE_S:g} s", 1.0) from None
+            is_whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
                 raise _too_large()

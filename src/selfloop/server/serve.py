@@ -13,6 +13,7 @@ import uvloop
 
 from selfloop.control.control import Control
 from selfloop.server.app import make_app
+from selfloop.server.connections import PatientConnection
 from selfloop.server.headers import is_local
 from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
@@ -58,6 +59,7 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         app,
         host=settings.host,
         port=settings.port,
+        http=PatientConnection,
         log_level="warning",
         server_header=False,
         access_log=False,

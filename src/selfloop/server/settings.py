@@ -61,7 +61,7 @@ class Settings:
     log_format: LogFormat = "text"
     metrics_public: bool = False
     session_timeout_s: float = 600.0
-    snapshot_every_s: float = 10.0
+    snapshot_every_s: float = 5.0
     operation_timeout_s: float = 3600.0
     heartbeat_timeout_s: float = 60.0
     stop_grace_s: float = 25.0

@@ -1,65 +1,46 @@
 """What a worker does beside its main loop: write snapshots, and tell its gateway what the loop is at."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import zmq
 
-from selfloop.types.errors import OperationFailed
 from selfloop.worker.protocol import Heartbeat, Written, encode
 
-log = logging.getLogger("selfloop.worker")
-
 BEAT_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A snapshot's end: what it cost, or why it failed."""
-
-    ticket: int
-    written: Written | None
-    error: OperationFailed | None = None
 
 
 class SnapshotWriter:
     """Writes one snapshot at a time in a thread: a second copy of a state would wait in memory only."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._finished: list[Finished] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._under_way: tuple[int, Future[Written]] | None = None
 
     @property
     def is_busy(self) -> bool:
-        return self._thread is not None
+        return self._under_way is not None
 
     def begin(self, ticket: int, write: Callable[[], object], stall_s: float) -> None:
         """Start ``write``; ``stall_s`` is what the copy took from the main loop."""
-        assert self._thread is None
-        self._thread = threading.Thread(target=self._write, args=(ticket, write, stall_s), daemon=True)
-        self._thread.start()
+        assert self._under_way is None
 
-    def take_finished(self) -> list[Finished]:
-        """Ends since the last call."""
-        if self._thread is None or self._thread.is_alive():
-            return []
-        self._thread = None
-        finished, self._finished = self._finished, []
-        return finished
-
-    def _write(self, ticket: int, write: Callable[[], object], stall_s: float) -> None:
-        try:
+        def written() -> Written:
+            started = time.thread_time()
             write()
-        except Exception as error:  # The thread's edge: a full disk costs this snapshot only.
-            log.warning("snapshot failed: %s", error)
-            failed = OperationFailed(f"{type(error).__name__}: {error}", type(error).__name__)
-            self._finished.append(Finished(ticket, None, failed))
-        else:
-            self._finished.append(Finished(ticket, Written(stall_s, time.thread_time())))
+            return Written(stall_s, time.thread_time() - started)
+
+        self._under_way = ticket, self._thread.submit(written)
+
+    def take_finished(self) -> tuple[int, Future[Written]] | None:
+        """The call whose snapshot has come to its end since this was asked last, and that end."""
+        if self._under_way is None or not self._under_way[1].done():
+            return None
+        finished, self._under_way = self._under_way, None
+        return finished
 
 
 class Pulse:

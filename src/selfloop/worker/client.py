@@ -17,7 +17,6 @@ import zmq.asyncio
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.launch_local import WorkerCommand, launch_worker
 from selfloop.worker.protocol import (
-    Begun,
     Call,
     Command,
     Dying,
@@ -55,7 +54,6 @@ class WorkerClient:
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
-        self._begun: set[int] = set()
         self._dying: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -76,7 +74,7 @@ class WorkerClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._pulse = self._context.socket(zmq.PULL)
         pulse = f"ipc://{self._folder}/pulse.sock"
-        self._process = await launch_worker(self._command, address, pulse)
+        self._process = await launch_worker(self._command, address, pulse, self._folder / "begun")
         # The kernel says who connects; the worker tries again until there is something to connect to.
         for socket, at in ((self._socket, address), (self._pulse, pulse)):
             socket.setsockopt(zmq.IPC_FILTER_PID, self._process.pid)
@@ -161,8 +159,6 @@ class WorkerClient:
                 case Partial(ticket):
                     if ticket in self._streams:
                         self._streams[ticket].put_nowait(frames[1])
-                case Begun(ticket):
-                    self._begun.add(ticket)
                 case Dying(cause):
                     self._dying = cause
                 case Loading(stage):
@@ -176,7 +172,6 @@ class WorkerClient:
                         self.ready.exception()
 
     def _settle(self, ticket: int, settle: Callable[[asyncio.Future[bytes]], None]) -> None:
-        self._begun.discard(ticket)
         future = self._waiting.pop(ticket, None)
         if future is not None and not future.done():
             settle(future)
@@ -217,11 +212,19 @@ class WorkerClient:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
             self.ready.exception()
+        begun = _read_begun(self._folder / "begun") if self._waiting else set[int]()
         for ticket, future in self._waiting.items():
             if not future.done():
-                future.set_exception(WorkerLost(reason, begun=ticket in self._begun))
+                future.set_exception(WorkerLost(reason, begun=ticket in begun))
                 _retrieve(future)
         self._waiting.clear()
+
+
+def _read_begun(path: Path) -> set[int]:
+    try:
+        return {int(ticket) for ticket in path.read_bytes().partition(b"\n")[0].split()}
+    except FileNotFoundError:
+        return set()  # It died before it had opened it.
 
 
 def describe_exit(code: int) -> str:

@@ -42,8 +42,14 @@ class WorkerCommand:
     training_share: float = DEFAULT_TRAINING_SHARE
 
 
-async def launch_worker(command: WorkerCommand, address: str, pulse_address: str) -> asyncio.subprocess.Process:
-    """Launch a worker that connects to both addresses and dies with this process."""
+async def launch_worker(
+    command: WorkerCommand, address: str, pulse_address: str, begun_path: Path
+) -> asyncio.subprocess.Process:
+    """Launch a worker that connects to both addresses and dies with this process.
+
+    Args:
+        begun_path: a file that it keeps the tickets of begun operations in, separated by spaces, up to a line's end.
+    """
     arguments = [
         sys.executable,
         "-m",
@@ -52,6 +58,8 @@ async def launch_worker(command: WorkerCommand, address: str, pulse_address: str
         address,
         "--pulse-address",
         pulse_address,
+        "--begun-file",
+        str(begun_path),
         "--model-dir",
         str(command.model_dir),
         "--device",

@@ -1,7 +1,9 @@
 """What the worker says to its gateway."""
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,18 +20,30 @@ _Answer = TypeVar("_Answer")
 class Outbox:
     """Sends events; turns what a call raises into its answer."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", begun_path: Path) -> None:
         self._socket = socket
+        self._begun: set[int] = set()
+        self._begun_file = os.open(begun_path, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def send(self, event: Event, body: bytes = b"") -> None:
         self._socket.send_multipart([encode(event), body])
 
+    def begin(self, ticket: int) -> None:
+        """Note that an operation has its turn: if the process dies before the answer, it is a suspect.
+
+        In a file, and not as an event: those leave by another thread, which may die before it has sent them.
+        """
+        self._begun.add(ticket)
+        os.pwrite(self._begun_file, b" ".join(b"%d" % t for t in sorted(self._begun)) + b"\n", 0)
+
     def reply(self, ticket: int, result: object) -> None:
         """Answer a call with a result."""
+        self._begun.discard(ticket)
         self.send(Reply(ticket), encode(result))
 
     def refuse(self, ticket: int, error: Exception) -> None:
         """Answer a call with an error: one that a caller may see as it is, another with its type, and into the log."""
+        self._begun.discard(ticket)
         if isinstance(error, BadRequest | NotFound | OperationFailed):
             error_class = getattr(error, "error_class", type(error).__name__)
             self.send(ReplyError(ticket, str(error), error_class, getattr(error, "state_lost", False)))

@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--address", required=True)
     parser.add_argument("--pulse-address", required=True)
+    parser.add_argument("--begun-file", type=Path, required=True)
     parser.add_argument("--model-dir", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -71,7 +72,7 @@ def main() -> None:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(options.address)
-    outbox = Outbox(socket)
+    outbox = Outbox(socket, options.begun_file)
     try:
         outbox.send(Loading("loading the base model"))
         tokenizer = ModelTokenizer.load(options.model_dir)

@@ -164,12 +164,6 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     cause: str
 
 
-class Begun(msgspec.Struct, frozen=True, tag=True):
-    """An ``Execute`` call has its turn; if the process dies before the answer, this call is a suspect."""
-
-    ticket: int
-
-
 class Partial(msgspec.Struct, frozen=True, tag=True):
     """The call has something to show before its answer; the bytes are the second frame."""
 
@@ -201,7 +195,7 @@ class ReplyError(msgspec.Struct, frozen=True, tag=True):
     state_lost: bool = False
 
 
-Event = Loading | Ready | LoadFailed | Dying | Begun | Partial | Reply | ReplyError
+Event = Loading | Ready | LoadFailed | Dying | Partial | Reply | ReplyError
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from selfloop.worker.background import SnapshotWriter
 from selfloop.worker.fair_share import FairShare
 from selfloop.worker.operations import carry_out, open_run
 from selfloop.worker.outbox import Outbox, attempt, is_device_lost
-from selfloop.worker.protocol import Begun, Call, CloseRun, Execute, OpenRun, Reply, Snapshot, Written, encode
+from selfloop.worker.protocol import Call, CloseRun, Execute, OpenRun, Reply, Snapshot, Written, encode
 
 log = logging.getLogger("selfloop.worker")
 
@@ -246,17 +246,16 @@ class TrainingDesk:
         self._snapshots.begin(ticket, write, time.monotonic() - started)
 
     def tell_of_snapshots(self) -> None:
-        """Answer the calls whose snapshot has been written meanwhile."""
-        for finished in self._snapshots.take_finished():
-            if finished.error is not None:
-                self._outbox.refuse(finished.ticket, finished.error)
-            else:
-                self._outbox.reply(finished.ticket, finished.written)
+        """Answer the call whose snapshot has been written meanwhile."""
+        finished = self._snapshots.take_finished()
+        if finished is not None:
+            ticket, written = finished
+            self._outbox.guard(ticket, lambda: self._outbox.reply(ticket, written.result()))
 
     def _begin(self, works: list[_Work]) -> None:
         for work in works:
             if not work.has_begun and isinstance(work.command, Execute):
-                self._outbox.send(Begun(work.ticket))
+                self._outbox.begin(work.ticket)
             work.has_begun = True
 
     def _charge(self, work: _Work, seconds: float) -> None:

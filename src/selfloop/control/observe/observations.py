@@ -19,6 +19,7 @@ from selfloop.control.observe.logs import LogQuery
 from selfloop.control.observe.meter import MINUTE_S, Minute, Step
 from selfloop.control.observe.processes import Processes, resident_bytes
 from selfloop.control.observe.usage import Usage
+from selfloop.control.outages import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Deployment, Runs
 from selfloop.control.workers import WorkerState
@@ -185,14 +186,14 @@ class Observations:
 
     async def _keep_looking(self) -> None:
         while True:
-            with _tried("metrics"):
+            with tried("metrics"):
                 await self.look()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _keep_writing_usage(self) -> None:
         while True:
             await asyncio.sleep(_USAGE_EVERY_S)
-            with _tried("usage"):
+            with tried("usage"):
                 await self.usage.flush()
 
     async def gauges(self) -> None:
@@ -245,18 +246,3 @@ def _query(caller: Caller, ids: frozenset[str], model: str, since: float, window
         includes=list(window.includes),
         excludes=list(window.excludes),
     )
-
-
-class _tried(contextlib.AbstractContextManager[None]):
-    """What fails in the block for want of disk or a database is logged, and tried again at the next round."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, SQLAlchemyError | OSError):
-            return False
-        log.warning("%s could not be recorded: %s", self._what, error)
-        return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from selfloop.control import retention
 from selfloop.control.context import Context
 from selfloop.control.links import Links, Signed
+from selfloop.control.outages import tried
 from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.settle import checkpoint_key
@@ -145,16 +146,20 @@ class Checkpoints:
 
     async def _expire(self) -> None:
         while True:
-            async with self._c.db.write() as session:
-                needed = await retention.needs(session)
-                # What a sampler still serves goes when it serves something else.
-                expired = await queries_checkpoints.expired(session, time.time())
-                rows = [row for row in expired if needed.of(row) is None]
-                for row in rows:
-                    await queries_checkpoints.remove(session, row.id)
-            for row in rows:
-                await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(row.id))
+            with tried("expiry of checkpoints"):
+                await self._expire_once()
             await asyncio.sleep(_EXPIRE_EVERY_S)
+
+    async def _expire_once(self) -> None:
+        async with self._c.db.write() as session:
+            needed = await retention.needs(session)
+            # What a sampler still serves goes when it serves something else.
+            expired = await queries_checkpoints.expired(session, time.time())
+            rows = [row for row in expired if needed.of(row) is None]
+            for row in rows:
+                await queries_checkpoints.remove(session, row.id)
+        for row in rows:
+            await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(row.id))
 
 
 def _list_files(folder: Path) -> list[StoredFile]:

@@ -9,6 +9,7 @@ import msgspec
 
 from selfloop.control.context import Context
 from selfloop.control.lifecycle import record_change
+from selfloop.control.outages import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.sampling.jobs import Jobs
 from selfloop.control.settle import checkpoint_key
@@ -160,7 +161,8 @@ class Sessions:
     async def _keep_ending(self) -> None:
         while True:
             await asyncio.sleep(min(_LOOK_EVERY_S, self._timeout_s / 4))
-            await self.end_silent()
+            with tried("end of silent sessions"):
+                await self.end_silent()
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

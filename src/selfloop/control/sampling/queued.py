@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from selfloop.control.context import Context
 from selfloop.control.operations import RESULT_KEPT_S, Pending
+from selfloop.control.outages import Ages, tried
 from selfloop.control.sampling.draw import Draw, Sampling, Weights
 from selfloop.control.settle import checkpoint_key
 from selfloop.control.waiters import Waiters
@@ -152,11 +153,14 @@ class QueuedSamples:
         Raises:
             BadRequest: it could never be drawn on this sampler.
             Conflict: the sampler was deactivated, or the id was used for a different request.
+            NotReady: the disk is full.
         """
         await self._sampling.check(sampler, draw)
         is_known = (sampler.id, id) in self._live or (sampler.id, id) in self._recent
         if not is_known:
             payload = msgspec.msgpack.encode(_settled_request(weights, draw, with_logprobs))
+            if self._c.settlement.disk_room is not None:
+                self._c.settlement.disk_room.check_accept(len(payload))
             row = QueuedSampleRow(
                 sampler_id=sampler.id,
                 id=id,
@@ -346,9 +350,11 @@ class QueuedSamples:
         return key
 
     async def _keep_purging(self) -> None:
+        ages = Ages(RESULT_KEPT_S)
         while True:
             await asyncio.sleep(_PURGE_EVERY_S)
-            await self.purge(time.time() - RESULT_KEPT_S)
+            with tried("purge of samples"):
+                await self.purge(ages.old())
 
     async def purge(self, before: float) -> None:
         """Let go of everything finished ``before``."""

@@ -23,7 +23,7 @@ from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.polls import Poll
 from selfloop.types.datum import Datum
-from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.errors import BadRequest, Conflict, NotFound, TooLarge
 from selfloop.types.ids import new_id
 from selfloop.types.operation import (
     Forward,
@@ -48,7 +48,7 @@ class _RunRoute(APIRoute):
         async def handle(request: Request) -> Response:
             try:
                 return await handler(request)
-            except (BadRequest, NotFound):
+            except (BadRequest, NotFound, Conflict, TooLarge):
                 run: Run | None = getattr(request.state, "run", None)
                 if run is not None and request.method == "POST":
                     raw = await read_body(request)

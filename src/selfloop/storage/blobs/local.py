@@ -23,13 +23,18 @@ class LocalBlobs:
     def put(self, key: str, data: bytes) -> None:
         """Store durably: written aside, synced, renamed."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         aside = path.with_name(path.name + ".part")
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path)
+        except OSError:
+            # On a full disk, what was written of it is in the way of everything else.
+            aside.unlink(missing_ok=True)
+            raise
         sync_directory(path.parent)
 
     def get(self, key: str) -> bytes:
@@ -50,13 +55,13 @@ class LocalBlobs:
         """Make room for a folder that somebody else will create at ``key``."""
         self.delete(key)
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         return path
 
     def publish_folder(self, aside_key: str, key: str) -> None:
         """Give a folder that was written and synced aside its final name, durably."""
         target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         if target.is_dir():
             # Left by a crash between this rename and its record: the same content, written again.
             shutil.rmtree(target)
@@ -70,6 +75,8 @@ class LocalBlobs:
         """
         target = self.prepare_folder(key + ".part")
         shutil.copytree(self.path(source_key), target, copy_function=_link_or_copy)
+        for folder, _, _ in os.walk(target):
+            sync_directory(Path(folder))
         self.publish_folder(key + ".part", key)
 
     def free_bytes(self) -> int:
@@ -81,6 +88,14 @@ class LocalBlobs:
         folder = self.path(key)
         if folder.is_dir():
             yield from (entry.name for entry in folder.iterdir())
+
+
+def _make_folder(folder: Path) -> None:
+    """Create ``folder`` and what leads to it, each durably: a synced file in a folder that is lost is lost."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:

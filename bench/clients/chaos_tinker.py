@@ -1,0 +1,54 @@
+"""A training script for the official Tinker client, as a user would write one: what bench/chaos.py disturbs.
+
+    python chaos_tinker.py MODEL STEPS VOCAB_SIZE LENGTH
+
+Prints a line of JSON for each outcome. Knows nothing of Selfloop, nor of the disturbances.
+"""
+
+import json
+import random
+import sys
+
+import tinker
+from tinker import types
+
+MODEL, STEPS, VOCAB_SIZE, LENGTH = sys.argv[1], *map(int, sys.argv[2:5])
+SAMPLE_EVERY, SAVE_EVERY, NUM_PARTS = 10, 25, 2
+
+
+def tell(what: str, **values: object) -> None:
+    print(json.dumps({"what": what, **values}), flush=True)
+
+
+def batch(seed: int) -> list[types.Datum]:
+    draw = random.Random(seed)
+    made = []
+    for _ in range(2):
+        tokens = [draw.randrange(3, VOCAB_SIZE) for _ in range(LENGTH + 1)]
+        inputs = {
+            "target_tokens": types.TensorData(data=tokens[1:], dtype="int64", shape=[LENGTH]),
+            "weights": types.TensorData(data=[1.0] * LENGTH, dtype="float32", shape=[LENGTH]),
+        }
+        made.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+    return made
+
+
+trainer = tinker.ServiceClient().create_lora_training_client(MODEL, rank=8, seed=1)
+tell("attached")
+for step in range(STEPS):
+    losses = [trainer.forward_backward(batch(NUM_PARTS * step + part), "cross_entropy") for part in range(NUM_PARTS)]
+    optim = trainer.optim_step(types.AdamParams(learning_rate=1e-3))
+    for loss in losses:
+        tell("forward_backward", loss=loss.result().metrics["loss:sum"])
+    tell("optim_step", metrics=optim.result().metrics)
+    if step % SAMPLE_EVERY == SAMPLE_EVERY - 1:
+        sampler = trainer.save_weights_and_get_sampling_client(f"at-{step}")
+        tell("save_weights_for_sampler", step=step)
+        params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=step)
+        drawn = sampler.sample(types.ModelInput.from_ints([5, 6, 7, 8]), 1, params).result()
+        tell("sample", tokens=list(drawn.sequences[0].tokens))
+    if step % SAVE_EVERY == SAVE_EVERY - 1:
+        trainer.save_state(f"state-{step}").result()
+        tell("save_state", step=step)
+trainer.save_state("end").result()
+tell("save_state", step=STEPS)

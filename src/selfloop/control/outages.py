@@ -1,0 +1,63 @@
+"""The disk is full, the database is locked, the system is out of descriptors: what passes, and how to wait for it."""
+
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from selfloop.types.errors import NotReady
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5.0
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+OUTAGES: tuple[type[Exception], ...] = (OSError, OperationalError, InterfaceError, PoolTimeout)
+"""Errors that :func:`not_ready` looks at."""
+
+
+def not_ready(error: Exception) -> NotReady | None:
+    """What to tell a caller whose request met an outage: nothing was accepted, ask again; None for other errors."""
+    if isinstance(error, OSError):
+        if error.errno not in _PASSING:
+            return None
+        return NotReady(f"the server cannot store anything just now ({error.strerror}); nothing was accepted", _RETRY_S)
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        cause = str(getattr(error, "orig", None) or error)
+        return NotReady(f"the server's database does not answer just now ({cause}); nothing was accepted", _RETRY_S)
+    return None
+
+
+@contextmanager
+def tried(what: str) -> Generator[None]:
+    """For work that is done over and over: an outage costs this time, and is logged."""
+    try:
+        yield
+    except (OSError, SQLAlchemyError):
+        log.exception("%s: left for the next time", what)
+
+
+class Ages:
+    """Tells which stored times are at least ``age_s`` old, however the wall clock is set meanwhile.
+
+    Stored times are of the wall clock, which may jump; so what it showed is noted beside the monotonic clock. Of a time
+    before this process it knows nothing, and takes the clock as it was at the start.
+    """
+
+    def __init__(self, age_s: float) -> None:
+        self._age_s = age_s
+        self._seen: deque[tuple[float, float]] = deque([(time.monotonic() - age_s, time.time() - age_s)])
+
+    def old(self) -> float:
+        """A wall time such that everything stored before it is old; to be asked now and then."""
+        now, wall = time.monotonic(), time.time()
+        self._seen.append((now, wall))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - self._age_s:
+            self._seen.popleft()
+        # After a jump ahead the first bound holds back, after one backwards the second.
+        return min(self._seen[0][1], wall - self._age_s)
