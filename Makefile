@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | fuzz | chaos | audit | lint | types | bench | docs | clean
+# make setup | demo | test | test-fast | fuzz | chaos | soak | audit | lint | types | bench | docs | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ TINKER_READY := $(TINKER)/.ready
 COOKBOOK_READY := $(COOKBOOK)/.ready
 TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 
-.PHONY: setup demo test test-fast fuzz chaos audit lint types bench docs clean
+.PHONY: setup demo test test-fast fuzz chaos soak audit lint types bench docs clean
 
 setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
 	@echo "Set up. Next: make demo"
@@ -109,6 +109,9 @@ audit: $(AUDIT)/.ready
 
 chaos: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.chaos $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m bench.soak $(ARGS)
 
 bench: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.selection --json build/bench/selection.json $(ARGS)

@@ -40,7 +40,7 @@ def serve_command(
     key_limits: Limits,
 ) -> None:
     from selfloop.server.serve import serve
-    from selfloop.storage.db.migrate import NewerDatabase
+    from selfloop.storage.db.migrate import CannotMigrate
     from selfloop.types.errors import SelfloopError
 
     console = Console(stderr=True)
@@ -87,7 +87,7 @@ def serve_command(
 
     try:
         serve(settings, given, listening)
-    except (SelfloopError, NewerDatabase) as error:
+    except (SelfloopError, CannotMigrate) as error:
         console.print(f"[red]{error}[/red]")
         sys.exit(1)
 

@@ -96,7 +96,12 @@ class DataDirectory:
     def __init__(self, path: Path, database: str | None = None) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         url = database_url(path, database)
-        migrate.upgrade(url)
+        if migrate.schema_of(url) == "older":
+            # Not under a server of an older version, which may be running.
+            with _lock(path):
+                migrate.upgrade(url)
+        else:
+            migrate.upgrade(url)
         self._db = Database(url)
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
         self.catalogue = Catalogue(self._db, path / "models")

@@ -1,12 +1,15 @@
 """Blobs appear whole or not at all; databases migrate forward and refuse what is newer."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import migrate
@@ -58,3 +61,48 @@ def test_a_newer_database_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(migrate.NewerDatabase, match="newer Selfloop"):
         migrate.upgrade(sqlite_url(database))
+
+
+def at_schema_2(database: Path) -> None:
+    """As an older version left it, with a team."""
+    command.upgrade(migrate._config(sqlite_url(database)), "0002")
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("INSERT INTO teams (id, name, is_default, created_at) VALUES ('t', 'mine', 1, 0)")
+        connection.commit()
+
+
+def columns_and_teams(database: Path) -> tuple[set[str], list[str]]:
+    with closing(sqlite3.connect(database)) as connection:
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(sessions)")}
+        return columns, [row[0] for row in connection.execute("SELECT name FROM teams")]
+
+
+def test_an_older_database_is_copied_and_migrated(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    at_schema_2(database)
+    migrate.upgrade(sqlite_url(database))
+    assert migrate.schema_of(sqlite_url(database)) == "current"
+    columns, teams = columns_and_teams(database)
+    assert "ended_at" in columns
+    assert teams == ["mine"]
+    copy = migrate.backup_path(database, "0002")
+    columns, teams = columns_and_teams(copy)
+    assert "ended_at" not in columns
+    assert teams == ["mine"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.db", "x.db-wal", "x.db-shm", copy.name}
+
+
+def test_a_migration_that_breaks_off_changes_nothing(tmp_path: Path) -> None:
+    database = tmp_path / "x.db"
+    at_schema_2(database)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE audit_events (in_the_way)")
+        connection.commit()
+    with pytest.raises(OperationalError, match="audit_events"):
+        migrate.upgrade(sqlite_url(database))
+    assert "ended_at" not in columns_and_teams(database)[0], "what came before the failure is undone"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("DROP TABLE audit_events")
+        connection.commit()
+    migrate.upgrade(sqlite_url(database))
+    assert migrate.schema_of(sqlite_url(database)) == "current"

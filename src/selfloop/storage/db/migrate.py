@@ -1,5 +1,8 @@
 """Bring a database to this version's schema."""
 
+import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +18,20 @@ from selfloop.storage.db.backend import backend_of
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-class NewerDatabase(Exception):
+class CannotMigrate(Exception):
+    """The database cannot be used by this version, and nothing of it was changed."""
+
+
+class NewerDatabase(CannotMigrate):
     """The database was written by a newer version of Selfloop."""
 
 
 def upgrade(database: URL) -> None:
-    """Create or migrate ``database``. Raises :class:`NewerDatabase` rather than touching a newer one."""
+    """Create or migrate ``database``, in one transaction; a file is copied beside itself before.
+
+    Raises:
+        CannotMigrate: it is newer, or there is no room for the copy.
+    """
     match schema_of(database):
         case "current":
             return
@@ -29,8 +40,33 @@ def upgrade(database: URL) -> None:
                 f"{shown(database)} has schema {_current_revision(database)}, which this version does not know: it was "
                 "written by a newer Selfloop. Upgrade Selfloop, or choose another --data-dir."
             )
-        case "absent" | "older":
+        case "absent":
             command.upgrade(_config(database), "head")
+        case "older":
+            if is_sqlite(database):
+                _back_up(Path(str(database.database)), str(_current_revision(database)))
+            command.upgrade(_config(database), "head")
+
+
+def backup_path(file: Path, revision: str) -> Path:
+    """Where the copy of ``file`` at an older schema lies after a migration."""
+    return file.with_name(f"{file.name}.schema-{revision}")
+
+
+def _back_up(file: Path, revision: str) -> None:
+    aside = backup_path(file, revision)
+    part = aside.with_name(aside.name + ".part")
+    try:
+        # The library's own copy: it has what lies in the write-ahead log, too.
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(part)) as target:
+            source.backup(target)
+    except sqlite3.OperationalError as error:
+        part.unlink(missing_ok=True)
+        raise CannotMigrate(f"{file} is to be migrated, and cannot be copied before: {error}") from error
+    with open(part, "rb") as written:
+        os.fsync(written.fileno())
+    part.replace(aside)
+    part.with_name(part.name + "-journal").unlink(missing_ok=True)
 
 
 def schema_of(database: URL) -> Literal["absent", "older", "current", "newer"]:

@@ -21,7 +21,10 @@ if is_sqlite(url):
     event.listen(engine, "connect", _without_foreign_keys)
 with engine.connect().execution_options(**{IMMEDIATE: True}) as connection:
     # Batch mode rebuilds tables, which is how SQLite alters them.
-    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+    # All of it or nothing, however it ends: SQLite can, though Alembic does not take it for granted.
+    context.configure(
+        connection=connection, target_metadata=Base.metadata, render_as_batch=True, transactional_ddl=True
+    )
     with context.begin_transaction():
         context.run_migrations()
 engine.dispose()

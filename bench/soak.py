@@ -1,0 +1,277 @@
+"""A server under mixed load for long: does it keep its memory, its files and its manners?
+
+    python -m bench.soak [MODEL_DIR] [--minutes 30] [--runs 50] [--polls 1000] [--streams 20] [--json FILE]
+
+``--runs`` runs train, accumulate, save and replace checkpoints, each a step in ``--step-every`` seconds; ``--polls``
+long polls wait for operations that wait for one that never comes, and are made anew when the server gives those up;
+``--streams`` samples stream, one after the other; management is asked ten times a second. What is resident, and which
+files are open, is compared between the end of the first sixth (at most five minutes, in which caches fill) and the end.
+Ends with 1 on an error, on growth over 5% or on a 99th percentile of management calls over 100 ms.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+from bench.harness.measure import percentile
+from bench.harness.server import Server, add_model
+
+MODEL = "soak/model"
+MAX_GROWTH = 0.05
+MAX_P99_MS = 100.0
+_POLLS_A_RUN = 50
+_LOOK_EVERY_S = 2.0
+_ASK_EVERY_S = 0.1
+_KEPT_NAMES = 3
+_LENGTH = 24
+MIB = 2**20
+
+Json = dict[str, Any]
+
+
+class Look(NamedTuple):
+    """The processes at one moment."""
+
+    at: float
+    gateway_bytes: int
+    worker_bytes: int
+    gateway_files: int
+    worker_files: int
+
+
+@dataclass
+class Seen:
+    """What the load met."""
+
+    looks: list[Look] = field(default_factory=list[Look])
+    management_s: list[float] = field(default_factory=list[float])
+    done: Counter[str] = field(default_factory=Counter[str])
+    errors: Counter[str] = field(default_factory=Counter[str])
+
+
+class Load:
+    """Everything that is asked of the server. Each part goes on until it is cancelled."""
+
+    def __init__(
+        self, server: Server, http: httpx.AsyncClient, vocab_size: int, seen: Seen, step_every_s: float
+    ) -> None:
+        self._server = server
+        self._http = http
+        self._vocab_size = vocab_size
+        self._seen = seen
+        self._step_every_s = step_every_s
+
+    async def make_run(self, session_id: str) -> Json:
+        body = {"session_id": session_id, "base_model": MODEL, "lora_rank": 8}
+        run = (await self._json("POST", "/v1/loops/runs", json=body))["run"]
+        first = {"model": MODEL, "run_id": run["id"], "seq_id": 1, "lora_rank": 8, "base_model": MODEL}
+        await self._outcome(run["id"], await self._submit(run["id"], "init_trainer_server", first))
+        return run
+
+    async def train(self, run: Json, index: int) -> None:
+        """Two accumulated calls a step; every few steps a save under one of a few names."""
+        draw = random.Random(index)
+        seqs = itertools.count(2)
+        await asyncio.sleep(draw.uniform(0, self._step_every_s))
+        for step in itertools.count():
+            started = time.monotonic()
+            calls = [("forward_backward", self._loss(draw)), ("forward_backward", self._loss(draw))]
+            calls.append(("optim_step", {"adam_params": {"learning_rate": 1e-4}}))
+            if step % 10 == index % 10:
+                kind = "save_state" if step % 20 == index % 20 else "save_weights_for_sampler"
+                calls.append((kind, {"name": f"kept-{step % _KEPT_NAMES}"}))
+            ids = [await self._submit(run["id"], op, body | {"seq_id": next(seqs)}) for op, body in calls]
+            for (op, _), id in zip(calls, ids, strict=True):
+                outcome = await self._outcome(run["id"], id)
+                self._count(op, outcome["status"] == "done", outcome)
+            await asyncio.sleep(max(0.0, self._step_every_s - (time.monotonic() - started)))
+
+    async def wait(self, run: Json) -> None:
+        """Polls of operations behind a gap, which the server gives up after a minute."""
+        next_seq = 2
+        while True:
+            bodies = [self._loss(random.Random(i)) | {"seq_id": next_seq + 1 + i} for i in range(_POLLS_A_RUN)]
+            ids = [await self._submit(run["id"], "forward", body) for body in bodies]
+            outcomes = await asyncio.gather(*(self._outcome(run["id"], id) for id in ids))
+            for outcome in outcomes:
+                self._count("poll", outcome.get("error_class") == "MissingOperation", outcome)
+            next_seq += 1 + _POLLS_A_RUN
+
+    async def stream(self, run: Json, index: int) -> None:
+        url = f"/loops/samplers/{run['sampler']['id']}/v1/completions"
+        for seed in itertools.count(index):
+            body = {"model": MODEL, "prompt": [5, 6, 7, 8], "max_tokens": 64, "seed": seed, "stream": True}
+            whole = False
+            async with self._http.stream("POST", url, json=body) as answer:
+                async for line in answer.aiter_lines():
+                    whole = whole or line == "data: [DONE]"
+            self._count("stream", whole and answer.status_code == 200, answer.status_code)
+
+    async def ask(self, runs: list[Json]) -> None:
+        for run in itertools.cycle(runs):
+            for path in (f"/v1/loops/runs/{run['id']}", f"/v1/loops/checkpoints?run_id={run['id']}", "/v1/teams"):
+                started = time.perf_counter()
+                answer = await self._http.get(path)
+                self._seen.management_s.append(time.perf_counter() - started)
+                self._count("management", answer.status_code == 200, answer.status_code)
+                await asyncio.sleep(_ASK_EVERY_S)
+
+    async def look(self) -> None:
+        gateway = self._server.process
+        while True:
+            workers = self._server.workers()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker_bytes = sum(worker.memory_info().rss for worker in workers)
+                worker_files = sum(worker.num_fds() for worker in workers)
+                now = time.monotonic()
+                memory = gateway.memory_info().rss
+                self._seen.looks.append(Look(now, memory, worker_bytes, gateway.num_fds(), worker_files))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _loss(self, draw: random.Random) -> Json:
+        tokens = [draw.randrange(3, self._vocab_size) for _ in range(_LENGTH + 1)]
+        targets = {"data": tokens[1:], "dtype": "int64", "shape": [_LENGTH]}
+        datum = {
+            "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens[:-1]}]},
+            "loss_fn_inputs": {"target_tokens": targets},
+        }
+        return {"data": [datum], "loss_fn": "cross_entropy"}
+
+    async def _submit(self, run_id: str, op: str, body: Json) -> str:
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        answer = await self._json("POST", f"/loops/runs/{run_id}/{op}", json=body, headers=headers)
+        return answer["operation_id"]
+
+    async def _outcome(self, run_id: str, id: str) -> Json:
+        while True:
+            answer = await self._http.get(f"/loops/runs/{run_id}/operations/{id}")
+            if answer.status_code != 408:
+                return answer.raise_for_status().json()
+
+    async def _json(self, method: str, path: str, **request: Any) -> Any:
+        return (await self._http.request(method, path, **request)).raise_for_status().json()
+
+    def _count(self, what: str, good: bool, answer: object) -> None:
+        self._seen.done[what] += 1
+        if not good:
+            self._seen.errors[f"{what}: {answer}"[:200]] += 1
+
+
+async def soak(server: Server, args: argparse.Namespace, vocab_size: int) -> Seen:
+    seen = Seen()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {"Authorization": f"Bearer {server.key}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=180, limits=limits) as http:
+        load = Load(server, http, vocab_size, seen, args.step_every)
+        session = (await http.post("/v1/loops/sessions", json={})).raise_for_status().json()["session"]["id"]
+        num_waiting = max(args.polls // _POLLS_A_RUN, 1)
+        runs = [await load.make_run(session) for _ in range(args.runs)]
+        waiting = [await load.make_run(session) for _ in range(num_waiting)]
+        work: list[Coroutine[Any, Any, None]] = [load.look(), load.ask(runs)]
+        work += [load.train(run, index) for index, run in enumerate(runs)]
+        work += [load.wait(run) for run in waiting]
+        work += [load.stream(runs[index % len(runs)], index) for index in range(args.streams)]
+        tasks = [asyncio.create_task(one) for one in work]
+        ended, _ = await asyncio.wait(tasks, timeout=args.minutes * 60, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            seen.errors[f"a part of the load ended: {task.exception()!r}"[:300]] += 1
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return seen
+
+
+class Growth(NamedTuple):
+    """Means of the windows after the settling and at the end."""
+
+    before: float
+    after: float
+
+    @property
+    def share(self) -> float:
+        return self.after / self.before - 1 if self.before else 0.0
+
+
+def growth(looks: list[Look], name: str) -> Growth:
+    """Of one field, from the end of the settling to the end; each a mean over a tenth of the time."""
+    start, end = looks[0].at, looks[-1].at
+    settled = start + min(300.0, (end - start) / 6)
+    window = (end - start) / 10
+    early = [getattr(look, name) for look in looks if settled <= look.at <= settled + window]
+    late = [getattr(look, name) for look in looks if look.at >= end - window]
+    return Growth(statistics.mean(early), statistics.mean(late))
+
+
+def report(seen: Seen, minutes: float) -> tuple[str, Json, bool]:
+    p99_ms = percentile(seen.management_s, 0.99) * 1e3
+    found = {name: growth(seen.looks, name) for name in Look._fields[1:]}
+    lines = [f"{minutes:g} minutes: {dict(seen.done)}"]
+    lines += [f"  error x{num}: {error}" for error, num in seen.errors.most_common(10)]
+    for name, values in found.items():
+        unit, label = (MIB, "MiB") if name.endswith("bytes") else (1, "")
+        lines.append(f"  {name}: {values.before / unit:.1f} to {values.after / unit:.1f} {label} ({values.share:+.1%})")
+    p50_ms = percentile(seen.management_s, 0.5) * 1e3
+    lines.append(f"  management calls: median {p50_ms:.1f} ms, 99th percentile {p99_ms:.1f} ms")
+    grown = [name for name, values in found.items() if values.share > MAX_GROWTH]
+    good = not seen.errors and not grown and p99_ms <= MAX_P99_MS
+    figures = {
+        "minutes": minutes,
+        "done": dict(seen.done),
+        "errors": dict(seen.errors),
+        "growth": {name: values.share for name, values in found.items()},
+        "management_p50_ms": p50_ms,
+        "management_p99_ms": p99_ms,
+    }
+    return "\n".join(lines), figures, good
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir", type=Path, nargs="?", help="default: the embedded model")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--polls", type=int, default=1000)
+    parser.add_argument("--streams", type=int, default=20)
+    parser.add_argument("--step-every", type=float, default=60.0, help="seconds from step to step of a run")
+    parser.add_argument("--dtype", default="auto", help="of the server")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(arguments)
+    if args.model_dir is None:
+        from bench.harness.program import embedded_model
+
+        args.model_dir = embedded_model()
+    vocab_size = json.loads((args.model_dir / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory(prefix="selfloop-soak-") as folder:
+        data_dir = Path(folder) / "data"
+        add_model(data_dir, args.model_dir.absolute(), MODEL)
+        server = Server(data_dir, "--dtype", args.dtype)
+        server.start()
+        try:
+            seen = asyncio.run(soak(server, args, vocab_size))
+        finally:
+            server.stop()
+    text, figures, good = report(seen, args.minutes)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=1))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
