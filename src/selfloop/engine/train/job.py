@@ -17,6 +17,7 @@ from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.train.batch import MicroBatch
+from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Run
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import OperationFailed
@@ -214,11 +215,6 @@ class LossPart(NamedTuple):
     batch: MicroBatch
     adapter: Adapter
     leaf_P: Tensor
-
-
-def all_finite(values: Tensor) -> bool:
-    """One reduction, no mask in memory; a NaN or an infinity anywhere is the largest magnitude."""
-    return math.isfinite(float(torch.linalg.vector_norm(values, ord=math.inf)))
 
 
 def _token(batch: MicroBatch, row: int) -> str:

@@ -4,7 +4,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from selfloop.engine.train.norm import global_norm
 from selfloop.engine.train.run import Accumulated, Moments, Run
 from selfloop.types.errors import BadRequest
 from selfloop.types.operation import AdamParams
@@ -40,8 +42,7 @@ def _divisor(accumulated: Accumulated) -> float:
 
 
 def _grad_norm(accumulated: Accumulated) -> float:
-    total = torch.linalg.vector_norm(accumulated.grad_P, dtype=torch.float64)
-    norm = float(total) / _divisor(accumulated)
+    norm = global_norm(accumulated.grad_P) / _divisor(accumulated)
     assert math.isfinite(norm), "only finite gradients are accumulated"
     return norm
 
@@ -58,11 +59,22 @@ def _apply(run: Run, grad_P: Tensor, adam: AdamParams) -> None:
     """The moments count their own steps: run.step also counts steps without a gradient."""
     if run.moments is None:
         run.moments = Moments(torch.zeros_like(run.theta_P), torch.zeros_like(run.theta_P), 0)
-    moments = run.moments = run.moments._replace(num_updates=run.moments.num_updates + 1)
-    moments.mean_P.lerp_(grad_P, 1 - adam.beta1)
-    moments.square_P.mul_(adam.beta2).addcmul_(grad_P, grad_P, value=1 - adam.beta2)
-    mean_correction = 1 - adam.beta1**moments.num_updates
-    square_correction = 1 - adam.beta2**moments.num_updates
-    denominator_P = moments.square_P.sqrt().div_(math.sqrt(square_correction)).add_(adam.eps)
-    run.theta_P.mul_(1 - adam.learning_rate * adam.weight_decay)
-    run.theta_P.addcdiv_(moments.mean_P, denominator_P, value=-adam.learning_rate / mean_correction)
+    moments = run.moments
+    adamw(
+        [run.theta_P],
+        [grad_P],
+        [moments.mean_P],
+        [moments.square_P],
+        [],
+        [torch.tensor(float(moments.num_updates), device=run.theta_P.device)],
+        foreach=False,
+        fused=True,  # one pass over the parameters
+        amsgrad=False,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        lr=adam.learning_rate,
+        weight_decay=adam.weight_decay,
+        eps=adam.eps,
+        maximize=False,
+    )
+    run.moments = moments._replace(num_updates=moments.num_updates + 1)

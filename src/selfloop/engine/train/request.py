@@ -7,7 +7,8 @@ import torch
 
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
-from selfloop.engine.train.job import LossChoice, LossJob, LossTotals, all_finite
+from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
+from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, OperationFailed
