@@ -20,7 +20,7 @@ from every_route import NAME, ROUTES, WORD, Ask, filled, owned
 from gateway import KEY, MODEL, Gateway, copy_data, ok, selfloop
 from selfloop.server.tinker import schema
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "600"))
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
 ALWAYS_THE_SAME = "FUZZ_REQUESTS" not in os.environ
 # They end what the others need: a key, or the whole run.
 ENDS_MUCH = {

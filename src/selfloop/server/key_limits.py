@@ -5,6 +5,7 @@ long: official clients then only run slower. Long polls are not counted as reque
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class KeyLimits:
         rates = [rate for rate in (key.requests, key.body_bytes) if rate is not None]
         wait_s = max((rate.wait_s(now) for rate in rates), default=0.0)
         if wait_s > _MAX_WAIT_S:
-            raise RateLimited("this key asks for more than its limit of requests or bytes a second", wait_s)
+            raise RateLimited("this key asks for more than its limit of requests or bytes a second", math.ceil(wait_s))
         if key.requests is not None:
             key.requests.take(1)
         if wait_s:
