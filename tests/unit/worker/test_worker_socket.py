@@ -34,7 +34,7 @@ async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path, monkeypa
     """It is first at the socket, and speaks the protocol; the worker comes later and is the one that is heard."""
     addresses: list[str] = []
 
-    async def launch(_command: WorkerCommand, address: str, _pulse: str) -> asyncio.subprocess.Process:
+    async def launch(_command: WorkerCommand, address: str, _pulse: str, _begun: Path) -> asyncio.subprocess.Process:
         addresses.append(address)
         return await speak(address, 1.5, "worker")
 
