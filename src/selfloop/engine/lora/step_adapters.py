@@ -1,5 +1,6 @@
 """The adapters of a decode step, laid out so that many rows of many adapters take few operations."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,12 +21,21 @@ class StepAdapters(Protocol):
         ...
 
 
-class _Part(NamedTuple):
-    """One of the projections that are fused: its columns of y, its columns of x A^T, its B transposed."""
+class _Group(NamedTuple):
+    """One group of n fused projections: ``a`` (in, n * R), of each its B (R, out) and the size of that out.
 
-    columns: slice
-    ranks: slice
-    b_RO: Tensor
+    With S adapters side by side both have that dimension first, and their scaling is in B already.
+    """
+
+    a: Tensor
+    bs: list[Tensor]
+    sizes: list[int]
+
+    def parts(self, y: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each projection its columns of y, its columns of x A^T, its B."""
+        if len(self.bs) == 1:
+            return iter([(y, u, self.bs[0])])
+        return zip(y.split(self.sizes, dim=-1), u.chunk(len(self.bs), dim=-1), self.bs, strict=True)
 
 
 class SharedAdapter:
@@ -46,32 +56,17 @@ class SharedAdapter:
         held = self._layers[layer][group]
         if held is None:
             return
-        a_IR, parts = held
         if self.rows is not None:
             y_BO, x_BI = y_BO[self.rows], x_BI[self.rows]
-        u_BR = torch.mm(x_BI, a_IR)
-        for columns, ranks, b_RO in parts:
-            y_BO[:, columns].addmm_(u_BR[:, ranks], b_RO, alpha=self._scaling)
+        for part_BO, u_BR, b_RO in held.parts(y_BO, torch.mm(x_BI, held.a)):
+            part_BO.addmm_(u_BR, b_RO, alpha=self._scaling)
 
 
-def _single(group: LoraGroup | None, dtype: torch.dtype) -> tuple[Tensor, list[_Part]] | None:
+def _single(group: LoraGroup | None, dtype: torch.dtype) -> _Group | None:
     if group is None:
         return None
-    rank = group.b[0].shape[1]
-    parts: list[_Part] = []
-    column = 0
-    for index, b_OR in enumerate(group.b):
-        columns = slice(column, column + b_OR.shape[0])
-        parts.append(_Part(columns, slice(index * rank, (index + 1) * rank), b_OR.to(dtype).t()))
-        column = columns.stop
-    return group.a.to(dtype).t(), parts
-
-
-class _Stack(NamedTuple):
-    """One group of S adapters: ``a_SIR`` and, of each projection, its B; scaling is in B already."""
-
-    a_SIR: Tensor
-    parts: list[_Part]
+    bs = [b_OR.to(dtype).t() for b_OR in group.b]
+    return _Group(group.a.to(dtype).t(), bs, [b_RO.shape[1] for b_RO in bs])
 
 
 class StackedAdapters:
@@ -116,16 +111,15 @@ class StackedAdapters:
         if stack is None:
             return
         x_SWI = (x_BI if self._deal is None else x_BI.index_select(0, self._deal)).unflatten(0, (-1, self._width))
-        u_SWR = torch.bmm(x_SWI, stack.a_SIR)
-        for columns, ranks, b_SRO in stack.parts:
-            part_NO = torch.bmm(u_SWR[:, :, ranks], b_SRO).flatten(0, 1)
+        for part_BO, u_SWR, b_SRO in stack.parts(y_BO, torch.bmm(x_SWI, stack.a)):
+            more_NO = torch.bmm(u_SWR, b_SRO).flatten(0, 1)
             if self._deal is None:
-                y_BO[:, columns].add_(part_NO)
+                part_BO.add_(more_NO)
             else:
-                y_BO[:, columns].index_add_(0, self._rows, part_NO.index_select(0, self._cells))
+                part_BO.index_add_(0, self._rows, more_NO.index_select(0, self._cells))
 
 
-def _stack(adapters: list[Adapter], layer: int, index: int, group: LinearGroup, dtype: torch.dtype) -> _Stack | None:
+def _stack(adapters: list[Adapter], layer: int, index: int, group: LinearGroup, dtype: torch.dtype) -> _Group | None:
     held = [adapter.layers[layer][index] for adapter in adapters]
     ranks = [part.b[0].shape[1] for part in held if part is not None]
     if not ranks:
@@ -140,10 +134,5 @@ def _stack(adapters: list[Adapter], layer: int, index: int, group: LinearGroup, 
             a_SnRI[place, :, :own] = part.a.unflatten(0, (num, own))
             for b_SOR, b_OR in zip(bs, part.b, strict=True):
                 b_SOR[place, :, :own] = b_OR * adapter.scaling
-    parts: list[_Part] = []
-    column = 0
-    for at, b_SOR in enumerate(bs):
-        columns = slice(column, column + b_SOR.shape[1])
-        parts.append(_Part(columns, slice(at * rank, (at + 1) * rank), b_SOR.transpose(1, 2)))
-        column = columns.stop
-    return _Stack(a_SnRI.flatten(1, 2).transpose(1, 2), parts)
+    sizes = [target.out_features for target in group.targets]
+    return _Group(a_SnRI.flatten(1, 2).transpose(1, 2), [b_SOR.transpose(1, 2) for b_SOR in bs], sizes)

@@ -88,24 +88,33 @@ class _ShelfStep:
     """Of the samples of one shelf, in its order."""
 
     def __init__(self, config: ModelConfig, shelf: Shelf, device: torch.device) -> None:
-        self._heads, self._groups = config.num_heads, config.num_kv_heads
-        self._kv_LSRGNd = shelf.kv_LSRGNd
-        num, groups, size = len(shelf.samples), self._groups, shelf.num_tokens
+        heads, groups = config.num_heads, config.num_kv_heads
+        num, size = len(shelf.samples), shelf.num_tokens
         positions = [sample.position for sample in shelf.samples]
-        self._length = max(positions) + 1
-        self._num = num
+        length = max(positions) + 1
+        self._heads = heads
+        self._bias = None if len(set(positions)) == 1 else _bias(positions, length, device)
+        # The views of all layers at once: taken one by one they would cost as much as the arithmetic.
+        kv_LSXNd = shelf.kv_LSRGNd[:, :, :num, :, :length].flatten(2, 3)
+        self._k_XdN = kv_LSXNd[:, 0].transpose(2, 3).unbind()
+        self._v_XNd = kv_LSXNd[:, 1].unbind()
+        if num == 1:
+            self._new_2Gd = shelf.kv_LSRGNd[:, :, 0, :, positions[0]].unbind()
+            return
+        self._new_2Gd = None
         rows_B11 = torch.arange(num)[:, None, None]
         s_2 = torch.arange(2)[:, None] * shelf.num_rows
         cells_B2G = ((rows_B11 + s_2) * groups + torch.arange(groups)) * size + torch.tensor(positions)[:, None, None]
         self._cells = cells_B2G.flatten().to(device)
-        self._bias = None if len(set(positions)) == 1 else _bias(positions, self._length, device)
+        self._flat_Nd = shelf.kv_LSRGNd.flatten(1, 4).unbind()
 
     def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
-        kv_SRGNd = self._kv_LSRGNd[layer]
-        new_Nd = qkv_BHd[:, self._heads :].to(kv_SRGNd.dtype).reshape(-1, qkv_BHd.shape[2])
-        kv_SRGNd.flatten(0, 3).index_copy_(0, self._cells, new_Nd)
-        k_XNd, v_XNd = kv_SRGNd[:, : self._num, :, : self._length].flatten(1, 2)
-        return _attend(qkv_BHd[:, : self._heads], k_XNd, v_XNd, self._bias)
+        q_BHd, new_BHd = qkv_BHd.tensor_split((self._heads,), dim=1)
+        if self._new_2Gd is not None:
+            self._new_2Gd[layer].copy_(new_BHd.view(self._new_2Gd[layer].shape))
+        else:
+            self._flat_Nd[layer].index_copy_(0, self._cells, new_BHd.reshape(-1, qkv_BHd.shape[2]))
+        return _attend(q_BHd, self._k_XdN[layer], self._v_XNd[layer], self._bias)
 
 
 class _PagedStep:
@@ -126,7 +135,7 @@ class _PagedStep:
         q_BHd, k_BGd, v_BGd = qkv_BHd.split([self._heads, self._groups, self._groups], dim=1)
         self._pool.write(layer, self._cells_B, k_BGd, v_BGd)
         k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._pool.read(layer, self._table_BP))
-        return _attend(q_BHd, k_XNd, v_XNd, self._bias)
+        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, self._bias)
 
 
 def _bias(positions: list[int], length: int, device: torch.device) -> Tensor:
@@ -135,11 +144,13 @@ def _bias(positions: list[int], length: int, device: torch.device) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None].to(device)
 
 
-def _attend(q_BHd: Tensor, k_XNd: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None) -> Tensor:
-    """(B, H, d), (B * G, N, d) twice -> (B, H * d); heads that share keys are the rows of one small matrix."""
+def _attend(q_BHd: Tensor, k_XdN: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None) -> Tensor:
+    """(B, H, d), (B * G, d, N), (B * G, N, d) -> (B, H * d); heads that share keys are the rows of one small matrix.
+
+    The queries are scaled already.
+    """
     num = q_BHd.shape[0]
-    q_XMd = (q_BHd * q_BHd.shape[2] ** -0.5).view(k_XNd.shape[0], -1, q_BHd.shape[2])
-    scores_XMN = torch.bmm(q_XMd, k_XNd.transpose(1, 2))
+    scores_XMN = torch.bmm(q_BHd.reshape(k_XdN.shape[0], -1, q_BHd.shape[2]), k_XdN)
     if bias_B11N is not None:
         scores_XMN.unflatten(0, (num, -1)).add_(bias_B11N)
     return torch.bmm(scores_XMN.softmax(-1), v_XNd).view(num, -1)

@@ -22,7 +22,7 @@ from selfloop.engine.models.linear import FrozenLinear
 
 Linear = FrozenLinear | FewRowsLinear
 StepAttention = Callable[[int, Tensor], Tensor]
-"""Layer, rotated (B, H + 2G, head_dim) float32 -> (B, H * head_dim) float32."""
+"""Layer, rotated (B, H + 2G, head_dim) float32 with queries scaled by head_dim^-1/2 -> (B, H * head_dim) float32."""
 
 log = logging.getLogger("selfloop.engine")
 
@@ -38,6 +38,9 @@ class StepDecoder:
         self._linears = [layer.linears for layer in weights.layers]
         self._final_norm = weights.final_norm_D.float()
         self._eps = torch.tensor(config.rms_norm_eps, device=decoder.device)
+        # Queries are scaled as they are rotated.
+        scales = [config.head_dim**-0.5] * config.num_heads + [1.0] * config.num_kv_heads
+        self._scale_H11 = torch.tensor(scales, device=decoder.device)[:, None, None]
         self._num_qk = config.num_heads + config.num_kv_heads
         self._few_rows, self._few_rows_head = self._copies()
         self._shared: tuple[Adapter, SharedAdapter] | None = None
@@ -51,8 +54,8 @@ class StepDecoder:
         adapters = self._adapters(row_adapters)
         h_BD = F.embedding(torch.tensor(tokens, device=decoder.device), decoder.weights.embedding_VD).float()
         cos, sin = decoder.rotary(torch.tensor(positions, device=decoder.device))
-        cos_B11d = cos[:, :, None].float()
-        sin_B12d = torch.stack((-sin, sin), dim=2).float()
+        cos_BH1d = cos[:, :, None].float() * self._scale_H11
+        sin_BH2d = torch.stack((-sin, sin), dim=2).float() * self._scale_H11
         linears = self._linears if self._few_rows is None or len(tokens) > MAX_ROWS else self._few_rows
         for index, (qkv, out, gate_up, down) in enumerate(linears):
             attention_norm_D, mlp_norm_D = self._norms[index]
@@ -63,7 +66,7 @@ class StepDecoder:
             if qk_norm_Hd is not None:
                 qk_BHd.copy_(self._norm(qk_BHd, qk_norm_Hd))
             halves_BH2d = qk_BHd.unflatten(2, (2, -1))
-            torch.addcmul(halves_BH2d * cos_B11d, halves_BH2d.flip(2), sin_B12d, out=halves_BH2d)
+            torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
             h_BD += self._project(out, attention(index, qkv_BHd), adapters, index, OUT)
             x_BD = self._norm(h_BD, mlp_norm_D)
             gate_BF, up_BF = self._project(gate_up, x_BD, adapters, index, GATE_UP).chunk(2, dim=1)
@@ -105,7 +108,7 @@ class StepDecoder:
             self._stacked = None
             start = row_adapters.index(distinct[0])
             count = row_adapters.count(distinct[0])
-            return self._one(distinct[0], dtype).at(start, start + count, len(row_adapters))
+            return self._one(distinct[0]).at(start, start + count, len(row_adapters))
         self._shared = None
         stacked = self._stacked
         # What is no longer needed stays in the stack as long as that is the smaller part.
@@ -114,8 +117,10 @@ class StepDecoder:
             stacked = self._stacked = StackedAdapters(distinct, groups, dtype)
         return stacked.at(row_adapters, self._decoder.device)
 
-    def _one(self, adapter: Adapter, dtype: torch.dtype) -> SharedAdapter:
-        if self._shared is None or self._shared[0] is not adapter or self._shared[1].dtype != dtype:
+    def _one(self, adapter: Adapter) -> SharedAdapter:
+        # A CPU's small products in bfloat16 cost three times those in float32, whatever their size.
+        dtype = torch.float32 if self._decoder.device.type == "cpu" else self._decoder.dtype
+        if self._shared is None or self._shared[0] is not adapter:
             self._shared = adapter, SharedAdapter(adapter, dtype)
         return self._shared[1]
 
