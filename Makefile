@@ -1,7 +1,8 @@
 # make setup | demo | test | test-fast | fuzz | chaos | soak | audit | lint | types | bench | docs | clean
-# PYTHON picks the interpreter of .venv (3.11 or newer), ARGS goes to demo, test and bench.
+# PYTHON picks the interpreter of .venv (3.11 or newer), JOBS how many processes test at once, ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 CLIENT := .venv-client
 TRUSS := .venv-truss
@@ -83,7 +84,7 @@ demo: $(READY) $(CLIENT_READY)
 	@$(BIN)/selfloop demo $(ARGS)
 
 test: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -q tests/unit tests/property $(ARGS)
