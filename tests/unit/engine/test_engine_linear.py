@@ -62,3 +62,17 @@ def test_float32_is_plain():
     x = torch.randn(5, 17)
     assert torch.equal(linear(x), x @ weight.t())
     assert torch.equal(linear.in_float32(x), linear(x))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layout", ["plain", pytest.param("blocked", marks=needs_blocks)])
+def test_distances_from_a_reference(layout: str, shared: bool):
+    weight, linear = made((640, 64), torch.bfloat16, bias=False)
+    linear.lay_out(layout, shared=shared)
+    x, references = torch.randn(20, 64).bfloat16(), torch.randint(640, (20,))
+    exact = x.double() @ weight.double().t()
+    exact -= exact.gather(1, references[:, None])
+    found = linear.up_to_a_shift(x, references)
+    assert found.dtype == torch.float32
+    distances = found - found.gather(1, references[:, None])
+    assert bool(((distances - exact).abs() <= 2**-8 * exact.abs() + 1e-3).all())

@@ -184,3 +184,12 @@ def test_on_policy_all_policy_losses_have_the_policy_gradient() -> None:
 
 def test_every_declared_loss_is_there_and_only_those() -> None:
     assert LOSS_FUNCTIONS.keys() == LOSSES.keys()
+
+
+def test_the_gap_between_sampler_and_trainer_counts_sampled_tokens():
+    """Two tokens of a prompt, two sampled ones, one masked; five of one sequence, four of them trained."""
+    logprobs, old = torch.tensor([-3.0, -2.0, -1.0, -0.5, -9.0]), torch.tensor([0.0, 0.0, -1.25, -0.25, 0.0])
+    inputs = {"logprobs": old, "advantages": torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0]), "weights": torch.ones(5)}
+    active = torch.tensor([True, True, True, True, False])
+    batch = LossInputs(logprobs, active, inputs, [5], {})
+    assert float(METRICS_FUNCTIONS["ppo"](batch)["sampler_logprob_gap"]) / 4 == pytest.approx(0.25)

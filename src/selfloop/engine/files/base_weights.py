@@ -78,7 +78,7 @@ def _finish(config: ModelConfig, weights: BaseWeights, layout: Layout) -> None:
         _spread_qk_norm(config, layer)
         for linear in layer.linears:
             linear.lay_out(layout)
-    weights.head.lay_out(layout)
+    weights.head.lay_out(layout, shared=weights.tied)
 
 
 class TensorSource(Protocol):

@@ -19,7 +19,7 @@ from selfloop.engine.models.linear import FrozenLinear
 
 # On a CPU a chunk's logits should stay in its cache, but fewer rows make the products slow.
 _CPU_CHUNK_ROWS = (32, 256)
-_CPU_CHUNK_ELEMENTS = 3 * 2**20
+_CPU_CHUNK_ELEMENTS = 6 * 2**20
 _CUDA_CHUNK_ELEMENTS = 256 * 2**20
 
 
@@ -121,7 +121,11 @@ class _TargetLogprobs(torch.autograd.Function):
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
         for chunk in _chunks(h_ND, head):
             targets_C1 = targets_N[chunk, None]
-            logits_CV = head.in_float32(h_ND[chunk])
+            # A target's logprob is how far the others are from it; the likeliest tokens' own need all of the logits.
+            if num_top > 0:
+                logits_CV = head.in_float32(h_ND[chunk])
+            else:
+                logits_CV = head.up_to_a_shift(h_ND[chunk], targets_N[chunk])
             chosen_C1 = logits_CV.gather(1, targets_C1)
             if slope_ND is None:
                 normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)

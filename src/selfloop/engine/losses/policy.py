@@ -56,6 +56,19 @@ def dppo(batch: LossInputs) -> Tensor:
     return _masked(batch, penalty_T - torch.where(dropped_T, 0.0, gain_T))
 
 
+def sampler_gap(batch: LossInputs) -> dict[str, Tensor]:
+    """``sampler_logprob_gap``: the mean of |lp - q| over sampled tokens, times the trained tokens of this batch.
+
+    For tokens of the very policy that is trained it is how far sampler and trainer are apart. Clients mark the tokens
+    of a prompt with q = 0 and A = 0; those were not sampled.
+    """
+    old_T, advantages_T = batch.inputs["logprobs"], batch.inputs["advantages"]
+    sampled_T = batch.active_T & ((advantages_T != 0) | (old_T != 0))
+    num_trained = (batch.active_T & (batch.inputs["weights"] != 0)).sum()
+    gaps_T = torch.where(sampled_T, (batch.logprobs_T.detach() - old_T).abs().double(), 0.0)
+    return {"sampler_logprob_gap": gaps_T.sum() * num_trained / sampled_T.sum().clamp(min=1)}
+
+
 def _ratio_T(batch: LossInputs) -> Tensor:
     return torch.exp(batch.logprobs_T - batch.inputs["logprobs"])
 

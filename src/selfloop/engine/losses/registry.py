@@ -6,7 +6,7 @@ from torch import Tensor
 
 from selfloop.engine.losses.cross_entropy import cross_entropy
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, ppo
+from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, ppo, sampler_gap
 from selfloop.engine.losses.preference import dpo, dpo_metrics
 from selfloop.engine.losses.sequence import gspo, stable_reinforce
 
@@ -28,4 +28,10 @@ LOSS_FUNCTIONS: dict[str, LossFunction] = {
     "dpo": dpo,
 }
 
-METRICS_FUNCTIONS: dict[str, MetricsFunction] = {"dpo": dpo_metrics}
+METRICS_FUNCTIONS: dict[str, MetricsFunction] = {
+    "dpo": dpo_metrics,
+    **dict.fromkeys(
+        ("importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce", "dppo"),
+        sampler_gap,
+    ),
+}

@@ -36,17 +36,21 @@ class FrozenLinear:
         self._plain_OI: Tensor | None = weight_OI
         self._blocked_OI: Tensor | None = None
         self._blocked_IO: Tensor | None = None
+        self._shared_OI: Tensor | None = None
+        self._blocked_shift: Tensor | None = None
 
     @property
     def num_parameters(self) -> int:
         return self.out_features * (self.in_features + (self.bias_O is not None))
 
-    def lay_out(self, layout: Layout) -> None:
-        """Bring the weight into ``layout``, and let go of the plain one."""
+    def lay_out(self, layout: Layout, *, shared: bool = False) -> None:
+        """Bring the weight into ``layout``, and let go of the plain one unless it is ``shared`` with an embedding."""
         if layout == "plain":
             return
         assert self._plain_OI is not None, "laid out already"
         self._blocked_OI = _blocked(self._plain_OI)
+        if shared:
+            self._shared_OI = self._plain_OI
         self._plain_OI = None
 
     def plain(self) -> Tensor:
@@ -89,6 +93,28 @@ class FrozenLinear:
         assert self._plain_OI is not None
         y_TO = _plain_in_float32(x_TI, self._plain_OI)
         return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
+
+    def up_to_a_shift(self, x_TI: Tensor, references_T: Tensor) -> Tensor:
+        """float32 (T, out): x W^T less one number a row, for what only needs the distances between elements.
+
+        Where the weight is blocked and shared, this takes one product where :meth:`in_float32` takes two: the number
+        is the row's own element ``references_T``, and two more columns of x take it off the sums before these are
+        rounded. So an element is known to 8 bits of its distance from the reference. Elsewhere the number is 0.
+        """
+        if self._blocked_OI is None or self._shared_OI is None or self.bias_O is not None:
+            return self.in_float32(x_TI)
+        if self._blocked_shift is None:
+            more_O2 = self._shared_OI.new_ones(self.out_features, 2)
+            self._blocked_shift = _blocked(_in_full_blocks(torch.cat((self._shared_OI, more_O2), dim=1)))
+        reference_T1 = (x_TI.float() * self._shared_OI[references_T].float()).sum(1, keepdim=True).neg_()
+        high_T1 = reference_T1.to(x_TI.dtype)
+        low_T1 = (reference_T1 - high_T1.float()).to(x_TI.dtype)
+        return _product(_in_full_blocks(torch.cat((x_TI, high_T1, low_T1), dim=1)), self._blocked_shift, None).float()
+
+
+def _in_full_blocks(x: Tensor) -> Tensor:
+    """``x`` with columns of zeros up to a multiple of 32."""
+    return F.pad(x, (0, -x.shape[1] % 32))
 
 
 def _blocked(weight: Tensor) -> Tensor:
