@@ -22,7 +22,7 @@ Position = tuple[int, int]
 """Of an operation in its run: epoch and sequence id."""
 
 # A snapshot that costs a second comes after at least fifty seconds of work.
-_MAX_SHARE = 0.02
+MAX_SHARE = 0.02
 # When another run's is being written just then.
 _AGAIN_AFTER_S = 1.0
 
@@ -73,7 +73,7 @@ class RunSnapshots:
     def is_due(self) -> bool:
         return (
             self._pending is None
-            and self._work_s >= max(self._every_s, self._cost_s / _MAX_SHARE)
+            and self._work_s >= max(self._every_s, self._cost_s / MAX_SHARE)
             and time.monotonic() >= self._not_before
         )
 

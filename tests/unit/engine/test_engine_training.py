@@ -241,6 +241,17 @@ def test_snapshot_restores_every_bit(trained, load, tmp_path, config):
     assert same(state(trained), state(restored))
 
 
+def test_a_snapshot_is_of_the_moment_that_it_was_begun(trained, tmp_path):
+    trained.forward_backward("run", some_data(seed=50), "cross_entropy", {})
+    write, before = trained.begin_snapshot("run", tmp_path / "snapshot"), state(trained)
+    # The copy is written while these go on: they must not reach it.
+    trained.forward_backward("run", some_data(seed=60), "cross_entropy", {})
+    train(trained)
+    assert write() > 0
+    trained.restore("again", tmp_path / "snapshot")
+    assert same(before, state(trained, "again"))
+
+
 def test_snapshot_of_a_fresh_run(engine, load, tmp_path):
     engine.init_run("run", rank=4, seed=1)
     engine.snapshot("run", tmp_path / "snapshot")
