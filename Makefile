@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | fuzz | chaos | soak | audit | lint | types | bench | docs | clean
+# make setup | demo | test | test-stores | test-fast | fuzz | chaos | soak | audit | lint | types | bench | docs | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), JOBS how many processes test at once, ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ TINKER_READY := $(TINKER)/.ready
 COOKBOOK_READY := $(COOKBOOK)/.ready
 TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 
-.PHONY: setup demo test test-fast fuzz chaos soak audit lint types bench docs clean
+.PHONY: setup demo test test-stores test-fast fuzz chaos soak audit lint types bench docs clean
 
 setup: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
 	@echo "Set up. Next: make demo"
@@ -85,6 +85,10 @@ demo: $(READY) $(CLIENT_READY)
 
 test: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+# The whole suite with its rows in PostgreSQL and its checkpoints in an S3 bucket, on servers that it starts itself.
+test-stores: $(READY) $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY)
+	SELFLOOP_TEST_STORES=postgres+s3 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -q tests/unit tests/property $(ARGS)

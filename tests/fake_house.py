@@ -15,6 +15,7 @@ from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool
+from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
@@ -31,8 +32,9 @@ class FakeHouse:
     def __init__(self, folder: Path, config: SchedulerConfig) -> None:
         self.db = Database(database_url(folder))
         self.blobs = LocalBlobs(folder)
+        self.store = LocalCheckpoints(self.blobs)
         self.journal = Journal(self.db, self.blobs)
-        self.settlement = Settlement(self.db, self.blobs, self.journal)
+        self.settlement = Settlement(self.db, self.store, self.journal)
         self.lifecycle = FakeLifecycle()
         lifecycle = cast(Lifecycle, self.lifecycle)
         self.scheduler = Scheduler(
@@ -42,6 +44,7 @@ class FakeHouse:
         self.context = Context(
             self.db,
             self.blobs,
+            self.store,
             self.journal,
             self.settlement,
             cast(WorkerPool, None),

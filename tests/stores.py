@@ -249,19 +249,32 @@ def environment(data_dir: Path) -> dict[str, str]:
     if not ON_SERVERS:
         return {}
     name = servers.postgres.ensure(name_of(data_dir))
-    return {"SELFLOOP_DATABASE_URL": servers.postgres.text(name)}
+    s3 = servers.s3
+    own = {"SELFLOOP_DATABASE_URL": servers.postgres.text(name), "SELFLOOP_STORE": f"s3://{BUCKET}/{name}"}
+    return own | s3.environment
 
 
 def copy(template: Path, target: Path) -> Path:
     """Copy a data directory, with what belongs to it elsewhere."""
     if ON_SERVERS:
         servers.postgres.ensure(name_of(target), name_of(template))
+        saved = servers.s3.folder / "data" / BUCKET / name_of(template)
+        if saved.exists():
+            shutil.copytree(saved, saved.with_name(name_of(target)))
     return Path(shutil.copytree(template, target))
+
+
+def checkpoints(data_dir: Path) -> Path:
+    """The folder in which a data directory's checkpoints lie as folders; the S3 server keeps objects as files."""
+    if ON_SERVERS:
+        return servers.s3.folder / "data" / BUCKET / name_of(data_dir) / "checkpoints"
+    return data_dir / "checkpoints"
 
 
 def data_directory(path: Path) -> DataDirectory:
     """A data directory that commands work on, in this process."""
-    return DataDirectory(path, environment(path).get("SELFLOOP_DATABASE_URL"))
+    own = environment(path)
+    return DataDirectory(path, own.get("SELFLOOP_DATABASE_URL"), own.get("SELFLOOP_STORE"))
 
 
 def execute(data_dir: Path, statement: str) -> None:

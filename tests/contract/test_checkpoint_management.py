@@ -5,6 +5,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+import stores
 from gateway import KEY, MODEL, Gateway, Json, Run, create_run, datum, new_session, ok, selfloop, until, words
 
 SAMPLER = "save_weights_for_sampler"
@@ -44,7 +45,7 @@ def test_bulk_deletion_begins_with_a_dry_run(http: httpx.Client, run: Run, gatew
     assert planned["size_bytes"] == sum(c["size_bytes"] for c in planned["deleted"]) > 0
     assert names(http, run) == ["step-3", "final", "step-2", "step-1"]
 
-    folders = [gateway.data_dir / "checkpoints" / c["id"] for c in planned["deleted"]]
+    folders = [stores.checkpoints(gateway.data_dir) / c["id"] for c in planned["deleted"]]
     assert all(folder.is_dir() for folder in folders)
     done = delete(http, run_id=run.id, name="step-*", target="trainer", dry_run=False)
     assert done["deleted"] == planned["deleted"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import stores
 from gateway import MODEL, Gateway, Run, copy_data, datum, environment, new_session, ok, selfloop, words
 
 
@@ -119,7 +120,7 @@ def test_refused_imports_leave_nothing(data_template: Path, adapter: Path, tmp_p
     error = refused("import", str(broken), *where)
     assert "somebody/else" in error
     assert "--base-model" in error
-    assert list((data_dir / "checkpoints").glob("*")) == []
+    assert list(stores.checkpoints(data_dir).glob("*")) == []
     listed = selfloop("runs", *where)
     assert "INACTIVE" not in listed
 
@@ -165,7 +166,7 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
     assert "dtype: " in refused("export", unknown, "--to", "merged", "--dtype", "f16", str(out), *where)
     torn = trained.save("torn")
     (checkpoint,) = ok(trained.http.get("/v1/loops/checkpoints", params={"checkpoint_path": torn}))["checkpoints"]
-    weights = gateway.data_dir / "checkpoints" / checkpoint["id"] / "adapter_model.safetensors"
+    weights = stores.checkpoints(gateway.data_dir) / checkpoint["id"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "cannot be read" in refused("export", torn, "--to", "merged", str(out), *where)
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+import stores
 from gateway import KEY, Gateway, Json, Run, copy_data, create_run, datum, ok, selfloop, until, words
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -151,7 +152,7 @@ def test_failures_and_cancellations_are_told_with_their_cause(http: httpx.Client
     own = Run.create(http).attached()
     path = own.save("broken")
     (checkpoint,) = ok(http.get("/v1/loops/checkpoints", params={"checkpoint_path": path}))["checkpoints"]
-    for file in (gateway.data_dir / "checkpoints" / checkpoint["id"]).glob("*.safetensors"):
+    for file in (stores.checkpoints(gateway.data_dir) / checkpoint["id"]).glob("*.safetensors"):
         file.write_bytes(b"broken")
     failed = own.submit("load_state", path=path)
     cause = own.outcome(failed)["error"]

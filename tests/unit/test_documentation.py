@@ -97,6 +97,7 @@ COMMANDS = {
         "--stop-grace",
         "--tls-cert",
         "--tls-key",
+        "--store",
         "--usd-per-gigabyte-month",
         "--usd-per-million-tokens",
     ],

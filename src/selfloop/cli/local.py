@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfloop.control.control import DataDirectory
-from selfloop.server.settings import default_data_dir, given_database_url
+from selfloop.server.settings import default_data_dir, given_database_url, given_store
 from selfloop.types.errors import SelfloopError
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ async def opened(data_dir: Path | None) -> AsyncGenerator[DataDirectory]:
     # What is made here is for its user alone; what the command then writes elsewhere is as the user likes it.
     usual = os.umask(0o077)
     try:
-        data = DataDirectory(resolve(data_dir), given_database_url())
+        data = DataDirectory(resolve(data_dir), given_database_url(), given_store())
         await data.seed()
     finally:
         os.umask(usual)

@@ -112,6 +112,15 @@ def serve(
     key_open_requests: Annotated[
         int, typer.Option(min=0, help="Requests, polls and streams of each key at a time. 0: any.")
     ] = 0,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SELFLOOP_STORE",
+            show_envvar=False,
+            help="Keep checkpoints in an S3-compatible bucket: s3://bucket/prefix. "
+            "Default: $SELFLOOP_STORE, or folders in the data directory.",
+        ),
+    ] = None,
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
@@ -141,6 +150,7 @@ def serve(
         tls_cert,
         tls_key,
         Limits(key_requests_per_second, key_mib_per_second * 2**20, key_open_requests),
+        store,
     )
 
 

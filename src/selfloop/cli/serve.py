@@ -38,6 +38,7 @@ def serve_command(
     tls_cert: Path | None,
     tls_key: Path | None,
     key_limits: Limits,
+    store: str | None,
 ) -> None:
     from selfloop.server.serve import serve
     from selfloop.storage.db.migrate import CannotMigrate
@@ -75,6 +76,7 @@ def serve_command(
         usd_per_million_tokens=usd_per_million_tokens,
         usd_per_gigabyte_month=usd_per_gigabyte_month,
         database_url=database_url,
+        store=store,
         stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
         key_limits=key_limits,
         tls_cert=tls_cert,

@@ -8,6 +8,7 @@ from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.scheduler import Scheduler
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool
+from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.database import Database
 
@@ -16,6 +17,7 @@ from selfloop.storage.db.database import Database
 class Context:
     db: Database
     blobs: LocalBlobs
+    store: CheckpointStore
     journal: Journal
     settlement: Settlement
     pool: WorkerPool

@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL
 from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
+from selfloop.control.installation import Installation
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.links import Links
@@ -47,7 +48,9 @@ from selfloop.control.sampling.queued import QueuedSamples
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
+from selfloop.storage.blobs.checkpoints import CheckpointStore, LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.blobs.s3 import S3Checkpoints
 from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
@@ -70,6 +73,7 @@ class ControlConfig:
     Args:
         stop_grace_s: what running operations, their snapshots and the workers' end may take when we stop.
         database_url: of a PostgreSQL database; None for the file in the data directory.
+        store: address of the bucket that checkpoints lie in; None for folders of the data directory.
     """
 
     data_dir: Path
@@ -83,6 +87,7 @@ class ControlConfig:
     heartbeat_timeout_s: float = 60.0
     stop_grace_s: float = 20.0
     database_url: str | None = field(default=None, repr=False)
+    store: str | None = None
 
 
 def database_url(data_dir: Path, given: str | None) -> URL:
@@ -90,11 +95,17 @@ def database_url(data_dir: Path, given: str | None) -> URL:
     return sqlite_url(data_dir / DATABASE_FILE) if given is None else parse_database_url(given)
 
 
+def checkpoint_store(data_dir: Path, given: str | None) -> CheckpointStore:
+    """Where checkpoints are: in what was given, else in folders of the data directory. Raises :class:`BadRequest`."""
+    return LocalCheckpoints(LocalBlobs(data_dir)) if given is None else S3Checkpoints(given, data_dir)
+
+
 class DataDirectory:
     """The rows of a data directory, for commands that need no server: it may run beside one."""
 
-    def __init__(self, path: Path, database: str | None = None) -> None:
+    def __init__(self, path: Path, database: str | None = None, store: str | None = None) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._installation = Installation(path)
         url = database_url(path, database)
         if migrate.schema_of(url) == "older":
             # Not under a server of an older version, which may be running.
@@ -105,13 +116,14 @@ class DataDirectory:
         self._db = Database(url)
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
         self.catalogue = Catalogue(self._db, path / "models")
-        blobs = LocalBlobs(path)
-        self.exports = Exports(self._db, blobs, self.catalogue)
-        self.imports = Imports(self._db, blobs, self.catalogue, self.access)
+        self._store = checkpoint_store(path, store)
+        self.exports = Exports(self._db, self._store, self.catalogue)
+        self.imports = Imports(self._db, self._store, self.catalogue, self.access)
         self.usage = Usage(self._db)
 
     async def seed(self) -> None:
         """Give a new data directory what a server's start would give it: the first team, the embedded model."""
+        await self._installation.check(self._db, self._store)
         await self.access.ensure_default_team()
         await self.catalogue.seed()
 
@@ -132,12 +144,14 @@ class Control:
         data_dir = config.data_dir
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(data_dir)
+        self._installation = Installation(data_dir)
         self.db = Database(database_url(data_dir, config.database_url))
         self._claim = self.db.claim()
         migrate.upgrade(self.db.url)
         blobs = LocalBlobs(data_dir)
+        store = checkpoint_store(data_dir, config.store)
         journal = Journal(self.db, blobs)
-        settlement = Settlement(self.db, blobs, journal)
+        settlement = Settlement(self.db, store, journal)
         self.catalogue = Catalogue(self.db, data_dir / "models")
         settlement.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
@@ -148,7 +162,9 @@ class Control:
 
         scheduler = Scheduler(make_actor)
         self.lifecycle.park = scheduler.park
-        self._context = Context(self.db, blobs, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue)
+        self._context = Context(
+            self.db, blobs, store, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue
+        )
         self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
         self.user_configs = UserConfigs(self._context, config.device)
         self.runs = Runs(self._context, self.user_configs)
@@ -178,6 +194,7 @@ class Control:
         if self._claim is not None:
             self._claiming = asyncio.create_task(self._claim.keep(_end_at_once), name="keep-database")
         await self.catalogue.seed()
+        await self._installation.check(self.db, self._context.store)
         made = await self.access.ensure_first_key(first_key)
         await self.access.start()
         await self.observations.start()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.control.settle import checkpoint_key
+from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_models_deployed as queries
 from selfloop.storage.db import queries_resources
@@ -27,14 +27,16 @@ def uri_of(row: CheckpointRow | HeldCheckpointRow) -> str:
     return str(CheckpointUri(RunId(row.run_id), CheckpointTarget(row.target), row.name))
 
 
-async def hold(session: AsyncSession, blobs: LocalBlobs, sampler_id: str, rows: Sequence[CheckpointRow]) -> None:
+async def hold(
+    session: AsyncSession, store: CheckpointStore, blobs: LocalBlobs, sampler_id: str, rows: Sequence[CheckpointRow]
+) -> None:
     """Keep the files and record them, the sampler's default first; within the transaction that makes the sampler.
 
     The folders come first: one without its row is cleared away at the next start.
     """
     for position, row in enumerate(rows):
         key = held_key(sampler_id, row.id)
-        await asyncio.to_thread(blobs.link_folder, checkpoint_key(row.id), key)
+        await asyncio.to_thread(blobs.link_folder, await store.folder(row.id), key)
         session.add(
             HeldCheckpointRow(
                 sampler_id=sampler_id,

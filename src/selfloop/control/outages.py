@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from selfloop.types.errors import NotReady
+from selfloop.types.errors import NotReady, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def tried(what: str) -> Generator[None]:
     """For work that is done over and over: an outage costs this time, and is logged."""
     try:
         yield
-    except (OSError, SQLAlchemyError):
+    except (OSError, SQLAlchemyError, Unavailable):
         log.exception("%s: left for the next time", what)
 
 

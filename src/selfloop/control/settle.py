@@ -1,6 +1,5 @@
 """The outcome of an operation, with everything it changes, in one transaction; then its waiters wake."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from selfloop.control.journal import Journal
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.usage import Usage, counts_of, operation_key
 from selfloop.control.readable import may_read
-from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db import (
     queries_audit,
     queries_checkpoints,
@@ -46,17 +45,12 @@ class Outcome:
     error_class: str | None = None
 
 
-def checkpoint_key(checkpoint_id: str) -> str:
-    """Where a checkpoint's files lie in the blob store."""
-    return f"checkpoints/{checkpoint_id}"
-
-
 class Settlement:
     """Writes outcomes. ``on_settled`` hears of each one after it is durable."""
 
-    def __init__(self, db: Database, blobs: LocalBlobs, journal: Journal) -> None:
+    def __init__(self, db: Database, store: CheckpointStore, journal: Journal) -> None:
         self._db = db
-        self._blobs = blobs
+        self._store = store
         self._journal = journal
         self.observer = Observer(Usage(db))
         self.on_settled: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
@@ -73,19 +67,22 @@ class Settlement:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
         if row is None or not may_read(row, run.team_id, operation.reader_team_id):
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
-        return str(self._blobs.path(checkpoint_key(row.id)))
+        try:
+            return str(await self._store.folder(row.id))
+        except FileNotFoundError:
+            raise OperationFailed(f"the files of checkpoint {operation.path} are gone", "NotFound") from None
 
     async def write_to(self, run: RunRow, operation: Save) -> str:
         """The folder that a save writes, aside until it is whole. Raises :class:`OperationFailed` without room."""
         if self.disk_room is not None:
             await self.disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
-        return str(self._blobs.prepare_folder(checkpoint_key(operation.checkpoint_id) + ".part"))
+        return str(self._store.staging(operation.checkpoint_id))
 
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""
         operation = _operation_decoder.decode(await self._journal.payload(row))
         if isinstance(operation, Save):
-            await asyncio.to_thread(self._blobs.delete, checkpoint_key(operation.checkpoint_id) + ".part")
+            await self._store.discard(operation.checkpoint_id)
 
     async def done(self, run: RunRow, row: OperationRow, body: bytes) -> None:
         """Store a result and what it changes in the run's resources."""
@@ -97,10 +94,11 @@ class Settlement:
             decoded = _operation_decoder.decode(await self._journal.payload(row))
             assert isinstance(decoded, Save)
             operation = decoded
-            key = checkpoint_key(result.checkpoint_id)
-            # Where an error ended an earlier try of this, it lies there already.
-            if self._blobs.exists(key + ".part"):
-                await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
+            try:
+                await self._store.publish(result.checkpoint_id)
+            except FileNotFoundError:
+                await self.fail(row, "what was saved is gone before it could be recorded", "CheckpointLost")
+                return
         inline, result_key = await self._journal.store_result(row, body)
         async with self._db.write() as session:
             settled = await queries_operations.finish(
@@ -146,7 +144,7 @@ class Settlement:
                 case _:
                     pass
         for id in gone:
-            await asyncio.to_thread(self._blobs.delete, checkpoint_key(id))
+            await self._store.delete(id)
         if settled:
             self.observer.finished(row, result, counts)
             self.on_settled(row, Outcome(body))

@@ -24,6 +24,11 @@ def given_database_url() -> str | None:
     return os.environ.get("SELFLOOP_DATABASE_URL") or None
 
 
+def given_store() -> str | None:
+    """Likewise."""
+    return os.environ.get("SELFLOOP_STORE") or None
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What ``selfloop serve`` was told.
@@ -47,6 +52,7 @@ class Settings:
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
         stop_grace_s: from the signal to the end, at most.
         database_url: of a PostgreSQL database, instead of the file in the data directory.
+        store: ``s3://bucket/prefix`` for checkpoints, instead of folders in the data directory.
     """
 
     host: str
@@ -72,6 +78,7 @@ class Settings:
     key_limits: Limits = Limits()  # noqa: RUF009 - frozen
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    store: str | None = None
 
     @property
     def close_grace_s(self) -> float:
@@ -92,4 +99,5 @@ class Settings:
             heartbeat_timeout_s=self.heartbeat_timeout_s,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
             database_url=self.database_url,
+            store=self.store,
         )

@@ -24,7 +24,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Deployment, Runs
 from selfloop.control.workers import WorkerState
 from selfloop.storage.db import queries_observations, queries_resources
-from selfloop.types.errors import NotFound
+from selfloop.types.errors import NotFound, Unavailable
 from selfloop.types.logline import LogLine
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Observations:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(SQLAlchemyError):
+        with contextlib.suppress(SQLAlchemyError, Unavailable):
             await self.usage.flush()
             await self._store(self._meter.take_all())
 

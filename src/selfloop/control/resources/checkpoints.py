@@ -3,16 +3,15 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from selfloop.control import retention
 from selfloop.control.context import Context
-from selfloop.control.links import Links, Signed
+from selfloop.control.links import LINK_LIFE_S, Links
 from selfloop.control.outages import tried
 from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
-from selfloop.control.settle import checkpoint_key
+from selfloop.storage.blobs.checkpoints import StoredFile
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
@@ -27,15 +26,6 @@ _EXPIRE_EVERY_S = 60.0
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file of a checkpoint: its path relative to the checkpoint, size, and time of writing."""
-
-    name: str
-    size_bytes: int
-    modified_at: float
-
-
 class Checkpoints:
     def __init__(self, context: Context, links: Links) -> None:
         self._c = context
@@ -47,9 +37,7 @@ class Checkpoints:
         # A writer, so that an import beside us gives its folder a name and a row either before this or after.
         async with self._c.db.write() as session:
             recorded = await queries_checkpoints.all_ids(session)
-            for name in list(self._c.blobs.children("checkpoints")):
-                if name not in recorded:
-                    await asyncio.to_thread(self._c.blobs.delete, f"checkpoints/{name}")
+            await self._c.store.clear_leftovers(recorded)
         self._expirer = asyncio.create_task(self._expire(), name="expire-checkpoints")
 
     async def stop(self) -> None:
@@ -127,18 +115,29 @@ class Checkpoints:
 
     async def files_of(self, id: str) -> list[StoredFile]:
         """The same, whoever asks."""
-        return await asyncio.to_thread(_list_files, self._c.blobs.path(checkpoint_key(id)))
+        try:
+            return await self._c.store.files(id)
+        except FileNotFoundError:
+            return []
 
     # -- links ----------------------------------------------------------------------------------------
 
-    def sign(self, id: str, name: str) -> Signed:
-        """A link to one file."""
-        return self._links.sign("checkpoint", id, name)
+    def link(self, id: str, name: str, base: str) -> tuple[str, int]:
+        """A link to one file that needs no key, and its expiry (UNIX seconds).
 
-    def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
+        It is the store's own where that gives out links, else one of the server, whose address is ``base``.
+        """
+        signed = self._links.sign("checkpoint", id, name)
+        own = f"{base}/files/{id}/{name}?expires={signed.expires}&signature={signed.signature}"
+        return self._c.store.link(id, name, LINK_LIFE_S) or own, signed.expires
+
+    async def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
         """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
         self._links.check("checkpoint", id, name, expires, signature)
-        folder = self._c.blobs.path(checkpoint_key(id)).resolve()
+        try:
+            folder = (await self._c.store.folder(id)).resolve()
+        except FileNotFoundError:
+            raise NotFound("file", f"{id}/{name}") from None
         path = (folder / name).resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise NotFound("file", f"{id}/{name}")
@@ -159,12 +158,4 @@ class Checkpoints:
             for row in rows:
                 await queries_checkpoints.remove(session, row.id)
         for row in rows:
-            await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(row.id))
-
-
-def _list_files(folder: Path) -> list[StoredFile]:
-    files: list[StoredFile] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        files.append(StoredFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime))
-    return files
+            await self._c.store.delete(row.id)

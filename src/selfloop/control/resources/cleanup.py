@@ -1,6 +1,5 @@
 """Deleting checkpoints: one, or all that match a filter, first as a dry run. What is needed stays."""
 
-import asyncio
 import fnmatch
 import time
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from selfloop.control import held, retention
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
-from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
@@ -111,7 +109,7 @@ class Cleanup:
 
     async def _delete_files(self, rows: Sequence[CheckpointRow]) -> None:
         for row in rows:
-            await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(row.id))
+            await self._c.store.delete(row.id)
 
 
 def _check(filter: CheckpointFilter) -> None:

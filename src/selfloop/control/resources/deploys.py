@@ -94,6 +94,9 @@ class Deploys:
         rows = await self.check(caller, request)
         model = await self._c.catalogue.resolve(rows[0].base_model)
         now = time.time()
+        for row in rows:
+            # Before the transaction, in which nobody else can write: they may come from far.
+            await self._c.store.folder(row.id)
         async with self._c.db.write() as session:
             rows = [await _checkpoint(session, caller, row.id) for row in rows]
             named = await queries_models_deployed.models(session, caller.team_id, request.model_name)
@@ -127,7 +130,7 @@ class Deploys:
                 )
             )
             record_change(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
-            await held.hold(session, self._c.blobs, sampler.id, rows)
+            await held.hold(session, self._c.store, self._c.blobs, sampler.id, rows)
         self._c.lifecycle.add("sampler", sampler.id, sampler.id, sampler.model_name, math.inf, sampler.status)
         self._c.lifecycle.wake_soon(sampler.id)
         return sampler

@@ -12,8 +12,8 @@ import msgspec
 
 from selfloop.control.programs import run_program
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.settle import checkpoint_key
-from selfloop.storage.blobs.local import LocalBlobs, sync_directory
+from selfloop.storage.blobs.checkpoints import CheckpointStore
+from selfloop.storage.blobs.local import sync_directory
 from selfloop.storage.db import queries_checkpoints
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
@@ -56,9 +56,9 @@ class Exported(msgspec.Struct, frozen=True):
 
 
 class Exports:
-    def __init__(self, db: Database, blobs: LocalBlobs, catalogue: Catalogue) -> None:
+    def __init__(self, db: Database, store: CheckpointStore, catalogue: Catalogue) -> None:
         self._db = db
-        self._blobs = blobs
+        self._store = store
         self._catalogue = catalogue
 
     async def plan(
@@ -92,21 +92,11 @@ class Exports:
             raise Conflict(f"{target} exists already and is not an empty folder")
         model = await self._catalogue.resolve(row.base_model)
         model_dir = await self._catalogue.prepare(model.name, on_stage)
-        needed = _SPARE_BYTES + self._needed(row, model_dir, format, dtype)
+        needed = _SPARE_BYTES + _needed(await self._store.folder(row.id), model_dir, format, dtype)
         free = shutil.disk_usage(_existing(target)).free
         if free < needed:
             raise OperationFailed(f"the export needs {needed:,} bytes; the disk of {target} has {free:,}")
         return ExportPlan(uri, row, model.name, model_dir, target, format, dtype, needed)
-
-    def _needed(self, row: CheckpointRow, model_dir: Path, format: Format, dtype: GgufDtype | None) -> int:
-        folder = self._blobs.path(checkpoint_key(row.id))
-        if format != "peft":
-            others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
-            facts = read_facts(model_dir)
-            numbers = facts.num_parameters + (untied_numbers(model_dir) if _changes_head(folder) else 0)
-            stored_bytes = facts.size_bytes * numbers // facts.num_parameters
-            return others + (stored_bytes if dtype is None else numbers * _DTYPE_BYTES[dtype])
-        return sum(path.stat().st_size for path in folder.glob("adapter_*"))
 
     async def write(self, plan: ExportPlan, on_progress: Callable[[str, float], None]) -> Exported:
         """Write and check the folder; it appears whole or not at all.
@@ -115,7 +105,7 @@ class Exports:
             OperationFailed: with the cause; nothing is left behind.
         """
         aside = plan.target.with_name(f".{plan.target.name}.{new_id()}.partial")
-        source = self._blobs.path(checkpoint_key(plan.checkpoint.id))
+        source = await self._store.folder(plan.checkpoint.id)
         try:
             await asyncio.to_thread(plan.target.parent.mkdir, parents=True, exist_ok=True)
             arguments = [plan.format, str(source), str(plan.model_dir), str(aside), "--base-model", plan.base_model]
@@ -152,6 +142,16 @@ def _publish(aside: Path, target: Path) -> None:
     # Replaces an empty folder; one that was filled meanwhile is an error.
     os.rename(aside, target)
     sync_directory(target.parent)
+
+
+def _needed(folder: Path, model_dir: Path, format: Format, dtype: GgufDtype | None) -> int:
+    if format != "peft":
+        others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
+        facts = read_facts(model_dir)
+        numbers = facts.num_parameters + (untied_numbers(model_dir) if _changes_head(folder) else 0)
+        stored_bytes = facts.size_bytes * numbers // facts.num_parameters
+        return others + (stored_bytes if dtype is None else numbers * _DTYPE_BYTES[dtype])
+    return sum(path.stat().st_size for path in folder.glob("adapter_*"))
 
 
 def _existing(path: Path) -> Path:

@@ -14,8 +14,7 @@ from selfloop.control.programs import run_program
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue, Model
 from selfloop.control.resources.runs import MAX_LORA_RANK
-from selfloop.control.settle import checkpoint_key
-from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, KeyRow, RunRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
@@ -50,9 +49,9 @@ class Imported:
 
 
 class Imports:
-    def __init__(self, db: Database, blobs: LocalBlobs, catalogue: Catalogue, access: Access) -> None:
+    def __init__(self, db: Database, store: CheckpointStore, catalogue: Catalogue, access: Access) -> None:
         self._db = db
-        self._blobs = blobs
+        self._store = store
         self._catalogue = catalogue
         self._access = access
 
@@ -78,8 +77,7 @@ class Imports:
         owner = await self._access.owner_key(await self._access.team(team))
         model_dir = await self._catalogue.prepare(model.name, lambda stage: on_progress(stage, 0.0))
         checkpoint_id = new_id()
-        key = checkpoint_key(checkpoint_id)
-        aside = self._blobs.prepare_folder(key + ".part")
+        aside = self._store.staging(checkpoint_id)
         try:
             arguments = ["import", str(folder), str(model_dir), str(aside)]
             body = await run_program(await launch_adapters(*arguments), on_progress)
@@ -149,17 +147,17 @@ class Imports:
             size_bytes=facts.size_bytes,
             created_at=now,
         )
-        key = checkpoint_key(checkpoint_id)
         try:
+            await self._store.upload(checkpoint_id)
             async with self._db.write() as session:
                 for row in (session_row, deployment, run, checkpoint):
                     session.add(row)
                     await session.flush()
                 record_change(session, "deployment", deployment.id, deployment.status, "made for an imported adapter")
                 record_change(session, "run", run.id, run.status, "imported: it holds a checkpoint and is not trained")
-                await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
+                await self._store.publish(checkpoint_id)
         except BaseException:
-            await asyncio.to_thread(self._blobs.delete, key)
+            await self._store.delete(checkpoint_id)
             raise
         return run
 

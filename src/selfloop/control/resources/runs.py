@@ -18,7 +18,6 @@ from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs
-from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
@@ -300,8 +299,8 @@ class Runs:
         if row is None or not may_read(row, caller.team_id, request.reader_team_id):
             raise NotFound("checkpoint", request.path)
         await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
-        folder = self._c.blobs.path(checkpoint_key(row.id))
-        if request.with_optimizer and not (folder / OPTIMIZER_FILE).is_file():
+        names = {file.name for file in await self._c.store.files(row.id)} if request.with_optimizer else set[str]()
+        if request.with_optimizer and OPTIMIZER_FILE not in names:
             raise BadRequest("path", "a checkpoint with an optimizer: this one was imported, load its weights alone")
         return row
 
@@ -309,7 +308,7 @@ class Runs:
         if checkpoint is None:
             return None
         key = f"initial/{run_id}"
-        source, target = self._c.blobs.path(checkpoint_key(checkpoint.id)), self._c.blobs.path(key)
+        source, target = await self._c.store.folder(checkpoint.id), self._c.blobs.path(key)
         await asyncio.to_thread(_copy_folder, source, target)
         return key
 

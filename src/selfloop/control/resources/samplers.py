@@ -98,6 +98,9 @@ class Samplers:
             reused_from=reused.id if reused else None,
             capacity_reason=capacity_reason,
         )
+        if checkpoint is not None:
+            # Before the transaction, in which nobody else can write: it may come from far.
+            await self._c.store.folder(checkpoint.id)
         async with self._c.db.write() as session:
             session.add(row)
             record_change(session, "sampler", row.id, row.status, "created")
@@ -105,7 +108,7 @@ class Samplers:
                 await session.flush()
                 if await queries_checkpoints.get(session, checkpoint.id) is None:
                     raise NotFound("checkpoint", str(model_path))
-                await held.hold(session, self._c.blobs, row.id, [checkpoint])
+                await held.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
         self._register(row, row.id)
         return row
 

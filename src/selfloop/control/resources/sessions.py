@@ -12,7 +12,6 @@ from selfloop.control.lifecycle import record_change
 from selfloop.control.outages import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.sampling.jobs import Jobs
-from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
@@ -145,7 +144,7 @@ class Sessions:
         for snapshot in snapshots:
             async with self._c.db.write() as session:
                 await queries_checkpoints.remove(session, snapshot.id)
-            await asyncio.to_thread(self._c.blobs.delete, checkpoint_key(snapshot.id))
+            await self._c.store.delete(snapshot.id)
         for run in runs:
             await self._rest(run)
 

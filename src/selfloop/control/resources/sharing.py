@@ -1,6 +1,5 @@
 """Checkpoints by their address: who may read them, publishing, expiry, deletion, links to their files, copies."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import Checkpoints, StoredFile
 from selfloop.control.resources.cleanup import Cleanup
 from selfloop.control.resources.sessions import SessionDetails
-from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_listings, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
@@ -127,8 +125,7 @@ class Sharing:
                 session, "copied", copy, caller.team_id, caller.key_id, source=request.source.written
             )
             # Within the transaction: a server that starts clears away folders without a row.
-            folder = checkpoint_key(copy.id)
-            await asyncio.to_thread(self._c.blobs.link_folder, checkpoint_key(source.id), folder)
+            await self._c.store.copy(source.id, copy.id)
         return copy
 
     @staticmethod

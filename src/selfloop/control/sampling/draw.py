@@ -13,7 +13,6 @@ import msgspec
 from selfloop.control.context import Context
 from selfloop.control.held import held_key
 from selfloop.control.sampling.continuation import Continuation
-from selfloop.control.settle import checkpoint_key
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
@@ -120,7 +119,10 @@ class Sampling:
         if isinstance(checkpoint, HeldCheckpointRow):
             path = self._c.blobs.path(held_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
             return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step, checkpoint.run_id)
-        path = self._c.blobs.path(checkpoint_key(checkpoint.id))
+        try:
+            path = await self._c.store.folder(checkpoint.id)
+        except FileNotFoundError:
+            raise NotFound("checkpoint", checkpoint.id, "its files are gone") from None
         run_id = checkpoint.run_id if checkpoint.team_id == sampler.team_id else None
         return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step, run_id)
 

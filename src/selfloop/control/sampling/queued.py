@@ -15,11 +15,10 @@ from selfloop.control.context import Context
 from selfloop.control.operations import RESULT_KEPT_S, Pending
 from selfloop.control.outages import Ages, tried
 from selfloop.control.sampling.draw import Draw, Sampling, Weights
-from selfloop.control.settle import checkpoint_key
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_resources, queries_samples
 from selfloop.storage.db.tables import QueuedSampleRow, SamplerRow
-from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError
+from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import AdapterRef, SampleResult
 from selfloop.types.status import OperationState, SamplerStatus
@@ -257,7 +256,7 @@ class QueuedSamples:
         while True:
             try:
                 await attempt()
-            except (OSError, SQLAlchemyError):
+            except (OSError, SQLAlchemyError, Unavailable):
                 log.exception("sampler %s: sample %s: trying again in %g s", *key, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
             else:
@@ -269,8 +268,10 @@ class QueuedSamples:
         try:
             await self._c.lifecycle.wake(sampler.id)
             live.is_taken = True
-            weights = Weights(self._adapter(request), request.policy_version)
+            weights = Weights(await self._adapter(request), request.policy_version)
             result = await self._sampling.draw(sampler, weights, request.draw)
+        except Unavailable:
+            raise
         except SelfloopError as error:
             live.is_taken = True
             log.info("sampler %s: sample %s failed: %s", sampler.id, id, error)
@@ -278,13 +279,15 @@ class QueuedSamples:
             return OperationState.ERROR, _Stored(error=str(error), error_class=error_class)
         return OperationState.DONE, _Stored(payload, msgspec.msgpack.encode(result))
 
-    def _adapter(self, request: AcceptedSample) -> AdapterRef | None:
+    async def _adapter(self, request: AcceptedSample) -> AdapterRef | None:
         if request.checkpoint_id is None:
             return None
-        key = checkpoint_key(request.checkpoint_id)
-        if not self._c.blobs.exists(key):
-            raise NotFound("checkpoint", request.checkpoint_id, "it expired, was deleted or replaced before its turn")
-        return AdapterRef(request.checkpoint_id, str(self._c.blobs.path(key)))
+        try:
+            folder = await self._c.store.folder(request.checkpoint_id)
+        except FileNotFoundError:
+            hint = "it expired, was deleted or replaced before its turn"
+            raise NotFound("checkpoint", request.checkpoint_id, hint) from None
+        return AdapterRef(request.checkpoint_id, str(folder))
 
     async def _settle(self, key: Key, state: OperationState, stored: _Stored) -> None:
         """Make an outcome durable, then wake who waits for it."""

@@ -163,9 +163,9 @@ class Renderer:
         )
 
     def file(self, checkpoint_id: str, name: str, size_bytes: int, modified_at: float) -> s.CheckpointFileV1:
-        expires, signature = self._control.checkpoints.sign(checkpoint_id, name)
+        url, _expires = self._control.checkpoints.link(checkpoint_id, name, self._base)
         return s.CheckpointFileV1(
-            url=f"{self._base}/files/{checkpoint_id}/{name}?expires={expires}&signature={signature}",
+            url=url,
             relative_file_name=name,
             size_bytes=size_bytes,
             last_modified=s.iso(modified_at),

@@ -67,9 +67,8 @@ async def external_weights_urls(
     urls: dict[str, str] = {}
     until = datetime.now(UTC).timestamp() + LINK_LIFE_S
     for file in files:
-        expires, signature = control.checkpoints.sign(id, file.name)
+        urls[file.name], expires = control.checkpoints.link(id, file.name, base)
         until = min(until, expires)
-        urls[file.name] = f"{base}/files/{id}/{file.name}?expires={expires}&signature={signature}"
     return {"urls": urls, "expires": rfc3339(until)}
 
 

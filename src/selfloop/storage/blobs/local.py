@@ -68,13 +68,13 @@ class LocalBlobs:
         self.path(aside_key).rename(target)
         sync_directory(target.parent)
 
-    def link_folder(self, source_key: str, key: str) -> None:
+    def link_folder(self, source: Path, key: str) -> None:
         """A folder with the same files, which stay when the source is deleted: linked where the disk can, else copied.
 
         Only for files that are never written again.
         """
         target = self.prepare_folder(key + ".part")
-        shutil.copytree(self.path(source_key), target, copy_function=_link_or_copy)
+        shutil.copytree(source, target, copy_function=_link_or_copy)
         for folder, _, _ in os.walk(target):
             sync_directory(Path(folder))
         self.publish_folder(key + ".part", key)

@@ -1,0 +1,128 @@
+"""Where checkpoints lie: immutable folders of files, each of which is there whole or not at all."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from selfloop.storage.blobs.local import LocalBlobs
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint: its path relative to the checkpoint, size, and time of writing."""
+
+    name: str
+    size_bytes: int
+    modified_at: float
+
+
+class CheckpointStore(Protocol):
+    """Every call but ``staging`` and ``link`` may raise :class:`Unavailable`; the same call works later."""
+
+    address: str
+    """Of the store, for people."""
+
+    async def claim(self, owner: str) -> None:
+        """Make the store that of one installation. Raises :class:`Conflict` where it is another's."""
+        ...
+
+    def staging(self, id: str) -> Path:
+        """Make room for a folder on the local disk that somebody else will write, to be published or discarded."""
+        ...
+
+    async def discard(self, id: str) -> None:
+        """Remove what was staged."""
+        ...
+
+    async def upload(self, id: str) -> None:
+        """Do the slow part of publishing, which nobody sees yet."""
+        ...
+
+    async def publish(self, id: str) -> None:
+        """Give what was staged its name, durably; once more is fine. Raises :class:`FileNotFoundError`."""
+        ...
+
+    async def folder(self, id: str) -> Path:
+        """The files on the local disk, to be read within the hour. Raises :class:`FileNotFoundError`."""
+        ...
+
+    async def files(self, id: str) -> list[StoredFile]:
+        """In a stable order. Raises :class:`FileNotFoundError`."""
+        ...
+
+    def link(self, id: str, name: str, life_s: int) -> str | None:
+        """An address of one file that needs no key; None where the store itself gives out none."""
+        ...
+
+    async def copy(self, source: str, id: str) -> None:
+        """A checkpoint with the same files, which stay when the source is deleted."""
+        ...
+
+    async def delete(self, id: str) -> None:
+        """Absent is fine. What cannot be removed now is cleared away at a later start."""
+        ...
+
+    async def clear_leftovers(self, recorded: set[str]) -> None:
+        """Remove what a crash left: everything that is not ``recorded``."""
+        ...
+
+
+class LocalCheckpoints:
+    """Folders ``checkpoints/<id>`` of the data directory."""
+
+    def __init__(self, blobs: LocalBlobs) -> None:
+        self._blobs = blobs
+        self.address = "local"
+
+    async def claim(self, owner: str) -> None:
+        pass
+
+    def staging(self, id: str) -> Path:
+        return self._blobs.prepare_folder(_key(id) + ".part")
+
+    async def discard(self, id: str) -> None:
+        await asyncio.to_thread(self._blobs.delete, _key(id) + ".part")
+
+    async def upload(self, id: str) -> None:
+        pass
+
+    async def publish(self, id: str) -> None:
+        # Where an error ended an earlier try, it lies there already.
+        if self._blobs.exists(_key(id) + ".part") or not self._blobs.exists(_key(id)):
+            await asyncio.to_thread(self._blobs.publish_folder, _key(id) + ".part", _key(id))
+
+    async def folder(self, id: str) -> Path:
+        path = self._blobs.path(_key(id))
+        if not path.is_dir():
+            raise FileNotFoundError(path)
+        return path
+
+    async def files(self, id: str) -> list[StoredFile]:
+        return await asyncio.to_thread(list_files, await self.folder(id))
+
+    def link(self, id: str, name: str, life_s: int) -> str | None:
+        return None
+
+    async def copy(self, source: str, id: str) -> None:
+        await asyncio.to_thread(self._blobs.link_folder, await self.folder(source), _key(id))
+
+    async def delete(self, id: str) -> None:
+        await asyncio.to_thread(self._blobs.delete, _key(id))
+
+    async def clear_leftovers(self, recorded: set[str]) -> None:
+        for name in list(self._blobs.children("checkpoints")):
+            if name not in recorded:
+                await asyncio.to_thread(self._blobs.delete, f"checkpoints/{name}")
+
+
+def _key(id: str) -> str:
+    return f"checkpoints/{id}"
+
+
+def list_files(folder: Path) -> list[StoredFile]:
+    files: list[StoredFile] = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        files.append(StoredFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime))
+    return files
