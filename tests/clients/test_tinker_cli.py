@@ -20,7 +20,7 @@ COMMANDS = {
     "auth login": "test_auth_login_and_logout",
     "auth logout": "test_auth_login_and_logout",
     "auth status": "test_auth_status",
-    "auth whoami": "test_auth_whoami_is_refused",
+    "auth whoami": "test_auth_whoami",
     "billing checkpoint-storage": "test_billing",
     "billing usage": "test_billing",
     "checkpoint delete": "test_checkpoints_are_deleted",
@@ -138,11 +138,11 @@ def test_auth_status(tinker: Tinker):
     assert "Tinker accessible: no" in refused.stdout
 
 
-def test_auth_whoami_is_refused(tinker: Tinker):
-    """The client does not even ask: it reads a token, which this server does not give."""
-    refused = tinker.done("auth", "whoami")
+def test_auth_whoami(tinker: Tinker):
+    told = tinker.json("auth", "whoami")
+    assert str(told["user_urn"]).startswith("selfloop:key:")
+    refused = tinker.done("auth", "whoami", TINKER_API_KEY="tml-nobody")
     assert refused.returncode != 0
-    assert "requires JWT auth" in refused.stderr
 
 
 def test_auth_login_and_logout(tinker: Tinker):

@@ -1,14 +1,16 @@
 """The management half of the Tinker dialect, on the wire: listings, sharing between teams, files, audit and usage."""
 
+import hashlib
 import time
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import jwt
 import pyrage
 import pytest
 from test_tinker import Wire
 
-from gateway import MODEL, Gateway, Json, Run, create_run, new_session, ok, selfloop, words
+from gateway import KEY, MODEL, Gateway, Json, Run, create_run, new_session, ok, selfloop, words
 
 
 class Rest(Wire):
@@ -517,14 +519,42 @@ def test_usage(rest: Rest, stranger: Rest):
     assert stranger.get("/api/v1/billing/usage/checkpoints/current", project_id=f"p-{session}")["data"] == []
 
 
+def test_a_token_stands_for_its_key(rest: Rest, gateway: Gateway):
+    """In either header, in any dialect; changed by a letter, signed by another key or grown old it is nothing."""
+    token = rest.post("/api/v1/auth/token")["jwt"]
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == 86400
+    (team,) = ok(gateway.http().get("/v1/teams"))["teams"]
+    assert claims["org_id"] == team["id"]
+    with httpx.Client(base_url=gateway.url) as anybody:
+
+        def status(given: str) -> tuple[int, int]:
+            by_key = anybody.get("/api/v1/auth/apikey/me", headers={"X-API-Key": given})
+            return by_key.status_code, anybody.get(
+                "/v1/loops/runs", headers={"Authorization": f"Bearer {given}"}
+            ).status_code
+
+        assert status(token) == (200, 200)
+        head, body, signature = token.split(".")
+        swapped = "A" if signature[0] != "A" else "B"
+        old = jwt.encode(claims | {"exp": 1}, hashlib.sha256(KEY.encode()).hexdigest(), algorithm="HS256")
+        unsigned = jwt.encode(claims, "", algorithm="none")
+        for bad in (f"{head}.{body}.{swapped}{signature[1:]}", f"{head}.{body}.", unsigned, old, "eyJ.x.y"):
+            assert status(bad) == (401, 401), bad
+        mine = jwt.encode(claims | {"key_id": "nobody"}, "x" * 64, algorithm="HS256")
+        assert status(mine) == (401, 401)
+
+
 def test_a_key_tells_of_itself_and_goes(gateway: Gateway):
     own = teammate(gateway)
     told = own.get("/api/v1/auth/apikey/me")
     assert told["name"] == "colleague"
     assert told["details"] == {"org_details": {"name": "default"}, "user_details": {"email": "colleague"}}
     assert told["key_id"] > 0
-    assert "pjwt_auth_enabled" in own.post("/api/v1/auth/token", 400)["detail"]
+    token = own.post("/api/v1/auth/token")["jwt"]
     assert own.http.delete("/api/v1/auth/apikey/me").status_code == 204
     own.get("/api/v1/auth/apikey/me", 401)
+    with_token = {"X-API-Key": token}
+    assert own.http.get("/api/v1/auth/apikey/me", headers=with_token).status_code == 401, "it ends with its key"
     revoked = Rest(gateway).get("/api/v1/audit", event_type="organizations")["entries"][-1]
     assert (revoked["event"], revoked["event_details"]["by"]) == ("key.revoked", "colleague")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.control.resources import tokens
 from selfloop.storage.db import queries_access, queries_audit
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import KeyRow, TeamRow
@@ -64,22 +65,41 @@ class Access:
             self._num_revoked, self._remembered_at = num_revoked, now
         # The digest is looked up, never the key, so timing tells nothing about a valid one.
         digest = _digest(key)
-        caller = self._callers.get(digest) or await self._looked_up(digest, num_revoked)
+        caller = self._callers.get(digest)
+        if caller is None:
+            caller = await (self._by_token(key) if tokens.is_token(key) else self._by_key(digest))
+            # What was read before a revocation that others have noticed meanwhile may be the very key.
+            if num_revoked == self._num_revoked:
+                self._callers[digest] = caller
         if caller.expires_at is not None and caller.expires_at <= time.time():
             raise Denied("this API key has expired")
         return caller
 
-    async def _looked_up(self, digest: str, num_revoked: int) -> Caller:
+    async def token(self, caller: Caller) -> str:
+        """A token that stands for the caller's key for a day, or until that expires or is revoked."""
+        row = await self._valid(caller.key_id)
+        return tokens.issue(row.id, row.sha256, row.team_id, row.expires_at)
+
+    async def _by_key(self, digest: str) -> Caller:
         async with self._db.read() as session:
             row = await queries_access.key_by_hash(session, digest)
         if row is None or row.revoked_at is not None or not hmac.compare_digest(row.sha256, digest):
             raise Denied("this API key is not valid here")
-        caller = Caller(row.team_id, row.id, row.name, Role(row.role), row.expires_at)
         self._names[row.id] = row.name
-        # What was read before a revocation that others have noticed meanwhile may be the very key.
-        if num_revoked == self._num_revoked:
-            self._callers[digest] = caller
-        return caller
+        return Caller(row.team_id, row.id, row.name, Role(row.role), row.expires_at)
+
+    async def _by_token(self, token: str) -> Caller:
+        row = await self._valid(tokens.key_id_of(token))
+        expires_at = tokens.verify(token, row.sha256)
+        self._names[row.id] = row.name
+        return Caller(row.team_id, row.id, row.name, Role(row.role), min(expires_at, row.expires_at or expires_at))
+
+    async def _valid(self, key_id: str) -> KeyRow:
+        async with self._db.read() as session:
+            row = await queries_access.key(session, key_id)
+        if row is None or row.revoked_at is not None:
+            raise Denied("the API key that this token stands for is not valid here")
+        return row
 
     async def start(self) -> None:
         """Learn the names of the keys that were made before; the others tell theirs when they are first used."""

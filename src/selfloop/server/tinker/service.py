@@ -25,6 +25,8 @@ _STAND_IN = (
 )
 _FLAGS: dict[str, object] = {
     "custom_loss_server_side": True,
+    # Keys are exchanged for tokens: the client reads from one whose it is.
+    "pjwt_auth_enabled": True,
     "proto_compress_fwdbwd": True,
     "sample_join_sampling_session": True,
     "sample_use_retrieve_futures": True,
