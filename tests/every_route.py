@@ -266,7 +266,7 @@ ROUTES: dict[str, list[Ask]] = {
     ],
     "GET /api/v1/auth/apikey/me": [listed()],
     "DELETE /api/v1/auth/apikey/me": [listed(owner=204)],
-    "POST /api/v1/auth/token": [listed(owner=400)],
+    "POST /api/v1/auth/token": [listed()],
     "GET /api/v1/audit": [listed()],
     "GET /api/v1/billing/usage/events": [listed(params=HOURS)],
     "GET /api/v1/billing/usage/checkpoints/current": [listed(), listed(params={"project_id": "x"})],
