@@ -78,6 +78,15 @@ def serve(
     heartbeat_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without a sign of life after which a worker is replaced.")
     ] = 60.0,
+    training_share: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=0.99, help="Part of a device's time that training gets while there is sampling to do, too."
+        ),
+    ] = 0.5,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Training gives the same bits whatever other runs do meanwhile.")
+    ] = False,
     stop_grace: Annotated[
         float, typer.Option(min=1, help="Seconds that SIGTERM leaves to what is running, to be finished and stored.")
     ] = 25.0,
@@ -142,6 +151,8 @@ def serve(
         snapshot_every,
         operation_timeout,
         heartbeat_timeout,
+        training_share,
+        deterministic,
         stop_grace,
         usd_per_million_tokens,
         usd_per_gigabyte_month,

@@ -56,7 +56,7 @@ from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import Conflict
-from selfloop.worker.launch_local import WorkerCommand
+from selfloop.worker.launch_local import DEFAULT_TRAINING_SHARE, WorkerCommand
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class ControlConfig:
     session_timeout_s: float = 600.0
     operation_timeout_s: float = 3600.0
     heartbeat_timeout_s: float = 60.0
+    training_share: float = DEFAULT_TRAINING_SHARE
+    deterministic: bool = False
     stop_grace_s: float = 20.0
     database_url: str | None = field(default=None, repr=False)
     store: str | None = None
@@ -243,6 +245,8 @@ class Control:
                 self.observations.worker_log(name),
                 silence_s=config.heartbeat_timeout_s,
                 stuck_s=config.operation_timeout_s,
+                training_share=config.training_share,
+                deterministic=config.deterministic,
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

@@ -81,9 +81,11 @@ class Engine:
         max_adapters: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
+        deterministic: bool,
     ) -> None:
         config = decoder.config
         self._decoder = decoder
+        self._deterministic = deterministic
         self.train_token_budget = train_token_budget
         self._runs: dict[str, Run] = {}
         self._bank = AdapterBank(max_adapters)
@@ -117,6 +119,7 @@ class Engine:
         max_adapters: int = 32,
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
+        deterministic: bool = False,
     ) -> "Engine":
         """Load a Hugging Face model folder (``config.json``, ``*.safetensors``).
 
@@ -128,6 +131,7 @@ class Engine:
             max_adapters: sampling adapters kept in memory.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
             compile_grammar: reads what samples must match; without it such requests are refused.
+            deterministic: a run's training gives the same bits whatever is computed together with it.
 
         Raises:
             OperationFailed: the folder holds no model that this engine computes.
@@ -147,6 +151,7 @@ class Engine:
             max_adapters=max_adapters,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
+            deterministic=deterministic,
         )
 
     # Training runs
@@ -270,7 +275,7 @@ class Engine:
 
     def advance(self, requests: Sequence[LossRequest]) -> None:
         """One pass, forward and backward, for the next micro-batch of each of these requests."""
-        advance(self._decoder, [request.job for request in requests])
+        advance(self._decoder, [request.job for request in requests], deterministic=self._deterministic)
 
     def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
         """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""

@@ -48,6 +48,8 @@ class Settings:
         tls_cert: PEM file of the certificate chain, with ``tls_key`` its private key: the server then speaks HTTPS.
         session_timeout_s: how long a Tinker session lives without a heartbeat of its client.
         snapshot_every_s: how much work of a run lies between two snapshots of it.
+        training_share: part of a device's time that training gets while there is sampling to do, too.
+        deterministic: a run's training gives the same bits whatever is computed together with it.
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
         stop_grace_s: from the signal to the end, at most.
@@ -70,6 +72,8 @@ class Settings:
     snapshot_every_s: float = 5.0
     operation_timeout_s: float = 3600.0
     heartbeat_timeout_s: float = 60.0
+    training_share: float = 0.5
+    deterministic: bool = False
     stop_grace_s: float = 25.0
     stable_reinforce: StableReinforce = "stand-in"
     usd_per_million_tokens: float = 0.0
@@ -97,6 +101,8 @@ class Settings:
             scheduler=SchedulerConfig(snapshot_every_s=self.snapshot_every_s),
             operation_timeout_s=self.operation_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s,
+            training_share=self.training_share,
+            deterministic=self.deterministic,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
             database_url=self.database_url,
             store=self.store,

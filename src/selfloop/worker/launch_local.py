@@ -30,6 +30,7 @@ class WorkerCommand:
         silence_s: a worker that its gateway has heard nothing of for so long is ended: it is stopped or stuck.
         stuck_s: so is one whose main loop has been at one piece of work for so long.
         training_share: part of the device's time that training gets while there is sampling to do, too.
+        deterministic: a run's training gives the same bits whatever is computed together with it.
     """
 
     model_dir: Path
@@ -40,6 +41,7 @@ class WorkerCommand:
     silence_s: float = 60.0
     stuck_s: float = 3600.0
     training_share: float = DEFAULT_TRAINING_SHARE
+    deterministic: bool = False
 
 
 async def launch_worker(
@@ -71,6 +73,8 @@ async def launch_worker(
         "--parent-pid",
         str(os.getpid()),
     ]
+    if command.deterministic:
+        arguments.append("--deterministic")
     if command.num_threads is not None:
         arguments += ["--num-threads", str(command.num_threads)]
     command.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-threads", type=int)
     parser.add_argument("--training-share", type=float, default=DEFAULT_TRAINING_SHARE)
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args()
 
@@ -84,6 +85,7 @@ def main() -> None:
             dtype=options.dtype,
             vocabulary=tokenizer,
             compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
+            deterministic=options.deterministic,
         )
     except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
         log.exception("cannot load %s", options.model_dir)

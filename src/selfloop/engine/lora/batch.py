@@ -1,7 +1,7 @@
 """Which rows of a packed batch go through which adapter."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from selfloop.engine.lora.adapter import Adapter, LoraGroup
@@ -17,14 +17,27 @@ class AdapterRows(NamedTuple):
 
 
 class AdapterBatch:
-    """Disjoint row ranges with their adapters; rows in no range see the base model only."""
+    """Disjoint row ranges with their adapters; rows in no range see the base model only.
 
-    def __init__(self, rows: list[AdapterRows]) -> None:
+    ``blocks`` are the sizes of row blocks that are to be multiplied apart, so that the numbers of none can depend on
+    what else is there; None where all rows go through one product. Then ``rows`` are those blocks.
+    """
+
+    def __init__(self, rows: list[AdapterRows], blocks: list[int] | None = None) -> None:
         assert all(a.stop <= b.start for a, b in itertools.pairwise(rows)), "ranges overlap"
+        assert blocks is None or blocks == [row.stop - row.start for row in rows]
         self.rows = rows
+        self.blocks = blocks
 
     @classmethod
-    def of(cls, runs: list[tuple[int, Adapter | None]]) -> "AdapterBatch":
+    def apart(cls, runs: list[tuple[int, Adapter]]) -> "AdapterBatch":
+        """As :meth:`of`, each run in a product of its own."""
+        stops = list(itertools.accumulate(size for size, _ in runs))
+        rows = [AdapterRows(stop - size, stop, adapter) for stop, (size, adapter) in zip(stops, runs, strict=True)]
+        return cls(rows, [size for size, _ in runs])
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, Adapter | None]]) -> "AdapterBatch":
         """From (number of rows, adapter) one after another; neighbours of one adapter are joined."""
         rows: list[AdapterRows] = []
         start = 0
@@ -41,6 +54,10 @@ class AdapterBatch:
     def at(self, layer: int, group: int) -> list[LoraSegment]:
         """The segments for one fused projection of one layer."""
         return self._segments(lambda adapter: adapter.layers[layer][group])
+
+    def at_each(self, layer: int, group: int) -> list[list[LoraSegment]]:
+        """The segments of each block, which count its own rows."""
+        return [AdapterBatch.of([(row.stop - row.start, row.adapter)]).at(layer, group) for row in self.rows]
 
     def at_head(self) -> list[LoraSegment]:
         """The segments for the output layer."""

@@ -39,6 +39,18 @@ class PackedCausalAttention:
         return torch.cat(out)
 
 
+class ApartAttention:
+    """Blocks of rows that lie one after another, each with the attention that it would have alone."""
+
+    def __init__(self, blocks: list[tuple[int, Attention]]) -> None:
+        self._sizes = [size for size, _ in blocks]
+        self._attentions = [attention for _, attention in blocks]
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        parts = zip(self._attentions, *(x.split(self._sizes) for x in (q_THd, k_TGd, v_TGd)), strict=True)
+        return torch.cat([attention(layer, q, k, v) for attention, q, k, v in parts])
+
+
 def causal_attention(q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor) -> Tensor:
     """Causal attention with shared key heads; (B, H, N, head_dim)."""
     if computes_in_float32(q_BHNd):

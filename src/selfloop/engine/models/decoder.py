@@ -94,7 +94,11 @@ class Decoder:
         return self._project(index, OUT, layer, out_THd.flatten(1), adapters)
 
     def _project(self, index: int, group: int, layer: LayerWeights, x_TI: Tensor, adapters: AdapterBatch) -> Tensor:
-        return lora_linear(x_TI, layer.linears[group], adapters.at(index, group))
+        linear = layer.linears[group]
+        if adapters.blocks is None:
+            return lora_linear(x_TI, linear, adapters.at(index, group))
+        blocks = zip(x_TI.split(adapters.blocks), adapters.at_each(index, group), strict=True)
+        return torch.cat([lora_linear(x_BI, linear, segments) for x_BI, segments in blocks])
 
 
 def num_parameters(weights: BaseWeights) -> int:
