@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 import stores
-from gateway import MODEL, REPO, Gateway, copy_data, selfloop
+from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
 
 
 def pytest_unconfigure() -> None:
@@ -53,13 +53,13 @@ def gateway(data_template: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def new_gateway(data_template: Path, tmp_path: Path) -> Iterator[Callable[[], Gateway]]:
-    """Starts gateways of a test's own, to be killed at will."""
+def new_gateway(data_template: Path, tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
+    """Starts gateways of a test's own, to be killed at will; takes options of ``selfloop serve``."""
     started: list[Gateway] = []
 
-    def start() -> Gateway:
+    def start(*options: str) -> Gateway:
         started.append(Gateway(copy_data(data_template, tmp_path / f"data-{len(started)}")))
-        return started[-1].start()
+        return started[-1].start(KEY, *options)
 
     yield start
     for own in started:
