@@ -13,21 +13,27 @@ from selfloop.engine.engine import Engine
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
 from selfloop.types.result import LossResult
 from selfloop.worker.outbox import Outbox
-from selfloop.worker.protocol import Begun, Call, CloseRun, Event, Execute, Reply, ReplyError
+from selfloop.worker.protocol import Call, CloseRun, Event, Execute, Reply, ReplyError
 from selfloop.worker.training import TrainingDesk
 
 
 class Told(Outbox):
     """Keeps what would be sent."""
 
-    def __init__(self) -> None:
-        self.events: list[Event] = []
+    def __init__(self, begun_path: Path) -> None:
+        super().__init__(None, begun_path)
+        self.events: list[Event | int] = []
+        """What was sent, and in between the ticket of each operation that began."""
         self.bodies: dict[int, bytes] = {}
 
     def send(self, event: Event, body: bytes = b"") -> None:
         self.events.append(event)
         if isinstance(event, Reply):
             self.bodies[event.ticket] = body
+
+    def begin(self, ticket: int) -> None:
+        super().begin(ticket)
+        self.events.append(ticket)
 
     @property
     def answered(self) -> list[int]:
@@ -85,8 +91,8 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.fixture
-def desk(engine: Engine) -> Desk:
-    return Desk(engine, Told())
+def desk(engine: Engine, tmp_path: Path) -> Desk:
+    return Desk(engine, Told(tmp_path / "begun"))
 
 
 def finish(desk: Desk) -> None:
@@ -124,9 +130,9 @@ def test_alone_means_alone_from_begin_to_end(desk: Desk, passes: list[list[int]]
     alone = desk.ask("a", loss(10, num_sequences=7), alone=True)
     others = [desk.ask(run, loss(5)) for run in "bc"]
     finish(desk)
-    begun = [event.ticket for event in desk.told.events if isinstance(event, Begun)]
-    between = desk.told.events[desk.told.events.index(Begun(alone)) : desk.told.events.index(Reply(alone))]
-    assert between == [Begun(alone)]
+    begun = [event for event in desk.told.events if isinstance(event, int)]
+    between = desk.told.events[desk.told.events.index(alone) : desk.told.events.index(Reply(alone))]
+    assert between == [alone]
     assert sorted(begun) == [alone, *others]
     assert [30] in passes
     assert [5, 5] in passes
