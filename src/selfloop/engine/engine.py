@@ -81,7 +81,7 @@ class Engine:
         max_adapters: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
-        deterministic: bool,
+        deterministic: bool = False,
     ) -> None:
         config = decoder.config
         self._decoder = decoder
