@@ -369,6 +369,7 @@ class Engine:
         adapter = None if request.adapter is None else self._bank.get(request.adapter.checkpoint_id)
         self._scheduler.submit(request, adapter, stream=stream)
 
+    @torch.inference_mode()
     def cancel_sample(self, request_id: str) -> None:
         """Forget a request; no result will come."""
         self._scheduler.cancel(request_id)
