@@ -1,6 +1,8 @@
 """Where to compute, in which dtype, and how much memory to plan for."""
 
+import ctypes
 import os
+import sys
 
 import torch
 
@@ -63,3 +65,10 @@ def default_window_tokens(config: ModelConfig, device: torch.device) -> int:
 def has_memory_for(num_bytes: int) -> bool:
     """Whether a copy that only makes things faster is small beside this machine's memory."""
     return num_bytes <= _CPU_COPY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps what lies between tensors that stay."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -16,6 +16,7 @@ from selfloop.engine.device import (
     default_kv_tokens,
     default_train_budget,
     default_window_tokens,
+    give_back_freed_memory,
     pick_device,
     pick_dtype,
 )
@@ -281,7 +282,11 @@ class Engine:
         """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""
         run = self._run(run_id)
         num_tokens = 0 if run.accumulated is None else run.accumulated.num_tokens
+        had_moments = run.moments is not None
         grad_norm = optim_step(run, adam)
+        if run.moments is not None and not had_moments:
+            # The moments lie between what the first gradient freed.
+            give_back_freed_memory()
         return StepResult(
             {
                 "step": float(run.step),
