@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_hub
 import pytest
 from test_tinker_client import tinker_python  # noqa: F401 - a fixture
+from tinker_exit import ended_well
 
 from gateway import KEY, MODEL, Gateway, environment
 
@@ -90,7 +91,7 @@ class Tinker:
 
     def text(self, *arguments: str, given: str = "") -> str:
         done = self.done(*arguments, given=given)
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        assert ended_well(done.returncode), f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def json(self, *arguments: str) -> dict[str, object]:
@@ -116,7 +117,7 @@ def tinker(tinker_python: str, gateway: Gateway, tmp_path_factory: pytest.TempPa
     made = subprocess.run(
         [tinker_python, "-c", TRAIN], env=env, capture_output=True, text=True, timeout=120, check=False
     )
-    assert made.returncode == 0, made.stderr
+    assert ended_well(made.returncode), made.stderr
     run, *paths = made.stdout.split()
     return Tinker(tinker_python, env, folder, run, dict(path.split("=", 1) for path in paths))
 
@@ -244,7 +245,7 @@ def test_a_checkpoint_is_pushed_to_a_hub(tinker: Tinker):
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": fake_hub.TOKEN, "HF_HUB_OFFLINE": "0"}
         env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
         done = tinker.done("checkpoint", "push-hf", tinker.path("kept"), "--repo", "me/captain", **env)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert ended_well(done.returncode), done.stdout + done.stderr
     ((repo, _),) = hub.repos
     (files,) = hub.repos.values()
     assert repo == "me/captain"

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tinker_exit import ended_well
 
 from gateway import KEY, REPO, Gateway, environment
 
@@ -68,7 +69,7 @@ class Reports:
         done = subprocess.run(
             command, env=env, cwd=self._folder, capture_output=True, text=True, timeout=280, check=False
         )
-        assert done.returncode == 0, f"{done.stderr}\n{self._gateway.log}"
+        assert ended_well(done.returncode), f"{done.stderr}\n{self._gateway.log}"
         return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -6,12 +6,12 @@ A tiny model is served under a name that the cookbook knows; its tokenizer comes
 import json
 import math
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tinker_exit import ended_well
 
 from gateway import KEY, MODEL, Gateway, environment, selfloop, until
 
@@ -20,11 +20,6 @@ RENDERER = "qwen3_instruct"
 RECIPE_SECONDS = 200
 
 pytestmark = pytest.mark.clients
-
-
-def _ended_well(status: int) -> bool:
-    """Threads of the SDK at times abort its interpreter at the very end, when all is done and written."""
-    return status in (0, -signal.SIGABRT)
 
 
 class Cookbook:
@@ -63,7 +58,7 @@ class Cookbook:
     def run(self, module: str, log: str, **options: object) -> list[dict[str, float]]:
         """A recipe to its end; returns the rows of its metrics."""
         process = self.start(f"recipes.{module}", log, **options)
-        assert _ended_well(process.wait(RECIPE_SECONDS)), self.output(log)
+        assert ended_well(process.wait(RECIPE_SECONDS)), self.output(log)
         assert "completed successfully" in self.output(log), self.output(log)
         return self.metrics(log)
 
@@ -164,7 +159,7 @@ def test_weights_are_downloaded(cookbook: Cookbook, taught: str):
         timeout=RECIPE_SECONDS,
         check=False,
     )
-    assert _ended_well(done.returncode), done.stderr
+    assert ended_well(done.returncode), done.stderr
     fetched = cookbook.folder / "fetched"
     assert json.loads((fetched / "adapter_config.json").read_text())["r"] == 8
     assert (fetched / "adapter_model.safetensors").stat().st_size > 1000
@@ -318,7 +313,7 @@ def test_a_decision(cookbook: Cookbook):
         timeout=RECIPE_SECONDS,
         check=False,
     )
-    assert _ended_well(done.returncode), done.stderr
+    assert ended_well(done.returncode), done.stderr
     probabilities = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
     assert set(probabilities) == {"billing", "sdk", "console", "cookbook"}
     assert math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3)

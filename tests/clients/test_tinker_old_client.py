@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tinker_exit import ended_well
 
 from gateway import KEY, REPO, Gateway, environment
 
@@ -35,7 +36,7 @@ def test_the_basic_loop(gateway: Gateway, tmp_path: Path):
     done = subprocess.run(
         [python, str(SCRIPT)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
-    assert done.returncode == 0, f"{done.stderr}\n{gateway.log}"
+    assert ended_well(done.returncode), f"{done.stderr}\n{gateway.log}"
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["version"].startswith("0.25.")
     assert report["model"] == "tiny/llama"

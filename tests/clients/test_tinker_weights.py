@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_tinker_cookbook import Cookbook, cookbook_python  # noqa: F401 - a fixture
+from test_tinker_cookbook import Cookbook
+from tinker_exit import ended_well
 
 from gateway import Gateway
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.clients
 
 
 def test_weights_are_downloaded_and_merged(
-    cookbook_python: str,  # noqa: F811
+    cookbook_python: str,
     gateway: Gateway,
     tiny_model_folder: Path,
     tmp_path: Path,
@@ -24,7 +25,7 @@ def test_weights_are_downloaded_and_merged(
     env = Cookbook(cookbook_python, gateway, tmp_path).environment
     command = [cookbook_python, str(SCRIPT), str(tiny_model_folder), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, f"{done.stderr[-3000:]}\n{gateway.log[-3000:]}"
+    assert ended_well(done.returncode), f"{done.stderr[-3000:]}\n{gateway.log[-3000:]}"
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["files"] == [["adapter_config.json", "adapter_model.safetensors"]] * 2
     assert told["same"]
