@@ -125,7 +125,8 @@ def plan_strikes(seed: int, num: int, num_outcomes: int, outcome_s: float) -> li
     """
     draw = random.Random(seed)
     pairs = min(int(num * _PAIR_SHARE), num // 2)
-    points = sorted(draw.sample(range(1, max(num_outcomes - 1, num + 1)), num - pairs))
+    # Not in the last quarter, so that the script has not ended before the strike.
+    points = sorted(draw.sample(range(1, max(num_outcomes * 3 // 4, num + 1)), num - pairs))
     paired = set(draw.sample(points, pairs))
     strikes: list[Strike] = []
     for point in points:
@@ -257,8 +258,8 @@ def judge(client: str, peace: Played, war: Played) -> Verdict:
 def _recoveries(struck_at: list[tuple[float, Target]], outcomes_at: list[float]) -> list[float]:
     """Seconds from each strike that was followed by an outcome before the next strike, to that outcome."""
     found: list[float] = []
-    ends = [at for at, _ in struck_at[1:]] + [float("inf")]
-    for (at, _), end in zip(struck_at, ends, strict=True):
+    for place, (at, _) in enumerate(struck_at):
+        end = struck_at[place + 1][0] if place + 1 < len(struck_at) else float("inf")
         after = [o for o in outcomes_at if at + _UNDER_WAY_S <= o < end]
         if after:
             found.append(min(after) - at)
@@ -302,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
             servers.append(Server(data_dir, "--dtype", args.dtype))
         print("Left in peace ...", flush=True)
         peace = play(servers[0], args.client, script, [])
-        per_outcome_s = peace.seconds / len(peace.outcomes)
+        per_outcome_s = (peace.seen_at[-1] - peace.seen_at[0]) / len(peace.outcomes)
         strikes = plan_strikes(args.seed, args.kills, len(peace.outcomes), per_outcome_s)
         print(f"With {len(strikes)} strikes (seed {args.seed}) ...", flush=True)
         war = play(servers[1], args.client, script, strikes)
