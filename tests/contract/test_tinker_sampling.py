@@ -187,7 +187,7 @@ def test_only_the_last_positions(wire: Wire, sampler: str):
     last = array("f", message.prompt_logprobs)
     assert len(last) == len(everything)
     assert all(map(math.isnan, last[:-2]))
-    assert list(last[-2:]) == pytest.approx(list(everything[-2:]), rel=1e-5)
+    assert list(last[-2:]) == pytest.approx(list(everything[-2:]), abs=5e-6)  # a few roundings of float32
     top = array("f", message.topk_prompt_logprobs.logprobs)
     assert set(top[:-4]) == {-99999.0}
     assert all(value > -99999.0 for value in top[-4:])

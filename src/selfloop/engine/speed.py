@@ -5,12 +5,11 @@ which cost as much as trained ones.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from selfloop.engine.device import default_kv_tokens, default_train_budget, pick_device, pick_dtype
@@ -23,6 +22,7 @@ from selfloop.engine.models.linear import best_layout
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.speed import Speed
 
 _SHAPE = {
     "model_type": "llama",
@@ -41,29 +41,6 @@ _NUM_SEQUENCES, _LENGTH = 8, 256
 _PROMPT_TOKENS, _NEW_TOKENS = 64, 32
 # Beyond any cache.
 _READ_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Rates of the fastest of a few tries; a roof is what the machine's limit would give, all else free.
-
-    A token costs two operations a weight of the linear layers forward and as many backward; a step of decoding reads
-    every weight once.
-    """
-
-    model: str
-    device: str
-    dtype: str
-    num_threads: int
-    float32_gflops: float
-    bfloat16_gflops: float
-    memory_gb_per_s: float
-    train_tokens_per_s: float
-    train_roof: float
-    decode_1_tokens_per_s: float
-    decode_1_roof: float
-    decode_32_tokens_per_s: float
-    decode_32_roof: float
 
 
 def measure(model_dir: Path | None, tries: int) -> Speed:
@@ -171,7 +148,7 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path, nargs="?")
     parser.add_argument("--tries", type=int, default=2)
     args = parser.parse_args()
-    print(json.dumps(asdict(measure(args.model_dir, args.tries))))
+    print(msgspec.json.encode(measure(args.model_dir, args.tries)).decode())
 
 
 if __name__ == "__main__":
