@@ -28,7 +28,10 @@ pytestmark = pytest.mark.clients
 
 @pytest.fixture(scope="module")
 def llama_cpp_python() -> str:
-    """A Python that has llama.cpp's own binding."""
+    """A Python that has llama.cpp's own binding; it compiles for minutes, so only who works on the GGUF writer has one.
+
+    Elsewhere transformers' reader checks the same files.
+    """
     probe = "import importlib.util as u, sys; sys.exit(not u.find_spec('llama_cpp'))"
     for candidate in (os.environ.get("SELFLOOP_LLAMA_CPP_PYTHON"), sys.executable):
         if candidate and subprocess.run([candidate, "-c", probe], check=False).returncode == 0:

@@ -7,7 +7,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.losses.logprob import score, target_logprobs
+from selfloop.engine.losses.logprob import score
 from selfloop.engine.models.attention import PackedCausalAttention
 from selfloop.engine.models.decoder import positions_of
 from selfloop.engine.models.linear import FrozenLinear
@@ -54,7 +54,7 @@ def test_target_logprobs_against_float64(vocab_size):
     weights = torch.randn(300, generator=generator)
 
     h32 = h.clone().requires_grad_()
-    logprobs = target_logprobs(h32, FrozenLinear(head), targets)
+    logprobs = score(h32, FrozenLinear(head), targets, 0).logprobs
     (logprobs * weights).sum().backward()
 
     h64 = h.double().requires_grad_()
@@ -68,7 +68,7 @@ def test_target_logprobs_against_float64(vocab_size):
 
 
 def test_cross_entropy_of_a_uniform_model_is_log_vocabulary():
-    logprobs = target_logprobs(torch.zeros(3, 4), FrozenLinear(torch.randn(10, 4)), torch.tensor([0, 5, 9]))
+    logprobs = score(torch.zeros(3, 4), FrozenLinear(torch.randn(10, 4)), torch.tensor([0, 5, 9]), 0).logprobs
     torch.testing.assert_close(logprobs, torch.full((3,), -math.log(10)))
 
 
@@ -84,7 +84,7 @@ def test_several_targets_a_row_against_float64(vocab_size, num_targets):
     weights[60:70] = 0
 
     h32 = h.clone().requires_grad_()
-    logprobs = target_logprobs(h32, FrozenLinear(head), targets)
+    logprobs = score(h32, FrozenLinear(head), targets, 0).logprobs
     (logprobs * weights).sum().backward()
 
     h64 = h.double().requires_grad_()
@@ -95,7 +95,7 @@ def test_several_targets_a_row_against_float64(vocab_size, num_targets):
     torch.testing.assert_close(h32.grad.double(), h64.grad, atol=1e-4, rtol=1e-4)
     if num_targets == 1:
         flat = h.clone().requires_grad_()
-        single = target_logprobs(flat, FrozenLinear(head), targets[:, 0])
+        single = score(flat, FrozenLinear(head), targets[:, 0], 0).logprobs
         (single * weights[:, 0]).sum().backward()
         assert torch.equal(single, logprobs[:, 0])
         torch.testing.assert_close(h32.grad, flat.grad, atol=1e-6, rtol=1e-5)
@@ -114,5 +114,5 @@ def test_the_likeliest_tokens_against_float64(num_targets, num_top):
     assert torch.equal(scores.top_tokens_NJ, expected.indices)
     plain = h.clone().requires_grad_()
     scores.logprobs.sum().backward()
-    target_logprobs(plain, FrozenLinear(head), targets).sum().backward()
+    score(plain, FrozenLinear(head), targets, 0).logprobs.sum().backward()
     assert torch.equal(leaf.grad, plain.grad)

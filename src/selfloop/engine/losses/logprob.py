@@ -45,17 +45,12 @@ class Scores(NamedTuple):
     top_logprobs_NJ: Tensor
 
 
-def target_logprobs(h_ND: Tensor, head: FrozenLinear, targets: Tensor) -> Tensor:
-    """float32 logprobs of ``targets``, (N,) or (N, K); gradients reach ``h_ND`` and never the frozen head."""
-    return score(h_ND, head, targets, 0).logprobs
-
-
 def score(
     h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None
 ) -> Scores:
-    """As :func:`target_logprobs`, with each row's ``num_top`` likeliest tokens beside (all, if there are fewer).
+    """float32 logprobs of ``targets``, (N,) or (N, K), and each row's ``num_top`` likeliest tokens (all, if fewer).
 
-    With an ``adapter`` on the head gradients reach its A and B, too.
+    Gradients reach ``h_ND`` and never the frozen head; with an ``adapter`` on the head its A and B, too.
     """
     assert h_ND.shape[0] == targets.shape[0]
     if adapter is not None:
