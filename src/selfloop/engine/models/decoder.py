@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
@@ -51,24 +52,43 @@ class Decoder:
         self.dtype = weights.embedding_VD.dtype
         self.rotary = Rotary(config.rope, self.device, self.dtype)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        adapters: AdapterBatch,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """Hidden states h_TD after the final norm, in the compute dtype; between layers they are float32.
 
         Args:
             tokens_T: int64 ids of all sequences, one after another.
             positions_T: int64 position of each row in its own sequence.
+            recompute: keep only what goes into each layer; the backward computes the rest again, a layer at a time.
         """
         assert tokens_T.shape == positions_T.shape
-        cos, sin = self.rotary(positions_T)
+        rotation = self.rotary(positions_T)
         h_TD = F.embedding(tokens_T, self.weights.embedding_VD).float()
-        eps = self.config.rms_norm_eps
-        for index, layer in enumerate(self.weights.layers):
-            x_TD = rms_norm(h_TD, layer.attention_norm_D, eps)
-            h_TD = h_TD + self._attend(index, layer, x_TD, (cos, sin), attention, adapters)
-            x_TD = rms_norm(h_TD, layer.mlp_norm_D, eps)
-            act_TF = swiglu(self._project(index, GATE_UP, layer, x_TD, adapters))
-            h_TD = h_TD + self._project(index, DOWN, layer, act_TF, adapters)
-        return rms_norm(h_TD, self.weights.final_norm_D, eps)
+        for index in range(len(self.weights.layers)):
+            if recompute:
+                rest = (h_TD, rotation, attention, adapters)
+                h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h_TD = self.layer(index, h_TD, rotation, attention, adapters)
+        return rms_norm(h_TD, self.weights.final_norm_D, self.config.rms_norm_eps)
+
+    def layer(
+        self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch
+    ) -> Tensor:
+        """One block: float32 h_TD in and out."""
+        layer, eps = self.weights.layers[index], self.config.rms_norm_eps
+        x_TD = rms_norm(h_TD, layer.attention_norm_D, eps)
+        h_TD = h_TD + self._attend(index, layer, x_TD, rotation, attention, adapters)
+        x_TD = rms_norm(h_TD, layer.mlp_norm_D, eps)
+        act_TF = swiglu(self._project(index, GATE_UP, layer, x_TD, adapters))
+        return h_TD + self._project(index, DOWN, layer, act_TF, adapters)
 
     def logits(self, h_ND: Tensor, adapters: AdapterBatch) -> Tensor:
         """Logits (N, V) in float32 of the rows asked for; ``adapters`` counts these rows."""
