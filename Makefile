@@ -66,7 +66,7 @@ $(COOKBOOK_READY): requirements/cookbook.txt $(READY)
 	@echo "[8/9] The Tinker cookbook's own environment, $(COOKBOOK), for the tests"
 	@$(PYTHON) -m venv $(COOKBOOK)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(COOKBOOK)/shared.pth
-	@$(COOKBOOK)/bin/python -c 'import shutil, sysconfig; shutil.move("$(COOKBOOK)/shared.pth", sysconfig.get_path("purelib"))'
+	@$(COOKBOOK)/bin/python -c 'import os, sysconfig; os.replace("$(COOKBOOK)/shared.pth", os.path.join(sysconfig.get_path("purelib"), "shared.pth"))'
 	@$(COOKBOOK)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -r requirements/cookbook.txt
 	@touch $@
 
@@ -77,7 +77,7 @@ $(TORCH_CLIENT_READY): requirements/torch-client.txt tests/clients/older_python.
 	@$(TORCH_CLIENT)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --ignore-requires-python -r requirements/torch-client.txt
 	@$(PYTHON) tests/clients/older_python.py $(TORCH_CLIENT)
 	@for other in $(COOKBOOK) $(VENV); do $$other/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done > $(TORCH_CLIENT)/shared.pth
-	@$(TORCH_CLIENT)/bin/python -c 'import shutil, sysconfig; shutil.move("$(TORCH_CLIENT)/shared.pth", sysconfig.get_path("purelib"))'
+	@$(TORCH_CLIENT)/bin/python -c 'import os, sysconfig; os.replace("$(TORCH_CLIENT)/shared.pth", os.path.join(sysconfig.get_path("purelib"), "shared.pth"))'
 	@touch $@
 
 demo: $(READY) $(CLIENT_READY)
