@@ -55,8 +55,11 @@ class FakeHouse:
         self.operations = Operations(self.context)
 
     @classmethod
-    async def open(cls, folder: Path, config: SchedulerConfig | None = None) -> "FakeHouse":
+    async def open(
+        cls, folder: Path, config: SchedulerConfig | None = None, *, dies_at: int | None = None
+    ) -> "FakeHouse":
         house = cls(folder, config or SchedulerConfig())
+        house.lifecycle.dies_at = dies_at
         async with house.db.write() as session:
             if await queries_resources.run(session, RUN_ID) is None:
                 now = time.time()

@@ -12,11 +12,12 @@ import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import httpx
@@ -27,6 +28,7 @@ from sqlalchemy.engine import URL
 from selfloop.control.control import DATABASE_FILE, DataDirectory
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import parse_database_url, sqlite_url
+from selfloop.storage.db.backend import WRITER_LOCK
 
 PASSWORD = "correct-horse-battery-staple"
 BUCKET = "checkpoints"
@@ -271,16 +273,42 @@ def checkpoints(data_dir: Path) -> Path:
     return data_dir / "checkpoints"
 
 
+def forget_cached(data_dir: Path, checkpoint_id: str) -> None:
+    """Have the files of a checkpoint read from the bucket again."""
+    shutil.rmtree(data_dir / "cache" / "checkpoints" / checkpoint_id, ignore_errors=True)
+
+
+def secrets() -> dict[str, str]:
+    """What the servers are opened with."""
+    return {"password of the database": PASSWORD, "key of the bucket": servers.s3.secret} if ON_SERVERS else {}
+
+
 def data_directory(path: Path) -> DataDirectory:
     """A data directory that commands work on, in this process."""
     own = environment(path)
     return DataDirectory(path, own.get("SELFLOOP_DATABASE_URL"), own.get("SELFLOOP_STORE"))
 
 
-def execute(data_dir: Path, statement: str) -> None:
-    """Change rows behind the back of a gateway that does not run."""
+@contextlib.contextmanager
+def held(data_dir: Path) -> Generator[None]:
+    """Hold the writers' lock of a data directory's database, as another process would."""
+    if ON_SERVERS:
+        with servers.postgres.admin(name_of(data_dir)) as connection:
+            connection.execute("SELECT pg_advisory_lock(%s, %s)", WRITER_LOCK)
+            yield
+    else:
+        with contextlib.closing(sqlite3.connect(data_dir / DATABASE_FILE, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("ROLLBACK")
+
+
+def execute(data_dir: Path, statement: str) -> list[tuple[object, ...]]:
+    """Look at rows, or change those of a gateway that does not run; returns what there is to return."""
     url = servers.postgres.url(name_of(data_dir)) if ON_SERVERS else sqlite_url(data_dir / DATABASE_FILE)
     engine = create_engine(url)
     with engine.begin() as connection:
-        connection.execute(text(statement))
+        done = connection.execute(text(statement))
+        rows = [tuple(row) for row in done] if done.returns_rows else []
     engine.dispose()
+    return rows

@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+import stores
 from gateway import KEY, MODEL, Gateway, Run, environment, ok
 from selfloop.cli.main import app
 
@@ -37,6 +38,7 @@ class Cli:
 
     def __init__(self, gateway: Gateway) -> None:
         self._env = {"SELFLOOP_URL": gateway.url, "SELFLOOP_API_KEY": KEY, "COLUMNS": str(WIDTH), "NO_COLOR": "1"}
+        self._env |= stores.environment(gateway.data_dir)
 
     def run(self, *arguments: str, rc: int = 0, stdin: str = "", **env: str) -> Result:
         done = CliRunner().invoke(app, arguments, input=stdin, env=self._env | env)

@@ -1,5 +1,6 @@
 """``selfloop export`` and ``selfloop import`` beside a server, and what the server makes of the import."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,8 @@ from gateway import MODEL, Gateway, Run, copy_data, datum, environment, new_sess
 def refused(*arguments: str, code: int = 1) -> str:
     """Run a command that must fail; returns its stderr."""
     command = [sys.executable, "-m", "selfloop.cli.main", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    env = environment() | stores.environment(Path(arguments[arguments.index("--data-dir") + 1]))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stdout == ""
     return done.stderr
@@ -107,7 +109,7 @@ def test_an_import_into_a_directory_that_never_served(data_template: Path, adapt
 
 def test_refused_imports_leave_nothing(data_template: Path, adapter: Path, tmp_path: Path):
     data_dir = copy_data(data_template, tmp_path / "fresh")
-    broken = copy_data(adapter, tmp_path / "broken")
+    broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     where = ("--data-dir", str(data_dir))
@@ -168,6 +170,7 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
     (checkpoint,) = ok(trained.http.get("/v1/loops/checkpoints", params={"checkpoint_path": torn}))["checkpoints"]
     weights = stores.checkpoints(gateway.data_dir) / checkpoint["id"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
+    stores.forget_cached(gateway.data_dir, checkpoint["id"])
     assert "cannot be read" in refused("export", torn, "--to", "merged", str(out), *where)
     assert list(tmp_path.iterdir()) == []
 

@@ -320,7 +320,7 @@ def test_loops_lists_no_external_weights(rest: Rest, http: httpx.Client):
             ].values()
         )
     )
-    id = url.split("/files/")[1].split("/")[0]
+    id = httpx.URL(url).path.split("/")[-2]
     assert http.delete(f"/v1/loops/checkpoints/{id}").status_code == 404
 
 

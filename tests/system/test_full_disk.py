@@ -2,17 +2,16 @@
 
 import os
 import shutil
-import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
+import stores
 from gateway import Gateway, Json, Run, copy_data, datum, ok, words
 
 MIB = 2**20
@@ -90,14 +89,12 @@ def test_a_database_that_is_held_makes_writers_wait_and_readers_not(data_templat
     try:
         run = Run.create(own.http(), seed=7).attached()
         answers: list[httpx.Response] = []
-        with closing(sqlite3.connect(own.data_dir / "selfloop.db", isolation_level=None)) as holder:
-            holder.execute("BEGIN IMMEDIATE")
+        with stores.held(own.data_dir):
             poster = threading.Thread(target=lambda: answers.append(run.post("forward_backward", **loss(1))))
             poster.start()
             time.sleep(1.0)
             assert answers == [], "it is not accepted before it is stored"
             assert ok(run.http.get(f"/v1/loops/runs/{run.id}"))["run"]["id"] == run.id
-            holder.execute("ROLLBACK")
         poster.join()
         run.result(ok(answers[0], 202)["operation_id"])
         assert run.step()["metrics"]["step"] == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+import stores
 from gateway import KEY, Gateway, Run, copy_data, ok
 
 
@@ -26,7 +27,8 @@ def test_a_fresh_gateway_takes_less_than_150_mb(new_gateway: Callable[[], Gatewa
     own = new_gateway()
     run = Run.create(own.http()).attached()
     run.train(1, 2)
-    assert psutil.Process(own.pid).memory_info().rss < 150e6
+    # With what the clients of PostgreSQL and a bucket take.
+    assert psutil.Process(own.pid).memory_info().rss < (190e6 if stores.ON_SERVERS else 150e6)
 
 
 def test_healthz_needs_no_key(gateway: Gateway):

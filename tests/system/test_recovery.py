@@ -1,6 +1,7 @@
 """Anything may be killed at any instant: what was accepted gets its result, once, and the numbers are the same."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import stores
 from gateway import KEY, Gateway, Json, Run, copy_data, datum, environment, is_gone, ok, selfloop, until, words
 
 NUM_STEPS = 24
@@ -248,7 +250,7 @@ def test_port_in_use_is_told(gateway: Gateway, data_template: Path, tmp_path: Pa
     arguments = ["serve", "--port", str(gateway.port), "--data-dir", str(data_dir)]
     second = subprocess.run(
         [sys.executable, "-m", "selfloop.cli.main", *arguments],
-        env=environment(SELFLOOP_API_KEY=KEY),
+        env=environment(SELFLOOP_API_KEY=KEY, **stores.environment(data_dir)),
         capture_output=True,
         text=True,
         timeout=60,
@@ -268,17 +270,41 @@ def test_what_a_crash_left_half_written_vanishes(new_gateway: Callable[[], Gatew
     path = run.save("whole")
     files = run.files(path)
     own.kill()
-    stored = own.data_dir / "checkpoints"
-    whole = {entry.name for entry in stored.iterdir()}
+    stored = stores.checkpoints(own.data_dir)
+
+    def listed() -> set[str]:
+        return {path.relative_to(stored).parts[0] for path in stored.rglob("*") if path.is_file()}
+
+    whole = listed()
+    days_ago = time.time() - 3 * 86400
     for left in ("aaaaaaa.part", "bbbbbbb"):
         (stored / left).mkdir()
-        (stored / left / "adapter_model.safetensors").write_bytes(b"half")
+        half = stored / left / "adapter_model.safetensors"
+        half.write_bytes(b"half")
+        # In a bucket another process might be writing what is young.
+        os.utime(half, (days_ago, days_ago))
+    assert len(listed()) == len(whole) + 2
     own.start()
-    assert {entry.name for entry in stored.iterdir()} == whole
+    assert listed() == whole
     assert run.files(path) == files
     assert [c["checkpoint_id"] for c in ok(run.http.get(f"/v1/loops/checkpoints?run_id={run.id}"))["checkpoints"]] == [
         "whole"
     ]
+
+
+def test_a_refused_place_is_not_waited_for_after_a_restart(new_gateway: Callable[[], Gateway]):
+    """The client has counted its sequence id, and never sends it again; a gap ends what waits behind it."""
+    own = new_gateway()
+    run = Run.create(own.http()).attached()
+    loss = {"data": [datum(words(1))], "loss_fn": "cross_entropy"}
+    assert run.post("forward", **(loss | {"loss_fn": "none such"})).status_code == 422
+    refused_ahead = run.seq + 2
+    assert run.post("forward", **(loss | {"loss_fn": "none such"}), seq=refused_ahead).status_code == 422
+    own.kill()
+    own.start()
+    first = run.submit("forward", **loss)
+    last = run.submit("forward", **loss, seq=refused_ahead + 1)
+    assert run.result(last)["metrics"] == run.result(first)["metrics"]
 
 
 def test_everything_that_was_made_is_there_after_a_restart(new_gateway: Callable[[], Gateway]):

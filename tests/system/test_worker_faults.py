@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import stores
 from gateway import KEY, REPO, Gateway, Json, Run, copy_data, datum, until, words
 
 FAULTS = REPO / "tests" / "faults"
@@ -75,3 +76,20 @@ def test_a_worker_that_goes_wrong_is_replaced_and_its_runs_lose_nothing(faulty: 
     undisturbed.forward_backward([datum(words(5))])
     assert [r.step()["metrics"]["step"] for r in (run, undisturbed)] == [5, 5]
     assert run.state() == undisturbed.state()
+
+
+def test_what_killed_a_worker_is_remembered_by_the_next_gateway(faulty: Gateway):
+    """Else whatever ends both would be tried for ever."""
+    run = Run.create(faulty.http(), seed=3).attached()
+    run.train(1)
+    killing = run.submit("optim_step", adam_params={"learning_rate": KILLS})
+    attempts = f"SELECT num_attempts FROM operations WHERE id = '{killing}'"
+    until(lambda: stores.execute(faulty.data_dir, attempts) == [(1,)], "the first death is stored")
+    faulty.kill()
+    num_deaths = faulty.log.count("lost its worker")
+    faulty.start()
+    killed = run.outcome(killing, 120)
+    assert killed["error_class"] == "WorkerLost"
+    assert "ended its worker 2 times" in killed["error"]
+    assert faulty.log.count("lost its worker") == num_deaths + 1
+    assert run.step()["metrics"]["step"] == 2

@@ -84,10 +84,11 @@ async def opened(data_dir: Path | None) -> AsyncGenerator[DataDirectory]:
     usual = os.umask(0o077)
     try:
         data = DataDirectory(resolve(data_dir), given_database_url(), given_store())
-        await data.seed()
+        try:
+            await data.seed()
+            os.umask(usual)
+            yield data
+        finally:
+            await data.close()
     finally:
         os.umask(usual)
-    try:
-        yield data
-    finally:
-        await data.close()

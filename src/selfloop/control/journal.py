@@ -144,17 +144,27 @@ class Journal:
             return Accepted(await self._known(row, submission, run.next_seq), is_new=False)
         return Accepted(row, is_new=True)
 
-    async def refused_ahead(self, run: RunRow) -> list[int]:
-        """Sequence ids from the run's next one on that were refused when they came."""
+    async def leave_out(self, run: RunRow, seq: int) -> None:
+        """Note that nothing is to be expected at ``seq``, until the run has gone past it."""
+        run_id, epoch = run.id, run.epoch
+        await self._db.write_grouped(lambda connection: queries_operations.leave_out(connection, run_id, epoch, seq))
+
+    async def left_out(self) -> Sequence[tuple[str, int, int]]:
+        """Places (run, epoch, seq) ahead of a run's order that nothing is to be expected at."""
         async with self._db.read() as session:
-            rows = await queries_operations.in_state(session, OperationState.ERROR, run.id)
-        return [row.seq for row in rows if row.epoch == run.epoch and row.seq >= run.next_seq]
+            return await queries_operations.left_out(session)
+
+    async def note_attempts(self, row: OperationRow, num_attempts: int) -> None:
+        """Make durable how many workers have died at an operation."""
+        async with self._db.write() as session:
+            await queries_operations.note_attempts(session, row, num_attempts)
+        row.num_attempts = num_attempts
 
     async def skip_gap(self, run: RunRow, next_seq: int) -> None:
         """Stop waiting for the sequence ids below ``next_seq``."""
-        run.next_seq = next_seq
         async with self._db.write() as session:
             await queries_resources.update_run(session, run.id, next_seq=next_seq)
+        run.next_seq = next_seq
 
     async def payload(self, row: OperationRow) -> bytes:
         if row.payload_key is not None:
@@ -220,6 +230,7 @@ class Journal:
             await queries_operations.drop_results(session, stale)
             gone = await queries_operations.expired(session, before)
             await queries_operations.remove(session, gone)
+            await queries_operations.forget_left_out(session)
         await self._delete(keys)
 
     async def _store(self, key: str, data: bytes) -> str | None:

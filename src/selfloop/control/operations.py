@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, first_missing
-from selfloop.control.outages import Ages, tried
+from selfloop.control.outages import OUTAGES, Ages, tried
 from selfloop.control.readable import may_read
 from selfloop.control.recovery import clear_leftovers
 from selfloop.control.scheduler import RunActor
@@ -15,7 +15,7 @@ from selfloop.control.settle import Outcome
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import OperationRow, RunRow
-from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.errors import BadRequest, Conflict, NotFound, Unavailable
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -71,11 +71,12 @@ class Operations:
             self._live[row.run_id, row.id] = _Live()
             self._c.settlement.observer.accepted(run, row)
             self._c.scheduler.actor(run).push(row)
-        for run_id in {row.run_id for row in queued} & {
-            run.id for run in runs.values() if run.status == RunStatus.ACTIVE
-        }:
-            for seq in await self._c.journal.refused_ahead(runs[run_id]):
-                await self.leave_out(runs[run_id], seq)
+        for run_id, epoch, seq in await self._c.journal.left_out():
+            self._left_out.setdefault(run_id, set()).add((epoch, seq))
+        for run_id in list(self._left_out):
+            if (actor := self._c.scheduler.known(run_id)) is not None:
+                async with actor.accepting:
+                    await self._pass_left_out(actor)
         if queued:
             log.info("resuming %d queued operations", len(queued))
         self._purger = asyncio.create_task(self._purge(), name="purge-results")
@@ -129,7 +130,7 @@ class Operations:
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.refuse(actor.run, submission, error, error_class)
-        await self.leave_out(actor.run, submission.seq)
+            await self._leave_out(actor, submission.seq)
         return accepted.row.id
 
     async def leave_out(self, run: RunRow, seq: int) -> None:
@@ -142,9 +143,15 @@ class Operations:
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             next_seq = actor.run.next_seq
-            if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD:
-                self._left_out.setdefault(run.id, set()).add((actor.run.epoch, seq))
-                await self._pass_left_out(actor)
+            known = self._left_out.get(run.id, set())
+            if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD and (actor.run.epoch, seq) not in known:
+                await self._c.journal.leave_out(actor.run, seq)
+                await self._leave_out(actor, seq)
+
+    async def _leave_out(self, actor: RunActor, seq: int) -> None:
+        """Go on without ``seq``, of which the journal knows."""
+        self._left_out.setdefault(actor.run.id, set()).add((actor.run.epoch, seq))
+        await self._pass_left_out(actor)
 
     async def _pass_left_out(self, actor: RunActor) -> None:
         """Go past places that were left out, once something waits behind them."""
@@ -181,8 +188,13 @@ class Operations:
             return
         if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
             raise Conflict(f"operation {operation_id} is already running or has ended")
-        await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
-        await self.leave_out(actor.run, row.seq)
+        try:
+            await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
+        except (*OUTAGES, Unavailable):
+            actor.push(row)
+            raise
+        async with actor.accepting:
+            await self._leave_out(actor, row.seq)
 
     async def check_loadable(
         self, run: RunRow, path: str, *, with_optimizer: bool, granted_team_id: str | None = None

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -41,9 +42,20 @@ _operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decod
 
 @dataclass(order=True, slots=True)
 class _Queued:
+    """One in the queue; ``num_attempts`` have ended their worker, the last one by ``cause``."""
+
     position: Position
     row: OperationRow = field(compare=False)
-    num_attempts: int = field(default=0, compare=False)
+    num_attempts: int = field(compare=False)
+    cause: str = field(default="", compare=False)
+
+
+class _Failed(NamedTuple):
+    """One that ended in an error, which is yet to be stored as its outcome."""
+
+    row: OperationRow
+    error: str
+    error_class: str
 
 
 @dataclass(slots=True)
@@ -85,6 +97,7 @@ class RunActor:
         self._parked: set[int] = set()
         self._parked_at = (run.epoch, run.next_seq)
         self._in_flight: deque[_InFlight] = deque()
+        self._failed: deque[_Failed] = deque()
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
         self._snapshots = RunSnapshots(
@@ -100,7 +113,7 @@ class RunActor:
     # -- from outside ---------------------------------------------------------------------------------
 
     def push(self, row: OperationRow) -> None:
-        queued = _Queued((row.epoch, row.seq), row)
+        queued = _Queued((row.epoch, row.seq), row, row.num_attempts)
         heapq.heappush(self._queue, queued)
         if not self._is_ready(queued):
             self.parked_seqs().add(row.seq)
@@ -173,7 +186,9 @@ class RunActor:
 
     def drain(self) -> list[OperationRow]:
         """What has no outcome yet; for a run that ends."""
-        rows = [f.queued.row for f in self._in_flight] + [q.row for q in sorted(self._queue)]
+        rows = [f.row for f in self._failed] + [f.queued.row for f in self._in_flight]
+        rows += [q.row for q in sorted(self._queue)]
+        self._failed.clear()
         self._in_flight.clear()
         self._queue.clear()
         self._parked.clear()
@@ -186,24 +201,36 @@ class RunActor:
         while True:
             self._wakeup.clear()
             try:
-                await self._snapshots.collect(self._is_settled)
-                await self._fill()
-                if self._in_flight:
-                    await self._await_head()
-                elif self._park_requests:
-                    await self._park_now()
-                elif self._queue and not self._halted:
-                    await self._await_missing()
-                else:
-                    await self._wakeup.wait()
-            except WorkerLost as lost:
-                await self._recover(lost)
-            except OperationFailed as error:
-                # The base model cannot be served, or the run's state cannot be brought back.
-                await self._fail_all(error)
+                await self._turn()
             except Exception:  # The actor's edge: a full disk or a locked database must not end the run.
                 log.exception("run %s: trying again in %g s", self.run.id, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
+
+    async def _turn(self) -> None:
+        try:
+            await self._settle_failed()
+            await self._snapshots.collect(self._is_settled)
+            await self._fill()
+            if self._in_flight:
+                await self._await_head()
+            elif self._park_requests:
+                await self._park_now()
+            elif self._queue and not self._halted:
+                await self._await_missing()
+            else:
+                await self._wakeup.wait()
+        except WorkerLost as lost:
+            await self._recover(lost)
+        except OperationFailed as error:
+            # The base model cannot be served, or the run's state cannot be brought back.
+            self._failed += [_Failed(row, str(error), error.error_class) for row in self.drain()]
+            self._wakeup.set()
+
+    async def _settle_failed(self) -> None:
+        """Store the outcomes of what failed; while they cannot be stored, the run waits."""
+        while self._failed:
+            await self._settlement.fail(*self._failed[0])
+            self._failed.popleft()
 
     def _is_ready(self, queued: _Queued) -> bool:
         epoch, seq = queued.position
@@ -217,6 +244,13 @@ class RunActor:
     async def _fill(self) -> None:
         while self._may_send():
             queued = self._queue[0]
+            if queued.num_attempts >= _MAX_ATTEMPTS:
+                cause = f"it ended its worker {queued.num_attempts} times: {queued.cause}"
+                await self._fail_queued(queued, cause, "WorkerLost")
+                continue
+            if queued.num_attempts > queued.row.num_attempts:
+                # Durable before it is tried again, as what it does may end the gateway, too.
+                await self._journal.note_attempts(queued.row, queued.num_attempts)
             with self._lifecycle.using(self.run.deployment_id):
                 worker = await self._open()
                 payload = await self._journal.payload(queued.row)
@@ -224,8 +258,7 @@ class RunActor:
                     # A suspect of the worker's death gets no company, so that only the culprit can be blamed again.
                     command = await self._command(queued.row, payload, alone=queued.num_attempts > 0)
                 except OperationFailed as error:
-                    self.remove(queued.row.id)
-                    await self._settlement.fail(queued.row, str(error), error.error_class)
+                    await self._fail_queued(queued, str(error), error.error_class)
                     continue
             if not self._queue or self._queue[0] is not queued:
                 continue  # Cancelled while the worker was loading.
@@ -234,6 +267,11 @@ class RunActor:
             self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
             self._settlement.observer.begun(queued.row)
             await self._begin_snapshot()
+
+    async def _fail_queued(self, queued: _Queued, error: str, error_class: str) -> None:
+        self.remove(queued.row.id)
+        self._failed.append(_Failed(queued.row, error, error_class))
+        await self._settle_failed()
 
     def _may_send(self) -> bool:
         if self._halted or not self._queue or not self._is_ready(self._queue[0]):
@@ -303,11 +341,13 @@ class RunActor:
                 if row.kind in _SAVES:
                     await self._settlement.discard(row)
                 self._in_flight.popleft()
-                await self._settlement.fail(row, str(error), error.error_class)
+                self._failed.append(_Failed(row, str(error), error.error_class))
                 if error.state_lost:
                     self._return_in_flight()
-                    await self._snapshots.drop()
                     self._worker = None
+                await self._settle_failed()
+                if error.state_lost:
+                    await self._snapshots.drop()
                 return
             # It began when it was sent, or when the one before it ended.
             now = time.monotonic()
@@ -329,8 +369,9 @@ class RunActor:
         except OperationFailed as error:
             # What cannot be kept was not loaded: the run goes back to its state before.
             self._in_flight.popleft()
-            await self._settlement.fail(row, f"the loaded state could not be stored: {error}", error.error_class)
+            self._failed.append(_Failed(row, f"the loaded state could not be stored: {error}", error.error_class))
             await self._close_in_worker()
+            await self._settle_failed()
             return False
         return True
 
@@ -366,17 +407,14 @@ class RunActor:
                 return  # It came at the last moment.
             missing = self.run.next_seq
             parked = sorted(self._queue)
+            await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
             self._queue.clear()
             self._parked.clear()
-            await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
-        grace = self._config.gap_grace_s
-        for queued in parked:
-            await self._settlement.fail(
-                queued.row,
-                f"the operation with seq_id {missing} did not arrive within {grace:g} s, so this one "
-                f"(seq_id {queued.row.seq}) was not run",
-                "MissingOperation",
-            )
+        cause = f"the operation with seq_id {missing} did not arrive within {self._config.gap_grace_s:g} s"
+        for row in (queued.row for queued in parked):
+            told = f"{cause}, so this one (seq_id {row.seq}) was not run"
+            self._failed.append(_Failed(row, told, "MissingOperation"))
+        await self._settle_failed()
 
     async def _park_now(self) -> None:
         requests, self._park_requests = self._park_requests, []
@@ -398,15 +436,11 @@ class RunActor:
         log.warning("run %s lost its worker: %s", self.run.id, lost)
         self._worker = None
         returned = self._return_in_flight()
+        if returned and lost.begun:
+            returned[0].num_attempts += 1
+            returned[0].cause = str(lost)
         # Of what it holds, something may be sent once more.
         await self._snapshots.drop()
-        if returned and lost.begun:
-            suspect = returned[0]
-            suspect.num_attempts += 1
-            if suspect.num_attempts >= _MAX_ATTEMPTS:
-                self.remove(suspect.row.id)
-                cause = f"it ended its worker {_MAX_ATTEMPTS} times: {lost}"
-                await self._settlement.fail(suspect.row, cause, "WorkerLost")
 
     def _return_in_flight(self) -> list[_Queued]:
         """Put what was sent and not settled back into the queue."""
@@ -417,10 +451,6 @@ class RunActor:
         for queued in returned:
             heapq.heappush(self._queue, queued)
         return returned
-
-    async def _fail_all(self, error: OperationFailed) -> None:
-        for row in self.drain():
-            await self._settlement.fail(row, str(error), error.error_class)
 
 
 def _seen(future: "asyncio.Future[bytes]") -> None:

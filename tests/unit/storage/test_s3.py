@@ -9,7 +9,7 @@ import pytest
 
 from selfloop.storage.blobs import s3 as s3_module
 from selfloop.storage.blobs.s3 import S3Checkpoints
-from selfloop.types.errors import BadRequest, Conflict, Unavailable
+from selfloop.types.errors import BadRequest, Conflict, OperationFailed, Unavailable
 from stores import BUCKET, S3Server, name_of, servers
 
 BIG = bytes(range(256)) * 80_000
@@ -116,7 +116,7 @@ async def test_what_changed_in_the_bucket_is_not_read(
     _stage(store, "one")
     await store.publish("one")
     store._client.put_object(Bucket=BUCKET, Key=store._key("one", "small"), Body=b"xyz")
-    with pytest.raises(Unavailable, match="not what was stored"):
+    with pytest.raises(OperationFailed, match="small cannot be read: it is not what was stored"):
         await elsewhere.folder("one")
     assert not (elsewhere._cache / "one").exists()
 

@@ -44,7 +44,10 @@ class CheckpointStore(Protocol):
         ...
 
     async def folder(self, id: str) -> Path:
-        """The files on the local disk, to be read within the hour. Raises :class:`FileNotFoundError`."""
+        """The files on the local disk, to be read within the hour.
+
+        Raises :class:`FileNotFoundError`, and :class:`OperationFailed` for files that are not what was stored.
+        """
         ...
 
     async def files(self, id: str) -> list[StoredFile]:

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from selfloop.storage.blobs.checkpoints import StoredFile, list_files
-from selfloop.types.errors import BadRequest, Conflict, Unavailable
+from selfloop.types.errors import BadRequest, Conflict, OperationFailed, Unavailable
 
 log = logging.getLogger(__name__)
 # It tells at each start where it found credentials.
@@ -39,6 +39,8 @@ _CACHED_S = 3600.0
 # Another process may be writing what has no row yet.
 _LEFTOVER_S = 24 * 3600.0
 _CHUNK_BYTES = 2**20
+# What differs from its digest may have been garbled on the way, once.
+_MAX_FETCHES = 2
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -168,12 +170,18 @@ class S3Checkpoints:
             for file in manifest.files:
                 path = aside / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if self._download(self._key(id, file.name), path) != (file.size_bytes, file.sha256):
-                    raise Unavailable(f"{self.address}: {id}/{file.name} is not what was stored", _RETRY_AFTER_S)
+                self._fetch_file(id, file, path)
             aside.rename(cached)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         self._trim()
+
+    def _fetch_file(self, id: str, file: _File, path: Path) -> None:
+        for _ in range(_MAX_FETCHES):
+            if self._download(self._key(id, file.name), path) == (file.size_bytes, file.sha256):
+                return
+        damaged = f"{self.address}: {id}/{file.name} cannot be read: it is not what was stored"
+        raise OperationFailed(damaged, "CheckpointDamaged")
 
     def _download(self, key: str, path: Path) -> tuple[int, str]:
         """Returns size and SHA-256 of what came."""

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfloop.storage.db.address import is_sqlite
+from selfloop.storage.db.portable import SQLITE_JSON_TEXT, member
 from selfloop.types.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _BUSY_TIMEOUT_S = 10
 
 # Two numbers that name our locks in a PostgreSQL database: its writer's turn, and the gateway that owns it.
 _LOCKS = 0x5E1F
-_WRITER = 1
+WRITER_LOCK = (_LOCKS, 1)
 GATEWAY_LOCK = (_LOCKS, 2)
 
 _HELD = (
@@ -100,6 +101,7 @@ class Sqlite:
     def _configure(connection: Any, _record: Any) -> None:
         # The driver must not open transactions by itself: BEGIN is ours, see _begin.
         connection.isolation_level = None
+        connection.create_function(SQLITE_JSON_TEXT, 2, member, deterministic=True)
         cursor = connection.cursor()
         for pragma in (
             "journal_mode=WAL",
@@ -215,7 +217,8 @@ class Postgres:
     def _begin(self, connection: Connection) -> None:
         if not connection.get_execution_options().get(IMMEDIATE, False):
             return
-        turn = f"SELECT pg_advisory_xact_lock({_LOCKS}, {_WRITER}), pg_current_xact_id()::text, pg_backend_pid()"
+        lock = f"pg_advisory_xact_lock({WRITER_LOCK[0]}, {WRITER_LOCK[1]})"
+        turn = f"SELECT {lock}, pg_current_xact_id()::text, pg_backend_pid()"
         _, id, pid = connection.exec_driver_sql(turn).one()
         connection.info[_TRANSACTION] = Transaction(id, pid)
         if self.holder_pid is not None and not connection.exec_driver_sql(_HELD.format(self.holder_pid)).scalar():

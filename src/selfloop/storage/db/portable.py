@@ -2,28 +2,44 @@
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Integer, Text, cast, func
+import msgspec
+from sqlalchemy import BigInteger, ColumnElement, Connection, Integer, cast, func, literal
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from selfloop.storage.db.column_types import Text
 
-class json_text(FunctionElement[str]):
-    """``json_text(column, key)``: what a JSON object (as text) has under a key, as text; null without one."""
+SQLITE_JSON_TEXT = "selfloop_json_text"
+"""Our own :func:`member` on connections to SQLite, whose ``->>`` takes some keys for paths, and fails on others."""
 
+
+def member(document: str | None, key: str) -> str | None:
+    """What a JSON object has under a key, as text; None without one."""
+    value = None if document is None else msgspec.json.decode(document)
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if found is None or isinstance(found, str) else msgspec.json.encode(found).decode()
+
+
+def json_text(document: Any, key: str) -> ColumnElement[str]:
+    """The same in a query: of a column that is :class:`JsonText`, or of what this gave out."""
+    return _JsonText(document, literal(key, Text()))
+
+
+class _JsonText(FunctionElement[str]):
     type = Text()
     inherit_cache = True
 
 
-@compiles(json_text, "sqlite")
+@compiles(_JsonText, "sqlite")
 def _json_text_sqlite(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     column, key = element.clauses
-    return f"({compiler.process(column, **kw)} ->> {compiler.process(key, **kw)})"
+    return f"{SQLITE_JSON_TEXT}({compiler.process(column, **kw)}, {compiler.process(key, **kw)})"
 
 
-@compiles(json_text, "postgresql")
+@compiles(_JsonText, "postgresql")
 def _json_text_postgresql(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     column, key = element.clauses
     return f"(CAST({compiler.process(column, **kw)} AS json) ->> {compiler.process(cast(key, Text), **kw)})"
@@ -34,7 +50,7 @@ def total(column: Any) -> ColumnElement[int]:
     return cast(func.sum(column), BigInteger().with_variant(Integer(), "sqlite"))
 
 
-def insert_or_update(session: AsyncSession, table: Any) -> Any:
-    """An ``INSERT`` that takes ``on_conflict_do_update``; both databases write it alike."""
-    dialect = session.get_bind().dialect.name
-    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+def insert_or_update(session: AsyncSession | Connection, table: Any) -> Any:
+    """An ``INSERT`` that takes ``on_conflict_do_update`` and ``_nothing``; both databases write it alike."""
+    dialect = session.dialect if isinstance(session, Connection) else session.get_bind().dialect
+    return postgresql.insert(table) if dialect.name == "postgresql" else sqlite.insert(table)

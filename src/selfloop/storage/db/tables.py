@@ -12,7 +12,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from selfloop.storage.db.column_types import Text, Whole
+from selfloop.storage.db.column_types import JsonText, Text, Whole
 
 
 class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
@@ -83,7 +83,7 @@ class SessionRow(Base):
     key_id: Mapped[str] = mapped_column(ForeignKey("keys.id"))
     created_at: Mapped[float]
     training_project_id: Mapped[str | None] = mapped_column(default=None)
-    details: Mapped[str | None] = mapped_column(default=None)
+    details: Mapped[str | None] = mapped_column(JsonText, default=None)
     ended_at: Mapped[float | None] = mapped_column(default=None)
     end_reason: Mapped[str | None] = mapped_column(default=None)
 
@@ -276,7 +276,7 @@ class CheckpointRow(Base):
 class OperationRow(Base):
     """One accepted operation. Payload and result lie in the row when small, else in a blob of that key.
 
-    ``key_id`` is the key that sent it.
+    ``key_id`` is the key that sent it; ``num_attempts`` counts the workers that died at it.
     """
 
     __tablename__ = "operations"
@@ -302,6 +302,17 @@ class OperationRow(Base):
     error_class: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[float | None] = mapped_column(default=None)
     key_id: Mapped[str | None] = mapped_column(default=None)
+    num_attempts: Mapped[int] = mapped_column(default=0, server_default="0")
+
+
+class LeftOutRow(Base):
+    """A place in a run's order that nothing is to be expected at: the call that had it was refused."""
+
+    __tablename__ = "left_out"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
 class QueuedSampleRow(Base):
