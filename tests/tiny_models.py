@@ -43,6 +43,9 @@ _LLAMA3 = {
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
+# Whose heads have the sixteen dimensions that the CPU kernels need.
+_WIDE = {**_SIZES, "hidden_size": 64, "intermediate_size": 112}
+
 _BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=True)),
@@ -56,6 +59,13 @@ _BUILDERS = {
 }
 
 FAMILIES = tuple(_BUILDERS)
+
+_BUILDERS |= {
+    "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE)),
+    "llama-wide-tied": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE, tie_word_embeddings=True)),
+    "llama-wide-biased": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE, attention_bias=True, mlp_bias=True)),
+    "qwen2-wide": lambda: Qwen2ForCausalLM(Qwen2Config(**_WIDE)),
+}
 
 
 def build(family: str) -> PreTrainedModel:

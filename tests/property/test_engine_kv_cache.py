@@ -8,7 +8,8 @@ from selfloop.engine.lora.targets import linear_groups
 from selfloop.engine.models.config import ModelConfig, parse_config
 from selfloop.engine.models.decoder import BaseWeights, Decoder, LayerWeights
 from selfloop.engine.models.linear import FrozenLinear
-from selfloop.engine.sample.kv_cache import PagePool
+from selfloop.engine.sample.kv_cache import KvRows, PagePool
+from selfloop.engine.sample.passes import cache_passes
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.types.sampling import SampleRequest, SamplingParams
 
@@ -43,7 +44,7 @@ def tiny_decoder() -> Decoder:
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5)), max_size=40))
 def test_pool_keeps_its_books(actions):
-    pool = PagePool(tiny_config(), 16 * 8, torch.device("cpu"), torch.float32)
+    pool = PagePool(KvRows(tiny_config(), 16 * 8, torch.device("cpu"), torch.float32))
     held: list[list[int]] = []
     for action, number in actions:
         if action == "take" and number <= pool.num_free:
@@ -67,15 +68,15 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers
 @given(REQUESTS, st.integers(6, 12), st.integers(1, 50), st.integers(1, 5))
 def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_pages, budget, max_batch):
     decoder = tiny_decoder()
-    pool = PagePool(decoder.config, num_pages * 16, decoder.device, decoder.dtype)
+    passes = cache_passes(decoder, num_pages * 16, 256)
+    pool = passes.pool
     scheduler = SamplingScheduler(
         decoder,
-        pool,
+        passes,
         prefill_budget=budget,
         max_batch=max_batch,
         vocabulary=None,
         compile_grammar=None,
-        window_tokens=256,
     )
     for index, (length, num_samples, max_tokens) in enumerate(requests):
         params = SamplingParams(max_tokens=max_tokens, seed=index)

@@ -8,7 +8,7 @@ from test_engine_kv_cache import tiny_config
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.lora.adapter import Adapter
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, PagePool
 from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
@@ -19,9 +19,9 @@ TEXTS = st.lists(st.sampled_from([(0,), (1,)]), max_size=6).map(lambda pages: [t
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "end", "abandon"]), TEXTS, st.integers(0, 2)), max_size=40))
 def test_cache_keeps_its_books(actions):
-    pool = PagePool(tiny_config(), PAGE_TOKENS * NUM_PAGES, torch.device("cpu"), torch.float32)
+    pool = PagePool(KvRows(tiny_config(), PAGE_TOKENS * NUM_PAGES, torch.device("cpu"), torch.float32))
     cache = PrefixCache(pool)
-    versions = [None, Adapter(1.0, []), Adapter(1.0, [])]
+    versions = [None, *(Adapter(1.0, [], torch.empty(0)) for _ in range(2))]
     running, content = [], {}
     for action, text, number in actions:
         if action == "begin":
@@ -76,7 +76,7 @@ def engines(folder) -> list[Engine]:
             engine._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
             engine.publish("run", "second")
             _ENGINES.append(engine)
-        _ENGINES[0]._scheduler._window._max_tokens = 128
+        _ENGINES[0]._scheduler._passes.window._max_tokens = 128
     return _ENGINES
 
 

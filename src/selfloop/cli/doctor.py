@@ -43,8 +43,11 @@ _TIGHT_DISK_BYTES = _GIB // 10
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_TORCH = """
 import json, torch
+from selfloop.engine.native.build import Lacking, look
+found = look()
+lacking = list(found) if isinstance(found, Lacking) else None
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-print(json.dumps({"version": torch.__version__, "gpus": gpus}))
+print(json.dumps({"version": torch.__version__, "gpus": gpus, "lacking": lacking}))
 """
 
 
@@ -65,8 +68,11 @@ class Check:
 
 
 class _Torch(msgspec.Struct):
+    """``lacking``: why there are no CPU kernels, and what helps; None where there are."""
+
     version: str
     gpus: list[str]
+    lacking: tuple[str, str] | None
 
 
 class _Health(msgspec.Struct):
@@ -152,8 +158,16 @@ def check_torch() -> Check:
         said = probe.stderr.strip().splitlines()
         return Check("PyTorch", Verdict.PROBLEM, said[-1] if said else "does not start", "reinstall torch")
     torch = msgspec.json.decode(probe.stdout, type=_Torch)
-    where = ", ".join(torch.gpus) if torch.gpus else "no GPU: computes on the CPU"
-    return Check("PyTorch", Verdict.OK, f"{torch.version}; {where}")
+    if torch.gpus:
+        return Check("PyTorch", Verdict.OK, f"{torch.version}; {', '.join(torch.gpus)}")
+    found = f"{torch.version}; no GPU: computes on the CPU"
+    if torch.lacking is None:
+        return Check("PyTorch", Verdict.OK, f"{found}, with kernels of our own")
+    reason, remedy = torch.lacking
+    found = f"{found}, without kernels of our own: {reason}"
+    if not remedy:
+        return Check("PyTorch", Verdict.OK, found)
+    return Check("PyTorch", Verdict.WARNING, found, f"training and sampling are slower{remedy}")
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Check:

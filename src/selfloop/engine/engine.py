@@ -29,7 +29,7 @@ from selfloop.engine.models.decoder import Decoder, num_parameters
 from selfloop.engine.models.linear import best_layout
 from selfloop.engine.sample.bank import AdapterBank
 from selfloop.engine.sample.grammar import CompileGrammar
-from selfloop.engine.sample.kv_cache import PagePool
+from selfloop.engine.sample.passes import cache_passes
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
 from selfloop.engine.train.optim import optim_step
@@ -92,12 +92,11 @@ class Engine:
         self._bank = AdapterBank(max_adapters)
         self._scheduler = SamplingScheduler(
             decoder,
-            PagePool(config, max_kv_tokens, decoder.device, decoder.dtype),
+            cache_passes(decoder, max_kv_tokens, default_window_tokens(config, decoder.device)),
             prefill_budget=train_token_budget,
             max_batch=_MAX_BATCH,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
-            window_tokens=default_window_tokens(config, decoder.device),
         )
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
@@ -140,7 +139,7 @@ class Engine:
         config = read_config(model_dir)
         on = pick_device(device)
         compute = pick_dtype(dtype, on)
-        layout = best_layout(on, compute)
+        layout = best_layout(config, on, compute)
         log.info("base weights in %s on %s, %s", compute, on, layout)
         decoder = Decoder(config, load_base_weights(model_dir, config, on, compute, layout))
         budget = default_train_budget(on) if train_token_budget is None else train_token_budget

@@ -85,7 +85,7 @@ def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) ->
     if model_dir is not None:
         return Engine.load(model_dir), read_config(model_dir)
     config = parse_config(_SHAPE, {})
-    decoder = Decoder(config, random_base_weights(config, device, dtype, best_layout(device, dtype)))
+    decoder = Decoder(config, random_base_weights(config, device, dtype, best_layout(config, device, dtype)))
     engine = Engine(
         decoder,
         train_token_budget=default_train_budget(device),

@@ -68,6 +68,26 @@ def test_a_problem_is_exit_code_one(tmp_path: Path, no_client: None, monkeypatch
     assert "no torch here" in doctor.check_torch().found
 
 
+@pytest.mark.parametrize(
+    ("lacking", "gpus", "verdict", "words"),
+    [
+        ("null", "[]", doctor.Verdict.OK, "kernels of our own"),
+        ('["no compiler", "; install g++"]', "[]", doctor.Verdict.WARNING, "no compiler"),
+        ('["AMX", ""]', "[]", doctor.Verdict.OK, "without kernels of our own: AMX"),
+        ('["no compiler", "; install g++"]', '["H100"]', doctor.Verdict.OK, "H100"),
+    ],
+)
+def test_the_kernels_are_looked_at(
+    lacking: str, gpus: str, verdict: doctor.Verdict, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    answer = f'{{"version": "9.9", "gpus": {gpus}, "lacking": {lacking}}}'
+    monkeypatch.setattr(doctor, "_PROBE_TORCH", f"print({answer!r})")
+    check = doctor.check_torch()
+    assert check.verdict is verdict
+    assert words in check.found
+    assert ("install g++" in check.advice) == (verdict is doctor.Verdict.WARNING)
+
+
 def test_ports():
     assert doctor.check_port(free_port()).verdict is Verdict.OK
     with http_server(b'{"status": "ok", "version": "9.9.9"}') as port:

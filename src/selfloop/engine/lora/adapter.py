@@ -36,10 +36,14 @@ class NamedParameter(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank; None where nothing is adapted."""
+    """An adapter ready to be multiplied: compute dtype, scaling = alpha / rank; None where nothing is adapted.
+
+    A and B are views of ``flat_P``.
+    """
 
     scaling: float
     layers: list[tuple[LoraGroup | None, ...]]
+    flat_P: Tensor
     head: LoraGroup | None = None
 
 
@@ -68,7 +72,8 @@ class AdapterShape:
         layers = [
             tuple(self._view(group, parts) if group else None for group in self._groups) for _ in range(self.num_layers)
         ]
-        return Adapter(alpha / self.rank, layers, self._view(self._head, parts) if self._head else None)
+        head = self._view(self._head, parts) if self._head else None
+        return Adapter(alpha / self.rank, layers, flat_P, head)
 
     def _view(self, group: LinearGroup, parts: Iterator[Tensor]) -> LoraGroup:
         a = next(parts).view(-1, group.in_features)

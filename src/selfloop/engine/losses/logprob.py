@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from selfloop.engine.lora.grouped_matmul import add_low_rank
 from selfloop.engine.models.linear import FrozenLinear
+from selfloop.engine.native.panels import Panels
 
 # On a CPU a chunk's logits should stay in its cache, but fewer rows make the products slow.
 _CPU_CHUNK_ROWS = (32, 256)
@@ -114,6 +115,11 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
         slope_ND = torch.empty_like(h_ND) if wants_grad else None
         tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
+        if head.panels is not None:
+            _by_kernels(h_ND, head, head.panels, targets_N, logprobs_N, slope_ND, tops)
+            if slope_ND is not None:
+                ctx.save_for_backward(slope_ND)
+            return logprobs_N, *tops.outputs(ctx)
         for chunk in _chunks(h_ND, head):
             targets_C1 = targets_N[chunk, None]
             # A target's logprob is how far the others are from it; the likeliest tokens' own need all of the logits.
@@ -144,6 +150,34 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_ND,) = ctx.saved_tensors
         return (slope_ND.float() * grads[0][:, None]).to(slope_ND.dtype), None, None, None
+
+
+def _by_kernels(
+    h_ND: Tensor,
+    head: FrozenLinear,
+    panels: Panels,
+    targets_N: Tensor,
+    logprobs_N: Tensor,
+    slope_ND: Tensor | None,
+    tops: _Tops,
+) -> None:
+    """Fill in what :class:`_TargetLogprobs` gives, in two passes over each chunk's logits."""
+    chunks = _chunks(h_ND, head)
+    room = panels.room(min(h_ND.shape[0], chunks[0].stop)) if chunks else None
+    weights_CV = None
+    if slope_ND is not None and room is not None:
+        weights_CV = torch.empty(room.shape[0], head.out_features, dtype=h_ND.dtype)
+    for chunk in chunks:
+        logits_CV = panels.multiply(h_ND[chunk], room)
+        if head.bias_O is not None:
+            logits_CV += head.bias_O
+        own_CV = None if weights_CV is None else weights_CV[: logits_CV.shape[0]]
+        logprobs_N[chunk], sums_C = panels.target_logprobs(logits_CV, targets_N[chunk], own_CV)
+        likeliest = tops.likeliest(logits_CV)
+        if likeliest is not None:
+            tops.put(chunk, likeliest, logits_CV.gather(1, targets_N[chunk, None]) - logprobs_N[chunk, None])
+        if slope_ND is not None and own_CV is not None:
+            slope_ND[chunk] = head.backward_panels().multiply(own_CV).div_(-sums_C[:, None])
 
 
 class _ManyTargetLogprobs(torch.autograd.Function):

@@ -23,18 +23,18 @@ class PackedCausalAttention:
 
     def __init__(self, lengths: list[int]) -> None:
         assert lengths, "an empty batch has nothing to attend to"
-        self._lengths = lengths
+        self.lengths = lengths
         self._uniform = len(set(lengths)) == 1
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        assert q_THd.shape[0] == sum(self._lengths), "rows and sequence lengths disagree"
+        assert q_THd.shape[0] == sum(self.lengths), "rows and sequence lengths disagree"
         if self._uniform:
-            num = len(self._lengths)
+            num = len(self.lengths)
             q, k, v = (x.unflatten(0, (num, -1)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
             return causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)
         out = [
             causal_attention(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
-            for qkv in zip(*(x.split(self._lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
+            for qkv in zip(*(x.split(self.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         ]
         return torch.cat(out)
 
@@ -42,9 +42,14 @@ class PackedCausalAttention:
 class ApartAttention:
     """Blocks of rows that lie one after another, each with the attention that it would have alone."""
 
-    def __init__(self, blocks: list[tuple[int, Attention]]) -> None:
+    def __init__(self, blocks: list[tuple[int, PackedCausalAttention]]) -> None:
         self._sizes = [size for size, _ in blocks]
         self._attentions = [attention for _, attention in blocks]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of all sequences."""
+        return [length for attention in self._attentions for length in attention.lengths]
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         parts = zip(self._attentions, *(x.split(self._sizes) for x in (q_THd, k_TGd, v_TGd)), strict=True)

@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV
-from selfloop.engine.models.attention import Attention
+from selfloop.engine.models.attention import ApartAttention, Attention, PackedCausalAttention
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.models.norm import rms_norm
 from selfloop.engine.models.rope import Rotary, rotate
 from selfloop.engine.models.swiglu import swiglu
+from selfloop.engine.native.build import kernels
+from selfloop.engine.native.layers import KernelLayers, TiledCache, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Decoder:
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
         self.rotary = Rotary(config.rope, self.device, self.dtype)
+        found = kernels() if weights.head.panels is not None else None
+        self.kernels = None if found is None else KernelLayers(found, config, weights)
 
     def forward(
         self,
@@ -71,6 +75,9 @@ class Decoder:
         assert tokens_T.shape == positions_T.shape
         rotation = self.rotary(positions_T)
         h_TD = F.embedding(tokens_T, self.weights.embedding_VD).float()
+        if self.kernels is not None:
+            assert isinstance(attention, PackedCausalAttention | ApartAttention), "a cache has its own way in"
+            return self.kernels.in_sequences(h_TD, rotation, attention.lengths, adapters, recompute=recompute)
         for index in range(len(self.weights.layers)):
             if recompute:
                 rest = (h_TD, rotation, attention, adapters)
@@ -78,6 +85,14 @@ class Decoder:
             else:
                 h_TD = self.layer(index, h_TD, rotation, attention, adapters)
         return rms_norm(h_TD, self.weights.final_norm_D, self.config.rms_norm_eps)
+
+    def over_cache(
+        self, tokens_T: Tensor, positions_T: Tensor, rows: list[TokenRows], cache: TiledCache, adapters: AdapterBatch
+    ) -> Tensor:
+        """By the kernels: as :meth:`forward`, of tokens whose predecessors are in the cache, which they join."""
+        assert self.kernels is not None
+        h_TD = F.embedding(tokens_T, self.weights.embedding_VD).float()
+        return self.kernels.over_cache(h_TD, self.rotary(positions_T), rows, cache, adapters)
 
     def layer(
         self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch

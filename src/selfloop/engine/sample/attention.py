@@ -1,5 +1,6 @@
 """Attention over the KV cache: one strategy for prompts, one for single new tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from selfloop.engine.models.attention import causal_attention, masked_attention
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool, cell, page_table, pages_for
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, cell, page_table, pages_for
 from selfloop.engine.sample.kv_window import Seated, Shelf
 from selfloop.engine.sample.sequence import Sample
 
@@ -23,17 +24,17 @@ class PromptChunk(NamedTuple):
 class PrefillAttention:
     """Chunks of prompts, packed one after another."""
 
-    def __init__(self, pool: PagePool, chunks: list[PromptChunk], device: torch.device) -> None:
-        self._pool = pool
+    def __init__(self, cache: KvRows, chunks: list[PromptChunk], device: torch.device) -> None:
+        self._cache = cache
         self._chunks = chunks
         cells = [cell(c.pages, position) for c in chunks for position in range(c.start, c.stop)]
         self._cells_T = torch.tensor(cells, device=device)
         self._tables = [page_table([c.pages[: pages_for(c.stop)]], device) for c in chunks]
         for chunk in chunks:
-            pool.zero(chunk.pages[pages_for(chunk.start) : pages_for(chunk.stop)])
+            cache.zero(chunk.pages[pages_for(chunk.start) : pages_for(chunk.stop)])
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        self._pool.write(layer, self._cells_T, k_TGd, v_TGd)
+        self._cache.write(layer, self._cells_T, k_TGd, v_TGd)
         lengths = [chunk.stop - chunk.start for chunk in self._chunks]
         parts = zip(*(x.split(lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         out: list[Tensor] = []
@@ -46,7 +47,7 @@ class PrefillAttention:
         return torch.cat(out)
 
     def _with_cache(self, layer: int, chunk: PromptChunk, table_1P: Tensor, q_NHd: Tensor) -> Tensor:
-        k_1GLd, v_1GLd = (x[:, :, : chunk.stop] for x in self._pool.read(layer, table_1P))
+        k_1GLd, v_1GLd = (x[:, :, : chunk.stop] for x in self._cache.read(layer, table_1P))
         keys_L = torch.arange(chunk.stop, device=q_NHd.device)
         visible_NL = keys_L <= keys_L[chunk.start :, None]
         q_1HNd = q_NHd.transpose(0, 1)[None]
@@ -56,14 +57,14 @@ class PrefillAttention:
 class StepAttentionOverCache:
     """One new token for each of B samples, whose cache has room for it; ``samples`` in the order of the rows."""
 
-    def __init__(self, config: ModelConfig, pool: PagePool, samples: list[Sample], seated: Seated) -> None:
+    def __init__(self, config: ModelConfig, cache: KvRows, samples: Sequence[Sample], seated: Seated) -> None:
         rows = {id(sample): row for row, sample in enumerate(samples)}
-        device = pool.device
+        device = cache.device
         self._parts: list[tuple[Tensor | None, _ShelfStep | _PagedStep]] = []
         for shelf in seated.shelves:
             self._add([rows[id(s)] for s in shelf.samples], len(samples), _ShelfStep(config, shelf, device), device)
         if seated.outside:
-            step = _PagedStep(config, pool, seated.outside)
+            step = _PagedStep(config, cache, seated.outside)
             self._add([rows[id(s)] for s in seated.outside], len(samples), step, device)
 
     def _add(self, rows: list[int], num_rows: int, step: "_ShelfStep | _PagedStep", device: torch.device) -> None:
@@ -120,21 +121,21 @@ class _ShelfStep:
 class _PagedStep:
     """Of samples that only have pages: gathered anew in every layer."""
 
-    def __init__(self, config: ModelConfig, pool: PagePool, samples: list[Sample]) -> None:
+    def __init__(self, config: ModelConfig, cache: KvRows, samples: list[Sample]) -> None:
         self._heads, self._groups = config.num_heads, config.num_kv_heads
-        self._pool = pool
+        self._cache = cache
         positions = [sample.position for sample in samples]
-        self._table_BP = page_table([s.pages[: pages_for(s.position + 1)] for s in samples], pool.device)
-        self._cells_B = torch.tensor([cell(s.pages, s.position) for s in samples], device=pool.device)
-        self._bias = _bias(positions, self._table_BP.shape[1] * PAGE_TOKENS, pool.device)
-        pool.zero([s.pages[s.position // PAGE_TOKENS] for s in samples if s.position % PAGE_TOKENS == 0])
+        self._table_BP = page_table([s.pages[: pages_for(s.position + 1)] for s in samples], cache.device)
+        self._cells_B = torch.tensor([cell(s.pages, s.position) for s in samples], device=cache.device)
+        self._bias = _bias(positions, self._table_BP.shape[1] * PAGE_TOKENS, cache.device)
+        cache.zero([s.pages[s.position // PAGE_TOKENS] for s in samples if s.position % PAGE_TOKENS == 0])
         for sample in samples:
             sample.num_in_pages = sample.position + 1
 
     def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
         q_BHd, k_BGd, v_BGd = qkv_BHd.split([self._heads, self._groups, self._groups], dim=1)
-        self._pool.write(layer, self._cells_B, k_BGd, v_BGd)
-        k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._pool.read(layer, self._table_BP))
+        self._cache.write(layer, self._cells_B, k_BGd, v_BGd)
+        k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._cache.read(layer, self._table_BP))
         return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, self._bias)
 
 

@@ -4,27 +4,21 @@ A step of few rows is short, so what counts is how many operations a layer takes
 once and where they lie. Between the products everything is float32. The tests hold it to the decoder's own numbers.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfloop.engine.device import has_memory_for
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV, linear_groups
-from selfloop.engine.models.decoder import Decoder, num_parameters
-from selfloop.engine.models.few_rows import MAX_HEAD_ROWS, MAX_ROWS, FewRowsLinear, can_pack, few_rows
+from selfloop.engine.models.decoder import Decoder
 from selfloop.engine.models.linear import FrozenLinear
 
-Linear = FrozenLinear | FewRowsLinear
 StepAttention = Callable[[int, Tensor], Tensor]
 """Layer, rotated (B, H + 2G, head_dim) float32 with queries scaled by head_dim^-1/2 -> (B, H * head_dim) float32."""
-
-log = logging.getLogger("selfloop.engine")
 
 
 class StepDecoder:
@@ -42,7 +36,6 @@ class StepDecoder:
         scales = [config.head_dim**-0.5] * config.num_heads + [1.0] * config.num_kv_heads
         self._scale_H11 = torch.tensor(scales, device=decoder.device)[:, None, None]
         self._num_qk = config.num_heads + config.num_kv_heads
-        self._few_rows, self._few_rows_head = self._copies()
         self._shared: tuple[Adapter, SharedAdapter] | None = None
         self._stacked: StackedAdapters | None = None
 
@@ -56,8 +49,7 @@ class StepDecoder:
         cos, sin = decoder.rotary(torch.tensor(positions, device=decoder.device))
         cos_BH1d = cos[:, :, None].float() * self._scale_H11
         sin_BH2d = torch.stack((-sin, sin), dim=2).float() * self._scale_H11
-        linears = self._linears if self._few_rows is None or len(tokens) > MAX_ROWS else self._few_rows
-        for index, (qkv, out, gate_up, down) in enumerate(linears):
+        for index, (qkv, out, gate_up, down) in enumerate(self._linears):
             attention_norm_D, mlp_norm_D = self._norms[index]
             x_BD = self._norm(h_BD, attention_norm_D)
             qkv_BHd = self._project(qkv, x_BD, adapters, index, QKV).unflatten(1, (-1, config.head_dim))
@@ -72,21 +64,15 @@ class StepDecoder:
             gate_BF, up_BF = self._project(gate_up, x_BD, adapters, index, GATE_UP).chunk(2, dim=1)
             h_BD += self._project(down, F.silu(gate_BF).mul_(up_BF), adapters, index, DOWN)
         h_BD = self._norm(h_BD, self._final_norm)
-        segments = AdapterBatch.of([(1, adapter) for adapter in row_adapters])
-        if self._few_rows_head is None or len(tokens) > MAX_HEAD_ROWS or segments.at_head():
-            return decoder.logits(h_BD.to(decoder.dtype), segments)
-        return self._few_rows_head(h_BD)
+        return decoder.logits(h_BD.to(decoder.dtype), AdapterBatch.of([(1, adapter) for adapter in row_adapters]))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
 
-    def _project(self, linear: Linear, x_BI: Tensor, adapters: StepAdapters | None, index: int, group: int) -> Tensor:
-        if isinstance(linear, FewRowsLinear):
-            y_BO = linear(x_BI)
-            if adapters is not None:
-                adapters.add(y_BO, x_BI, index, group)
-            return y_BO
+    def _project(
+        self, linear: FrozenLinear, x_BI: Tensor, adapters: StepAdapters | None, index: int, group: int
+    ) -> Tensor:
         low_BI = x_BI.to(self._decoder.dtype)
         y_BO = linear(low_BI)
         if adapters is None:
@@ -99,8 +85,7 @@ class StepDecoder:
         return y_BO.float()
 
     def _adapters(self, row_adapters: list[Adapter | None]) -> StepAdapters | None:
-        few = len(row_adapters) <= MAX_ROWS and self._few_rows is not None
-        dtype = torch.float32 if few else self._decoder.dtype
+        dtype = self._decoder.dtype
         distinct = list(dict.fromkeys(adapter for adapter in row_adapters if adapter is not None))
         if not distinct:
             return None
@@ -123,14 +108,3 @@ class StepDecoder:
         if self._shared is None or self._shared[0] is not adapter:
             self._shared = adapter, SharedAdapter(adapter, dtype)
         return self._shared[1]
-
-    def _copies(self) -> tuple[list[list[FewRowsLinear]] | None, FewRowsLinear | None]:
-        decoder = self._decoder
-        if not can_pack(decoder.device, decoder.dtype) or not has_memory_for(2 * num_parameters(decoder.weights)):
-            return None, None
-        layers = [few_rows(linears) for linears in self._linears]
-        head = few_rows([decoder.weights.head])
-        if head is None or any(layer is None for layer in layers):
-            return None, None
-        log.info("a float16 copy of the base weights serves decode steps of up to %d rows", MAX_ROWS)
-        return [layer for layer in layers if layer is not None], head[0]

@@ -1,6 +1,7 @@
 """Keys and values in fixed pages, which samples of one prompt share and which stay as long as there is room."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ PAGE_TOKENS = 16
 _NULL_PAGE = 0
 
 
+class PageStorage(Protocol):
+    """What is in the pages; see :class:`KvRows` for PyTorch's operators."""
+
+    @property
+    def num_pages(self) -> int:
+        """The null page included."""
+        ...
+
+    def zero(self, pages: list[int]) -> None:
+        """Clear pages before their first token is written: a masked NaN would still be a NaN."""
+        ...
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+
 class PagePool:
     """Pages of ``PAGE_TOKENS`` tokens over all layers, counted by reference.
 
@@ -18,25 +34,15 @@ class PagePool:
     is idle: it counts as available, as the cache gives it back when the free ones run out.
     """
 
-    def __init__(self, config: ModelConfig, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.num_pages = -(-num_tokens // PAGE_TOKENS)
-        self.device = device
-        shape = (
-            config.num_layers,
-            self.num_pages + 1,
-            PAGE_TOKENS,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        # Untouched memory costs nothing; a page is zeroed before use, as a masked NaN would still be a NaN.
-        self._k = torch.empty(shape, dtype=dtype, device=device)
-        self._v = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, storage: PageStorage) -> None:
+        self._storage = storage
+        self.num_pages = storage.num_pages - 1
         self._free = list(range(self.num_pages, 0, -1))
         self._references = [0] * (self.num_pages + 1)
         self._cached: set[int] = set()
         self._num_idle = 0
         self._reclaim: Callable[[int], None] | None = None
-        self.zero([_NULL_PAGE])
+        storage.zero([_NULL_PAGE])
 
     @property
     def num_free(self) -> int:
@@ -104,6 +110,21 @@ class PagePool:
         assert self._cached <= held, "a cached page is free"
         assert self._num_idle == sum(self.is_idle(page) for page in self._cached), "idle pages are miscounted"
 
+    def copy_page(self, source: int, target: int) -> None:
+        self._storage.copy_page(source, target)
+
+
+class KvRows:
+    """Keys and values of each token in a row."""
+
+    def __init__(self, config: ModelConfig, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.num_pages = storage_pages(num_tokens)
+        shape = (config.num_layers, self.num_pages, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+        # Untouched memory costs nothing.
+        self._k = torch.empty(shape, dtype=dtype, device=device)
+        self._v = torch.empty(shape, dtype=dtype, device=device)
+
     def zero(self, pages: list[int]) -> None:
         """Clear pages before their first token is written."""
         for page in pages:
@@ -150,6 +171,11 @@ def page_table(rows: list[list[int]], device: torch.device) -> Tensor:
 def pages_for(num_tokens: int) -> int:
     """Pages that hold ``num_tokens``."""
     return -(-num_tokens // PAGE_TOKENS)
+
+
+def storage_pages(num_tokens: int) -> int:
+    """Pages of a pool that holds ``num_tokens``, the null page included."""
+    return pages_for(num_tokens) + 1
 
 
 def cell(pages: list[int], position: int) -> int:

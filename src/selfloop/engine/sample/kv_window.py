@@ -3,13 +3,14 @@
 Pages stay the owners of memory and what is shared; a sample in the window has a copy of its own, which alone grows.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows
 
 if TYPE_CHECKING:
     from selfloop.engine.sample.sequence import Sample
@@ -68,15 +69,15 @@ class Seated(NamedTuple):
 class KvWindow:
     """Shelves for samples of about equal lengths, at most ``max_tokens`` in all."""
 
-    def __init__(self, config: ModelConfig, pool: PagePool, max_tokens: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, cache: KvRows, max_tokens: int, device: torch.device, dtype: torch.dtype):
         self._config = config
-        self._pool = pool
+        self._cache = cache
         self._max_tokens = max_tokens
         self._device = device
         self._dtype = dtype
         self._shelves: dict[int, Shelf] = {}
 
-    def seat(self, samples: "list[Sample]") -> Seated:
+    def seat(self, samples: "Sequence[Sample]") -> Seated:
         """Make room for one more token of each."""
         outside = [sample for sample in samples if not self._has_room(sample) and not self._place(sample)]
         return Seated([shelf for shelf in self._shelves.values() if shelf.samples], outside)
@@ -85,10 +86,10 @@ class KvWindow:
         """Bring the pages up to date, as far as tokens before ``stop`` go."""
         if sample.shelf is not None and stop > sample.num_in_pages:
             start = sample.num_in_pages
-            self._pool.zero([sample.pages[at // PAGE_TOKENS] for at in range(start, stop) if at % PAGE_TOKENS == 0])
+            self._cache.zero([sample.pages[at // PAGE_TOKENS] for at in range(start, stop) if at % PAGE_TOKENS == 0])
             cells = [sample.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in range(start, stop)]
             row = sample.shelf.row(sample)
-            self._pool.write_all(torch.tensor(cells, device=self._device), row[:, :, :, start:stop])
+            self._cache.write_all(torch.tensor(cells, device=self._device), row[:, :, :, start:stop])
             sample.num_in_pages = stop
 
     def leave(self, sample: "Sample") -> None:
@@ -115,7 +116,7 @@ class KvWindow:
             row[:, :, :, :known] = sample.shelf.row(sample)[:, :, :, :known]
             self.leave(sample)
         else:
-            self._pool.read_all(sample.pages[: -(-known // PAGE_TOKENS)], row[:, :, :, :known])
+            self._cache.read_all(sample.pages[: -(-known // PAGE_TOKENS)], row[:, :, :, :known])
         sample.shelf = shelf
         return True
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.decoder import Decoder
-from selfloop.engine.sample.attention import PrefillAttention, PromptChunk, StepAttentionOverCache
-from selfloop.engine.sample.decode import StepDecoder
+from selfloop.engine.sample.attention import PromptChunk
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
-from selfloop.engine.sample.kv_window import KvWindow
+from selfloop.engine.sample.kv_cache import PAGE_TOKENS
+from selfloop.engine.sample.passes import CachePasses
 from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.sampler import Row, draw
@@ -39,19 +38,17 @@ class SamplingScheduler:
     def __init__(
         self,
         decoder: Decoder,
-        pool: PagePool,
+        passes: CachePasses,
         *,
         prefill_budget: int,
         max_batch: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
-        window_tokens: int,
     ) -> None:
         self._decoder = decoder
-        self._step_decoder = StepDecoder(decoder)
-        self._pool = pool
-        self._prefixes = PrefixCache(pool)
-        self._window = KvWindow(decoder.config, pool, window_tokens, decoder.device, torch.float32)
+        self._passes = passes
+        self._pool = passes.pool
+        self._prefixes = PrefixCache(passes.pool)
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
         self._vocabulary = vocabulary
@@ -201,15 +198,9 @@ class SamplingScheduler:
             self._prefilled(request, chunk, h_ND)
 
     def _prefill_forward(self, batch: list[tuple[ActiveRequest, PromptChunk]]) -> Tensor:
-        device = self._decoder.device
         tokens = [t for request, c in batch for t in request.request.prompt[c.start : c.stop]]
-        positions = [p for _, c in batch for p in range(c.start, c.stop)]
-        return self._decoder.forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            PrefillAttention(self._pool, [c for _, c in batch], device),
-            AdapterBatch.of([(c.stop - c.start, request.adapter) for request, c in batch]),
-        )
+        adapters = AdapterBatch.of([(c.stop - c.start, request.adapter) for request, c in batch])
+        return self._passes.prompts(tokens, [c for _, c in batch], adapters)
 
     def _prefilled(self, request: ActiveRequest, chunk: PromptChunk, h_ND: Tensor) -> None:
         request.num_prefilled = chunk.stop
@@ -266,14 +257,7 @@ class SamplingScheduler:
         if not samples:
             return
         samples = _by_adapter(samples, lambda s: s.parent.adapter)
-        attention = StepAttentionOverCache(self._decoder.config, self._pool, samples, self._window.seat(samples))
-        logits_BV = self._step_decoder.forward(
-            [s.tokens[-1] for s in samples],
-            [s.position for s in samples],
-            attention,
-            [s.parent.adapter for s in samples],
-        )
-        self._draw(samples, logits_BV)
+        self._draw(samples, self._passes.step(samples))
 
     def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
         finite: list[bool] = logits_BV.sum(-1).isfinite().tolist()
@@ -338,11 +322,11 @@ class SamplingScheduler:
     def _keep(self, sample: Sample) -> None:
         """Leave the sample's full pages to those whose prompt goes on from it."""
         known = [*sample.parent.request.prompt, *sample.tokens[:-1]]
-        self._window.write_back(sample, len(known) // PAGE_TOKENS * PAGE_TOKENS)
+        self._passes.write_back(sample, len(known) // PAGE_TOKENS * PAGE_TOKENS)
         self._prefixes.insert(sample.parent.adapter, known, sample.pages)
 
     def _forget(self, sample: Sample) -> None:
-        self._window.leave(sample)
+        self._passes.leave(sample)
         self._pool.release(sample.pages)
         self._samples.remove(sample)
 

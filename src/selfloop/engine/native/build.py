@@ -1,0 +1,111 @@
+"""The CPU kernels' shared library: compiled once on the machine where it runs, then kept.
+
+They are for CPUs with AVX-512 and its bfloat16 products. Where those, a C++ compiler or anything else is missing,
+:func:`kernels` is None, the log says why, and PyTorch's own operators do the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from selfloop.engine.native.library import VERSION, Kernels
+
+log = logging.getLogger("selfloop.engine")
+
+_SOURCES = ("kernels.cpp", "layers.h", "attention.h", "gemm.h", "simd.h")
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+)
+_COMPILERS = ("c++", "g++", "clang++")
+_TIMEOUT_S = 300
+
+
+class Lacking(NamedTuple):
+    """Why there are no kernels; ``remedy`` is empty where nothing can be done about it."""
+
+    reason: str
+    remedy: str = ""
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The library, compiled if it is not yet; None where it cannot be had."""
+    found = look()
+    if isinstance(found, Kernels):
+        return found
+    level = logging.WARNING if found.remedy else logging.INFO
+    log.log(level, "no CPU kernels, PyTorch's own operators do the work: %s%s", found.reason, found.remedy)
+    return None
+
+
+def look() -> Kernels | Lacking:
+    """The library, or why it cannot be had."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return Lacking("this CPU has no bfloat16 instructions of AVX-512")
+    if torch.cpu._is_amx_tile_supported():
+        return Lacking("this CPU multiplies tiles (AMX), which they do not use")
+    try:
+        path = _built()
+        loaded = Kernels(ctypes.CDLL(str(path)))
+    except _NoCompiler:
+        return Lacking("there is no C++ compiler", "; install g++ or clang++, or name one in CXX")
+    except (OSError, subprocess.SubprocessError) as error:
+        return Lacking(str(error), "; correct that, or name another compiler in CXX")
+    if loaded.version != VERSION:
+        return Lacking(f"{path} is of another version", "; remove it")
+    return loaded
+
+
+class _NoCompiler(Exception):
+    """There is no C++ compiler."""
+
+
+def _built() -> Path:
+    compiler = os.environ.get("CXX") or next((found for name in _COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise _NoCompiler
+    here = Path(__file__).parent
+    digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
+    for name in _SOURCES:
+        digest.update((here / name).read_bytes())
+    path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        log.info("compiling the CPU kernels with %s into %s", compiler, path)
+        _compile(compiler, here / "kernels.cpp", path)
+    return path
+
+
+def _cache() -> Path:
+    """A folder of this user's own: what lies there is loaded into the process."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "selfloop"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} belongs to someone else, or others may write to it")
+    return folder
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        _run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
+        # Without OpenMP's library: the one that PyTorch has loaded serves, and threads are not there twice.
+        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        linked.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        raise OSError(f"{command[0]} failed: {done.stderr[:500]}")

@@ -1,0 +1,630 @@
+// The decoder's layers, forward and backward, with low-rank adapters on ranges of rows. All threads of a team call these.
+#pragma once
+
+#include "attention.h"
+
+namespace selfloop {
+
+constexpr int MAX_PARTS = 3;
+enum Group { QKV, OUT, GATE_UP, DOWN, NUM_GROUPS };
+
+extern "C" {
+
+// y = x W^T + bias; `backward` holds W^T, null as long as nothing trains.
+struct Linear {
+    const bf16 *forward, *backward;
+    const float* bias;
+    int32_t in, out;
+};
+
+struct Layer {
+    const float *attention_norm, *mlp_norm, *qk_norm;
+    Linear linears[NUM_GROUPS];
+};
+
+struct Model {
+    int32_t num_layers, hidden, inner, heads, groups, head_dim;
+    float eps;
+    const Layer* layers;
+    const float* final_norm;
+};
+
+// One group of one layer of one adapter: A and each B in panels, forward and transposed. No A: nothing is adapted.
+struct Lora {
+    const bf16 *a, *a_back;
+    const bf16 *b[MAX_PARTS], *b_back[MAX_PARTS];
+    int64_t at_a, at_b[MAX_PARTS];  // where A and each B lie, plain, in the adapter's parameters
+};
+
+// Rows [begin, end) go through an adapter, whose rank is padded to a multiple of 16 in panels.
+struct Segment {
+    int32_t begin, end, rank, padded_rank;
+    float scaling;
+    const Lora* groups;  // [layer][group]
+    bf16* grads;         // of all of the adapter's parameters; written by a backward
+};
+
+// Rows [begin, end) are a sequence's tokens from `position` on; `pages` is its page table.
+struct Chunk {
+    int32_t begin, end, position;
+    const int32_t* pages;
+};
+
+// Where a pass leaves what its backward needs; a layer's lies `*_step` elements after that of the one before. All steps
+// are 0 when there is no backward: then each layer overwrites the one before.
+struct Kept {
+    bf16 *attention_unit, *qkv, *attended, *mlp_unit, *gate_up, *low_rank, *qk_unit;
+    float *attention_inverse, *mlp_inverse, *lse, *qk_inverse;
+    int32_t keeps;
+    int32_t low_rank_width;
+};
+
+struct Work {
+    bf16 *x, *act;          // (rows, hidden), (rows, inner)
+    float* wide;            // (rows, widest projection)
+    bf16* d_wide;           // (rows, widest projection)
+    float* d_narrow;        // (rows, hidden or heads * head_dim)
+    bf16* d_low;            // (rows, hidden or heads * head_dim)
+    float *dq, *dk, *dv;    // (rows, heads * head_dim)
+    bf16* d_low_rank;       // (rows, low_rank_width)
+    bf16 *x_panels, *dy_panels, *x_turned, *dy_turned;
+    float* grad_b;
+    char* threads;          // thread_bytes for each thread
+    int64_t thread_bytes;
+};
+
+struct Pass {
+    const Model* model;
+    int32_t rows, num_segments, num_chunks, num_threads;
+    float* h;               // (rows, hidden)
+    float *h_inputs, *h_again;  // what goes into each layer, and room for one, where the backward computes layers again
+    const float *cos, *sin; // (rows, head_dim / 2)
+    const Segment* segments;
+    const Chunk* chunks;
+    bf16* cache;
+    int64_t page_stride, layer_stride;  // layer_stride 0: one layer's pages, used by each in turn
+    Kept kept;
+    Work work;
+    bf16* final_unit;
+    float* final_inverse;
+    bf16* out;              // (rows, hidden)
+    const bf16* d_out;      // the gradient of that
+};
+}
+
+static inline int parts_of(int group) { return group == QKV ? 3 : group == GATE_UP ? 2 : 1; }
+
+struct Sizes {
+    int q, kv, qkv, hidden, inner;
+
+    explicit Sizes(const Model& m)
+        : q(m.heads * m.head_dim), kv(m.groups * m.head_dim), qkv(q + 2 * kv), hidden(m.hidden), inner(m.inner) {}
+
+    int part(int group, int index) const {
+        switch (group) {
+            case QKV: return index == 0 ? q : kv;
+            case GATE_UP: return inner;
+            default: return hidden;
+        }
+    }
+};
+
+static inline void barrier() {
+#pragma omp barrier
+}
+
+// One layer's view of what is kept.
+struct KeptLayer {
+    bf16 *attention_unit, *qkv, *attended, *mlp_unit, *gate_up, *low_rank[NUM_GROUPS], *qk_unit;
+    float *attention_inverse, *mlp_inverse, *lse, *qk_inverse;
+
+    KeptLayer(const Pass& p, int layer) {
+        const Sizes s(*p.model);
+        const int64_t rows = p.rows, at = p.kept.keeps ? layer * rows : 0;
+        const int heads = p.model->heads, num_qk = heads + p.model->groups;
+        attention_unit = p.kept.attention_unit + at * s.hidden;
+        mlp_unit = p.kept.mlp_unit + at * s.hidden;
+        qkv = p.kept.qkv + at * s.qkv;
+        attended = p.kept.attended + at * s.q;
+        gate_up = p.kept.gate_up ? p.kept.gate_up + at * 2 * s.inner : nullptr;
+        lse = p.kept.lse ? p.kept.lse + at * heads : nullptr;
+        attention_inverse = p.kept.attention_inverse + at;
+        mlp_inverse = p.kept.mlp_inverse + at;
+        qk_unit = p.kept.qk_unit ? p.kept.qk_unit + at * num_qk * p.model->head_dim : nullptr;
+        qk_inverse = p.kept.qk_inverse ? p.kept.qk_inverse + at * num_qk : nullptr;
+        for (int group = 0; group < NUM_GROUPS; ++group)
+            low_rank[group] = p.kept.low_rank + (at * NUM_GROUPS + group * rows) * p.kept.low_rank_width;
+    }
+};
+
+class Team {
+  public:
+    Team(const Pass& pass, Worker me)
+        : p(pass), m(*pass.model), s(*pass.model), me(me), ldu(pass.kept.low_rank_width) {}
+
+    void forward() {
+        for (int layer = 0; layer < m.num_layers; ++layer) {
+            if (p.h_inputs) copy_rows(p.h, p.h_inputs + static_cast<int64_t>(layer) * p.rows * s.hidden);
+            forward_layer(layer, p.h);
+        }
+        norm_rows(p.h, m.final_norm, p.final_unit, p.final_inverse, p.out);
+        barrier();
+    }
+
+    // From d_out; adapters' gradients go where their segments say.
+    void backward() {
+        norm_backward(m.final_norm, p.final_unit, p.final_inverse, nullptr, p.d_out);
+        barrier();
+        for (int layer = m.num_layers - 1; layer >= 0; --layer) {
+            if (p.h_inputs) {
+                copy_rows(p.h_inputs + static_cast<int64_t>(layer) * p.rows * s.hidden, p.h_again);
+                forward_layer(layer, p.h_again);
+            }
+            backward_layer(layer);
+        }
+    }
+
+  private:
+    const Pass& p;
+    const Model& m;
+    const Sizes s;
+    const Worker me;
+    const int ldu;
+
+    const Lora& lora(const Segment& segment, int layer, int group) const {
+        return segment.groups[layer * NUM_GROUPS + group];
+    }
+
+    template <typename Each>
+    void each_row(const Each& each) const {
+        int begin, end;
+        me.share(p.rows, begin, end);
+        for (int64_t row = begin; row < end; ++row) each(row);
+    }
+
+    void copy_rows(const float* from, float* to) const {
+        each_row([&](int64_t row) { std::memcpy(to + row * s.hidden, from + row * s.hidden, s.hidden * sizeof(float)); });
+    }
+
+    // --- forward
+
+    // Adds to h what the layer makes of it.
+    void forward_layer(int layer, float* h) {
+        const Layer& w = m.layers[layer];
+        const KeptLayer kept(p, layer);
+        norm_rows(h, w.attention_norm, kept.attention_unit, kept.attention_inverse, p.work.x);
+        barrier();
+        project(layer, QKV, p.work.x, s.hidden, kept, Target::set(p.work.wide, s.qkv, w.linears[QKV].bias));
+        barrier();
+        rotate_rows(layer, w, kept);
+        barrier();
+        attend_all(layer, kept);
+        barrier();
+        project(layer, OUT, kept.attended, s.q, kept, Target::add(h, s.hidden));
+        barrier();
+        norm_rows(h, w.mlp_norm, kept.mlp_unit, kept.mlp_inverse, p.work.x);
+        barrier();
+        project(layer, GATE_UP, p.work.x, s.hidden, kept, Target::set(p.work.wide, 2 * s.inner, w.linears[GATE_UP].bias));
+        barrier();
+        gate_rows(kept.gate_up);
+        barrier();
+        project(layer, DOWN, p.work.act, s.inner, kept, Target::add(h, s.hidden));
+        barrier();
+    }
+
+    // unit = h / rms(h) in bfloat16, x = weight * unit in bfloat16: as transformers rounds.
+    void norm_rows(const float* h, const float* weight, bf16* unit, float* inverse, bf16* x) {
+        each_row([&](int64_t row) {
+            const int64_t at = row * s.hidden;
+            inverse[row] = norm_row(h + at, weight, s.hidden, unit + at, x + at);
+        });
+    }
+
+    float norm_row(const float* h, const float* weight, int n, bf16* unit, bf16* x) const {
+        f32x16 squares = _mm512_setzero_ps();
+        for (int j = 0; j < n; j += LANES) {
+            const f32x16 y = _mm512_loadu_ps(h + j);
+            squares = _mm512_fmadd_ps(y, y, squares);
+        }
+        const float inverse = 1.f / std::sqrt(_mm512_reduce_add_ps(squares) / n + m.eps);
+        for (int j = 0; j < n; j += LANES) {
+            const f32x16 u = rounded(_mm512_mul_ps(_mm512_loadu_ps(h + j), _mm512_set1_ps(inverse)));
+            store_bf16(unit + j, u);
+            store_bf16(x + j, _mm512_mul_ps(u, _mm512_loadu_ps(weight + j)));
+        }
+        return inverse;
+    }
+
+    // Adds the rows' adapters; what each makes of x in its low rank is kept, scaled.
+    void project(int layer, int group, const bf16* x, int64_t ldx, const KeptLayer& kept, const Target& to) {
+        const Linear& w = m.layers[layer].linears[group];
+        const int parts = parts_of(group);
+        bf16* u = kept.low_rank[group];
+        bool adapted = false;
+        for (int i = 0; i < p.num_segments; ++i) {
+            const Segment& seg = p.segments[i];
+            const Lora& l = lora(seg, layer, group);
+            if (!l.a) continue;
+            adapted = true;
+            const int panels = parts * seg.padded_rank / LANES;
+            const Grid g(me, seg.begin, seg.end, panels);
+            multiply(x, ldx, g.row0, g.row1, l.a, g.p0, g.p1, w.in / 2, Target::bf16_of(u, ldu, seg.scaling));
+        }
+        const Grid g(me, 0, p.rows, w.out / LANES);
+        multiply(x, ldx, g.row0, g.row1, w.forward, g.p0, g.p1, w.in / 2, to);
+        if (to.store == Store::ADD && w.bias) add_bias(w.bias, g, to);
+        if (!adapted) return;
+        barrier();
+        for (int i = 0; i < p.num_segments; ++i) {
+            const Segment& seg = p.segments[i];
+            const Lora& l = lora(seg, layer, group);
+            const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
+            if (!l.a || row0 >= row1) continue;
+            int first = 0;  // panel of this part
+            for (int part = 0; part < parts; ++part) {
+                const int panels = s.part(group, part) / LANES;
+                const int p0 = std::max(g.p0 - first, 0), p1 = std::min(g.p1 - first, panels);
+                Target shifted = Target::add(static_cast<float*>(to.data) + first * LANES, to.ld);
+                if (p0 < p1)
+                    multiply(u + part * seg.padded_rank, ldu, row0, row1, l.b[part], p0, p1, seg.padded_rank / 2, shifted);
+                first += panels;
+            }
+        }
+    }
+
+    void add_bias(const float* bias, const Grid& g, const Target& to) const {
+        for (int row = g.row0; row < g.row1; ++row)
+            for (int j = g.p0 * LANES; j < g.p1 * LANES; j += LANES) {
+                float* at = static_cast<float*>(to.data) + row * to.ld + j;
+                _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_loadu_ps(bias + j)));
+            }
+    }
+
+    // Turns the pairs (i, i + head_dim / 2) of a head; sign -1 turns back.
+    template <typename Load, typename Save>
+    void turn(int row, float sign, const Load& load, const Save& save) const {
+        const int half = m.head_dim / 2;
+        for (int j = 0; j < half; j += LANES) {
+            const __mmask16 lanes = first_lanes(half - j);
+            const f32x16 cos = _mm512_maskz_loadu_ps(lanes, p.cos + row * half + j);
+            const f32x16 sin = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, p.sin + row * half + j), _mm512_set1_ps(sign));
+            const f32x16 a = load(j, lanes), b = load(half + j, lanes);
+            save(j, lanes, _mm512_fnmadd_ps(b, sin, _mm512_mul_ps(a, cos)));
+            save(half + j, lanes, _mm512_fmadd_ps(a, sin, _mm512_mul_ps(b, cos)));
+        }
+    }
+
+    void rotate_rows(int layer, const Layer& w, const KeptLayer& kept) {
+        const int d = m.head_dim, num_qk = m.heads + m.groups;
+        const Pages cache{p.cache + layer * p.layer_stride, p.page_stride, 2 * PAGE * static_cast<int64_t>(d), d};
+        for (int c = 0; c < p.num_chunks; ++c) {
+            const Chunk& chunk = p.chunks[c];
+            int begin, end;
+            me.share(p.rows, begin, end);
+            begin = std::max(begin, chunk.begin), end = std::min(end, chunk.end);
+            for (int row = begin; row < end; ++row) {
+                const float* x = p.work.wide + static_cast<int64_t>(row) * s.qkv;
+                bf16* to = kept.qkv + static_cast<int64_t>(row) * s.qkv;
+                for (int head = 0; head < num_qk; ++head) rotate_head(row, head, x + head * d, w, kept, to + head * d);
+                for (int j = 0; j < s.kv; j += LANES)
+                    store_bf16(to + num_qk * d + j, _mm512_loadu_ps(x + num_qk * d + j));
+                const int position = chunk.position + row - chunk.begin;
+                for (int group = 0; group < m.groups; ++group)
+                    cache.write(chunk.pages[position / PAGE], position % PAGE, group, to + (m.heads + group) * d,
+                                to + (num_qk + group) * d);
+            }
+        }
+    }
+
+    void rotate_head(int row, int head, const float* x, const Layer& w, const KeptLayer& kept, bf16* to) const {
+        const int d = m.head_dim;
+        alignas(64) float normed[MAX_HEAD_DIM];
+        if (w.qk_norm) {
+            const int64_t at = static_cast<int64_t>(row) * (m.heads + m.groups) + head;
+            bf16 unit[MAX_HEAD_DIM], out[MAX_HEAD_DIM];
+            const float inverse = norm_row(x, w.qk_norm + head * d, d, kept.qk_unit ? kept.qk_unit + at * d : unit, out);
+            if (kept.qk_inverse) kept.qk_inverse[at] = inverse;
+            for (int j = 0; j < d; j += LANES) _mm512_storeu_ps(normed + j, load_bf16(out + j));
+            x = normed;
+        }
+        turn(
+            row, 1.f, [&](int j, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x + j); },
+            [&](int j, __mmask16 lanes, f32x16 y) { _mm256_mask_storeu_epi16(to + j, lanes, narrow(y)); });
+    }
+
+    void attend_all(int layer, const KeptLayer& kept) {
+        const int d = m.head_dim, per_group = m.heads / m.groups;
+        const float scale = 1.f / std::sqrt(static_cast<float>(d));
+        const Pages cache{p.cache + layer * p.layer_stride, p.page_stride, 2 * PAGE * static_cast<int64_t>(d), d};
+        AttendScratch& scratch = *reinterpret_cast<AttendScratch*>(p.work.threads + me.index * p.work.thread_bytes);
+        int item = 0;
+        for (int c = 0; c < p.num_chunks; ++c) {
+            const Chunk& chunk = p.chunks[c];
+            const int num = chunk.end - chunk.begin;
+            const auto queries = [&](int row, int head, int rows, int64_t ldq, int64_t ldo, int step) {
+                float* lse = kept.lse ? kept.lse + static_cast<int64_t>(row) * m.heads + head : nullptr;
+                return Queries{kept.qkv + static_cast<int64_t>(row) * s.qkv + head * d, ldq, rows,
+                               chunk.position + row - chunk.begin, step,
+                               kept.attended + static_cast<int64_t>(row) * s.q + head * d, ldo, lse,
+                               step ? m.heads : 1};
+            };
+            if (num == 1) {
+                for (int group = 0; group < m.groups; ++group)
+                    if (item++ % me.count == me.index)
+                        attend(queries(chunk.begin, group * per_group, per_group, d, d, 0), cache, chunk.pages, group, scale,
+                               scratch);
+                continue;
+            }
+            // The blocks of a long sequence differ in cost: dealt out in turn they come out even.
+            for (int head = 0; head < m.heads; ++head)
+                for (int at = 0; at < num; at += BLOCK)
+                    if (item++ % me.count == me.index)
+                        attend(queries(chunk.begin + at, head, std::min(BLOCK, num - at), s.qkv, s.q, 1), cache, chunk.pages,
+                               head / per_group, scale, scratch);
+        }
+    }
+
+    // act = silu(gate) * up
+    void gate_rows(bf16* keep) {
+        each_row([&](int64_t row) {
+            const float* gate = p.work.wide + row * 2 * s.inner;
+            bf16* act = p.work.act + row * s.inner;
+            bf16* kept = keep ? keep + row * 2 * s.inner : nullptr;
+            for (int j = 0; j < s.inner; j += LANES) {
+                // What is kept is what is used, so that the backward's numbers are the forward's.
+                const f32x16 g = rounded(_mm512_loadu_ps(gate + j)), u = rounded(_mm512_loadu_ps(gate + s.inner + j));
+                store_bf16(act + j, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid_ps(g)), u));
+                if (kept) store_bf16(kept + j, g), store_bf16(kept + s.inner + j, u);
+            }
+        });
+    }
+
+    // --- backward; p.h is the gradient of the layer's output, and in the end that of its input
+
+    void backward_layer(int layer) {
+        const Layer& w = m.layers[layer];
+        const KeptLayer kept(p, layer);
+        gate_again(kept.gate_up);
+        narrow_h();
+        barrier();
+        back(layer, DOWN, p.work.act, s.inner, p.work.d_low, kept, Target::set(p.work.wide, s.inner));
+        barrier();
+        gate_backward(kept.gate_up);
+        weigh_units(kept.mlp_unit, w.mlp_norm);
+        barrier();
+        back(layer, GATE_UP, p.work.x, s.hidden, p.work.d_wide, kept, Target::set(p.work.d_narrow, s.hidden));
+        barrier();
+        norm_backward(w.mlp_norm, kept.mlp_unit, kept.mlp_inverse, p.work.d_narrow, nullptr);
+        narrow_h();
+        barrier();
+        back(layer, OUT, kept.attended, s.q, p.work.d_low, kept, Target::bf16_of(p.work.d_wide, s.q));
+        barrier();
+        attend_back(kept);
+        weigh_units(kept.attention_unit, w.attention_norm);
+        barrier();
+        rotate_back(w, kept);
+        barrier();
+        // Nothing before the first layer is trained.
+        Target to = Target::set(p.work.d_narrow, s.hidden);
+        if (layer == 0) to.data = nullptr;
+        back(layer, QKV, p.work.x, s.hidden, p.work.d_wide, kept, to);
+        barrier();
+        if (layer > 0) norm_backward(w.attention_norm, kept.attention_unit, kept.attention_inverse, p.work.d_narrow, nullptr);
+    }
+
+    void gate_again(const bf16* gate_up) {
+        each_row([&](int64_t row) {
+            const bf16* gate = gate_up + row * 2 * s.inner;
+            for (int j = 0; j < s.inner; j += LANES) {
+                const f32x16 g = load_bf16(gate + j), u = load_bf16(gate + s.inner + j);
+                store_bf16(p.work.act + row * s.inner + j, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid_ps(g)), u));
+            }
+        });
+    }
+
+    void gate_backward(const bf16* gate_up) {
+        each_row([&](int64_t row) {
+            const bf16* gate = gate_up + row * 2 * s.inner;
+            const float* d_act = p.work.wide + row * s.inner;
+            bf16* to = p.work.d_wide + row * 2 * s.inner;
+            const f32x16 one = _mm512_set1_ps(1.f);
+            for (int j = 0; j < s.inner; j += LANES) {
+                const f32x16 g = load_bf16(gate + j), u = load_bf16(gate + s.inner + j), d = _mm512_loadu_ps(d_act + j);
+                const f32x16 sigmoid = sigmoid_ps(g);
+                const f32x16 slope = _mm512_mul_ps(sigmoid, _mm512_fmadd_ps(g, _mm512_sub_ps(one, sigmoid), one));
+                store_bf16(to + j, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+                store_bf16(to + s.inner + j, _mm512_mul_ps(d, _mm512_mul_ps(g, sigmoid)));
+            }
+        });
+    }
+
+    void narrow_h() {
+        each_row([&](int64_t row) {
+            for (int64_t j = row * s.hidden; j < (row + 1) * s.hidden; j += LANES)
+                store_bf16(p.work.d_low + j, _mm512_loadu_ps(p.h + j));
+        });
+    }
+
+    void weigh_units(const bf16* unit, const float* weight) {
+        each_row([&](int64_t row) {
+            for (int j = 0; j < s.hidden; j += LANES) {
+                const int64_t at = row * s.hidden + j;
+                store_bf16(p.work.x + at, _mm512_mul_ps(load_bf16(unit + at), _mm512_loadu_ps(weight + j)));
+            }
+        });
+    }
+
+    // h += (w dy - unit mean(w dy unit)) / rms; dy is float32 or bfloat16, and replaces h in the latter case.
+    void norm_backward(const float* weight, const bf16* unit, const float* inverse, const float* dy, const bf16* dy_low) {
+        each_row([&](int64_t row) {
+            const int64_t at = row * s.hidden;
+            const auto grad = [&](int j) {
+                return _mm512_mul_ps(dy ? _mm512_loadu_ps(dy + at + j) : load_bf16(dy_low + at + j), _mm512_loadu_ps(weight + j));
+            };
+            f32x16 along = _mm512_setzero_ps();
+            for (int j = 0; j < s.hidden; j += LANES) along = _mm512_fmadd_ps(grad(j), load_bf16(unit + at + j), along);
+            const f32x16 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / s.hidden), by = _mm512_set1_ps(inverse[row]);
+            for (int j = 0; j < s.hidden; j += LANES) {
+                const f32x16 dx = _mm512_mul_ps(_mm512_fnmadd_ps(load_bf16(unit + at + j), mean, grad(j)), by);
+                _mm512_storeu_ps(p.h + at + j, dy ? _mm512_add_ps(_mm512_loadu_ps(p.h + at + j), dx) : dx);
+            }
+        });
+    }
+
+    // dx = dy W + dy B A, and the gradients of A and B. `to` without data: dx is not wanted.
+    void back(int layer, int group, const bf16* x, int ldx, const bf16* dy, const KeptLayer& kept, const Target& to) {
+        const Linear& w = m.layers[layer].linears[group];
+        const int parts = parts_of(group);
+        bf16* du = p.work.d_low_rank;
+        for (int i = 0; i < p.num_segments; ++i) {
+            const Segment& seg = p.segments[i];
+            const Lora& l = lora(seg, layer, group);
+            if (!l.a) continue;
+            int column = 0;
+            for (int part = 0; part < parts; ++part) {
+                const Grid g(me, seg.begin, seg.end, seg.padded_rank / LANES);
+                multiply(dy + column, w.out, g.row0, g.row1, l.b_back[part], g.p0, g.p1, s.part(group, part) / 2,
+                         Target::bf16_of(du + part * seg.padded_rank, ldu, seg.scaling));
+                column += s.part(group, part);
+            }
+        }
+        barrier();
+        if (to.data) {
+            // Summed in float32 also where the result is bfloat16.
+            const bool low = to.store == Store::BF16;
+            const Target sum = low ? Target::set(p.work.d_narrow, to.ld) : to;
+            const Grid g(me, 0, p.rows, w.in / LANES);
+            multiply(dy, w.out, g.row0, g.row1, w.backward, g.p0, g.p1, w.out / 2, sum);
+            for (int i = 0; i < p.num_segments; ++i) {
+                const Segment& seg = p.segments[i];
+                const Lora& l = lora(seg, layer, group);
+                const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
+                if (l.a && row0 < row1)
+                    multiply(du, ldu, row0, row1, l.a_back, g.p0, g.p1, parts * seg.padded_rank / 2,
+                             Target::add(static_cast<float*>(sum.data), sum.ld));
+            }
+            if (low)
+                for (int64_t row = g.row0; row < g.row1; ++row)
+                    for (int64_t j = g.p0 * LANES; j < g.p1 * LANES; j += LANES)
+                        store_bf16(static_cast<bf16*>(to.data) + row * to.ld + j,
+                                   _mm512_loadu_ps(static_cast<float*>(sum.data) + row * to.ld + j));
+        }
+        for (int i = 0; i < p.num_segments; ++i) grads(layer, group, p.segments[i], x, ldx, dy, w.out, kept);
+    }
+
+    // dA = du^T x, dB = dy^T u: sums over the segment's own rows, in their order.
+    void grads(int layer, int group, const Segment& seg, const bf16* x, int ldx, const bf16* dy, int ldy,
+               const KeptLayer& kept) {
+        const Lora& l = lora(seg, layer, group);
+        if (!l.a) return;
+        const int rows = seg.end - seg.begin, pairs = (rows + 1) / 2, ldt = round_up(rows, 2), parts = parts_of(group);
+        const int width = parts * seg.padded_rank;
+        const Linear& w = m.layers[layer].linears[group];
+        int begin, end;
+        me.share(w.in / LANES, begin, end);
+        pack_panels(x + static_cast<int64_t>(seg.begin) * ldx, 1, ldx, w.in, rows, p.work.x_panels, begin, end);
+        me.share(w.out / LANES, begin, end);
+        pack_panels(dy + static_cast<int64_t>(seg.begin) * ldy, 1, ldy, w.out, rows, p.work.dy_panels, begin, end);
+        me.share(width / LANES, begin, end);
+        begin *= LANES, end *= LANES;
+        const int64_t first = static_cast<int64_t>(seg.begin) * ldu;
+        transpose_rows(p.work.d_low_rank + first, ldu, rows, p.work.dy_turned, ldt, begin, end);
+        transpose_rows(kept.low_rank[group] + first, ldu, rows, p.work.x_turned, ldt, begin, end);
+        barrier();
+        int column = 0;
+        for (int part = 0; part < parts; ++part) {
+            const int64_t own = static_cast<int64_t>(part) * seg.padded_rank * ldt;
+            const Grid a(me, 0, seg.rank, w.in / LANES);
+            multiply(p.work.dy_turned + own, ldt, a.row0, a.row1, p.work.x_panels, a.p0, a.p1, pairs,
+                     Target::bf16_of(seg.grads + l.at_a + static_cast<int64_t>(part) * seg.rank * w.in, w.in));
+            const int out = s.part(group, part);
+            int p0, p1;
+            me.share(out / LANES, p0, p1);
+            multiply(p.work.x_turned + own, ldt, 0, seg.rank,
+                     p.work.dy_panels + static_cast<int64_t>(column) * 2 * pairs, p0, p1, pairs,
+                     Target::set(p.work.grad_b, out));
+            for (int j = p0 * LANES; j < p1 * LANES; j += LANES)
+                for (int r = 0; r < seg.rank; r += LANES) {
+                    f32x16 block[LANES];
+                    for (int q = 0; q < LANES; ++q)
+                        block[q] = r + q < seg.rank ? _mm512_loadu_ps(p.work.grad_b + static_cast<int64_t>(r + q) * out + j)
+                                                    : _mm512_setzero_ps();
+                    transpose(block);
+                    const __mmask16 there = first_lanes(seg.rank - r);
+                    for (int q = 0; q < LANES; ++q)
+                        _mm256_mask_storeu_epi16(seg.grads + l.at_b[part] + static_cast<int64_t>(j + q) * seg.rank + r, there,
+                                                 narrow(block[q]));
+                }
+            column += out;
+            barrier();
+        }
+    }
+
+    void attend_back(const KeptLayer& kept) {
+        const int d = m.head_dim, per_group = m.heads / m.groups;
+        char* scratch = p.work.threads + me.index * p.work.thread_bytes;
+        const bf16* d_attended = p.work.d_wide;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int c = 0; c < p.num_chunks; ++c)
+            for (int head = 0; head < m.heads; ++head) {
+                const Chunk& chunk = p.chunks[c];
+                const int64_t row = chunk.begin;
+                const bf16* qkv = kept.qkv + row * s.qkv;
+                const int group = head / per_group;
+                const int64_t at = row * s.q + head * d;
+                attend_backward({chunk.end - chunk.begin, d, 1.f / std::sqrt(static_cast<float>(d)), qkv + head * d,
+                                 qkv + (m.heads + group) * d, qkv + (m.heads + m.groups + group) * d, kept.attended + at,
+                                 d_attended + at, s.qkv, s.q, kept.lse + row * m.heads + head, m.heads, p.work.dq + at,
+                                 p.work.dk + at, p.work.dv + at, s.q},
+                                scratch);
+            }
+    }
+
+    // The heads of a group share its keys and values: their gradients add up, in the order of the heads.
+    void rotate_back(const Layer& w, const KeptLayer& kept) {
+        const int d = m.head_dim, per_group = m.heads / m.groups;
+        each_row([&](int64_t row) {
+            bf16* to = p.work.d_wide + row * s.qkv;
+            alignas(64) float grad[MAX_HEAD_DIM];
+            const auto heads_of = [&](const float* from, int group) {
+                for (int j = 0; j < d; j += LANES) {
+                    f32x16 sum = _mm512_setzero_ps();
+                    for (int i = 0; i < per_group; ++i)
+                        sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + row * s.q + (group * per_group + i) * d + j));
+                    _mm512_storeu_ps(grad + j, sum);
+                }
+            };
+            for (int head = 0; head < m.heads + m.groups; ++head) {
+                if (head < m.heads)
+                    std::memcpy(grad, p.work.dq + row * s.q + head * d, d * sizeof(float));
+                else
+                    heads_of(p.work.dk, head - m.heads);
+                turn(
+                    static_cast<int>(row), -1.f, [&](int j, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, grad + j); },
+                    [&](int j, __mmask16 lanes, f32x16 y) { _mm512_mask_storeu_ps(grad + j, lanes, y); });
+                if (w.qk_norm) qk_norm_backward(w, kept, row, head, grad);
+                for (int j = 0; j < d; j += LANES) store_bf16(to + head * d + j, _mm512_loadu_ps(grad + j));
+            }
+            for (int group = 0; group < m.groups; ++group) {
+                heads_of(p.work.dv, group);
+                for (int j = 0; j < d; j += LANES)
+                    store_bf16(to + (m.heads + m.groups + group) * d + j, _mm512_loadu_ps(grad + j));
+            }
+        });
+    }
+
+    void qk_norm_backward(const Layer& w, const KeptLayer& kept, int64_t row, int head, float* grad) const {
+        const int d = m.head_dim;
+        const int64_t at = row * (m.heads + m.groups) + head;
+        const bf16* unit = kept.qk_unit + at * d;
+        const float* weight = w.qk_norm + head * d;
+        f32x16 along = _mm512_setzero_ps();
+        const auto weighed = [&](int j) { return _mm512_mul_ps(_mm512_loadu_ps(grad + j), _mm512_loadu_ps(weight + j)); };
+        for (int j = 0; j < d; j += LANES) along = _mm512_fmadd_ps(weighed(j), load_bf16(unit + j), along);
+        const f32x16 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / d), by = _mm512_set1_ps(kept.qk_inverse[at]);
+        for (int j = 0; j < d; j += LANES)
+            _mm512_storeu_ps(grad + j, _mm512_mul_ps(_mm512_fnmadd_ps(load_bf16(unit + j), mean, weighed(j)), by));
+    }
+};
+
+}  // namespace selfloop

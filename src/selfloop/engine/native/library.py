@@ -1,0 +1,220 @@
+"""The kernels' functions and structures, as Python sees them; the other side is ``kernels.cpp`` and ``layers.h``."""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+MAX_PARTS = 3
+NUM_GROUPS = 4
+LANES = 16
+PAGE_TOKENS = 16
+MAX_HEAD_DIM = 256
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("forward", c_void_p),
+        ("backward", c_void_p),
+        ("bias", c_void_p),
+        ("in_features", c_int32),
+        ("out_features", c_int32),
+    ]
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qk_norm", c_void_p),
+        ("linears", Linear * NUM_GROUPS),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("inner", c_int32),
+        ("heads", c_int32),
+        ("groups", c_int32),
+        ("head_dim", c_int32),
+        ("eps", c_float),
+        ("layers", POINTER(Layer)),
+        ("final_norm", c_void_p),
+    ]
+
+
+class Lora(Structure):
+    _fields_ = [
+        ("a", c_void_p),
+        ("a_back", c_void_p),
+        ("b", c_void_p * MAX_PARTS),
+        ("b_back", c_void_p * MAX_PARTS),
+        ("at_a", c_int64),
+        ("at_b", c_int64 * MAX_PARTS),
+    ]
+
+
+class Segment(Structure):
+    _fields_ = [
+        ("begin", c_int32),
+        ("end", c_int32),
+        ("rank", c_int32),
+        ("padded_rank", c_int32),
+        ("scaling", c_float),
+        ("groups", POINTER(Lora)),
+        ("grads", c_void_p),
+    ]
+
+
+class Chunk(Structure):
+    _fields_ = [("begin", c_int32), ("end", c_int32), ("position", c_int32), ("pages", c_void_p)]
+
+
+class Kept(Structure):
+    _fields_ = [
+        ("attention_unit", c_void_p),
+        ("qkv", c_void_p),
+        ("attended", c_void_p),
+        ("mlp_unit", c_void_p),
+        ("gate_up", c_void_p),
+        ("low_rank", c_void_p),
+        ("qk_unit", c_void_p),
+        ("attention_inverse", c_void_p),
+        ("mlp_inverse", c_void_p),
+        ("lse", c_void_p),
+        ("qk_inverse", c_void_p),
+        ("keeps", c_int32),
+        ("low_rank_width", c_int32),
+    ]
+
+
+class Work(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("act", c_void_p),
+        ("wide", c_void_p),
+        ("d_wide", c_void_p),
+        ("d_narrow", c_void_p),
+        ("d_low", c_void_p),
+        ("dq", c_void_p),
+        ("dk", c_void_p),
+        ("dv", c_void_p),
+        ("d_low_rank", c_void_p),
+        ("x_panels", c_void_p),
+        ("dy_panels", c_void_p),
+        ("x_turned", c_void_p),
+        ("dy_turned", c_void_p),
+        ("grad_b", c_void_p),
+        ("threads", c_void_p),
+        ("thread_bytes", c_int64),
+    ]
+
+
+class Pass(Structure):
+    _fields_ = [
+        ("model", POINTER(Model)),
+        ("rows", c_int32),
+        ("num_segments", c_int32),
+        ("num_chunks", c_int32),
+        ("num_threads", c_int32),
+        ("h", c_void_p),
+        ("h_inputs", c_void_p),
+        ("h_again", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("segments", POINTER(Segment)),
+        ("chunks", POINTER(Chunk)),
+        ("cache", c_void_p),
+        ("page_stride", c_int64),
+        ("layer_stride", c_int64),
+        ("kept", Kept),
+        ("work", Work),
+        ("final_unit", c_void_p),
+        ("final_inverse", c_void_p),
+        ("out", c_void_p),
+        ("d_out", c_void_p),
+    ]
+
+
+class Kernels:
+    """The functions of a loaded library. All tensors are on the CPU; what is written must be contiguous."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._lib = library
+        for name, result, arguments in (
+            ("kernels_version", c_int32, []),
+            ("thread_bytes", c_int64, [c_int32, c_int32]),
+            ("pack", None, [c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]),
+            ("unpack", None, [c_void_p, c_int32, c_int32, c_void_p]),
+            ("pack_all", None, [c_void_p, c_int32, c_int32]),
+            (
+                "multiply",
+                None,
+                [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int32],
+            ),
+            (
+                "target_logprobs",
+                None,
+                [c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 3, c_int64, c_void_p, c_int32],
+            ),
+            ("forward", None, [c_void_p]),
+            ("backward", None, [c_void_p]),
+        ):
+            function: Any = getattr(library, f"selfloop_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    @property
+    def version(self) -> int:
+        return self._lib.selfloop_kernels_version()
+
+    def thread_bytes(self, longest_backward: int, head_dim: int) -> int:
+        """Scratch of each thread; ``longest_backward`` tokens are in the longest sequence of a backward, or 0."""
+        return self._lib.selfloop_thread_bytes(longest_backward, head_dim)
+
+    def pack(self, weight_NK: Tensor, panels: Tensor) -> None:
+        """Fill panels of 16 columns n from a bfloat16 matrix of any strides."""
+        n, k = weight_NK.shape
+        n_stride, k_stride = weight_NK.stride()
+        self._lib.selfloop_pack(weight_NK.data_ptr(), n_stride, k_stride, n, k, panels.data_ptr(), num_threads())
+
+    def unpack(self, panels: Tensor, out_NK: Tensor) -> None:
+        n, k = out_NK.shape
+        self._lib.selfloop_unpack(panels.data_ptr(), n, k, out_NK.data_ptr())
+
+    def pack_all(self, packs_N8: Tensor) -> None:
+        """Each row: from (address), n_stride, k_stride, n, k, pairs, to (address), panel_stride."""
+        self._lib.selfloop_pack_all(packs_N8.data_ptr(), packs_N8.shape[0], num_threads())
+
+    def multiply(self, x_MK: Tensor, panels: Tensor, n: int, out_MN: Tensor) -> None:
+        """bfloat16 x times panels of ``n`` columns into float32, whose rows have room for a multiple of 16."""
+        rows, k = x_MK.shape
+        x, to = x_MK.data_ptr(), out_MN.data_ptr()
+        self._lib.selfloop_multiply(
+            x, x_MK.stride(0), rows, panels.data_ptr(), n, k, to, out_MN.stride(0), num_threads()
+        )
+
+    def target_logprobs(
+        self, logits_NV: Tensor, targets_N: Tensor, logprobs_N: Tensor, sums_N: Tensor, weights_NV: Tensor | None
+    ) -> None:
+        """``weights_NV`` (bfloat16) become e^(logit - largest), whose sums are ``sums_N``, less those at the target."""
+        num, vocab_size = logits_NV.shape
+        weights, ldw = (None, 0) if weights_NV is None else (weights_NV.data_ptr(), weights_NV.stride(0))
+        self._lib.selfloop_target_logprobs(
+            logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(), logprobs_N.data_ptr(),
+            weights, ldw, sums_N.data_ptr(), num_threads(),
+        )  # fmt: skip
+
+    def forward(self, on: Pass) -> None:
+        self._lib.selfloop_forward(byref(on))
+
+    def backward(self, on: Pass) -> None:
+        self._lib.selfloop_backward(byref(on))
+
+
+def num_threads() -> int:
+    return torch.get_num_threads()
