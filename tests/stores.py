@@ -25,7 +25,8 @@ import psycopg
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL
 
-from selfloop.control.control import DATABASE_FILE, DataDirectory
+from selfloop.control.control import DataDirectory
+from selfloop.control.installation import DATABASE_FILE
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.backend import WRITER_LOCK
@@ -286,6 +287,8 @@ def secrets() -> dict[str, str]:
 def data_directory(path: Path) -> DataDirectory:
     """A data directory that commands work on, in this process."""
     own = environment(path)
+    # The bucket's client finds its credentials here only.
+    os.environ.update({name: value for name, value in own.items() if name.startswith("AWS_")})
     return DataDirectory(path, own.get("SELFLOOP_DATABASE_URL"), own.get("SELFLOOP_STORE"))
 
 

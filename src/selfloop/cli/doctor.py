@@ -27,7 +27,7 @@ from selfloop.control.resources.catalogue import EMBEDDED_MODEL
 from selfloop.server.settings import given_database_url
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import is_sqlite, shown
-from selfloop.types.errors import BadRequest
+from selfloop.types.errors import BadRequest, Unavailable
 from selfloop.types.speed import Speed
 
 # As in worker.smollm2, which is too heavy to import here.
@@ -215,7 +215,7 @@ def check_database(data_dir: Path) -> Check:
     where = shown(url)
     try:
         schema = migrate.schema_of(url)
-    except (DatabaseError, OSError) as error:
+    except (DatabaseError, OSError, Unavailable) as error:
         cause = str(getattr(error, "orig", error)).strip()
         hint = "restore a backup, or choose another --data-dir" if is_sqlite(url) else "is the database server up?"
         return Check("database", Verdict.PROBLEM, f"{where}: {cause}", hint)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import selfloop
-from selfloop.cli import adapters, chat, checkpoints, keys, logs, models, runs, samplers, usage
+from selfloop.cli import adapters, chat, checkpoints, database, keys, logs, models, runs, samplers, usage
 
 app = typer.Typer(
     name="selfloop",
@@ -22,6 +22,7 @@ app.command("import")(adapters.import_adapter)
 app.add_typer(runs.app, name="runs", help="Runs: list, show, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
+app.command("migrate-database")(database.migrate_database)
 app.command("logs")(logs.logs)
 app.command("chat")(chat.chat)
 app.command("usage")(usage.usage)

@@ -43,7 +43,6 @@ def serve_command(
     store: str | None,
 ) -> None:
     from selfloop.server.serve import serve
-    from selfloop.storage.db.migrate import CannotMigrate
     from selfloop.types.errors import SelfloopError
 
     console = Console(stderr=True)
@@ -93,7 +92,7 @@ def serve_command(
 
     try:
         serve(settings, given, listening)
-    except (SelfloopError, CannotMigrate) as error:
+    except SelfloopError as error:
         console.print(f"[red]{error}[/red]")
         sys.exit(1)
 

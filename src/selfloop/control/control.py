@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -10,14 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from sqlalchemy.engine import URL
 
 from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
-from selfloop.control.installation import Installation
+from selfloop.control.installation import DATABASE_FILE, Installation, hold
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.links import Links
@@ -55,12 +53,10 @@ from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
-from selfloop.types.errors import Conflict
 from selfloop.worker.launch_local import DEFAULT_TRAINING_SHARE, WorkerCommand
 
 log = logging.getLogger(__name__)
 
-DATABASE_FILE = "selfloop.db"
 _REVOCATIONS_FILE = "keys_revoked"
 # Of the time to stop in, what the workers' own end may take.
 _WORKERS_END_S = 2.0
@@ -111,7 +107,7 @@ class DataDirectory:
         url = database_url(path, database)
         if migrate.schema_of(url) == "older":
             # Not under a server of an older version, which may be running.
-            with _lock(path):
+            with hold(path):
                 migrate.upgrade(url)
         else:
             migrate.upgrade(url)
@@ -145,7 +141,7 @@ class Control:
         self.config = config
         data_dir = config.data_dir
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = _lock(data_dir)
+        self._lock = hold(data_dir)
         self._installation = Installation(data_dir)
         self.db = Database(database_url(data_dir, config.database_url))
         self._claim = self.db.claim()
@@ -260,21 +256,3 @@ def _end_at_once(reason: str) -> None:
     """Another gateway has our database: whatever this one still did, it would do twice."""
     log.critical("ending at once: %s", reason)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _lock(data_dir: Path) -> IO[str]:
-    """Hold the data directory; a second gateway on it is refused."""
-    file = open(data_dir / "gateway.lock", "a+")  # noqa: SIM115 - held as long as the gateway lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise Conflict(
-            f"another selfloop server (pid {holder}) is using {data_dir}; stop it or choose another --data-dir"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file

@@ -3,9 +3,13 @@
 The rows of one with the files of another would be taken for a crash's leftovers, and cleared away.
 """
 
+import fcntl
+import os
 from pathlib import Path
+from typing import IO
 
 import msgspec
+from sqlalchemy.engine import URL
 
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs
@@ -16,7 +20,8 @@ from selfloop.types.errors import Conflict
 from selfloop.types.ids import new_id
 
 _FILE = "installation.json"
-_SQLITE_FILE = "selfloop.db"
+DATABASE_FILE = "selfloop.db"
+"""Of a data directory whose rows are in no other database."""
 
 
 class _Parts(msgspec.Struct, frozen=True):
@@ -35,27 +40,27 @@ class Installation:
     def _read(self) -> _Parts | None:
         if self._path.exists():
             return msgspec.json.decode(self._path.read_bytes(), type=_Parts)
-        if (self._data_dir / _SQLITE_FILE).exists():
+        if (self._data_dir / DATABASE_FILE).exists():
             # Made before there was another place for either.
-            return _Parts(new_id(), _SQLITE_FILE, "local")
+            return _Parts(new_id(), DATABASE_FILE, "local")
         return None
 
     async def check(self, db: Database, store: CheckpointStore) -> None:
         """Remember what the data directory belongs to.
 
         Raises:
-            Conflict: the database is a new one while this directory's rows are in another, or checkpoints are
-                recorded that lie in another store.
+            Conflict: the database is a new one while this directory's rows are in another, or the file that they were
+                in before; or checkpoints are recorded that lie in another store.
         """
         id = new_id() if self._earlier is None else self._earlier.id
-        now = _Parts(id, _SQLITE_FILE if is_sqlite(db.url) else shown(db.url), store.address)
+        now = _Parts(id, DATABASE_FILE if is_sqlite(db.url) else shown(db.url), store.address)
         earlier = self._earlier or now
         async with db.read() as session:
             is_new = not await queries_access.teams(session)
             num_checkpoints = len(await queries_checkpoints.all_ids(session))
-        if earlier.database != now.database and is_new:
+        if earlier.database != now.database and (is_new or is_sqlite(db.url)):
             raise Conflict(
-                f"{self._data_dir} belongs to the rows in {earlier.database}, and {now.database} has none: "
+                f"{self._data_dir} belongs to the rows in {earlier.database}, not to {now.database}: "
                 "start with the database that it had, or choose a new --data-dir"
             )
         if earlier.store != now.store and num_checkpoints:
@@ -65,5 +70,35 @@ class Installation:
             )
         await store.claim(id)
         if self._earlier != now or not self._path.exists():
-            LocalBlobs(self._data_dir).put(_FILE, msgspec.json.encode(now))
-            self._earlier = now
+            self._remember(now)
+
+    def move_to(self, database: URL) -> None:
+        """The rows lie in ``database`` from now on."""
+        assert self._earlier is not None
+        self._remember(msgspec.structs.replace(self._earlier, database=shown(database)))
+
+    def _remember(self, parts: _Parts) -> None:
+        LocalBlobs(self._data_dir).put(_FILE, msgspec.json.encode(parts))
+        self._earlier = parts
+
+
+def hold(data_dir: Path) -> IO[str]:
+    """Hold the data directory until the file is closed; a second gateway on it is refused.
+
+    Raises:
+        Conflict: another process holds it.
+    """
+    file = open(data_dir / "gateway.lock", "a+")  # noqa: SIM115 - held as long as the gateway lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise Conflict(
+            f"another selfloop server (pid {holder}) is using {data_dir}; stop it or choose another --data-dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import stores
-from selfloop.control.control import DATABASE_FILE, DataDirectory
+from selfloop.control.control import DataDirectory
+from selfloop.control.installation import DATABASE_FILE
 from selfloop.control.resources import exports
 from selfloop.control.resources.imports import _Facts
 from selfloop.storage.db.database import Database

@@ -3,6 +3,8 @@
 import logging
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -10,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from selfloop.storage.db.address import is_sqlite
+from selfloop.storage.db.address import is_sqlite, shown
 from selfloop.storage.db.portable import SQLITE_JSON_TEXT, member
 from selfloop.types.errors import Unavailable
 
@@ -63,6 +65,17 @@ class Backend(Protocol):
     def was_committed(self, transaction: Transaction, engine: Engine, closing: threading.Event) -> bool:
         """What became of a commit that was not answered. Blocks until the server tells."""
         ...
+
+
+@contextmanager
+def reached(url: URL) -> Generator[None]:
+    """For what is done before anything is served. Raises :class:`Unavailable` for an outage within the block."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not backend_of(url).is_outage(error):
+            raise
+        raise Unavailable(f"{shown(url)} cannot be reached: {str(error.orig).strip()}", _RETRY_AFTER_S) from error
 
 
 def backend_of(url: URL) -> Backend:
@@ -128,20 +141,20 @@ class Postgres:
     _OUTAGES = ("08", "57P01", "57P02", "57P03", "53300", "55P03", "40001", "40P01")
 
     def __init__(self, url: URL) -> None:
-        self._url = url
+        self.url = url
         self.holder_pid: int | None = None
         """Of the server's process that holds the database for this gateway; where set, none writes without it."""
 
     def engine(self, pool_size: int) -> Engine:
         engine = create_engine(
-            self._url, pool_size=pool_size, pool_pre_ping=True, hide_parameters=True, connect_args=self._connect_args
+            self.url, pool_size=pool_size, pool_pre_ping=True, hide_parameters=True, connect_args=self._connect_args
         )
         self._listen(engine)
         return engine
 
     def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine:
         engine = create_async_engine(
-            self._url,
+            self.url,
             pool_size=pool_size,
             max_overflow=overflow,
             pool_pre_ping=True,
@@ -162,7 +175,7 @@ class Postgres:
             "keepalives_count": 3,
             "tcp_user_timeout": 25_000,
         }
-        return {name: value for name, value in chosen.items() if name not in self._url.query}
+        return {name: value for name, value in chosen.items() if name not in self.url.query}
 
     def is_outage(self, error: DBAPIError) -> bool:
         if error.connection_invalidated:

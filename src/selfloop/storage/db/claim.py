@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from selfloop.storage.db.backend import GATEWAY_LOCK, Postgres
+from selfloop.storage.db.backend import GATEWAY_LOCK, Postgres, reached
 from selfloop.types.errors import Conflict
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,14 @@ class Claim:
     """
 
     def __init__(self, backend: Postgres, address: str) -> None:
-        """Raises :class:`Conflict` when another gateway has it."""
+        """Raises :class:`Conflict` when another gateway has it, :class:`Unavailable` when it cannot be reached."""
         self._backend = backend
         self._address = address
         self._engine: Engine = backend.engine(pool_size=1)
         self._connection: Connection | None = None
         try:
-            self._take()
+            with reached(backend.url):
+                self._take()
         except BaseException:
             self.release()
             raise

@@ -42,14 +42,14 @@ class Database:
         self._write_lock = asyncio.Lock()
         self._finishing: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
-        self._grouped = GroupCommit(self._in_transaction, self._write_lock)
+        self._grouped = GroupCommit(self.in_transaction, self._write_lock)
 
     @property
     def is_postgres(self) -> bool:
         return isinstance(self._backend, Postgres)
 
     def claim(self) -> Claim | None:
-        """Make this process the one gateway on the database. Raises :class:`Conflict`."""
+        """Make this process the one gateway on the database. Raises :class:`Conflict` and :class:`Unavailable`."""
         return Claim(self._backend, shown(self.url)) if isinstance(self._backend, Postgres) else None
 
     async def write_grouped(self, work: Callable[[Connection], T]) -> T:
@@ -140,8 +140,12 @@ class Database:
             return False
         return self._backend.was_committed(transaction, self._beside, self._closing)
 
-    def _in_transaction(self, work: Callable[[Connection], T]) -> T:
-        """Do ``work`` in a transaction of the calling thread, which is not the event loop's."""
+    def in_transaction(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work`` in a transaction of the calling thread, which should not be the event loop's.
+
+        Raises:
+            Unavailable: the database cannot be reached; nothing was written.
+        """
         since = time.monotonic()
         while True:
             try:

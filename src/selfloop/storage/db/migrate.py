@@ -13,12 +13,13 @@ from sqlalchemy import inspect, text
 from sqlalchemy.engine import URL
 
 from selfloop.storage.db.address import is_sqlite, shown
-from selfloop.storage.db.backend import backend_of
+from selfloop.storage.db.backend import backend_of, reached
+from selfloop.types.errors import SelfloopError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-class CannotMigrate(Exception):
+class CannotMigrate(SelfloopError):
     """The database cannot be used by this version, and nothing of it was changed."""
 
 
@@ -31,6 +32,7 @@ def upgrade(database: URL) -> None:
 
     Raises:
         CannotMigrate: it is newer, or there is no room for the copy.
+        Unavailable: it cannot be reached.
     """
     match schema_of(database):
         case "current":
@@ -70,7 +72,7 @@ def _back_up(file: Path, revision: str) -> None:
 
 
 def schema_of(database: URL) -> Literal["absent", "older", "current", "newer"]:
-    """How the schema of ``database`` compares with this version's; changes nothing."""
+    """How the schema of ``database`` compares with this version's; changes nothing. Raises :class:`Unavailable`."""
     current = _current_revision(database)
     if current is None:
         return "absent"
@@ -92,7 +94,7 @@ def _current_revision(database: URL) -> str | None:
         return None
     engine = backend_of(database).engine(pool_size=1)
     try:
-        with engine.connect() as connection:
+        with reached(database), engine.connect() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
             return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
