@@ -274,3 +274,32 @@ def test_a_compiler_s_message_is_in_the_log(monkeypatch: pytest.MonkeyPatch, cap
         assert build.kernels.__wrapped__() is None
     assert "no such flag" in caplog.text
     assert not list((tmp_path / "selfloop").glob("*.so"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 10))
+def test_draws_are_where_the_uniform_number_says(num_tokens, temperature, seed):
+    kernels = build.kernels()
+    assert kernels is not None
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(seed)) * 3
+    uniforms = torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens, logprobs = kernels.draw(logits, num_tokens, [temperature] * 3, uniforms)
+    for row, token, logprob, uniform in zip(logits, tokens, logprobs, uniforms, strict=True):
+        assert abs(float(row.log_softmax(-1)[token]) - logprob) < 1e-5
+        real = row[:num_tokens].double()
+        if temperature == 0:
+            assert token == int(real.argmax())
+        else:
+            cdf = (real / temperature).softmax(-1).cumsum(-1)
+            before = 0.0 if token == 0 else float(cdf[token - 1])
+            assert before - 1e-6 <= uniform <= float(cdf[token]) + 1e-6
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_what_has_no_probability_is_never_drawn(uniform: float):
+    kernels = build.kernels()
+    assert kernels is not None
+    logits = torch.full((1, 300), -1e9)
+    logits[0, 100] = 0.0
+    assert kernels.draw(logits, 300, [1e-30], [uniform])[0] == [100]
+    assert kernels.draw(logits, 300, [1.0], [uniform])[0] == [100]

@@ -38,9 +38,14 @@ struct Target {
     static Target bf16_of(bf16* c, int64_t ld, float scale = 1.f) { return {c, ld, Store::BF16, scale, nullptr}; }
 };
 
+// Panels that will be needed soon, to be fetched from memory meanwhile; null when there are none.
+struct Ahead {
+    const bf16 *first, *second;
+};
+
 template <int M, int V>
 static inline void tile(const bf16* x, int64_t ldx, const bf16* const* panels, int pairs, const Target& to, int row,
-                        int column) {
+                        int column, Ahead ahead) {
     f32x16 acc[M][V];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
@@ -50,6 +55,10 @@ static inline void tile(const bf16* x, int64_t ldx, const bf16* const* panels, i
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) p[v] = panels[v];
     for (int k = 0; k < pairs; ++k) {
+        if (ahead.first) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead.first + k * 32), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(ahead.second + k * 32), _MM_HINT_T1);
+        }
         __m512bh b[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(p[v] + k * 32);
@@ -83,51 +92,63 @@ static inline void tile(const bf16* x, int64_t ldx, const bf16* const* panels, i
 
 template <int V>
 static inline void tile_rows(int m, const bf16* x, int64_t ldx, const bf16* const* panels, int pairs, const Target& to,
-                             int row, int column) {
+                             int row, int column, Ahead ahead) {
     switch (m) {
-        case 1: return tile<1, V>(x, ldx, panels, pairs, to, row, column);
-        case 2: return tile<2, V>(x, ldx, panels, pairs, to, row, column);
-        case 3: return tile<3, V>(x, ldx, panels, pairs, to, row, column);
-        case 4: return tile<4, V>(x, ldx, panels, pairs, to, row, column);
-        case 5: return tile<5, V>(x, ldx, panels, pairs, to, row, column);
-        default: return tile<6, V>(x, ldx, panels, pairs, to, row, column);
+        case 1: return tile<1, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 2: return tile<2, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 3: return tile<3, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 4: return tile<4, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 5: return tile<5, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        default: return tile<6, V>(x, ldx, panels, pairs, to, row, column, ahead);
     }
 }
 
 // Rows [0, rows) of x (bfloat16, row by row, ldx apart) times up to four panels, which may lie anywhere.
+// `next` are the panels that the same rows meet afterwards.
 static inline void multiply_panels(const bf16* x, int64_t ldx, int rows, const bf16* const* panels, int num_panels,
-                                   int pairs, const Target& to, int row, int column) {
+                                   int pairs, const Target& to, int row, int column, const bf16* const* next = nullptr) {
     const int tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (int t = 0, begin = 0; t < tiles; ++t) {
         const int end = static_cast<int>(static_cast<int64_t>(rows) * (t + 1) / tiles);
         const bf16* xt = x + begin * ldx;
+        // Fewer than seven rows wait for memory in any case.
+        Ahead ahead{nullptr, nullptr};
+        if (next && tiles > 1 && t < MAX_TILE_PANELS) ahead = {next[t], tiles < 4 && t + tiles < 4 ? next[t + tiles] : next[t]};
         switch (num_panels) {
-            case 1: tile_rows<1>(end - begin, xt, ldx, panels, pairs, to, row + begin, column); break;
-            case 2: tile_rows<2>(end - begin, xt, ldx, panels, pairs, to, row + begin, column); break;
-            case 3: tile_rows<3>(end - begin, xt, ldx, panels, pairs, to, row + begin, column); break;
-            default: tile_rows<4>(end - begin, xt, ldx, panels, pairs, to, row + begin, column);
+            case 1: tile_rows<1>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
+            case 2: tile_rows<2>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
+            case 3: tile_rows<3>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
+            default: tile_rows<4>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
         }
         begin = end;
     }
 }
 
-// Rows [row0, row1) of x times panels [p0, p1) of w, whose first column is that of the target.
+// Rows [row0, row1) of x times panels [p0, p1) of w, at most four, whose first column is that of the target.
 // A long sum is made in parts, whose panels stay in the cache while all rows meet them.
+static inline void multiply_block(const bf16* x, int64_t ldx, int row0, int row1, const bf16* w, int p0, int p1,
+                                  int pairs, const Target& to) {
+    const int64_t panel_size = static_cast<int64_t>(pairs) * 2 * LANES;
+    const int part = to.store == Store::BF16 ? pairs : MAX_PAIRS, num = p1 - p0;
+    Target at = to;
+    for (int k = 0; k < pairs; k += part) {
+        const bf16 *panels[MAX_TILE_PANELS], *next[MAX_TILE_PANELS];
+        const bool last = k + part >= pairs;
+        for (int v = 0; v < MAX_TILE_PANELS; ++v) {
+            panels[v] = w + (p0 + v) * panel_size + static_cast<int64_t>(k) * 2 * LANES;
+            // What is beyond the weight is never read, as it is only fetched.
+            next[v] = last ? w + (p0 + MAX_TILE_PANELS + v) * panel_size : panels[v] + static_cast<int64_t>(part) * 2 * LANES;
+        }
+        if (k > 0) at.store = Store::ADD;
+        multiply_panels(x + row0 * ldx + 2 * k, ldx, row1 - row0, panels, num, last ? pairs - k : part, at, row0,
+                        p0 * LANES, next);
+    }
+}
+
 static inline void multiply(const bf16* x, int64_t ldx, int row0, int row1, const bf16* w, int p0, int p1, int pairs,
                             const Target& to) {
-    const int64_t panel_size = static_cast<int64_t>(pairs) * 2 * LANES;
-    const int part = to.store == Store::BF16 ? pairs : MAX_PAIRS;
-    for (int p = p0; p < p1; p += MAX_TILE_PANELS) {
-        const int num = p1 - p < MAX_TILE_PANELS ? p1 - p : MAX_TILE_PANELS;
-        Target at = to;
-        for (int k = 0; k < pairs; k += part) {
-            const bf16* panels[MAX_TILE_PANELS];
-            for (int v = 0; v < num; ++v) panels[v] = w + (p + v) * panel_size + static_cast<int64_t>(k) * 2 * LANES;
-            if (k > 0) at.store = Store::ADD;
-            multiply_panels(x + row0 * ldx + 2 * k, ldx, row1 - row0, panels, num, pairs - k < part ? pairs - k : part, at,
-                            row0, p * LANES);
-        }
-    }
+    for (int p = p0; p < p1; p += MAX_TILE_PANELS)
+        multiply_block(x, ldx, row0, row1, w, p, p1 - p < MAX_TILE_PANELS ? p1 : p + MAX_TILE_PANELS, pairs, to);
 }
 
 // A grid over rows and panels in which each of a team's threads has one cell.

@@ -1,6 +1,8 @@
 // What Python calls; see library.py for the other side of these structures.
 #include <omp.h>
 
+#include <vector>
+
 #include "layers.h"
 
 using namespace selfloop;
@@ -31,6 +33,50 @@ static Softmax soften_row(const float* x, int n, bf16* weights) {
         if (j % (64 * LANES) == 63 * LANES) total = _mm512_add_ps(total, sum), sum = _mm512_setzero_ps();
     }
     return {largest, _mm512_reduce_add_ps(_mm512_add_ps(total, sum))};
+}
+
+// The first of the largest.
+static int64_t likeliest(const float* x, int n) { return std::max_element(x, x + n) - x; }
+
+// The token whose share of the sum of e^((x - largest) / temperature) a number in [0, 1) falls into. Shares are float32,
+// their sums over blocks of tokens, and over these, float64.
+static int64_t drawn(const float* x, int n, float temperature, double uniform) {
+    constexpr int BLOCK_TOKENS = 256;
+    const f32x16 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    f32x16 most = least;
+    for (int j = 0; j < n; j += LANES) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first_lanes(n - j), x + j));
+    const f32x16 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most)), by = _mm512_set1_ps(temperature);
+    const auto shares = [&](int j) {
+        return exp_ps(_mm512_div_ps(_mm512_sub_ps(_mm512_mask_loadu_ps(least, first_lanes(n - j), x + j), largest), by));
+    };
+    const auto block_sum = [&](int start) {
+        const int stop = std::min(start + BLOCK_TOKENS, n);
+        __m512d sum = _mm512_setzero_pd();
+        for (int j = start; j < stop; j += LANES) {
+            const f32x16 y = shares(j);
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
+            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
+        }
+        return _mm512_reduce_add_pd(sum);
+    };
+    std::vector<double> until;  // the sum up to the end of each block
+    double total = 0;
+    for (int start = 0; start < n; start += BLOCK_TOKENS) until.push_back(total += block_sum(start));
+    const double level = uniform * total;
+    const size_t block = std::upper_bound(until.begin(), until.end(), level) - until.begin();
+    double sum = block == 0 ? 0 : until[block - 1];
+    int64_t last = 0;  // with a share
+    for (int j = static_cast<int>(block) * BLOCK_TOKENS; j < n; j += LANES) {
+        alignas(64) float share[LANES];
+        _mm512_store_ps(share, shares(j));
+        for (int i = 0; i < LANES && j + i < n; ++i) {
+            if (share[i] > 0) last = j + i;
+            sum += share[i];
+            if (sum > level) return j + i;
+        }
+    }
+    // Rounding alone leads here.
+    return last;
 }
 
 static bf16 narrow_one(float x) {
@@ -103,6 +149,23 @@ void selfloop_target_logprobs(const float* logits, int64_t ld, int32_t rows, int
             logprobs[row] = chosen - softmax.largest - std::log(softmax.sum);
             sums[row] = softmax.sum;
             if (w) w[targets[row]] = narrow_one(std::exp(chosen - softmax.largest) - softmax.sum);
+        }
+    });
+}
+
+// Draws a token from each row of logits (rows, n), of which only the first `num_tokens` can be drawn: at a temperature
+// above 0 that into whose share of the whole the row's uniform number falls, tokens by id, else the likeliest. Its logprob
+// is that without temperature, among all n.
+void selfloop_draw(const float* logits, int64_t ld, int32_t rows, int32_t n, int32_t num_tokens,
+                   const float* temperatures, const double* uniforms, int64_t* tokens, float* logprobs, int32_t threads) {
+    in_team(threads, [&](Worker me) {
+        for (int64_t row = me.index; row < rows; row += me.count) {
+            const float* x = logits + row * ld;
+            const Softmax softmax = soften_row(x, n, nullptr);
+            const int64_t token = temperatures[row] > 0 ? drawn(x, num_tokens, temperatures[row], uniforms[row])
+                                                        : likeliest(x, num_tokens);
+            tokens[row] = token;
+            logprobs[row] = x[token] - (softmax.largest + std::log(softmax.sum));
         }
     });
 }

@@ -250,23 +250,31 @@ class Team {
             const Grid g(me, seg.begin, seg.end, panels);
             multiply(x, ldx, g.row0, g.row1, l.a, g.p0, g.p1, w.in / 2, Target::bf16_of(u, ldu, seg.scaling));
         }
+        if (adapted) barrier();
         const Grid g(me, 0, p.rows, w.out / LANES);
-        multiply(x, ldx, g.row0, g.row1, w.forward, g.p0, g.p1, w.in / 2, to);
+        // A block of columns at a time, so that adapters add to what is still in the cache.
+        for (int p0 = g.p0; p0 < g.p1; p0 += MAX_TILE_PANELS) {
+            const int p1 = std::min(p0 + MAX_TILE_PANELS, g.p1);
+            multiply_block(x, ldx, g.row0, g.row1, w.forward, p0, p1, w.in / 2, to);
+            if (adapted) add_low_rank(layer, group, u, g.row0, g.row1, p0, p1, to);
+        }
         if (to.store == Store::ADD && w.bias) add_bias(w.bias, g, to);
-        if (!adapted) return;
-        barrier();
+    }
+
+    // What the adapters of these rows make of u, for these panels.
+    void add_low_rank(int layer, int group, const bf16* u, int row0, int row1, int p0, int p1, const Target& to) const {
         for (int i = 0; i < p.num_segments; ++i) {
             const Segment& seg = p.segments[i];
             const Lora& l = lora(seg, layer, group);
-            const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
-            if (!l.a || row0 >= row1) continue;
+            const int first_row = std::max(row0, seg.begin), last_row = std::min(row1, seg.end);
+            if (!l.a || first_row >= last_row) continue;
             int first = 0;  // panel of this part
-            for (int part = 0; part < parts; ++part) {
+            for (int part = 0; part < parts_of(group); ++part) {
                 const int panels = s.part(group, part) / LANES;
-                const int p0 = std::max(g.p0 - first, 0), p1 = std::min(g.p1 - first, panels);
-                Target shifted = Target::add(static_cast<float*>(to.data) + first * LANES, to.ld);
-                if (p0 < p1)
-                    multiply(u + part * seg.padded_rank, ldu, row0, row1, l.b[part], p0, p1, seg.padded_rank / 2, shifted);
+                const int from = std::max(p0 - first, 0), until = std::min(p1 - first, panels);
+                if (from < until)
+                    multiply_block(u + part * seg.padded_rank, ldu, first_row, last_row, l.b[part], from, until,
+                                   seg.padded_rank / 2, Target::add(static_cast<float*>(to.data) + first * LANES, to.ld));
                 first += panels;
             }
         }
@@ -337,7 +345,13 @@ class Team {
         const float scale = 1.f / std::sqrt(static_cast<float>(d));
         const Pages cache{p.cache + layer * p.layer_stride, p.page_stride, 2 * PAGE * static_cast<int64_t>(d), d};
         AttendScratch& scratch = *reinterpret_cast<AttendScratch*>(p.work.threads + me.index * p.work.thread_bytes);
+        // The blocks of a long sequence differ in cost: dealt out there and back they come out even.
         int item = 0;
+        const auto mine = [&] {
+            const int round = item / me.count, at = item % me.count;
+            ++item;
+            return (round % 2 ? me.count - 1 - at : at) == me.index;
+        };
         for (int c = 0; c < p.num_chunks; ++c) {
             const Chunk& chunk = p.chunks[c];
             const int num = chunk.end - chunk.begin;
@@ -350,15 +364,14 @@ class Team {
             };
             if (num == 1) {
                 for (int group = 0; group < m.groups; ++group)
-                    if (item++ % me.count == me.index)
+                    if (mine())
                         attend(queries(chunk.begin, group * per_group, per_group, d, d, 0), cache, chunk.pages, group, scale,
                                scratch);
                 continue;
             }
-            // The blocks of a long sequence differ in cost: dealt out in turn they come out even.
             for (int head = 0; head < m.heads; ++head)
                 for (int at = 0; at < num; at += BLOCK)
-                    if (item++ % me.count == me.index)
+                    if (mine())
                         attend(queries(chunk.begin + at, head, std::min(BLOCK, num - at), s.qkv, s.q, 1), cache, chunk.pages,
                                head / per_group, scale, scratch);
         }
@@ -494,14 +507,17 @@ class Team {
             const bool low = to.store == Store::BF16;
             const Target sum = low ? Target::set(p.work.d_narrow, to.ld) : to;
             const Grid g(me, 0, p.rows, w.in / LANES);
-            multiply(dy, w.out, g.row0, g.row1, w.backward, g.p0, g.p1, w.out / 2, sum);
-            for (int i = 0; i < p.num_segments; ++i) {
-                const Segment& seg = p.segments[i];
-                const Lora& l = lora(seg, layer, group);
-                const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
-                if (l.a && row0 < row1)
-                    multiply(du, ldu, row0, row1, l.a_back, g.p0, g.p1, parts * seg.padded_rank / 2,
-                             Target::add(static_cast<float*>(sum.data), sum.ld));
+            for (int p0 = g.p0; p0 < g.p1; p0 += MAX_TILE_PANELS) {
+                const int p1 = std::min(p0 + MAX_TILE_PANELS, g.p1);
+                multiply_block(dy, w.out, g.row0, g.row1, w.backward, p0, p1, w.out / 2, sum);
+                for (int i = 0; i < p.num_segments; ++i) {
+                    const Segment& seg = p.segments[i];
+                    const Lora& l = lora(seg, layer, group);
+                    const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
+                    if (l.a && row0 < row1)
+                        multiply_block(du, ldu, row0, row1, l.a_back, p0, p1, parts * seg.padded_rank / 2,
+                                       Target::add(static_cast<float*>(sum.data), sum.ld));
+                }
             }
             if (low)
                 for (int64_t row = g.row0; row < g.row1; ++row)

@@ -162,6 +162,7 @@ class Kernels:
                 None,
                 [c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 3, c_int64, c_void_p, c_int32],
             ),
+            ("draw", None, [c_void_p, c_int64, *[c_int32] * 3, *[c_void_p] * 4, c_int32]),
             ("forward", None, [c_void_p]),
             ("backward", None, [c_void_p]),
         ):
@@ -208,6 +209,19 @@ class Kernels:
             logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(), logprobs_N.data_ptr(),
             weights, ldw, sums_N.data_ptr(), num_threads(),
         )  # fmt: skip
+
+    def draw(
+        self, logits_BV: Tensor, num_tokens: int, temperatures: list[float], uniforms: list[float]
+    ) -> tuple[list[int], list[float]]:
+        """A token of each row, among the first ``num_tokens``, and its logprob; at temperature 0 the likeliest."""
+        num, vocab_size = logits_BV.shape
+        tokens_B, logprobs_B = torch.empty(num, dtype=torch.int64), torch.empty(num)
+        temperatures_B, uniforms_B = torch.tensor(temperatures), torch.tensor(uniforms, dtype=torch.float64)
+        self._lib.selfloop_draw(
+            logits_BV.data_ptr(), logits_BV.stride(0), num, vocab_size, num_tokens, temperatures_B.data_ptr(),
+            uniforms_B.data_ptr(), tokens_B.data_ptr(), logprobs_B.data_ptr(), num_threads(),
+        )  # fmt: skip
+        return tokens_B.tolist(), logprobs_B.tolist()
 
     def forward(self, on: Pass) -> None:
         self._lib.selfloop_forward(byref(on))

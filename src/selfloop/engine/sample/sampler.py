@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.native.build import kernels as native
 from selfloop.types.sampling import SamplingParams
 
 _MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
@@ -50,6 +51,12 @@ def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> D
         num_tokens: ids from there on are padding of the model's vocabulary and never drawn; None for none.
     """
     assert logits_BV.shape[0] == len(rows)
+    kernels = native() if logits_BV.device.type == "cpu" and logits_BV.stride(1) == 1 else None
+    if kernels is not None and not any(map(_is_special, rows)):
+        temperatures = [row.params.temperature for row in rows]
+        uniforms = [row.uniform for row in rows]
+        drawn = kernels.draw(logits_BV, num_tokens or logits_BV.shape[1], temperatures, uniforms)
+        return Draw(*drawn, [[] for _ in rows])
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     result = Draw([], [], [])
     for start in range(0, len(rows), rows_per_pass):
@@ -109,6 +116,10 @@ def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Te
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     parts = zip(logits_BV.split(rows_per_pass), uniforms_BK.split(rows_per_pass), strict=True)
     return torch.cat([_draw_by_id(logits, temperature_11, uniforms) for logits, uniforms in parts])
+
+
+def _is_special(row: Row) -> bool:
+    return row.mask_V is not None or row.num_top > 0 or _is_filtered(row.params)
 
 
 def _is_greedy(params: SamplingParams) -> bool:
