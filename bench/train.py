@@ -7,6 +7,7 @@ the same adapter on the same tokens in one padded batch, as a data collator make
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from bench.harness import ours, program, work
 from bench.harness.measure import alternate, ratios, scaled, seconds
@@ -90,6 +91,26 @@ def ranks(bench: Bench) -> None:
         compare(bench, f"4 x 256, all supervised, rank {rank}", [bench.size(256)] * 4, rank=rank)
 
 
+def custom(bench: Bench) -> None:
+    """A loss of the client's own: two calls, of which the second only needs the backward if the first is kept."""
+    length = bench.size(256)
+    data = [work.datum(s) for s in work.sequences([length] * 8, bench.vocab_size)]
+    run, other = bench.fresh_run("custom", RANK), bench.fresh_run("custom-other", RANK)
+    num_tokens = 8 * length
+
+    def once(forward_run: str) -> float:
+        steps = partial(ours.custom_loss, bench.engine, data, forward_run=forward_run, backward_run=run)
+        return num_tokens / seconds(steps)
+
+    values = alternate({"kept": lambda: once(run), "anew": lambda: once(other)}, bench.rounds)
+    bench.engine.remove_run(run)
+    bench.engine.remove_run(other)
+    case, add = f"custom loss on 8 x {length}, rank {RANK}", bench.report.add
+    add(case, "forward kept for its backward", "tokens/s", values["kept"])
+    add(case, "forward computed twice", "tokens/s", values["anew"])
+    add(case, "ratio", "x", ratios(values["kept"], values["anew"]))
+
+
 CASES: dict[str, Case] = {
     "full": full,
     "quarter": quarter,
@@ -98,6 +119,7 @@ CASES: dict[str, Case] = {
     "low-precision": low_precision,
     "shapes": shapes,
     "ranks": ranks,
+    "custom": custom,
 }
 
 

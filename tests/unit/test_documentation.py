@@ -74,6 +74,7 @@ COMMANDS = {
     "selfloop samplers show": ["SAMPLER_ID", "--data-dir", "--json", "--url"],
     "selfloop samplers wake": ["SAMPLER_ID", "--data-dir", "--url"],
     "selfloop serve": [
+        "--activation-memory",
         "--capacity",
         "--data-dir",
         "--database-url",
@@ -82,6 +83,7 @@ COMMANDS = {
         "--dtype",
         "--heartbeat-timeout",
         "--host",
+        "--kept-memory",
         "--key-mib-per-second",
         "--key-open-requests",
         "--key-requests-per-second",

@@ -88,6 +88,22 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Training gives the same bits whatever other runs do meanwhile.")
     ] = False,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GiB that one pass of training may take for its activations; longer sequences than fit are refused. "
+            "A quarter of what the base weights leave of the device, or of this process's limit, unless set.",
+        ),
+    ] = None,
+    kept_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GiB that forwards of custom losses may take until their backward; 0 computes them twice. An eighth "
+            "of what the base weights leave, unless set.",
+        ),
+    ] = None,
     stop_grace: Annotated[
         float, typer.Option(min=1, help="Seconds that SIGTERM leaves to what is running, to be finished and stored.")
     ] = 25.0,
@@ -154,6 +170,8 @@ def serve(
         heartbeat_timeout,
         training_share,
         deterministic,
+        activation_memory,
+        kept_memory,
         stop_grace,
         usd_per_million_tokens,
         usd_per_gigabyte_month,

@@ -32,6 +32,8 @@ def serve_command(
     heartbeat_timeout_s: float,
     training_share: float,
     deterministic: bool,
+    activation_memory_gib: float | None,
+    kept_memory_gib: float | None,
     stop_grace_s: float,
     usd_per_million_tokens: float,
     usd_per_gigabyte_month: float,
@@ -75,6 +77,8 @@ def serve_command(
         heartbeat_timeout_s=heartbeat_timeout_s,
         training_share=training_share,
         deterministic=deterministic,
+        activation_bytes=_bytes(activation_memory_gib),
+        kept_bytes=_bytes(kept_memory_gib),
         stop_grace_s=stop_grace_s,
         usd_per_million_tokens=usd_per_million_tokens,
         usd_per_gigabyte_month=usd_per_gigabyte_month,
@@ -95,6 +99,10 @@ def serve_command(
     except SelfloopError as error:
         console.print(f"[red]{error}[/red]")
         sys.exit(1)
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else round(gib * 2**30)
 
 
 def _tls_problems(cert: Path | None, key: Path | None) -> Iterator[str]:

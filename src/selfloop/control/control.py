@@ -83,6 +83,8 @@ class ControlConfig:
     heartbeat_timeout_s: float = 60.0
     training_share: float = DEFAULT_TRAINING_SHARE
     deterministic: bool = False
+    activation_bytes: int | None = None
+    kept_bytes: int | None = None
     stop_grace_s: float = 20.0
     database_url: str | None = field(default=None, repr=False)
     store: str | None = None
@@ -243,6 +245,8 @@ class Control:
                 stuck_s=config.operation_timeout_s,
                 training_share=config.training_share,
                 deterministic=config.deterministic,
+                activation_bytes=config.activation_bytes,
+                kept_bytes=config.kept_bytes,
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,9 @@ _CUDA_KV_SHARE = 0.4
 _CPU_WINDOW_BYTES = 384 * 2**20
 _CUDA_WINDOW_SHARE = 0.1
 _CPU_COPY_SHARE = 0.1
+# Of what the base weights leave: a pass of training, and forwards that are kept for their backward.
+_PASS_SHARE, _KEPT_SHARE = 0.25, 0.125
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +46,42 @@ def _cpu_has_bfloat16() -> bool:
 def default_train_budget(device: torch.device) -> int:
     """Tokens of a micro-batch: enough to fill the matmuls, few enough that activations stay small."""
     return 8192 if device.type == "cuda" else 512
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has, and that this process may have of them.
+
+    Nothing of what is free at the moment goes into it: a worker that starts anew must come to the same choices.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    """Of the groups this process is in and of those around them, in version 2 or 1; none where there are no groups."""
+    limits: list[int] = []
+    for line in _OWN_CGROUP.read_text().splitlines() if _OWN_CGROUP.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (_CGROUPS, "memory.max") if controllers == "" else (_CGROUPS / "memory", "memory.limit_in_bytes")
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root) and (folder / name).exists():
+                text = (folder / name).read_text().strip()
+                limits += [int(text)] if text != "max" else []
+    return limits
+
+
+def default_pass_bytes(device: torch.device, held_bytes: int) -> int:
+    """What the activations of one pass of training may take, beside base weights of ``held_bytes``."""
+    return int(max(0, total_memory(device) - held_bytes) * _PASS_SHARE)
+
+
+def default_kept_bytes(device: torch.device, held_bytes: int) -> int:
+    """What forwards that wait for their backward may take, of all runs together."""
+    return int(max(0, total_memory(device) - held_bytes) * _KEPT_SHARE)
 
 
 def default_kv_tokens(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:

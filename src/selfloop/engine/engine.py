@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from selfloop.engine.device import (
+    default_kept_bytes,
     default_kv_tokens,
+    default_pass_bytes,
     default_train_budget,
     default_window_tokens,
     give_back_freed_memory,
@@ -32,8 +34,10 @@ from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.passes import cache_passes
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
+from selfloop.engine.train.kept import KeptForwards
+from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.optim import optim_step
-from selfloop.engine.train.request import LossRequest
+from selfloop.engine.train.request import LossRequest, Workshop
 from selfloop.engine.train.run import Run
 from selfloop.engine.train.step import advance, fitting
 from selfloop.types.custom_loss import CustomLoss
@@ -47,6 +51,8 @@ from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 log = logging.getLogger("selfloop.engine")
 
 _MAX_BATCH = 256
+# For the choice of the token budget.
+_USUAL_RANK, _LEAST_BUDGET = 32, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +83,33 @@ class Engine:
         self,
         decoder: Decoder,
         *,
-        train_token_budget: int,
-        max_kv_tokens: int,
-        max_adapters: int,
-        vocabulary: Vocabulary | None,
-        compile_grammar: CompileGrammar | None,
+        train_token_budget: int | None = None,
+        activation_bytes: int | None = None,
+        kept_bytes: int | None = None,
+        max_kv_tokens: int | None = None,
+        max_adapters: int = 32,
+        vocabulary: Vocabulary | None = None,
+        compile_grammar: CompileGrammar | None = None,
         deterministic: bool = False,
     ) -> None:
-        config = decoder.config
+        """The arguments are those of :meth:`load`."""
+        config, device = decoder.config, decoder.device
         self._decoder = decoder
         self._deterministic = deterministic
+        held_bytes = num_parameters(decoder.weights) * decoder.dtype.itemsize
+        memory = PassMemory.of(
+            decoder, default_pass_bytes(device, held_bytes) if activation_bytes is None else activation_bytes
+        )
+        usual = AdapterShape(config, _USUAL_RANK)
+        if train_token_budget is None:
+            # As many tokens as are fast, if they fit without computing anything twice.
+            fitting = memory.longest(usual, with_gradient=True, recompute=False)
+            train_token_budget = min(default_train_budget(device), max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
+        self._kept = KeptForwards(default_kept_bytes(device, held_bytes) if kept_bytes is None else kept_bytes)
+        self._workshop = Workshop(config, device, train_token_budget, memory, self._kept)
+        if max_kv_tokens is None:
+            max_kv_tokens = default_kv_tokens(config, device, decoder.dtype)
         self._runs: dict[str, Run] = {}
         self._bank = AdapterBank(max_adapters)
         self._scheduler = SamplingScheduler(
@@ -106,6 +128,15 @@ class Engine:
             device=str(decoder.device),
             dtype=str(decoder.dtype).removeprefix("torch."),
         )
+        log.info(
+            "passes of up to %d tokens; sequences of up to %d at rank %d fit %d MiB of activations, "
+            "from %d on layers are computed twice",
+            train_token_budget,
+            memory.longest(usual, with_gradient=True),
+            usual.rank,
+            memory.limit_bytes // 2**20,
+            memory.longest(usual, with_gradient=True, recompute=False) + 1,
+        )
 
     @classmethod
     def load(
@@ -115,6 +146,8 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         train_token_budget: int | None = None,
+        activation_bytes: int | None = None,
+        kept_bytes: int | None = None,
         max_kv_tokens: int | None = None,
         max_adapters: int = 32,
         vocabulary: Vocabulary | None = None,
@@ -126,7 +159,9 @@ class Engine:
         Args:
             device: "auto" is CUDA where there is one, else the CPU.
             dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it.
-            train_token_budget: tokens of a micro-batch, of training and of prefill; sets the peak of memory.
+            train_token_budget: tokens of a micro-batch, of training and of prefill.
+            activation_bytes: what one pass of training may take; longer sequences than fit are refused.
+            kept_bytes: what forwards that wait for their backward may take; 0 keeps none, and computes them twice.
             max_kv_tokens: tokens the KV cache holds over all requests.
             max_adapters: sampling adapters kept in memory.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
@@ -134,20 +169,19 @@ class Engine:
             deterministic: a run's training gives the same bits whatever is computed together with it.
 
         Raises:
-            OperationFailed: the folder holds no model that this engine computes.
+            OperationFailed: the folder holds no model that this engine computes, or the memory is too small for it.
         """
         config = read_config(model_dir)
         on = pick_device(device)
         compute = pick_dtype(dtype, on)
         layout = best_layout(config, on, compute)
         log.info("base weights in %s on %s, %s", compute, on, layout)
-        decoder = Decoder(config, load_base_weights(model_dir, config, on, compute, layout))
-        budget = default_train_budget(on) if train_token_budget is None else train_token_budget
-        kv_tokens = default_kv_tokens(config, on, compute) if max_kv_tokens is None else max_kv_tokens
         return cls(
-            decoder,
-            train_token_budget=budget,
-            max_kv_tokens=kv_tokens,
+            Decoder(config, load_base_weights(model_dir, config, on, compute, layout)),
+            train_token_budget=train_token_budget,
+            activation_bytes=activation_bytes,
+            kept_bytes=kept_bytes,
+            max_kv_tokens=max_kv_tokens,
             max_adapters=max_adapters,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
@@ -181,7 +215,7 @@ class Engine:
         else:
             shape = AdapterShape(self._config, rank, targets)
             run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._decoder.device))
-        self._runs[run_id] = run
+        self._set(run_id, run)
         return InitResult(step=run.step, lora_rank=run.shape.rank)
 
     def has_run(self, run_id: str) -> bool:
@@ -190,6 +224,7 @@ class Engine:
     def remove_run(self, run_id: str) -> None:
         """Forget a run; unknown ids are fine."""
         self._runs.pop(run_id, None)
+        self._kept.forget(run_id)
 
     def forward(
         self,
@@ -265,8 +300,7 @@ class Engine:
             NotFound: no such run.
             BadRequest: as :meth:`forward_backward`.
         """
-        decoder = self._decoder
-        return LossRequest(self._run(run_id), operation, decoder.config, self.train_token_budget, decoder.device)
+        return LossRequest(run_id, self._run(run_id), operation, self._workshop)
 
     def together(self, requests: Sequence[LossRequest]) -> list[LossRequest]:
         """The first of these requests and those after it whose next micro-batches fit one pass."""
@@ -275,7 +309,8 @@ class Engine:
 
     def advance(self, requests: Sequence[LossRequest]) -> None:
         """One pass, forward and backward, for the next micro-batch of each of these requests."""
-        advance(self._decoder, [request.job for request in requests], deterministic=self._deterministic)
+        jobs = [request.job for request in requests]
+        advance(self._decoder, jobs, self._workshop.memory, deterministic=self._deterministic)
 
     def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
         """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""
@@ -283,6 +318,7 @@ class Engine:
         num_tokens = 0 if run.accumulated is None else run.accumulated.num_tokens
         had_moments = run.moments is not None
         grad_norm = optim_step(run, adam)
+        self._kept.drop(run_id)
         if run.moments is not None and not had_moments:
             # The moments lie between what the first gradient freed.
             give_back_freed_memory()
@@ -317,7 +353,8 @@ class Engine:
         """Replace an existing run's state. Weights only: step 0, no moments. Gradients are dropped either way."""
         self._run(run_id)
         read = checkpoint.read_trainer if with_optimizer else checkpoint.read_weights
-        run = self._runs[run_id] = read(directory, self._config, self._decoder.device)
+        run = read(directory, self._config, self._decoder.device)
+        self._set(run_id, run)
         return LoadResult(run.step, run.shape.rank)
 
     def snapshot(self, run_id: str, directory: Path) -> SavedState:
@@ -333,7 +370,7 @@ class Engine:
     def restore(self, run_id: str, directory: Path) -> LoadResult:
         """Make ``run_id`` what it was at :meth:`snapshot`; creates it if need be."""
         run = checkpoint.read_snapshot(directory, self._config, self._decoder.device)
-        self._runs[run_id] = run
+        self._set(run_id, run)
         return LoadResult(run.step, run.shape.rank)
 
     # Sampling
@@ -402,6 +439,10 @@ class Engine:
     @property
     def _config(self) -> ModelConfig:
         return self._decoder.config
+
+    def _set(self, run_id: str, run: Run) -> None:
+        self._kept.drop(run_id)
+        self._runs[run_id] = run
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self._runs:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from selfloop.engine.device import default_kv_tokens, default_train_budget, pick_device, pick_dtype
+from selfloop.engine.device import pick_device, pick_dtype
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import random_base_weights
 from selfloop.engine.lora.targets import linear_groups
@@ -86,15 +86,7 @@ def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) ->
         return Engine.load(model_dir), read_config(model_dir)
     config = parse_config(_SHAPE, {})
     decoder = Decoder(config, random_base_weights(config, device, dtype, best_layout(config, device, dtype)))
-    engine = Engine(
-        decoder,
-        train_token_budget=default_train_budget(device),
-        max_kv_tokens=default_kv_tokens(config, device, dtype),
-        max_adapters=1,
-        vocabulary=None,
-        compile_grammar=None,
-    )
-    return engine, config
+    return Engine(decoder, max_adapters=1), config
 
 
 def _datum(index: int, vocab_size: int) -> Datum:

@@ -50,6 +50,8 @@ class Settings:
         snapshot_every_s: how much work of a run lies between two snapshots of it.
         training_share: part of a device's time that training gets while there is sampling to do, too.
         deterministic: a run's training gives the same bits whatever is computed together with it.
+        activation_bytes: what one pass of training may take of memory; None leaves it to the engine.
+        kept_bytes: what forwards of custom losses may take until their backward; None leaves it to the engine.
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
         stop_grace_s: from the signal to the end, at most.
@@ -74,6 +76,8 @@ class Settings:
     heartbeat_timeout_s: float = 60.0
     training_share: float = 0.5
     deterministic: bool = False
+    activation_bytes: int | None = None
+    kept_bytes: int | None = None
     stop_grace_s: float = 25.0
     stable_reinforce: StableReinforce = "stand-in"
     usd_per_million_tokens: float = 0.0
@@ -103,6 +107,8 @@ class Settings:
             heartbeat_timeout_s=self.heartbeat_timeout_s,
             training_share=self.training_share,
             deterministic=self.deterministic,
+            activation_bytes=self.activation_bytes,
+            kept_bytes=self.kept_bytes,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
             database_url=self.database_url,
             store=self.store,

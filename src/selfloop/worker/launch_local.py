@@ -31,6 +31,8 @@ class WorkerCommand:
         stuck_s: so is one whose main loop has been at one piece of work for so long.
         training_share: part of the device's time that training gets while there is sampling to do, too.
         deterministic: a run's training gives the same bits whatever is computed together with it.
+        activation_bytes: what one pass of training may take; None leaves it to the engine.
+        kept_bytes: what forwards that wait for their backward may take; None leaves it to the engine.
     """
 
     model_dir: Path
@@ -42,6 +44,8 @@ class WorkerCommand:
     stuck_s: float = 3600.0
     training_share: float = DEFAULT_TRAINING_SHARE
     deterministic: bool = False
+    activation_bytes: int | None = None
+    kept_bytes: int | None = None
 
 
 async def launch_worker(
@@ -75,8 +79,13 @@ async def launch_worker(
     ]
     if command.deterministic:
         arguments.append("--deterministic")
-    if command.num_threads is not None:
-        arguments += ["--num-threads", str(command.num_threads)]
+    for option, value in (
+        ("--num-threads", command.num_threads),
+        ("--activation-bytes", command.activation_bytes),
+        ("--kept-bytes", command.kept_bytes),
+    ):
+        if value is not None:
+            arguments += [option, str(value)]
     command.log_path.parent.mkdir(parents=True, exist_ok=True)
     if command.log_path.exists() and command.log_path.stat().st_size > _MAX_LOG_BYTES:
         command.log_path.replace(command.log_path.with_suffix(".log.1"))

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int)
     parser.add_argument("--training-share", type=float, default=DEFAULT_TRAINING_SHARE)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--activation-bytes", type=int)
+    parser.add_argument("--kept-bytes", type=int)
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args()
 
@@ -86,6 +88,8 @@ def main() -> None:
             vocabulary=tokenizer,
             compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
             deterministic=options.deterministic,
+            activation_bytes=options.activation_bytes,
+            kept_bytes=options.kept_bytes,
         )
     except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
         log.exception("cannot load %s", options.model_dir)

@@ -26,7 +26,7 @@ def figures_of(main: Callable[[list[str]], object], file: Path, *arguments: str)
 @pytest.mark.parametrize(
     ("main", "cases"),
     [
-        (train.main, ["full", "quarter", "mixed"]),
+        (train.main, ["full", "quarter", "mixed", "custom"]),
         (sample.main, ["decode1", "adapter32", "adapters", "sharing", "prefix", "gap"]),
         (multirun.main, ["together", "ranks", "memory"]),
         (rl_loop.main, ["grpo"]),

@@ -128,16 +128,14 @@ class _TargetLogprobs(torch.autograd.Function):
             else:
                 logits_CV = head.up_to_a_shift(h_ND[chunk], targets_N[chunk])
             chosen_C1 = logits_CV.gather(1, targets_C1)
-            if slope_ND is None:
-                normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-                tops.take(chunk, logits_CV, normaliser_C1)
-            else:
-                # As few passes over the vocabulary as will do: this and the products are the cost of a head.
-                largest_C1, likeliest = logits_CV.amax(-1, keepdim=True), tops.likeliest(logits_CV)
-                weights_CV = logits_CV.sub_(largest_C1).exp_()
-                sum_C1 = weights_CV.sum(-1, keepdim=True)
-                normaliser_C1 = largest_C1 + sum_C1.log()
-                tops.put(chunk, likeliest, normaliser_C1)
+            # As few passes over the vocabulary as will do: this and the products are the cost of a head. They are the
+            # same with and without a slope, so that the logprobs are the same bits.
+            largest_C1, likeliest = logits_CV.amax(-1, keepdim=True), tops.likeliest(logits_CV)
+            weights_CV = logits_CV.sub_(largest_C1).exp_()
+            sum_C1 = weights_CV.sum(-1, keepdim=True)
+            normaliser_C1 = largest_C1 + sum_C1.log()
+            tops.put(chunk, likeliest, normaliser_C1)
+            if slope_ND is not None:
                 weights_CV.scatter_add_(1, targets_C1, -sum_C1)
                 slope_CD = head.input_grad(weights_CV.to(h_ND.dtype))
                 slope_ND[chunk] = slope_CD.float() / -sum_C1

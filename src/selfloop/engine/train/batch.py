@@ -1,5 +1,6 @@
 """From datums to packed micro-batches: sequences one after another, no padding."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -33,7 +34,8 @@ class Example:
 class MicroBatch:
     """Packed sequences of some datums, on the compute device.
 
-    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum.
+    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum; ``digest``
+    is of what the logprobs depend on: tokens, lengths and targets.
     """
 
     indices: list[int]
@@ -42,6 +44,7 @@ class MicroBatch:
     targets: Tensor
     inputs: Mapping[str, Tensor]
     own: list[Mapping[str, Tensor]]
+    digest: bytes
 
     @property
     def active(self) -> Tensor:
@@ -175,4 +178,14 @@ def _stack(indices: list[int], examples: list[Example], device: torch.device) ->
         targets=torch.cat([e.targets for e in examples]).to(device),
         inputs={name: torch.cat([e.inputs[name] for e in examples]).to(device) for name in sorted(names)},
         own=[e.own for e in examples],
+        digest=_digest(examples),
     )
+
+
+def _digest(examples: list[Example]) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for values in (example.tokens_N, example.targets):
+            state.update(f"{tuple(values.shape)}".encode())
+            state.update(values.contiguous().numpy().tobytes())
+    return state.digest()

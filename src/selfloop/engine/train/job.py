@@ -12,11 +12,12 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.losses.custom import CustomLossRunner, with_gradients
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.logprob import HeadAdapter, score
+from selfloop.engine.losses.logprob import HeadAdapter, Scores, score
 from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.train.batch import MicroBatch
+from selfloop.engine.train.kept import RunShelf
 from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Run
 from selfloop.types.custom_loss import CustomLoss
@@ -108,7 +109,9 @@ class LossJob:
     The run is only read. A loss or gradient that is not finite ends the job with a ``failure``.
     """
 
-    def __init__(self, run: Run, batches: list[MicroBatch], loss: LossChoice, *, with_gradient: bool) -> None:
+    def __init__(
+        self, run: Run, batches: list[MicroBatch], loss: LossChoice, shelf: RunShelf, *, with_gradient: bool
+    ) -> None:
         self.run = run
         self.with_gradient = with_gradient
         self.failure: OperationFailed | None = None
@@ -117,6 +120,7 @@ class LossJob:
         """float32 gradient (P,) of the loss sum; None as long as nothing had one."""
         self._loss = loss
         self._custom = None if loss.custom is None else CustomLossRunner(loss.custom)
+        self._shelf = shelf
         self._left = deque(batches)
         self._leaf_P: Tensor | None = None
 
@@ -129,16 +133,50 @@ class LossJob:
         """Tokens of the next micro-batch; 0 when there is none."""
         return self._left[0].tokens_T.shape[0] if self._left else 0
 
-    def take(self, dtype: torch.dtype) -> "LossPart":
+    @property
+    def next_is_kept(self) -> bool:
+        """Whether the next micro-batch has been through the model already, and its backward is all that is left."""
+        return self.with_gradient and bool(self._left) and self._shelf.has(self._left[0], self._loss.num_top)
+
+    @property
+    def next_wants_keeping(self) -> bool:
+        """Whether the next micro-batch had better keep its graph for the backward that is to follow."""
+        return not self.with_gradient and bool(self._left) and self._shelf.wants(self._left[0])
+
+    def take(self, dtype: torch.dtype, *, with_graph: bool) -> "LossPart":
         """The next micro-batch, with the adapter to send it through."""
         if self._leaf_P is None:
-            self._leaf_P = self.run.theta_P.detach().to(dtype, copy=True).requires_grad_(self.with_gradient)
+            self._leaf_P = self.run.theta_P.detach().to(dtype, copy=True)
+        if with_graph:
+            self._leaf_P.requires_grad_()
         return LossPart(self, self._left.popleft(), self.run.shape.adapter(self._leaf_P, self.run.alpha), self._leaf_P)
 
-    def loss(self, part: "LossPart", h_TD: Tensor, base_head: FrozenLinear) -> Tensor | None:
+    def take_kept(self) -> tuple["LossPart", Scores]:
+        """The next micro-batch and its targets' scores, of which it only needs the backward."""
+        assert self.next_is_kept
+        kept = self._shelf.take(self._left[0], self._loss.num_top)
+        adapter = self.run.shape.adapter(kept.leaf_P, self.run.alpha)
+        return LossPart(self, self._left.popleft(), adapter, kept.leaf_P), kept.scores
+
+    def scores(self, part: "LossPart", h_TD: Tensor, base_head: FrozenLinear) -> Scores:
+        """Of the part's targets that are not masked, row by row."""
+        batch, adapter = part.batch, part.adapter
+        active_N = batch.active_T.nonzero().squeeze(1)
+        # A row with several targets may have some of them masked: they are scored as token 0 and left out of the loss.
+        targets = batch.targets[active_N].clamp_(min=0)
+        head = None if adapter.head is None else HeadAdapter(adapter.head.a, adapter.head.b[0], adapter.scaling)
+        return score(h_TD[active_N], base_head, targets, self._loss.num_top, head)
+
+    def keep(self, part: "LossPart", scores: Scores) -> None:
+        """Leave a part of a forward, which was computed with its graph, to the backward that is to follow."""
+        self._shelf.put(part.batch, self._loss.num_top, part.leaf_P, scores)
+
+    def loss(self, part: "LossPart", scores: Scores) -> Tensor | None:
         """Sum of the part's loss, which is None when it has no gradient or ended the job."""
+        if not self.with_gradient:
+            scores = scores._replace(logprobs=scores.logprobs.detach())
         try:
-            outcome = self._outcome(part, h_TD, base_head)
+            outcome = self._outcome(part, scores)
             self.totals.add(part.batch, outcome)
         except OperationFailed as error:
             self._fail(error)
@@ -164,15 +202,11 @@ class LossJob:
         self.grad_P = None
         self._left.clear()
 
-    def _outcome(self, part: "LossPart", h_TD: Tensor, base_head: FrozenLinear) -> _Outcome:
-        batch, adapter = part.batch, part.adapter
-        num, num_top = batch.tokens_T.shape[0], self._loss.num_top
+    def _outcome(self, part: "LossPart", scores: Scores) -> _Outcome:
+        batch = part.batch
+        num = batch.tokens_T.shape[0]
         active_N = batch.active_T.nonzero().squeeze(1)
-        # A row with several targets may have some of them masked: they are scored as token 0 and left out below.
-        targets = batch.targets[active_N].clamp_(min=0)
-        head = None if adapter.head is None else HeadAdapter(adapter.head.a, adapter.head.b[0], adapter.scaling)
-        scores = score(h_TD[active_N], base_head, targets, num_top, head)
-        zeros = torch.zeros(batch.targets.shape, device=h_TD.device)
+        zeros = torch.zeros(batch.targets.shape, device=active_N.device)
         logprobs = zeros.index_put((active_N,), scores.logprobs)
         if logprobs.dim() > 1:
             logprobs = torch.where(batch.active, logprobs, 0.0)

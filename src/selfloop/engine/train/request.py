@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
+from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
 from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
+from selfloop.engine.train.kept import KeptForwards, RunShelf
+from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.types.custom_loss import CustomLoss
@@ -21,22 +25,26 @@ _SKIP = "skip_token_normalization"
 _CUSTOM = LossSpec("custom", many_targets=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What requests of all runs are computed with; ``token_budget`` is of a micro-batch."""
+
+    config: ModelConfig
+    device: torch.device
+    token_budget: int
+    memory: PassMemory
+    kept: KeptForwards
+
+
 class LossRequest:
     """A ``forward`` or ``forward_backward`` of one run that has begun; its work is :attr:`job`.
 
     Raises:
-        BadRequest: a datum does not fit the loss or the model; or gradients that are divided by different things
-            would share a step.
+        BadRequest: a datum does not fit the loss, the model or the memory; or gradients that are divided by different
+            things would share a step.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        operation: Forward | ForwardBackward,
-        config: ModelConfig,
-        token_budget: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, run_id: str, run: Run, operation: Forward | ForwardBackward, workshop: Workshop) -> None:
         full = _full_config(operation.loss_fn, operation.loss_config, operation.custom)
         self._run = run
         self._skip = operation.summed or bool(full.get(_SKIP))
@@ -44,10 +52,16 @@ class LossRequest:
         with_gradient = isinstance(operation, ForwardBackward)
         if with_gradient:
             self._check_mates(run.accumulated)
-        batches = _micro_batches(operation, config, token_budget, device)
+        batches = _micro_batches(operation, run.shape, workshop)
         choice = LossChoice(operation.loss_fn, full, operation.top_k_logprobs, operation.custom)
         self._shapes = [datum.loss_inputs["target_tokens"].shape for datum in operation.data]
-        self.job = LossJob(run, batches, choice, with_gradient=with_gradient)
+        digests, kept, keeps = [batch.digest for batch in batches], workshop.kept, False
+        if with_gradient:
+            kept.begin_backward(run_id, run, digests)
+        else:
+            keeps = kept.begin_forward(run_id, run, digests, hinted=_is_half_of_a_loss(batches))
+        shelf = RunShelf(kept, workshop.memory, run_id, run, keeps=keeps)
+        self.job = LossJob(run, batches, choice, shelf, with_gradient=with_gradient)
 
     def result(self) -> LossResult:
         """The result of a finished job, whose gradient joins those of the run; all or nothing.
@@ -90,19 +104,36 @@ class LossRequest:
             )
 
 
-def _micro_batches(
-    operation: Forward | ForwardBackward, config: ModelConfig, token_budget: int, device: torch.device
-) -> list[MicroBatch]:
-    spec, data = _spec(operation.loss_fn, operation.custom), operation.data
+def _micro_batches(operation: Forward | ForwardBackward, shape: AdapterShape, workshop: Workshop) -> list[MicroBatch]:
+    spec, data, config = _spec(operation.loss_fn, operation.custom), operation.data, workshop.config
     if len(data) % spec.rows != 0:
         raise BadRequest("data", f"{operation.loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
     examples = [
         read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
         for index, datum in enumerate(data)
     ]
+    longest = workshop.memory.longest(shape, with_gradient=isinstance(operation, ForwardBackward))
+    _check_lengths([example.tokens_N.shape[0] for example in examples], spec.rows, longest)
     if operation.custom is not None:
         examples = [read_own(i, data[i], example, operation.custom) for i, example in enumerate(examples)]
-    return micro_batches(examples, token_budget, device, spec.rows)
+    return micro_batches(examples, min(workshop.token_budget, max(1, longest)), workshop.device, spec.rows)
+
+
+def _check_lengths(lengths: list[int], rows: int, longest: int) -> None:
+    """A unit goes through the model in one pass, whatever it takes."""
+    for first in range(0, len(lengths), rows):
+        if sum(lengths[first : first + rows]) > longest:
+            alone = "" if rows == 1 else " together with its other half"
+            raise BadRequest(
+                f"data[{first}].model_input",
+                f"at most {longest} tokens{alone} fit the memory for a pass (--activation-memory), "
+                f"got {' + '.join(map(str, lengths[first : first + rows]))}",
+            )
+
+
+def _is_half_of_a_loss(batches: list[MicroBatch]) -> bool:
+    """Whether this looks like the clients' first call for a loss of their own, which has weights of zero."""
+    return all(bool((batch.inputs["weights"] == 0).all()) for batch in batches)
 
 
 def _spec(loss_fn: str, custom: CustomLoss | None) -> LossSpec:

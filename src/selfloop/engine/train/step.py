@@ -5,32 +5,66 @@ from collections.abc import Sequence
 import torch
 
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.losses.logprob import Scores
 from selfloop.engine.models.attention import ApartAttention, Attention, PackedCausalAttention
 from selfloop.engine.models.decoder import Decoder, positions_of
-from selfloop.engine.train.job import LossJob
+from selfloop.engine.train.job import LossJob, LossPart
+from selfloop.engine.train.memory import PassMemory
+
+# A forward that is to be kept has a pass of its own if it fills so much of one, or if it is alone in it anyway: a
+# graph that several runs share would serve none of them alone.
+_FILLS_A_PASS = 0.25
 
 
 def fitting(jobs: Sequence[LossJob], token_budget: int) -> list[LossJob]:
     """The first job, and those after it whose next micro-batch fits the same pass."""
+    if _goes_alone(jobs[0], token_budget):
+        return [jobs[0]]
     chosen: list[LossJob] = []
     room = token_budget
     for job in jobs:
-        if not chosen or (job.num_next_tokens <= room and job.with_gradient == chosen[0].with_gradient):
+        fits = job.num_next_tokens <= room and job.with_gradient == jobs[0].with_gradient
+        if not chosen or (fits and not _goes_alone(job, token_budget)):
             chosen.append(job)
             room -= job.num_next_tokens
     return chosen
 
 
-def advance(decoder: Decoder, jobs: Sequence[LossJob], *, deterministic: bool) -> None:
+def _goes_alone(job: LossJob, token_budget: int) -> bool:
+    return job.next_is_kept or (job.num_next_tokens >= _FILLS_A_PASS * token_budget and job.next_wants_keeping)
+
+
+def advance(decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool) -> None:
     """Take the next micro-batch of each job through the model, all in one pass.
 
     Every row meets the adapter of its own run only, and every loss its own rows: what is not finite stays in its job.
     With ``deterministic`` every product and every attention is of one job's rows only, so that nothing of a job's
-    numbers, not even their rounding, depends on the others.
+    numbers, not even their rounding, depends on the others. A job whose forward was kept comes alone.
     """
     with_gradient = jobs[0].with_gradient
     assert all(not job.is_done and job.with_gradient == with_gradient for job in jobs)
-    parts = [job.take(decoder.dtype) for job in jobs]
+    if len(jobs) == 1 and jobs[0].next_is_kept:
+        scored = [jobs[0].take_kept()]
+    else:
+        scored = _forward(decoder, jobs, memory, deterministic=deterministic)
+    with torch.set_grad_enabled(with_gradient):
+        losses = [(part.job.loss(part, scores), part) for part, scores in scored]
+    trained = [(loss, part) for loss, part in losses if loss is not None]
+    if trained:
+        grads = torch.autograd.grad([loss for loss, _ in trained], [part.leaf_P for _, part in trained])
+        for grad_P, (_, part) in zip(grads, trained, strict=True):
+            part.job.add_gradient(part, grad_P)
+    for job in jobs:
+        job.settle()
+
+
+def _forward(
+    decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool
+) -> list[tuple[LossPart, Scores]]:
+    """The parts with their targets' scores, which carry a graph where there is a backward, now or later."""
+    keeps = len(jobs) == 1 and jobs[0].next_wants_keeping
+    with_graph = jobs[0].with_gradient or keeps
+    parts = [job.take(decoder.dtype, with_graph=with_graph) for job in jobs]
     lengths = [length for part in parts for length in part.batch.lengths]
     sizes = [part.batch.tokens_T.shape[0] for part in parts]
     rows = [(size, part.adapter) for size, part in zip(sizes, parts, strict=True)]
@@ -38,19 +72,19 @@ def advance(decoder: Decoder, jobs: Sequence[LossJob], *, deterministic: bool) -
     if deterministic:
         each = [PackedCausalAttention(part.batch.lengths) for part in parts]
         attention = ApartAttention(list(zip(sizes, each, strict=True)))
-    with torch.set_grad_enabled(with_gradient):
+    widest = max((job.run.shape for job in jobs), key=lambda shape: shape.rank)
+    with torch.set_grad_enabled(with_graph):
         h_TD = decoder.forward(
             torch.cat([part.batch.tokens_T for part in parts]),
             positions_of(lengths, decoder.device),
             attention,
             AdapterBatch.apart(rows) if deterministic else AdapterBatch.of(rows),
+            recompute=with_graph and memory.recomputes(sum(sizes), widest),
         )
         head = decoder.weights.head
-        losses = [part.job.loss(part, h_ND, head) for part, h_ND in zip(parts, h_TD.split(sizes), strict=True)]
-    trained = [(loss, part) for loss, part in zip(losses, parts, strict=True) if loss is not None]
-    if trained:
-        grads = torch.autograd.grad([loss for loss, _ in trained], [part.leaf_P for _, part in trained])
-        for grad_P, (_, part) in zip(grads, trained, strict=True):
-            part.job.add_gradient(part, grad_P)
-    for job in jobs:
-        job.settle()
+        scored = [
+            (part, part.job.scores(part, h_ND, head)) for part, h_ND in zip(parts, h_TD.split(sizes), strict=True)
+        ]
+    if keeps:
+        jobs[0].keep(*scored[0])
+    return scored
