@@ -12,6 +12,7 @@ namespace selfloop {
 constexpr int MAX_TILE_ROWS = 6;
 constexpr int MAX_TILE_PANELS = 4;
 constexpr int MAX_PAIRS = 1024;
+constexpr int MAX_FETCHED_AHEAD = 128;  // cache lines
 
 enum class Store { SET, ADD, BF16 };
 
@@ -140,6 +141,10 @@ static inline void multiply_block(const bf16* x, int64_t ldx, int row0, int row1
             next[v] = last ? w + (p0 + MAX_TILE_PANELS + v) * panel_size : panels[v] + static_cast<int64_t>(part) * 2 * LANES;
         }
         if (k > 0) at.store = Store::ADD;
+        // Short panels of few rows: the next ones would come too late by themselves.
+        if (pairs * MAX_TILE_PANELS <= MAX_FETCHED_AHEAD && row1 - row0 <= MAX_TILE_ROWS)
+            for (int line = 0; line < pairs * MAX_TILE_PANELS; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(next[0] + line * 32), _MM_HINT_T0);
         multiply_panels(x + row0 * ldx + 2 * k, ldx, row1 - row0, panels, num, last ? pairs - k : part, at, row0,
                         p0 * LANES, next);
     }

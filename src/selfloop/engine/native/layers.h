@@ -6,6 +6,7 @@
 namespace selfloop {
 
 constexpr int MAX_PARTS = 3;
+constexpr int FEW_ROWS = 64;
 enum Group { QKV, OUT, GATE_UP, DOWN, NUM_GROUPS };
 
 extern "C" {
@@ -241,21 +242,27 @@ class Team {
         const int parts = parts_of(group);
         bf16* u = kept.low_rank[group];
         bool adapted = false;
+        // Of few rows each adapter is read by one thread, in longer stretches.
+        const bool few = p.rows <= FEW_ROWS && p.num_segments >= 2 * me.count;
+        int mine, others;
+        me.share(p.num_segments, mine, others);
         for (int i = 0; i < p.num_segments; ++i) {
             const Segment& seg = p.segments[i];
             const Lora& l = lora(seg, layer, group);
             if (!l.a) continue;
             adapted = true;
-            const int panels = parts * seg.padded_rank / LANES;
-            const Grid g(me, seg.begin, seg.end, panels);
+            if (few && (i < mine || i >= others)) continue;
+            const Grid g(few ? Worker{0, 1} : me, seg.begin, seg.end, parts * seg.padded_rank / LANES);
             multiply(x, ldx, g.row0, g.row1, l.a, g.p0, g.p1, w.in / 2, Target::bf16_of(u, ldu, seg.scaling));
         }
         if (adapted) barrier();
         const Grid g(me, 0, p.rows, w.out / LANES);
-        // A block of columns at a time, so that adapters add to what is still in the cache.
-        for (int p0 = g.p0; p0 < g.p1; p0 += MAX_TILE_PANELS) {
-            const int p1 = std::min(p0 + MAX_TILE_PANELS, g.p1);
-            multiply_block(x, ldx, g.row0, g.row1, w.forward, p0, p1, w.in / 2, to);
+        // So many columns at a time that adapters add to what is still in the cache; of few rows all, as each adapter is
+        // then read in one go.
+        const int step = g.row1 - g.row0 <= FEW_ROWS ? g.p1 - g.p0 : MAX_TILE_PANELS;
+        for (int p0 = g.p0; p0 < g.p1; p0 += step) {
+            const int p1 = std::min(p0 + step, g.p1);
+            multiply(x, ldx, g.row0, g.row1, w.forward, p0, p1, w.in / 2, to);
             if (adapted) add_low_rank(layer, group, u, g.row0, g.row1, p0, p1, to);
         }
         if (to.store == Store::ADD && w.bias) add_bias(w.bias, g, to);
@@ -273,7 +280,7 @@ class Team {
                 const int panels = s.part(group, part) / LANES;
                 const int from = std::max(p0 - first, 0), until = std::min(p1 - first, panels);
                 if (from < until)
-                    multiply_block(u + part * seg.padded_rank, ldu, first_row, last_row, l.b[part], from, until,
+                    multiply(u + part * seg.padded_rank, ldu, first_row, last_row, l.b[part], from, until,
                                    seg.padded_rank / 2, Target::add(static_cast<float*>(to.data) + first * LANES, to.ld));
                 first += panels;
             }
