@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 import stores
-from gateway import KEY, Gateway, Run, create_run, datum, environment, ok, until, words
+from gateway import KEY, MODEL, Gateway, Json, Run, create_run, datum, environment, ok, until, words
 
 
 class StoreGateway(Gateway):
@@ -70,9 +71,11 @@ def test_everything_survives_both_servers_and_the_gateway(
     run.result(ok(response, 202)["operation_id"])
     run.step()
 
-    # The bucket is away: a save waits, is not listed, and is whole in the end.
+    # The bucket is away: a save that was accepted waits, is not listed, and is whole in the end.
+    saving = run.submit("save_state", name="after", seq=run.seq + 2)
     stores.servers.s3.stop()
-    saving = run.submit("save_state", name="after")
+    run.forward_backward([datum(words(4))])
+    run.seq += 1
     time.sleep(1.0)
     listed = ok(own.http().get("/v1/loops/checkpoints", params={"run_id": run.id}))["checkpoints"]
     assert [c["path"] for c in listed] == [path]
@@ -86,6 +89,7 @@ def test_everything_survives_both_servers_and_the_gateway(
     # The same training, undisturbed.
     calm = Run.create(own.http(), seed=3).attached()
     calm.train(1, 2, 3)
+    calm.forward_backward([datum(words(4))])
     undisturbed = calm.files(calm.save("after"))
     tensors = {name for name in undisturbed if name.endswith(".safetensors")}
     assert tensors
@@ -96,6 +100,97 @@ def test_everything_survives_both_servers_and_the_gateway(
     assert run.files(path) == files
     again = Run(own.http(), create_run(own.http(), path=path)).attached()
     assert again.files(again.save("again"))["adapter_model.safetensors"] == files["adapter_model.safetensors"]
+
+
+def test_nothing_is_accepted_that_the_database_cannot_keep(
+    start: Callable[[], Gateway], postgres: stores.PostgresServer
+) -> None:
+    own = start()
+    http, tinker = own.http(), own.http()
+    run = Run.create(http, seed=3).attached()
+    sampler = run.resource["sampler"]["id"]
+    loss = {"data": [datum(words(1))], "loss_fn": "cross_entropy"}
+    model_path = run.save("kept", "save_weights_for_sampler")
+    key = {"Idempotency-Key": "asked-again"}
+    asked: dict[str, Callable[[], httpx.Response]] = {
+        "operation": lambda: run.post("forward_backward", key="k1", seq=run.seq + 1, **loss),
+        "refusal": lambda: run.post("forward_backward", seq=run.seq + 1, data=[], loss_fn="none such"),
+        "sample": lambda: http.post(
+            f"/loops/samplers/{sampler}/sample", json={"prompt": words(1), "max_tokens": 2}, headers=key
+        ),
+        "session": lambda: http.post("/v1/loops/sessions", json={}),
+        "deletion": lambda: http.post(f"/v1/loops/runs/{run.id}/deactivate"),
+        "sampler": lambda: http.post(
+            "/v1/loops/samplers", json={"session_id": run.resource["session_id"], "model_path": model_path}
+        ),
+        "tinker": lambda: tinker.post("/api/v1/create_session", json={"tags": [], "sdk_version": "0.38.0"}),
+        "chat": lambda: http.post("/oai/api/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1}),
+    }
+    before = _num_rows(postgres, own)
+    postgres.stop(signal.SIGQUIT)
+    try:
+        with ThreadPoolExecutor(len(asked)) as threads:
+            answers = dict(zip(asked, threads.map(lambda ask: ask(), asked.values()), strict=True))
+    finally:
+        postgres.start()
+    for what, answer in answers.items():
+        is_data_plane = what in ("operation", "refusal", "sample")
+        assert answer.status_code == (408 if is_data_plane else 503), (what, answer.text)
+        assert float(answer.headers["Retry-After"]) > 0, what
+        assert stores.PASSWORD not in answer.text
+    assert _num_rows(postgres, own) == before
+
+    # It is the same server, and the same requests succeed.
+    run.result(ok(asked["operation"](), 202)["operation_id"])
+    run.seq += 1
+    assert run.step()["metrics"]["step"] == 1
+    for what in ("sample", "session", "sampler"):
+        ok(asked[what]())
+
+
+def _num_rows(postgres: stores.PostgresServer, own: Gateway) -> list[int]:
+    with postgres.admin(stores.name_of(own.data_dir)) as connection:
+        tables = ("operations", "left_out", "sessions", "samplers", "status_changes", "audit_events", "queued_samples")
+        return [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables]
+
+
+def test_nothing_is_accepted_that_the_bucket_cannot_keep(start: Callable[[], Gateway]) -> None:
+    own = start()
+    http = own.http()
+    run = Run.create(http, seed=3).attached()
+    run.train(1)
+    path = run.save("kept")
+    kept = _only(http, run)["id"]
+    stores.forget_cached(own.data_dir, kept)
+    stores.servers.s3.stop()
+    try:
+        time.sleep(2.5)  # Until then it is trusted to be there.
+        for answer in (
+            run.post("save_state", key="k1", seq=run.seq + 1, name="later"),
+            run.post("load_state", key="k2", seq=run.seq + 1, path=path),
+        ):
+            assert (answer.status_code, float(answer.headers["Retry-After"]) > 0) == (408, True), answer.text
+        saved = {"model_id": run.id, "path": "x", "seq_id": run.seq + 1}
+        created = {"session_id": run.resource["session_id"], "base_model": MODEL, "path": path}
+        for answer in (
+            http.post("/api/v1/save_weights", json=saved),
+            http.post("/v1/loops/runs", json=created),
+            http.get(f"/v1/loops/checkpoints/{kept}/files"),
+        ):
+            assert (answer.status_code, float(answer.headers["Retry-After"]) > 0) == (503, True), answer.text
+        runs = ok(http.get("/v1/loops/runs"))["runs"]
+        assert [listed["id"] for listed in runs] == [run.id]
+        # What needs no bucket goes on.
+        assert run.step()["metrics"]["step"] == 2
+    finally:
+        stores.servers.s3.start()
+    run.result(ok(run.post("save_state", key="k1", name="later"), 202)["operation_id"])
+    run.do("load_state", path=path)
+
+
+def _only(http: httpx.Client, run: Run) -> Json:
+    (checkpoint,) = ok(http.get("/v1/loops/checkpoints", params={"run_id": run.id}))["checkpoints"]
+    return checkpoint
 
 
 def test_files_are_downloaded_from_the_bucket_in_parts(start: Callable[[], Gateway]) -> None:

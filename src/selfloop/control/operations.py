@@ -16,6 +16,7 @@ from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, Unavailable
+from selfloop.types.operation import USES_CHECKPOINTS
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -96,6 +97,7 @@ class Operations:
         Raises:
             Conflict: the run is inactive, or the id or sequence id was used for a different request.
             NotReady: the disk is full.
+            Unavailable: it needs the store of checkpoints, or the database, which cannot be reached.
         """
         if run.status != RunStatus.ACTIVE:
             raise Conflict(
@@ -103,6 +105,8 @@ class Operations:
             )
         if self._c.settlement.disk_room is not None:
             self._c.settlement.disk_room.check_accept(len(submission.payload))
+        if submission.kind in USES_CHECKPOINTS:
+            await self._c.store.check_reachable()
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())

@@ -118,6 +118,11 @@ def kind_of(operation: Operation) -> str:
     return str(operation.__struct_config__.tag)
 
 
+USES_CHECKPOINTS: frozenset[str] = frozenset(
+    str(t.__struct_config__.tag) for t in (SaveState, SaveWeightsForSampler, SaveWeightsExternal, LoadState)
+)
+"""Kinds that read or write a stored checkpoint."""
+
 CHANGES_STATE: frozenset[str] = frozenset(
     str(t.__struct_config__.tag) for t in (InitTrainer, ForwardBackward, OptimStep, LoadState)
 )

@@ -27,6 +27,10 @@ class CheckpointStore(Protocol):
         """Make the store that of one installation. Raises :class:`Conflict` where it is another's."""
         ...
 
+    async def check_reachable(self) -> None:
+        """To be asked before anything is accepted that needs the store. Raises :class:`Unavailable`."""
+        ...
+
     def staging(self, id: str) -> Path:
         """Make room for a folder on the local disk that somebody else will write, to be published or discarded."""
         ...
@@ -79,6 +83,9 @@ class LocalCheckpoints:
         self.address = "local"
 
     async def claim(self, owner: str) -> None:
+        pass
+
+    async def check_reachable(self) -> None:
         pass
 
     def staging(self, id: str) -> Path:

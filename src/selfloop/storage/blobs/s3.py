@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,9 @@ _NUM_THREADS = 4
 _RETRY_AFTER_S = 5.0
 # A folder that nobody asked for so long leaves the cache.
 _CACHED_S = 3600.0
+# A store that answered so lately is taken to be there; one that is asked answers within so long.
+_TRUSTED_S = 2.0
+_PROBE_S = 3.0
 # Another process may be writing what has no row yet.
 _LEFTOVER_S = 24 * 3600.0
 _CHUNK_BYTES = 2**20
@@ -74,8 +77,11 @@ class S3Checkpoints:
         self._prefix = "/".join(filter(None, [parts.path.strip("/"), "checkpoints"])) + "/"
         self.address = f"s3://{self._bucket}/{parts.path.strip('/')}".rstrip("/")
         public = parse_qs(parts.query).get("public", [None])[0]
-        self._client = _client(None)
-        self._signer = self._client if public is None else _client(public)
+        session = _session()
+        self._client = _client(session, None)
+        self._signer = self._client if public is None else _client(session, public)
+        self._probe = _client(session, None, patience_s=_PROBE_S, max_attempts=1)
+        self._reached_at = float("-inf")
         self._cache = data_dir / "cache" / "checkpoints"
         self._cache.mkdir(parents=True, exist_ok=True)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="s3")
@@ -85,8 +91,20 @@ class S3Checkpoints:
     async def claim(self, owner: str) -> None:
         await self._call(lambda: self._claim(owner))
 
+    @property
+    def _installation_key(self) -> str:
+        return self._prefix.removesuffix("checkpoints/") + "installation"
+
+    async def check_reachable(self) -> None:
+        if time.monotonic() - self._reached_at < _TRUSTED_S:
+            return
+        # Not among our own threads: those may all be waiting for the same.
+        await self._answered(
+            asyncio.to_thread(self._probe.head_object, Bucket=self._bucket, Key=self._installation_key)
+        )
+
     def _claim(self, owner: str) -> None:
-        key = self._prefix.removesuffix("checkpoints/") + "installation"
+        key = self._installation_key
         held_by = self._object(key)
         if held_by is None:
             self._client.put_object(Bucket=self._bucket, Key=key, Body=owner.encode())
@@ -266,29 +284,40 @@ class S3Checkpoints:
 
     async def _call(self, work: Callable[[], T]) -> T:
         """Do ``work`` in a thread of our own, so that long transfers hold up nobody else's."""
+        return await self._answered(asyncio.get_running_loop().run_in_executor(self._threads, work))
+
+    async def _answered(self, call: Awaitable[T]) -> T:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            answer = await call
         except (Boto3Error, BotoCoreError, ClientError) as error:
+            self._reached_at = float("-inf")
             raise Unavailable(f"{self.address} cannot be used: {error}", _RETRY_AFTER_S) from error
+        self._reached_at = time.monotonic()
+        return answer
 
 
-def _client(endpoint: str | None) -> Any:
+def _session() -> Any:
     from boto3.session import Session
+
+    return Session()
+
+
+def _client(session: Any, endpoint: str | None, *, patience_s: float = 60, max_attempts: int = 3) -> Any:
     from botocore.config import Config
 
     own = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return Session().client(
+    return session.client(
         "s3",
         endpoint_url=endpoint,
         region_name=os.environ.get("AWS_REGION"),
         config=Config(
             signature_version="s3v4",
-            connect_timeout=5,
-            read_timeout=60,
-            retries={"mode": "standard", "max_attempts": 3},
+            connect_timeout=min(5, patience_s),
+            read_timeout=patience_s,
+            retries={"mode": "standard", "max_attempts": max_attempts},
             # Of Amazon's own; other servers do not know them all.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
