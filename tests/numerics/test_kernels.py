@@ -18,11 +18,15 @@ from selfloop.engine.models.config import read_config
 from selfloop.engine.models.decoder import Decoder, positions_of
 from selfloop.engine.models.linear import Layout
 from selfloop.engine.native import build
+from selfloop.engine.native.library import Kernels
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
-pytestmark = pytest.mark.skipif(build.kernels() is None, reason="the kernels are not for this CPU")
+_FOUND = build.look()
+if isinstance(_FOUND, build.Lacking) and not _FOUND.remedy:
+    pytest.skip(_FOUND.reason, allow_module_level=True)
+assert isinstance(_FOUND, Kernels), f"no kernels on a CPU for which they are: {_FOUND}"
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama-wide", "llama-wide-biased", "qwen2-wide", "qwen3"]

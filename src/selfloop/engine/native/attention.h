@@ -86,12 +86,18 @@ template <int V>
 static inline void weigh_rows(int m, const bf16* p, const bf16* const* pages, int num_pages, int panel0, float* sums,
                               int ld) {
     switch (m) {
-        case 1: return weigh_tile<1, V>(p, pages, num_pages, panel0, sums, ld);
-        case 2: return weigh_tile<2, V>(p, pages, num_pages, panel0, sums, ld);
-        case 3: return weigh_tile<3, V>(p, pages, num_pages, panel0, sums, ld);
-        case 4: return weigh_tile<4, V>(p, pages, num_pages, panel0, sums, ld);
-        case 5: return weigh_tile<5, V>(p, pages, num_pages, panel0, sums, ld);
-        default: return weigh_tile<6, V>(p, pages, num_pages, panel0, sums, ld);
+        case 1:
+            return weigh_tile<1, V>(p, pages, num_pages, panel0, sums, ld);
+        case 2:
+            return weigh_tile<2, V>(p, pages, num_pages, panel0, sums, ld);
+        case 3:
+            return weigh_tile<3, V>(p, pages, num_pages, panel0, sums, ld);
+        case 4:
+            return weigh_tile<4, V>(p, pages, num_pages, panel0, sums, ld);
+        case 5:
+            return weigh_tile<5, V>(p, pages, num_pages, panel0, sums, ld);
+        default:
+            return weigh_tile<6, V>(p, pages, num_pages, panel0, sums, ld);
     }
 }
 
@@ -104,10 +110,17 @@ static inline void weigh(const bf16* weights, int rows, const bf16* const* pages
         const bf16* p = weights + begin * BLOCK;
         float* to = sums + begin * head_dim;
         for (int v = 0; v < panels; v += MAX_TILE_PANELS) switch (std::min(panels - v, MAX_TILE_PANELS)) {
-                case 1: weigh_rows<1>(end - begin, p, pages, num_pages, v, to, head_dim); break;
-                case 2: weigh_rows<2>(end - begin, p, pages, num_pages, v, to, head_dim); break;
-                case 3: weigh_rows<3>(end - begin, p, pages, num_pages, v, to, head_dim); break;
-                default: weigh_rows<4>(end - begin, p, pages, num_pages, v, to, head_dim);
+                case 1:
+                    weigh_rows<1>(end - begin, p, pages, num_pages, v, to, head_dim);
+                    break;
+                case 2:
+                    weigh_rows<2>(end - begin, p, pages, num_pages, v, to, head_dim);
+                    break;
+                case 3:
+                    weigh_rows<3>(end - begin, p, pages, num_pages, v, to, head_dim);
+                    break;
+                default:
+                    weigh_rows<4>(end - begin, p, pages, num_pages, v, to, head_dim);
             }
         begin = end;
     }
@@ -183,11 +196,12 @@ struct HeadGrad {
 
 static inline int64_t head_grad_scratch(int length, int head_dim) {
     const int64_t rows = round_up(length, BLOCK);
-    return 5 * rows * head_dim * sizeof(bf16) + rows * sizeof(float) + BLOCK * BLOCK * (2 * sizeof(float) + 3 * sizeof(bf16)) + 64;
+    return 5 * rows * head_dim * sizeof(bf16) + rows * sizeof(float) +
+           BLOCK * BLOCK * (2 * sizeof(float) + 3 * sizeof(bf16)) + 64;
 }
 
-// P = e^(scale q k^T - lse), dP = d_out v^T, dS = scale P (dP - sum(d_out out)); dq = dS k, dk = dS^T q, dv = P^T d_out.
-// Dao, FlashAttention-2 (https://arxiv.org/abs/2307.08691), algorithm 2.
+// P = e^(scale q k^T - lse), dP = d_out v^T, dS = scale P (dP - sum(d_out out)); dq = dS k, dk = dS^T q, dv = P^T
+// d_out. Dao, FlashAttention-2 (https://arxiv.org/abs/2307.08691), algorithm 2.
 static inline void attend_backward(const HeadGrad& g, char* scratch) {
     const int d = g.head_dim, n = g.length, padded = round_up(n, BLOCK), blocks = padded / BLOCK;
     const int64_t panels_size = static_cast<int64_t>(padded) * d;
@@ -261,7 +275,8 @@ static inline void attend_backward(const HeadGrad& g, char* scratch) {
                     }
                 }
             const auto add = [&](const bf16* x, int rows, const bf16* tokens, float* to, int at) {
-                multiply(x, BLOCK, 0, rows, tokens, 0, d / LANES, BLOCK / 2, Target::add(to + at * g.ld_grad, g.ld_grad));
+                multiply(x, BLOCK, 0, rows, tokens, 0, d / LANES, BLOCK / 2,
+                         Target::add(to + at * g.ld_grad, g.ld_grad));
             };
             add(ds, num_q, k_rows + kb * rows_size, g.dq, q0);
             add(ds_t, num_k, q_rows + qb * rows_size, g.dk, k0);

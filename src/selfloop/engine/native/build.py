@@ -21,7 +21,7 @@ from selfloop.engine.native.library import VERSION, Kernels
 
 log = logging.getLogger("selfloop.engine")
 
-_SOURCES = ("kernels.cpp", "layers.h", "attention.h", "gemm.h", "simd.h")
+_SOURCES = ("kernels.cpp", "layers.h", "pass.h", "attention.h", "vocabulary.h", "gemm.h", "simd.h")
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),

@@ -95,31 +95,46 @@ template <int V>
 static inline void tile_rows(int m, const bf16* x, int64_t ldx, const bf16* const* panels, int pairs, const Target& to,
                              int row, int column, Ahead ahead) {
     switch (m) {
-        case 1: return tile<1, V>(x, ldx, panels, pairs, to, row, column, ahead);
-        case 2: return tile<2, V>(x, ldx, panels, pairs, to, row, column, ahead);
-        case 3: return tile<3, V>(x, ldx, panels, pairs, to, row, column, ahead);
-        case 4: return tile<4, V>(x, ldx, panels, pairs, to, row, column, ahead);
-        case 5: return tile<5, V>(x, ldx, panels, pairs, to, row, column, ahead);
-        default: return tile<6, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 1:
+            return tile<1, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 2:
+            return tile<2, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 3:
+            return tile<3, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 4:
+            return tile<4, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        case 5:
+            return tile<5, V>(x, ldx, panels, pairs, to, row, column, ahead);
+        default:
+            return tile<6, V>(x, ldx, panels, pairs, to, row, column, ahead);
     }
 }
 
 // Rows [0, rows) of x (bfloat16, row by row, ldx apart) times up to four panels, which may lie anywhere.
 // `next` are the panels that the same rows meet afterwards.
 static inline void multiply_panels(const bf16* x, int64_t ldx, int rows, const bf16* const* panels, int num_panels,
-                                   int pairs, const Target& to, int row, int column, const bf16* const* next = nullptr) {
+                                   int pairs, const Target& to, int row, int column,
+                                   const bf16* const* next = nullptr) {
     const int tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (int t = 0, begin = 0; t < tiles; ++t) {
         const int end = static_cast<int>(static_cast<int64_t>(rows) * (t + 1) / tiles);
         const bf16* xt = x + begin * ldx;
         // Fewer than seven rows wait for memory in any case.
         Ahead ahead{nullptr, nullptr};
-        if (next && tiles > 1 && t < MAX_TILE_PANELS) ahead = {next[t], tiles < 4 && t + tiles < 4 ? next[t + tiles] : next[t]};
+        if (next && tiles > 1 && t < MAX_TILE_PANELS)
+            ahead = {next[t], tiles < 4 && t + tiles < 4 ? next[t + tiles] : next[t]};
         switch (num_panels) {
-            case 1: tile_rows<1>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
-            case 2: tile_rows<2>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
-            case 3: tile_rows<3>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead); break;
-            default: tile_rows<4>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
+            case 1:
+                tile_rows<1>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
+                break;
+            case 2:
+                tile_rows<2>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
+                break;
+            case 3:
+                tile_rows<3>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
+                break;
+            default:
+                tile_rows<4>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
         }
         begin = end;
     }
@@ -138,7 +153,8 @@ static inline void multiply_block(const bf16* x, int64_t ldx, int row0, int row1
         for (int v = 0; v < MAX_TILE_PANELS; ++v) {
             panels[v] = w + (p0 + v) * panel_size + static_cast<int64_t>(k) * 2 * LANES;
             // What is beyond the weight is never read, as it is only fetched.
-            next[v] = last ? w + (p0 + MAX_TILE_PANELS + v) * panel_size : panels[v] + static_cast<int64_t>(part) * 2 * LANES;
+            next[v] =
+                last ? w + (p0 + MAX_TILE_PANELS + v) * panel_size : panels[v] + static_cast<int64_t>(part) * 2 * LANES;
         }
         if (k > 0) at.store = Store::ADD;
         // Short panels of few rows: the next ones would come too late by themselves.
@@ -212,19 +228,18 @@ static inline void pack_panels(const bf16* w, int64_t n_stride, int64_t k_stride
     pack_panels(w, n_stride, k_stride, n, k, pairs, out, static_cast<int64_t>(pairs) * 2 * LANES, p0, p1);
 }
 
-// (rows, columns) to (columns, ldo): what is beyond the rows, up to an even number, is zero. Columns are a multiple of 16.
+// (rows, columns) to (columns, ldo): what is beyond the rows, up to an even number, is zero. Columns are a multiple
+// of 16.
 static inline void transpose_rows(const bf16* x, int64_t ldx, int rows, bf16* out, int64_t ldo, int column0,
                                   int column1) {
     for (int c = column0; c < column1; c += LANES)
         for (int t = 0; t < rows; t += LANES) {
             f32x16 block[LANES];
             const int num = rows - t < LANES ? rows - t : LANES;
-            for (int i = 0; i < LANES; ++i)
-                block[i] = i < num ? load_bf16(x + (t + i) * ldx + c) : _mm512_setzero_ps();
+            for (int i = 0; i < LANES; ++i) block[i] = i < num ? load_bf16(x + (t + i) * ldx + c) : _mm512_setzero_ps();
             transpose(block);
             const __mmask16 there = first_lanes(round_up(num, 2));
-            for (int i = 0; i < LANES; ++i)
-                _mm256_mask_storeu_epi16(out + (c + i) * ldo + t, there, narrow(block[i]));
+            for (int i = 0; i < LANES; ++i) _mm256_mask_storeu_epi16(out + (c + i) * ldo + t, there, narrow(block[i]));
         }
 }
 

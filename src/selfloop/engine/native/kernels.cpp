@@ -1,9 +1,8 @@
 // What Python calls; see library.py for the other side of these structures.
 #include <omp.h>
 
-#include <vector>
-
 #include "layers.h"
+#include "vocabulary.h"
 
 using namespace selfloop;
 
@@ -11,78 +10,6 @@ template <typename Each>
 static void in_team(int num_threads, const Each& each) {
 #pragma omp parallel num_threads(num_threads)
     each(Worker{omp_get_thread_num(), omp_get_num_threads()});
-}
-
-struct Softmax {
-    float largest, sum;
-};
-
-// The largest of n numbers, and the sum of their e^(x - largest), which `weights` get unless null.
-static Softmax soften_row(const float* x, int n, bf16* weights) {
-    const f32x16 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    const auto load = [&](int j) { return _mm512_mask_loadu_ps(least, first_lanes(n - j), x + j); };
-    f32x16 most = least;
-    for (int j = 0; j < n; j += LANES) most = _mm512_max_ps(most, load(j));
-    const float largest = _mm512_reduce_max_ps(most);
-    f32x16 sum = _mm512_setzero_ps(), total = sum;
-    for (int j = 0; j < n; j += LANES) {
-        const f32x16 w = exp_ps(_mm512_sub_ps(load(j), _mm512_set1_ps(largest)));
-        if (weights) _mm256_mask_storeu_epi16(weights + j, first_lanes(n - j), narrow(w));
-        sum = _mm512_add_ps(sum, w);
-        // In parts: small terms would vanish beside a sum over a whole vocabulary.
-        if (j % (64 * LANES) == 63 * LANES) total = _mm512_add_ps(total, sum), sum = _mm512_setzero_ps();
-    }
-    return {largest, _mm512_reduce_add_ps(_mm512_add_ps(total, sum))};
-}
-
-// The first of the largest.
-static int64_t likeliest(const float* x, int n) { return std::max_element(x, x + n) - x; }
-
-// The token whose share of the sum of e^((x - largest) / temperature) a number in [0, 1) falls into. Shares are float32,
-// their sums over blocks of tokens, and over these, float64.
-static int64_t drawn(const float* x, int n, float temperature, double uniform) {
-    constexpr int BLOCK_TOKENS = 256;
-    const f32x16 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    f32x16 most = least;
-    for (int j = 0; j < n; j += LANES) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first_lanes(n - j), x + j));
-    const f32x16 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most)), by = _mm512_set1_ps(temperature);
-    const auto shares = [&](int j) {
-        return exp_ps(_mm512_div_ps(_mm512_sub_ps(_mm512_mask_loadu_ps(least, first_lanes(n - j), x + j), largest), by));
-    };
-    const auto block_sum = [&](int start) {
-        const int stop = std::min(start + BLOCK_TOKENS, n);
-        __m512d sum = _mm512_setzero_pd();
-        for (int j = start; j < stop; j += LANES) {
-            const f32x16 y = shares(j);
-            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
-            sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
-        }
-        return _mm512_reduce_add_pd(sum);
-    };
-    std::vector<double> until;  // the sum up to the end of each block
-    double total = 0;
-    for (int start = 0; start < n; start += BLOCK_TOKENS) until.push_back(total += block_sum(start));
-    const double level = uniform * total;
-    const size_t block = std::upper_bound(until.begin(), until.end(), level) - until.begin();
-    double sum = block == 0 ? 0 : until[block - 1];
-    int64_t last = 0;  // with a share
-    for (int j = static_cast<int>(block) * BLOCK_TOKENS; j < n; j += LANES) {
-        alignas(64) float share[LANES];
-        _mm512_store_ps(share, shares(j));
-        for (int i = 0; i < LANES && j + i < n; ++i) {
-            if (share[i] > 0) last = j + i;
-            sum += share[i];
-            if (sum > level) return j + i;
-        }
-    }
-    // Rounding alone leads here.
-    return last;
-}
-
-static bf16 narrow_one(float x) {
-    alignas(32) bf16 out[LANES];
-    store_bf16(out, _mm512_set1_ps(x));
-    return out[0];
 }
 
 extern "C" {
@@ -96,8 +23,10 @@ int64_t selfloop_thread_bytes(int32_t length, int32_t head_dim) {
     return (std::max(forward, backward) + 63) / 64 * 64;
 }
 
-// Element (column, k) of w lies at column * n_stride + k * k_stride; `out` holds ceil(n / 16) panels of ceil(k / 2) pairs.
-void selfloop_pack(const bf16* w, int64_t n_stride, int64_t k_stride, int32_t n, int32_t k, bf16* out, int32_t threads) {
+// Element (column, k) of w lies at column * n_stride + k * k_stride; `out` holds ceil(n / 16) panels of ceil(k / 2)
+// pairs.
+void selfloop_pack(const bf16* w, int64_t n_stride, int64_t k_stride, int32_t n, int32_t k, bf16* out,
+                   int32_t threads) {
     in_team(threads, [&](Worker me) {
         int begin, end;
         me.share((n + LANES - 1) / LANES, begin, end);
@@ -154,10 +83,11 @@ void selfloop_target_logprobs(const float* logits, int64_t ld, int32_t rows, int
 }
 
 // Draws a token from each row of logits (rows, n), of which only the first `num_tokens` can be drawn: at a temperature
-// above 0 that into whose share of the whole the row's uniform number falls, tokens by id, else the likeliest. Its logprob
-// is that without temperature, among all n.
+// above 0 that into whose share of the whole the row's uniform number falls, tokens by id, else the likeliest. Its
+// logprob is that without temperature, among all n.
 void selfloop_draw(const float* logits, int64_t ld, int32_t rows, int32_t n, int32_t num_tokens,
-                   const float* temperatures, const double* uniforms, int64_t* tokens, float* logprobs, int32_t threads) {
+                   const float* temperatures, const double* uniforms, int64_t* tokens, float* logprobs,
+                   int32_t threads) {
     in_team(threads, [&](Worker me) {
         for (int64_t row = me.index; row < rows; row += me.count) {
             const float* x = logits + row * ld;

@@ -1,142 +1,17 @@
-// The decoder's layers, forward and backward, with low-rank adapters on ranges of rows. All threads of a team call these.
+// The decoder's layers, forward and backward, with low-rank adapters on ranges of rows. All threads of a team call
+// these.
 #pragma once
 
 #include "attention.h"
+#include "pass.h"
 
 namespace selfloop {
 
-constexpr int MAX_PARTS = 3;
 constexpr int FEW_ROWS = 64;
-enum Group { QKV, OUT, GATE_UP, DOWN, NUM_GROUPS };
-
-extern "C" {
-
-// y = x W^T + bias; `backward` holds W^T, null as long as nothing trains.
-struct Linear {
-    const bf16 *forward, *backward;
-    const float* bias;
-    int32_t in, out;
-};
-
-struct Layer {
-    const float *attention_norm, *mlp_norm, *qk_norm;
-    Linear linears[NUM_GROUPS];
-};
-
-struct Model {
-    int32_t num_layers, hidden, inner, heads, groups, head_dim;
-    float eps;
-    const Layer* layers;
-    const float* final_norm;
-};
-
-// One group of one layer of one adapter: A and each B in panels, forward and transposed. No A: nothing is adapted.
-struct Lora {
-    const bf16 *a, *a_back;
-    const bf16 *b[MAX_PARTS], *b_back[MAX_PARTS];
-    int64_t at_a, at_b[MAX_PARTS];  // where A and each B lie, plain, in the adapter's parameters
-};
-
-// Rows [begin, end) go through an adapter, whose rank is padded to a multiple of 16 in panels.
-struct Segment {
-    int32_t begin, end, rank, padded_rank;
-    float scaling;
-    const Lora* groups;  // [layer][group]
-    bf16* grads;         // of all of the adapter's parameters; written by a backward
-};
-
-// Rows [begin, end) are a sequence's tokens from `position` on; `pages` is its page table.
-struct Chunk {
-    int32_t begin, end, position;
-    const int32_t* pages;
-};
-
-// Where a pass leaves what its backward needs; a layer's lies `*_step` elements after that of the one before. All steps
-// are 0 when there is no backward: then each layer overwrites the one before.
-struct Kept {
-    bf16 *attention_unit, *qkv, *attended, *mlp_unit, *gate_up, *low_rank, *qk_unit;
-    float *attention_inverse, *mlp_inverse, *lse, *qk_inverse;
-    int32_t keeps;
-    int32_t low_rank_width;
-};
-
-struct Work {
-    bf16 *x, *act;          // (rows, hidden), (rows, inner)
-    float* wide;            // (rows, widest projection)
-    bf16* d_wide;           // (rows, widest projection)
-    float* d_narrow;        // (rows, hidden or heads * head_dim)
-    bf16* d_low;            // (rows, hidden or heads * head_dim)
-    float *dq, *dk, *dv;    // (rows, heads * head_dim)
-    bf16* d_low_rank;       // (rows, low_rank_width)
-    bf16 *x_panels, *dy_panels, *x_turned, *dy_turned;
-    float* grad_b;
-    char* threads;          // thread_bytes for each thread
-    int64_t thread_bytes;
-};
-
-struct Pass {
-    const Model* model;
-    int32_t rows, num_segments, num_chunks, num_threads;
-    float* h;               // (rows, hidden)
-    float *h_inputs, *h_again;  // what goes into each layer, and room for one, where the backward computes layers again
-    const float *cos, *sin; // (rows, head_dim / 2)
-    const Segment* segments;
-    const Chunk* chunks;
-    bf16* cache;
-    int64_t page_stride, layer_stride;  // layer_stride 0: one layer's pages, used by each in turn
-    Kept kept;
-    Work work;
-    bf16* final_unit;
-    float* final_inverse;
-    bf16* out;              // (rows, hidden)
-    const bf16* d_out;      // the gradient of that
-};
-}
-
-static inline int parts_of(int group) { return group == QKV ? 3 : group == GATE_UP ? 2 : 1; }
-
-struct Sizes {
-    int q, kv, qkv, hidden, inner;
-
-    explicit Sizes(const Model& m)
-        : q(m.heads * m.head_dim), kv(m.groups * m.head_dim), qkv(q + 2 * kv), hidden(m.hidden), inner(m.inner) {}
-
-    int part(int group, int index) const {
-        switch (group) {
-            case QKV: return index == 0 ? q : kv;
-            case GATE_UP: return inner;
-            default: return hidden;
-        }
-    }
-};
 
 static inline void barrier() {
 #pragma omp barrier
 }
-
-// One layer's view of what is kept.
-struct KeptLayer {
-    bf16 *attention_unit, *qkv, *attended, *mlp_unit, *gate_up, *low_rank[NUM_GROUPS], *qk_unit;
-    float *attention_inverse, *mlp_inverse, *lse, *qk_inverse;
-
-    KeptLayer(const Pass& p, int layer) {
-        const Sizes s(*p.model);
-        const int64_t rows = p.rows, at = p.kept.keeps ? layer * rows : 0;
-        const int heads = p.model->heads, num_qk = heads + p.model->groups;
-        attention_unit = p.kept.attention_unit + at * s.hidden;
-        mlp_unit = p.kept.mlp_unit + at * s.hidden;
-        qkv = p.kept.qkv + at * s.qkv;
-        attended = p.kept.attended + at * s.q;
-        gate_up = p.kept.gate_up ? p.kept.gate_up + at * 2 * s.inner : nullptr;
-        lse = p.kept.lse ? p.kept.lse + at * heads : nullptr;
-        attention_inverse = p.kept.attention_inverse + at;
-        mlp_inverse = p.kept.mlp_inverse + at;
-        qk_unit = p.kept.qk_unit ? p.kept.qk_unit + at * num_qk * p.model->head_dim : nullptr;
-        qk_inverse = p.kept.qk_inverse ? p.kept.qk_inverse + at * num_qk : nullptr;
-        for (int group = 0; group < NUM_GROUPS; ++group)
-            low_rank[group] = p.kept.low_rank + (at * NUM_GROUPS + group * rows) * p.kept.low_rank_width;
-    }
-};
 
 class Team {
   public:
@@ -184,7 +59,8 @@ class Team {
     }
 
     void copy_rows(const float* from, float* to) const {
-        each_row([&](int64_t row) { std::memcpy(to + row * s.hidden, from + row * s.hidden, s.hidden * sizeof(float)); });
+        each_row(
+            [&](int64_t row) { std::memcpy(to + row * s.hidden, from + row * s.hidden, s.hidden * sizeof(float)); });
     }
 
     // --- forward
@@ -205,7 +81,8 @@ class Team {
         barrier();
         norm_rows(h, w.mlp_norm, kept.mlp_unit, kept.mlp_inverse, p.work.x);
         barrier();
-        project(layer, GATE_UP, p.work.x, s.hidden, kept, Target::set(p.work.wide, 2 * s.inner, w.linears[GATE_UP].bias));
+        project(layer, GATE_UP, p.work.x, s.hidden, kept,
+                Target::set(p.work.wide, 2 * s.inner, w.linears[GATE_UP].bias));
         barrier();
         gate_rows(kept.gate_up);
         barrier();
@@ -257,8 +134,8 @@ class Team {
         }
         if (adapted) barrier();
         const Grid g(me, 0, p.rows, w.out / LANES);
-        // So many columns at a time that adapters add to what is still in the cache; of few rows all, as each adapter is
-        // then read in one go.
+        // So many columns at a time that adapters add to what is still in the cache; of few rows all, as each adapter
+        // is then read in one go.
         const int step = g.row1 - g.row0 <= FEW_ROWS ? g.p1 - g.p0 : MAX_TILE_PANELS;
         for (int p0 = g.p0; p0 < g.p1; p0 += step) {
             const int p1 = std::min(p0 + step, g.p1);
@@ -281,7 +158,7 @@ class Team {
                 const int from = std::max(p0 - first, 0), until = std::min(p1 - first, panels);
                 if (from < until)
                     multiply(u + part * seg.padded_rank, ldu, first_row, last_row, l.b[part], from, until,
-                                   seg.padded_rank / 2, Target::add(static_cast<float*>(to.data) + first * LANES, to.ld));
+                             seg.padded_rank / 2, Target::add(static_cast<float*>(to.data) + first * LANES, to.ld));
                 first += panels;
             }
         }
@@ -302,7 +179,8 @@ class Team {
         for (int j = 0; j < half; j += LANES) {
             const __mmask16 lanes = first_lanes(half - j);
             const f32x16 cos = _mm512_maskz_loadu_ps(lanes, p.cos + row * half + j);
-            const f32x16 sin = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, p.sin + row * half + j), _mm512_set1_ps(sign));
+            const f32x16 sin =
+                _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, p.sin + row * half + j), _mm512_set1_ps(sign));
             const f32x16 a = load(j, lanes), b = load(half + j, lanes);
             save(j, lanes, _mm512_fnmadd_ps(b, sin, _mm512_mul_ps(a, cos)));
             save(half + j, lanes, _mm512_fmadd_ps(a, sin, _mm512_mul_ps(b, cos)));
@@ -337,7 +215,8 @@ class Team {
         if (w.qk_norm) {
             const int64_t at = static_cast<int64_t>(row) * (m.heads + m.groups) + head;
             bf16 unit[MAX_HEAD_DIM], out[MAX_HEAD_DIM];
-            const float inverse = norm_row(x, w.qk_norm + head * d, d, kept.qk_unit ? kept.qk_unit + at * d : unit, out);
+            const float inverse =
+                norm_row(x, w.qk_norm + head * d, d, kept.qk_unit ? kept.qk_unit + at * d : unit, out);
             if (kept.qk_inverse) kept.qk_inverse[at] = inverse;
             for (int j = 0; j < d; j += LANES) _mm512_storeu_ps(normed + j, load_bf16(out + j));
             x = normed;
@@ -364,23 +243,28 @@ class Team {
             const int num = chunk.end - chunk.begin;
             const auto queries = [&](int row, int head, int rows, int64_t ldq, int64_t ldo, int step) {
                 float* lse = kept.lse ? kept.lse + static_cast<int64_t>(row) * m.heads + head : nullptr;
-                return Queries{kept.qkv + static_cast<int64_t>(row) * s.qkv + head * d, ldq, rows,
-                               chunk.position + row - chunk.begin, step,
-                               kept.attended + static_cast<int64_t>(row) * s.q + head * d, ldo, lse,
+                return Queries{kept.qkv + static_cast<int64_t>(row) * s.qkv + head * d,
+                               ldq,
+                               rows,
+                               chunk.position + row - chunk.begin,
+                               step,
+                               kept.attended + static_cast<int64_t>(row) * s.q + head * d,
+                               ldo,
+                               lse,
                                step ? m.heads : 1};
             };
             if (num == 1) {
                 for (int group = 0; group < m.groups; ++group)
                     if (mine())
-                        attend(queries(chunk.begin, group * per_group, per_group, d, d, 0), cache, chunk.pages, group, scale,
-                               scratch);
+                        attend(queries(chunk.begin, group * per_group, per_group, d, d, 0), cache, chunk.pages, group,
+                               scale, scratch);
                 continue;
             }
             for (int head = 0; head < m.heads; ++head)
                 for (int at = 0; at < num; at += BLOCK)
                     if (mine())
-                        attend(queries(chunk.begin + at, head, std::min(BLOCK, num - at), s.qkv, s.q, 1), cache, chunk.pages,
-                               head / per_group, scale, scratch);
+                        attend(queries(chunk.begin + at, head, std::min(BLOCK, num - at), s.qkv, s.q, 1), cache,
+                               chunk.pages, head / per_group, scale, scratch);
         }
     }
 
@@ -429,7 +313,8 @@ class Team {
         if (layer == 0) to.data = nullptr;
         back(layer, QKV, p.work.x, s.hidden, p.work.d_wide, kept, to);
         barrier();
-        if (layer > 0) norm_backward(w.attention_norm, kept.attention_unit, kept.attention_inverse, p.work.d_narrow, nullptr);
+        if (layer > 0)
+            norm_backward(w.attention_norm, kept.attention_unit, kept.attention_inverse, p.work.d_narrow, nullptr);
     }
 
     void gate_again(const bf16* gate_up) {
@@ -475,15 +360,18 @@ class Team {
     }
 
     // h += (w dy - unit mean(w dy unit)) / rms; dy is float32 or bfloat16, and replaces h in the latter case.
-    void norm_backward(const float* weight, const bf16* unit, const float* inverse, const float* dy, const bf16* dy_low) {
+    void norm_backward(const float* weight, const bf16* unit, const float* inverse, const float* dy,
+                       const bf16* dy_low) {
         each_row([&](int64_t row) {
             const int64_t at = row * s.hidden;
             const auto grad = [&](int j) {
-                return _mm512_mul_ps(dy ? _mm512_loadu_ps(dy + at + j) : load_bf16(dy_low + at + j), _mm512_loadu_ps(weight + j));
+                return _mm512_mul_ps(dy ? _mm512_loadu_ps(dy + at + j) : load_bf16(dy_low + at + j),
+                                     _mm512_loadu_ps(weight + j));
             };
             f32x16 along = _mm512_setzero_ps();
             for (int j = 0; j < s.hidden; j += LANES) along = _mm512_fmadd_ps(grad(j), load_bf16(unit + at + j), along);
-            const f32x16 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / s.hidden), by = _mm512_set1_ps(inverse[row]);
+            const f32x16 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / s.hidden),
+                         by = _mm512_set1_ps(inverse[row]);
             for (int j = 0; j < s.hidden; j += LANES) {
                 const f32x16 dx = _mm512_mul_ps(_mm512_fnmadd_ps(load_bf16(unit + at + j), mean, grad(j)), by);
                 _mm512_storeu_ps(p.h + at + j, dy ? _mm512_add_ps(_mm512_loadu_ps(p.h + at + j), dx) : dx);
@@ -570,13 +458,14 @@ class Team {
                 for (int r = 0; r < seg.rank; r += LANES) {
                     f32x16 block[LANES];
                     for (int q = 0; q < LANES; ++q)
-                        block[q] = r + q < seg.rank ? _mm512_loadu_ps(p.work.grad_b + static_cast<int64_t>(r + q) * out + j)
-                                                    : _mm512_setzero_ps();
+                        block[q] = r + q < seg.rank
+                                       ? _mm512_loadu_ps(p.work.grad_b + static_cast<int64_t>(r + q) * out + j)
+                                       : _mm512_setzero_ps();
                     transpose(block);
                     const __mmask16 there = first_lanes(seg.rank - r);
                     for (int q = 0; q < LANES; ++q)
-                        _mm256_mask_storeu_epi16(seg.grads + l.at_b[part] + static_cast<int64_t>(j + q) * seg.rank + r, there,
-                                                 narrow(block[q]));
+                        _mm256_mask_storeu_epi16(seg.grads + l.at_b[part] + static_cast<int64_t>(j + q) * seg.rank + r,
+                                                 there, narrow(block[q]));
                 }
             column += out;
             barrier();
@@ -596,9 +485,9 @@ class Team {
                 const int group = head / per_group;
                 const int64_t at = row * s.q + head * d;
                 attend_backward({chunk.end - chunk.begin, d, 1.f / std::sqrt(static_cast<float>(d)), qkv + head * d,
-                                 qkv + (m.heads + group) * d, qkv + (m.heads + m.groups + group) * d, kept.attended + at,
-                                 d_attended + at, s.qkv, s.q, kept.lse + row * m.heads + head, m.heads, p.work.dq + at,
-                                 p.work.dk + at, p.work.dv + at, s.q},
+                                 qkv + (m.heads + group) * d, qkv + (m.heads + m.groups + group) * d,
+                                 kept.attended + at, d_attended + at, s.qkv, s.q, kept.lse + row * m.heads + head,
+                                 m.heads, p.work.dq + at, p.work.dk + at, p.work.dv + at, s.q},
                                 scratch);
             }
     }
@@ -623,7 +512,8 @@ class Team {
                 else
                     heads_of(p.work.dk, head - m.heads);
                 turn(
-                    static_cast<int>(row), -1.f, [&](int j, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, grad + j); },
+                    static_cast<int>(row), -1.f,
+                    [&](int j, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, grad + j); },
                     [&](int j, __mmask16 lanes, f32x16 y) { _mm512_mask_storeu_ps(grad + j, lanes, y); });
                 if (w.qk_norm) qk_norm_backward(w, kept, row, head, grad);
                 for (int j = 0; j < d; j += LANES) store_bf16(to + head * d + j, _mm512_loadu_ps(grad + j));
@@ -642,7 +532,9 @@ class Team {
         const bf16* unit = kept.qk_unit + at * d;
         const float* weight = w.qk_norm + head * d;
         f32x16 along = _mm512_setzero_ps();
-        const auto weighed = [&](int j) { return _mm512_mul_ps(_mm512_loadu_ps(grad + j), _mm512_loadu_ps(weight + j)); };
+        const auto weighed = [&](int j) {
+            return _mm512_mul_ps(_mm512_loadu_ps(grad + j), _mm512_loadu_ps(weight + j));
+        };
         for (int j = 0; j < d; j += LANES) along = _mm512_fmadd_ps(weighed(j), load_bf16(unit + j), along);
         const f32x16 mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / d), by = _mm512_set1_ps(kept.qk_inverse[at]);
         for (int j = 0; j < d; j += LANES)
