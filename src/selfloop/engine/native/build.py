@@ -26,7 +26,8 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
-_COMPILERS = ("c++", "g++", "clang++")
+# GNU, as PyTorch brings the library that their OpenMP calls.
+_COMPILERS = ("g++", "c++")
 _TIMEOUT_S = 300
 
 
@@ -58,7 +59,7 @@ def look() -> Kernels | Lacking:
         path = _built()
         loaded = Kernels(ctypes.CDLL(str(path)))
     except _NoCompiler:
-        return Lacking("there is no C++ compiler", "; install g++ or clang++, or name one in CXX")
+        return Lacking("there is no C++ compiler", "; install g++, or name it in CXX")
     except (OSError, subprocess.SubprocessError) as error:
         return Lacking(str(error), "; correct that, or name another compiler in CXX")
     if loaded.version != VERSION:
