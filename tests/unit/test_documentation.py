@@ -62,6 +62,7 @@ COMMANDS = {
     "selfloop keys list": ["--data-dir"],
     "selfloop keys revoke": ["KEY_ID", "--data-dir"],
     "selfloop keys rotate-links": ["--data-dir"],
+    "selfloop migrate-database": ["--data-dir", "--database-url"],
     "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--name", "--revision"],
     "selfloop models list": ["--data-dir"],
     "selfloop runs": ["--data-dir", "--json", "--team", "--url"],
