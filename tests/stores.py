@@ -19,7 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import httpx
 import psycopg
 from sqlalchemy import create_engine, text
@@ -188,6 +190,10 @@ class S3Server:
             )
         _wait(self._is_up, self._process, self._log)
 
+    def client(self) -> Any:
+        session = boto3.Session(self.key_id, self.secret, region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.endpoint)
+
     def _is_up(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
             httpx.get(self.endpoint, timeout=5)
@@ -277,6 +283,19 @@ def checkpoints(data_dir: Path) -> Path:
 def forget_cached(data_dir: Path, checkpoint_id: str) -> None:
     """Have the files of a checkpoint read from the bucket again."""
     shutil.rmtree(data_dir / "cache" / "checkpoints" / checkpoint_id, ignore_errors=True)
+
+
+def damage(data_dir: Path, checkpoint_id: str, name: str) -> None:
+    """Cut the end off a checkpoint's file."""
+    path = checkpoints(data_dir) / checkpoint_id / name
+    cut = path.read_bytes()[:-10]
+    if not ON_SERVERS:
+        path.write_bytes(cut)
+        return
+    # By the bucket's own protocol: its server knows how long each file is.
+    key = path.relative_to(servers.s3.folder / "data" / BUCKET)
+    servers.s3.client().put_object(Bucket=BUCKET, Key=str(key), Body=cut)
+    forget_cached(data_dir, checkpoint_id)
 
 
 def secrets() -> dict[str, str]:

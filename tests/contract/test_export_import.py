@@ -168,9 +168,7 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
     assert "dtype: " in refused("export", unknown, "--to", "merged", "--dtype", "f16", str(out), *where)
     torn = trained.save("torn")
     (checkpoint,) = ok(trained.http.get("/v1/loops/checkpoints", params={"checkpoint_path": torn}))["checkpoints"]
-    weights = stores.checkpoints(gateway.data_dir) / checkpoint["id"] / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    stores.forget_cached(gateway.data_dir, checkpoint["id"])
+    stores.damage(gateway.data_dir, checkpoint["id"], "adapter_model.safetensors")
     assert "cannot be read" in refused("export", torn, "--to", "merged", str(out), *where)
     assert list(tmp_path.iterdir()) == []
 

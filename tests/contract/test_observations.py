@@ -152,9 +152,7 @@ def test_failures_and_cancellations_are_told_with_their_cause(http: httpx.Client
     own = Run.create(http).attached()
     path = own.save("broken")
     (checkpoint,) = ok(http.get("/v1/loops/checkpoints", params={"checkpoint_path": path}))["checkpoints"]
-    for file in (stores.checkpoints(gateway.data_dir) / checkpoint["id"]).glob("*.safetensors"):
-        file.write_bytes(b"broken")
-    stores.forget_cached(gateway.data_dir, checkpoint["id"])
+    stores.damage(gateway.data_dir, checkpoint["id"], "adapter_model.safetensors")
     failed = own.submit("load_state", path=path)
     cause = own.outcome(failed)["error"]
     parked = ok(own.post("forward", seq=99, data=[datum(words(1))], loss_fn="cross_entropy"), 202)["operation_id"]

@@ -306,7 +306,7 @@ def test_links_cannot_be_bent(http: httpx.Client, trained: Run):
     flipped = ("0" if signature[0] != "0" else "1") + signature[1:]
     for bent in (
         f"{base}?{signed}={flipped}",
-        f"{base}?{signed}=ä",
+        f"{base}?{signed}={'a' if stores.ON_SERVERS else 'ä'}",
         f"{base}?{later}",
         f"{base.replace('adapter_config.json', 'optimizer.safetensors')}?{query}",
         f"{base.replace('adapter_config.json', '../../selfloop.db')}?{query}",

@@ -12,6 +12,7 @@ from fake_worker import FakeState
 from selfloop.control.operations import Pending
 from selfloop.control.scheduler import SchedulerConfig
 from selfloop.control.settle import Outcome
+from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.operation import (
     AdamParams,
@@ -180,7 +181,11 @@ async def test_snapshots_follow_the_work_and_payloads_go(tmp_path: Path) -> None
     for seq in range(1, 6):
         await house.submit(forward_backward(seq), seq, f"op{seq}")
     await result(house, "op5")
-    await asyncio.sleep(0.1)
+    for _ in range(1000):
+        row = await house.journal.get(RUN_ID, "op5")
+        if row is None or row.payload is None:
+            break
+        await asyncio.sleep(0.01)
     assert (await house.run()).snapshot_seq == 5
     assert [child.name for child in (tmp_path / "snapshots" / RUN_ID).iterdir()] == ["0-5"]
     row = await house.journal.get(RUN_ID, "op3")
@@ -319,11 +324,15 @@ async def test_what_a_crash_left_behind_is_cleared_at_start(tmp_path: Path) -> N
 
 
 async def test_an_expired_checkpoint_is_gone_at_once_and_its_name_is_free(house: FakeHouse) -> None:
-    await house.submit(SaveState("ckpt001", "brief", ttl_seconds=1), 1, "op1")
+    await house.submit(SaveState("ckpt001", "brief", ttl_seconds=3600), 1, "op1")
     await result(house, "op1")
     path, run = f"bt://loops:{RUN_ID}/weights/brief", await house.run()
     await house.operations.check_loadable(run, path, with_optimizer=True)
-    await asyncio.sleep(1.05)
+    async with house.db.write() as session:
+        row = await session.get(CheckpointRow, "ckpt001")
+        assert row is not None
+        assert row.expires_at is not None
+        row.expires_at -= 3601
     with pytest.raises(NotFound):
         await house.operations.check_loadable(run, path, with_optimizer=True)
     await house.submit(SaveState("ckpt002", "brief"), 2, "op2")
