@@ -112,11 +112,12 @@ class Gateway:
         return client
 
     def worker_pids(self) -> list[int]:
-        try:
-            children = psutil.Process(self.pid).children()
-            return [child.pid for child in children if "selfloop.worker.process" in child.cmdline()]
-        except psutil.NoSuchProcess:
-            return []
+        return [worker.pid for host in self.hosts() for worker in _children(host)]
+
+    def hosts(self) -> list[psutil.Process]:
+        """The processes that have a base model in memory, also those that the gateway before left."""
+        record = f"{self.data_dir}/workers/"
+        return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _command_line(p))]
 
     def worker_pid(self) -> int:
         (pid,) = until(self.worker_pids, "there is a worker")
@@ -128,7 +129,7 @@ class Gateway:
         return pid
 
     def kill(self) -> None:
-        """``kill -9``; the workers find out by themselves."""
+        """``kill -9``; the workers end, and the base models wait in memory for the next start."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
@@ -141,7 +142,11 @@ class Gateway:
     def close(self) -> None:
         for client in self._clients:
             client.close()
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is not None:
+            # Nobody comes to take them over.
+            for host in self.hosts():
+                host.kill()
+        elif self.process is not None:
             workers = self.worker_pids()
             self.process.terminate()
             try:
@@ -151,6 +156,20 @@ class Gateway:
                 self.process.wait()
             for pid in workers:
                 until(lambda pid=pid: is_gone(pid), f"worker {pid} has ended", 20)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def is_gone(pid: int) -> bool:

@@ -57,12 +57,13 @@ class Server:
         assert self._process is not None
         return psutil.Process(self._process.pid)
 
+    def hosts(self) -> list[psutil.Process]:
+        """The processes that have a base model in memory, also those that a server before this one left."""
+        return hosts_of(self.data_dir)
+
     def workers(self) -> list[psutil.Process]:
-        """Those that live now, loading or loaded."""
-        try:
-            return [child for child in self.process.children() if "selfloop.worker.process" in child.cmdline()]
-        except psutil.NoSuchProcess:
-            return []
+        """Those that live now."""
+        return [worker for host in self.hosts() for worker in children_of(host)]
 
     def kill_worker(self, patience_s: float = 10.0) -> bool:
         """``kill -9`` of a worker, of the next one if there is none now; False when none came."""
@@ -75,7 +76,7 @@ class Server:
         return False
 
     def kill(self) -> None:
-        """``kill -9``; the workers end by themselves."""
+        """``kill -9``; the workers end by themselves, their hosts wait for the next start."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -93,6 +94,27 @@ class Server:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.key}"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
+
+
+def hosts_of(data_dir: Path) -> list[psutil.Process]:
+    """By the record of themselves that they were told of."""
+    record = f"{data_dir}/workers/"
+    return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _command_line(p))]
+
+
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    """None of a process that is gone."""
+    try:
+        return process.children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def add_model(data_dir: Path, folder: Path, name: str) -> None:

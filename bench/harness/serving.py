@@ -32,7 +32,8 @@ class Server(NamedTuple):
 
     def worker(self) -> psutil.Process:
         """Its one worker."""
-        (worker,) = (child for child in self.process.children() if "selfloop.worker.process" in child.cmdline())
+        (host,) = (child for child in self.process.children() if "selfloop.worker.host" in child.cmdline())
+        (worker,) = host.children()
         return worker
 
 

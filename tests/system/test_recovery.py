@@ -104,7 +104,8 @@ def test_worker_killed_while_it_loads_and_twice_more(
     expected, files = undisturbed
     own = new_gateway()
     run = Run.create(own.http(), seed=SEED)
-    own.kill_worker()
+    # What loads is the host.
+    until(own.hosts, "it loads")[0].kill()
     run.attached()
     ids = [run.submit(op, **body) for op, body in calls()]
     for num_done in (15, 55):
@@ -207,12 +208,19 @@ def test_loaded_state_survives_what_it_was_loaded_from(http: httpx.Client, new_g
     assert train(Run.create(own.http(), seed=SEED), restart) == expected
 
 
-def test_gateway_killed_takes_its_workers_with_it(new_gateway: Callable[[], Gateway]):
+def test_gateway_killed_takes_its_workers_with_it_and_leaves_the_loaded_model(new_gateway: Callable[[], Gateway]):
     own = new_gateway()
-    Run.create(own.http()).attached()
-    worker = own.worker_pid()
+    run = Run.create(own.http()).attached()
+    worker, hosts = own.worker_pid(), own.hosts()
     own.kill()
     until(lambda: is_gone(worker), "the worker has ended", 10)
+    own.start()
+    run.train(1)
+    assert own.worker_pid() != worker
+    assert own.hosts() == hosts
+    # Whoever stops in order leaves nothing.
+    assert own.terminate() in STOPPED
+    assert own.hosts() == []
 
 
 def test_sample_outlives_its_worker(new_gateway: Callable[[], Gateway]):

@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 
 from selfloop.cli import local, remote
@@ -210,6 +209,8 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _fetch(file: remote.Json, target: Path) -> Iterator[int]:
     """Bring one file here whole; yields the bytes of it that are here, in portions."""
+    import httpx
+
     size: int = file["size_bytes"]
     if target.is_file() and target.stat().st_size == size:
         yield size

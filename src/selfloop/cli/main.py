@@ -72,7 +72,7 @@ def serve(
     snapshot_every: Annotated[
         float,
         typer.Option(min=0, help="Seconds of a run's work between two snapshots of it; what a recovery does again."),
-    ] = 5.0,
+    ] = 1.0,
     operation_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a worker that is still at one operation is replaced.")
     ] = 3600.0,
@@ -107,6 +107,12 @@ def serve(
     stop_grace: Annotated[
         float, typer.Option(min=1, help="Seconds that SIGTERM leaves to what is running, to be finished and stored.")
     ] = 25.0,
+    keep_loaded: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Seconds that base models stay in memory when this server dies, for the one started after it."
+        ),
+    ] = 60.0,
     usd_per_million_tokens: Annotated[
         float, typer.Option(min=0, help="Price of tokens in the usage reports of Tinker's client; nobody is charged.")
     ] = 0.0,
@@ -173,6 +179,7 @@ def serve(
         activation_memory,
         kept_memory,
         stop_grace,
+        keep_loaded,
         usd_per_million_tokens,
         usd_per_gigabyte_month,
         stable_reinforce,

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
-import httpx
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -18,11 +17,15 @@ from rich.text import Text
 from selfloop.cli import local
 from selfloop.cli.serve import KEY_FILE
 
+# The library is loaded by the commands that ask a server, not by `selfloop serve`.
+if TYPE_CHECKING:
+    import httpx
+
 Json = dict[str, Any]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Longer than the server holds a request that waits for capacity.
-_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_TIMEOUT_S, _CONNECT_TIMEOUT_S = 60.0, 5.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Url = Annotated[str | None, typer.Option("--url", help=f"The server. Default: $SELFLOOP_URL or {DEFAULT_URL}.")]
@@ -37,7 +40,7 @@ class CommandFailed(Exception):
 class Server:
     """A server as the holder of one key sees it. Every method raises :class:`CommandFailed` when it refuses."""
 
-    http: httpx.Client
+    http: "httpx.Client"
 
     def get(self, path: str, **params: object) -> Json:
         given = {name: str(value) for name, value in params.items() if value is not None}
@@ -51,7 +54,7 @@ class Server:
         answer = self.http.get(path)
         return None if answer.status_code == 404 else self._json(answer)
 
-    def _json(self, answer: httpx.Response) -> Json:
+    def _json(self, answer: "httpx.Response") -> Json:
         if not answer.is_success:
             raise CommandFailed(refusal(answer))
         return answer.json()
@@ -76,13 +79,16 @@ def named_url(url: str | None) -> str | None:
 @contextmanager
 def server(url: str | None, data_dir: Path | None) -> Generator[Server]:
     """A server for the length of a block; a failure is one red line and exit status 1."""
+    import httpx
+
     base = named_url(url) or DEFAULT_URL
     with failing_in_one_line():
         headers = {"Authorization": f"Bearer {_key(data_dir)}"}
         # A proxy of the environment is for servers elsewhere.
         direct = urlsplit(base).hostname in _LOOPBACK
+        timeout = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         try:
-            with httpx.Client(base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=not direct) as http:
+            with httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=not direct) as http:
                 yield Server(http)
         except httpx.ConnectError:
             raise CommandFailed(f"no server answers at {base}: start one with `selfloop serve`, or name it") from None
@@ -99,7 +105,7 @@ def failing_in_one_line() -> Generator[None]:
         raise typer.Exit(1) from None
 
 
-def refusal(answer: httpx.Response) -> str:
+def refusal(answer: "httpx.Response") -> str:
     """Why the server refused, in its own words."""
     try:
         body: object = answer.json()

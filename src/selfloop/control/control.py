@@ -53,7 +53,7 @@ from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
-from selfloop.worker.launch_local import DEFAULT_TRAINING_SHARE, WorkerCommand
+from selfloop.worker.launch_local import DEFAULT_KEEP_LOADED_S, DEFAULT_TRAINING_SHARE, WorkerCommand
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class ControlConfig:
     """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for.
 
     Args:
+        keep_loaded_s: how long base models stay in memory after our death, for the gateway that comes next.
         stop_grace_s: what running operations, their snapshots and the workers' end may take when we stop.
         database_url: of a PostgreSQL database; None for the file in the data directory.
         store: address of the bucket that checkpoints lie in; None for folders of the data directory.
@@ -86,6 +87,7 @@ class ControlConfig:
     activation_bytes: int | None = None
     kept_bytes: int | None = None
     stop_grace_s: float = 20.0
+    keep_loaded_s: float = DEFAULT_KEEP_LOADED_S
     database_url: str | None = field(default=None, repr=False)
     store: str | None = None
 
@@ -247,6 +249,8 @@ class Control:
                 deterministic=config.deterministic,
                 activation_bytes=config.activation_bytes,
                 kept_bytes=config.kept_bytes,
+                record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
+                linger_s=config.keep_loaded_s,
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

@@ -70,7 +70,7 @@ class SchedulerConfig:
     """Times in seconds: how long a missing seq_id is waited for, how much work a snapshot may lag behind."""
 
     gap_grace_s: float = 60.0
-    snapshot_every_s: float = 5.0
+    snapshot_every_s: float = 1.0
 
 
 class RunActor:

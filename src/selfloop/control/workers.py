@@ -1,4 +1,4 @@
-"""One worker process a base model: started when needed, watched, brought back, stopped when idle."""
+"""One worker a base model: started when needed, watched, brought back, stopped when idle."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ from typing import Literal
 
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client import WorkerClient
+from selfloop.worker.host_client import WorkerHost, find_or_launch
 from selfloop.worker.launch_local import WorkerCommand
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class WorkerSlot:
         self._prepare = prepare
         self._command = command
         self._on_state = on_state
+        self._host: WorkerHost | None = None
         self._client: WorkerClient | None = None
         self._lock = asyncio.Lock()
         self._failed_at = float("-inf")
@@ -80,9 +82,10 @@ class WorkerSlot:
         for attempt in range(1, _MAX_STARTS + 1):
             if self.state != "crashing":
                 await self._set("loading", "starting the worker process")
-            client = WorkerClient(self._command(self.model_name, folder), self._note)
-            await client.start()
+            command = self._command(self.model_name, folder)
+            client = WorkerClient(command, self._note)
             try:
+                await client.start(await self._loaded_host(command))
                 info = await client.ready
             except WorkerLost as error:
                 lost = str(error)
@@ -98,6 +101,15 @@ class WorkerSlot:
             self._watch = asyncio.create_task(self._watch_client(client), name=f"watch-{self.model_name}")
             return client
         raise OperationFailed(f"the worker died {_MAX_STARTS} times while loading: {lost}", "LoadFailed")
+
+    async def _loaded_host(self, command: WorkerCommand) -> WorkerHost:
+        if self._host is None or not self._host.serves(command):
+            if self._host is not None:
+                await self._host.stop()
+            self._host = await find_or_launch(command)
+        self._note("loading the base model")
+        await self._host.ready()
+        return self._host
 
     async def _watch_client(self, client: WorkerClient) -> None:
         reason = await asyncio.shield(client.lost)
@@ -128,8 +140,17 @@ class WorkerSlot:
                 self._watch.cancel()
                 await asyncio.gather(self._watch, return_exceptions=True)
                 self._watch = None
-            if client is not None:
-                await client.stop()
+            try:
+                if client is not None:
+                    await client.stop()
+            finally:
+                self.end_host()
+
+    def end_host(self) -> None:
+        """Give back the memory of the base model, and of a worker that there may be, now."""
+        host, self._host = self._host, None
+        if host is not None:
+            host.end()
 
     def _note(self, stage: str) -> None:
         self.reason = stage
@@ -156,4 +177,9 @@ class WorkerPool:
         return list(self._slots.values())
 
     async def stop(self) -> None:
-        await asyncio.gather(*(slot.stop("the server is stopping") for slot in self._slots.values()))
+        try:
+            await asyncio.gather(*(slot.stop("the server is stopping") for slot in self._slots.values()))
+        finally:
+            # Also where one was still loading.
+            for slot in self._slots.values():
+                slot.end_host()

@@ -19,6 +19,7 @@ from selfloop.engine.device import (
     default_train_budget,
     default_window_tokens,
     give_back_freed_memory,
+    has_memory_for,
     pick_device,
     pick_dtype,
 )
@@ -41,7 +42,7 @@ from selfloop.engine.train.request import LossRequest, Workshop
 from selfloop.engine.train.run import Run
 from selfloop.engine.train.step import advance, fitting
 from selfloop.types.custom_loss import CustomLoss
-from selfloop.types.datum import Datum
+from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed, SelfloopError
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
@@ -53,6 +54,7 @@ log = logging.getLogger("selfloop.engine")
 _MAX_BATCH = 256
 # For the choice of the token budget.
 _USUAL_RANK, _LEAST_BUDGET = 32, 64
+_WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,18 +362,32 @@ class Engine:
     def snapshot(self, run_id: str, directory: Path) -> SavedState:
         """The whole state, accumulated gradients included, bit for bit."""
         run = self._run(run_id)
-        return _saved(run, checkpoint.write_snapshot(directory, run, self._config))
+        return _saved(run, checkpoint.write_snapshot(directory, run))
 
     def begin_snapshot(self, run_id: str, directory: Path) -> Callable[[], int]:
         """Copy the whole state; the function returned writes the copy, in any thread, and returns the bytes."""
         run = self._run(run_id).copy()
-        return partial(checkpoint.write_snapshot, directory, run, self._config)
+        return partial(checkpoint.write_snapshot, directory, run)
 
     def restore(self, run_id: str, directory: Path) -> LoadResult:
         """Make ``run_id`` what it was at :meth:`snapshot`; creates it if need be."""
         run = checkpoint.read_snapshot(directory, self._config, self._decoder.device)
         self._set(run_id, run)
         return LoadResult(run.step, run.shape.rank)
+
+    def warm_up(self) -> None:
+        """Train a little and forget it: what is laid out at the first use is there, if there is plenty of room for it.
+
+        For a process that workers are forked from: they share what was laid out before.
+        """
+        if not has_memory_for(self.info.num_parameters * self._decoder.dtype.itemsize):
+            return
+        length = min(_WARM_UP_TOKENS, self.info.max_position_embeddings)
+        tokens = Tensor.of([0] * length, "int64")
+        self.init_run(_WARM_UP_RUN, rank=1, seed=0)
+        self.forward_backward(_WARM_UP_RUN, [Datum(tokens, {"target_tokens": tokens})], "cross_entropy", {})
+        self.remove_run(_WARM_UP_RUN)
+        give_back_freed_memory()
 
     # Sampling
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from selfloop.control.control import Control
-from selfloop.server.app import make_app
 from selfloop.server.connections import PatientConnection
 from selfloop.server.headers import is_local
 from selfloop.server.settings import Settings
@@ -54,7 +54,8 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
     """Serve until a signal. ``on_listening`` gets the key that was made at this start, if any."""
     control = Control(settings.control)
     made = await control.start(first_key)
-    app = make_app(settings, control)
+    # The worker is brought back meanwhile.
+    app = await asyncio.to_thread(_make_app, settings, control)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -82,6 +83,13 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
         await _Server(config, control, listening).serve()
     finally:
         collecting.cancel()
+
+
+def _make_app(settings: Settings, control: Control) -> FastAPI:
+    # Not with this module: half the time of a start goes by until the routes are there.
+    from selfloop.server.app import make_app
+
+    return make_app(settings, control)
 
 
 def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:

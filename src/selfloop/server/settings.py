@@ -54,6 +54,7 @@ class Settings:
         kept_bytes: what forwards of custom losses may take until their backward; None leaves it to the engine.
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
+        keep_loaded_s: how long base models stay in memory after our death, for the server that comes next.
         stop_grace_s: from the signal to the end, at most.
         database_url: of a PostgreSQL database, instead of the file in the data directory.
         store: ``s3://bucket/prefix`` for checkpoints, instead of folders in the data directory.
@@ -71,13 +72,14 @@ class Settings:
     log_format: LogFormat = "text"
     metrics_public: bool = False
     session_timeout_s: float = 600.0
-    snapshot_every_s: float = 5.0
+    snapshot_every_s: float = 1.0
     operation_timeout_s: float = 3600.0
     heartbeat_timeout_s: float = 60.0
     training_share: float = 0.5
     deterministic: bool = False
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    keep_loaded_s: float = 60.0
     stop_grace_s: float = 25.0
     stable_reinforce: StableReinforce = "stand-in"
     usd_per_million_tokens: float = 0.0
@@ -110,6 +112,7 @@ class Settings:
             activation_bytes=self.activation_bytes,
             kept_bytes=self.kept_bytes,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
+            keep_loaded_s=self.keep_loaded_s,
             database_url=self.database_url,
             store=self.store,
         )

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import logging
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -15,7 +14,8 @@ import zmq
 import zmq.asyncio
 
 from selfloop.types.errors import OperationFailed, WorkerLost
-from selfloop.worker.launch_local import WorkerCommand, launch_worker
+from selfloop.worker.host_client import WorkerHost, WorkerProcess, describe_exit
+from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.protocol import (
     Call,
     Command,
@@ -56,14 +56,18 @@ class WorkerClient:
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._dying: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._process: WorkerProcess | None = None
         self._stopping = False
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def start(self) -> None:
-        """Launch the process; returns before the model is loaded (see ``ready``).
+    async def start(self, host: WorkerHost) -> None:
+        """Have ``host`` make the process; returns before it answers (see ``ready``).
 
-        The socket lies in a folder of mode 0700 and takes the launched process alone.
+        The socket lies in a folder of mode 0700 and takes that process alone.
+
+        Raises:
+            WorkerLost: the host is gone.
         """
         # Not in the data directory: a socket's path may not be longer than about 100 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="selfloop-"))
@@ -74,19 +78,24 @@ class WorkerClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._pulse = self._context.socket(zmq.PULL)
         pulse = f"ipc://{self._folder}/pulse.sock"
-        self._process = await launch_worker(self._command, address, pulse, self._folder / "begun")
+        try:
+            self._process = await host.fork(address, pulse, self._folder / "begun")
+        except WorkerLost as lost:
+            self._lose(str(lost))
+            raise
         # The kernel says who connects; the worker tries again until there is something to connect to.
         for socket, at in ((self._socket, address), (self._pulse, pulse)):
             socket.setsockopt(zmq.IPC_FILTER_PID, self._process.pid)
             socket.bind(at)
         self._tasks = [
             asyncio.create_task(self._receive(), name="worker-receive"),
-            asyncio.create_task(self._watch(), name="worker-watch"),
+            asyncio.create_task(self._watch(self._process), name="worker-watch"),
             asyncio.create_task(self._watch_pulse(), name="worker-pulse"),
         ]
 
     @property
     def pid(self) -> int:
+        assert self._process is not None
         return self._process.pid
 
     def call(self, command: Command, payload: bytes = b"") -> asyncio.Future[bytes]:
@@ -134,10 +143,9 @@ class WorkerClient:
 
     async def kill(self, reason: str) -> None:
         """End the process now and let go of everything it held."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
-            await self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.wait({self._process.ended})
         self._lose(reason)
         for task in self._tasks:
             task.cancel()
@@ -176,8 +184,8 @@ class WorkerClient:
         if future is not None and not future.done():
             settle(future)
 
-    async def _watch(self) -> None:
-        code = await self._process.wait()
+    async def _watch(self, process: WorkerProcess) -> None:
+        code = await asyncio.shield(process.ended)
         # Answers that were sent before the process ended are still on the socket.
         await asyncio.sleep(0.05)
         self._lose("stopped" if self._stopping else self._dying or describe_exit(code))
@@ -203,8 +211,8 @@ class WorkerClient:
         if self._dying is None:
             log.error("%s: ending process %d", cause, self.pid)
             self._dying = cause
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+        assert self._process is not None
+        self._process.kill()
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
@@ -225,15 +233,6 @@ def _read_begun(path: Path) -> set[int]:
         return {int(ticket) for ticket in path.read_bytes().partition(b"\n")[0].split()}
     except FileNotFoundError:
         return set()  # It died before it had opened it.
-
-
-def describe_exit(code: int) -> str:
-    """An exit status in words, e.g. ``worker process was killed by SIGKILL``."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"worker process was killed by {name}{hint}"
-    return f"worker process exited with status {code}"
 
 
 def _retrieve(future: asyncio.Future[bytes]) -> None:

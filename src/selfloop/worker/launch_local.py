@@ -1,8 +1,9 @@
-"""Start worker processes on this machine."""
+"""Start processes of the heavy half on this machine."""
 
 import asyncio
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from pathlib import Path
 # Names of variables whose values a process of numbers has no use for.
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|DATABASE_URL|OTLP.*HEADERS", re.IGNORECASE)
 _HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-# A worker's log that has grown beyond this is put aside at the next launch; one such file is kept.
+# A worker's log that has grown beyond this is put aside before the next worker; one such file is kept.
 _MAX_LOG_BYTES = 32 * 1024 * 1024
 
 DEFAULT_TRAINING_SHARE = 0.5
+DEFAULT_KEEP_LOADED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class WorkerCommand:
         deterministic: a run's training gives the same bits whatever is computed together with it.
         activation_bytes: what one pass of training may take; None leaves it to the engine.
         kept_bytes: what forwards that wait for their backward may take; None leaves it to the engine.
+        record_path: where the next gateway finds the loaded model if this one dies; None: it is loaded again.
+        linger_s: how long it then waits in memory.
     """
 
     model_dir: Path
@@ -46,37 +50,46 @@ class WorkerCommand:
     deterministic: bool = False
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    record_path: Path | None = None
+    linger_s: float = 0.0
 
 
-async def launch_worker(
-    command: WorkerCommand, address: str, pulse_address: str, begun_path: Path
-) -> asyncio.subprocess.Process:
-    """Launch a worker that connects to both addresses and dies with this process.
+async def launch_host(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:
+    """Launch the process that loads a base model, makes workers of it, and hears whoever connects to ``listener``."""
+    command.log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
+        return await asyncio.create_subprocess_exec(
+            *host_arguments(command),
+            "--listener-fd",
+            str(listener.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()],
+            # A Ctrl-C in the terminal is for the gateway, which stops its workers in order.
+            start_new_session=True,
+            # A host has one thread (selfloop.worker.host); what threads of its own a library would start is not for us.
+            env=_environment() | {"OPENBLAS_NUM_THREADS": "1"},
+        )
 
-    Args:
-        begun_path: a file that it keeps the tickets of begun operations in, separated by spaces, up to a line's end.
-    """
+
+def host_arguments(command: WorkerCommand) -> list[str]:
+    """The command line of a host, which says all that it was loaded with."""
     arguments = [
         sys.executable,
         "-m",
-        "selfloop.worker.process",
-        "--address",
-        address,
-        "--pulse-address",
-        pulse_address,
-        "--begun-file",
-        str(begun_path),
+        "selfloop.worker.host",
         "--model-dir",
         str(command.model_dir),
         "--device",
         command.device,
         "--dtype",
         command.dtype,
-        "--training-share",
-        str(command.training_share),
-        "--parent-pid",
-        str(os.getpid()),
+        "--linger-s",
+        str(command.linger_s),
     ]
+    if command.record_path is not None:
+        arguments += ["--record", str(command.record_path)]
     if command.deterministic:
         arguments.append("--deterministic")
     for option, value in (
@@ -86,19 +99,13 @@ async def launch_worker(
     ):
         if value is not None:
             arguments += [option, str(value)]
-    command.log_path.parent.mkdir(parents=True, exist_ok=True)
-    if command.log_path.exists() and command.log_path.stat().st_size > _MAX_LOG_BYTES:
-        command.log_path.replace(command.log_path.with_suffix(".log.1"))
-    with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
-        return await asyncio.create_subprocess_exec(
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # A Ctrl-C in the terminal is for the gateway, which stops its workers in order.
-            start_new_session=True,
-            env=_environment(),
-        )
+    return arguments
+
+
+def put_aside_large_log(path: Path) -> None:
+    """Keep a worker's log from growing without end."""
+    if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
 
 
 async def launch_prepare(*arguments: str) -> asyncio.subprocess.Process:

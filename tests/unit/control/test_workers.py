@@ -12,6 +12,15 @@ from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.protocol import ModelInfo
 
 
+class Host:
+    def serves(self, _command: object) -> bool:
+        return True
+
+    async def ready(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class DyingClient:
     """A client whose process is up at once and dies when told."""
 
@@ -27,16 +36,21 @@ class DyingClient:
         self.ready.set_result(ModelInfo(1, 1, 1, "float32", "cpu"))
         DyingClient.made.append(self)
 
-    async def start(self) -> None: ...
+    async def start(self, _host: object) -> None: ...
 
     async def kill(self, reason: str) -> None: ...
 
     async def stop(self) -> None: ...
 
 
+async def launch(_command: object) -> Host:
+    return Host()
+
+
 async def test_the_third_death_within_a_minute_is_a_crash_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     DyingClient.made = []
     monkeypatch.setattr(workers, "WorkerClient", cast(type[WorkerClient], DyingClient))
+    monkeypatch.setattr(workers, "find_or_launch", launch)
     states: list[str] = []
 
     async def prepare(_name: str, _note: object) -> Path:

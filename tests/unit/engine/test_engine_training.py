@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 import tiny_models
+from selfloop.engine.files import checkpoint
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
@@ -250,6 +251,22 @@ def test_a_snapshot_is_of_the_moment_that_it_was_begun(trained, tmp_path):
     assert write() > 0
     trained.restore("again", tmp_path / "snapshot")
     assert same(before, state(trained, "again"))
+
+
+def test_a_snapshot_of_a_version_before_is_read(trained, load, tmp_path):
+    """It was a trainer checkpoint with the gradients beside it."""
+    trained.forward_backward("run", some_data(seed=50), "cross_entropy", {})
+    run = trained._runs["run"]
+    folder = tmp_path / "snapshot"
+    checkpoint.write_trainer(folder, run, trained._config)
+    gradients = {f"grad.{p.name}": p.view.clone() for p in run.shape.named(run.accumulated.grad_P)}
+    safetensors.torch.save_file(gradients, folder / "gradients.safetensors")
+    scalars = json.loads((folder / "selfloop.json").read_text())
+    scalars["accumulated"] = {"num_tokens": run.accumulated.num_tokens, "normalised": True, "num_pairs": None}
+    (folder / "selfloop.json").write_text(json.dumps(scalars))
+    restored = load()
+    restored.restore("run", folder)
+    assert same(state(trained), state(restored))
 
 
 def test_snapshot_of_a_fresh_run(engine, load, tmp_path):

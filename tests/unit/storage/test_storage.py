@@ -8,6 +8,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
@@ -15,6 +16,11 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base
+
+
+def test_the_names_of_the_migrations_tell_their_order() -> None:
+    script = ScriptDirectory(str(Path(migrate.__file__).parent / "migrations"))
+    assert migrate.revisions() == [revision.revision for revision in script.walk_revisions()][::-1]
 
 
 def test_a_blob_is_stored_and_removed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import served_model
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, StructuredOutput
 from selfloop.worker.client import WorkerClient
+from selfloop.worker.host_client import find_or_launch
 from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.protocol import CancelSample, Detokenize, RenderChat, Sample, Tokenize
 
@@ -29,11 +30,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture
 async def worker(model_dir: Path, tmp_path: Path) -> AsyncIterator[WorkerClient]:
-    client = WorkerClient(WorkerCommand(model_dir, "cpu", "float32", tmp_path / "log", 1), lambda stage: None)
-    await client.start()
+    command = WorkerCommand(model_dir, "cpu", "float32", tmp_path / "log", 1)
+    host = await find_or_launch(command)
+    await host.ready()
+    client = WorkerClient(command, lambda stage: None)
+    await client.start(host)
     await client.ready
     yield client
     await client.stop()
+    await host.stop()
 
 
 def request(request_id: str, **params) -> SampleRequest:

@@ -3,12 +3,13 @@
 import asyncio
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from selfloop.types.errors import WorkerLost
-from selfloop.worker import client as client_module
 from selfloop.worker.client import WorkerClient
+from selfloop.worker.host_client import WorkerHost, WorkerProcess
 from selfloop.worker.launch_local import WorkerCommand, _environment
 from selfloop.worker.protocol import ModelInfo, Tokenize
 
@@ -30,17 +31,24 @@ async def speak(address: str, wait_s: float, name: str) -> asyncio.subprocess.Pr
     return await asyncio.create_subprocess_exec(sys.executable, "-c", SPEAKER, address, str(wait_s), name)
 
 
-async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path):
     """It is first at the socket, and speaks the protocol; the worker comes later and is the one that is heard."""
     addresses: list[str] = []
 
-    async def launch(_command: WorkerCommand, address: str, _pulse: str, _begun: Path) -> asyncio.subprocess.Process:
-        addresses.append(address)
-        return await speak(address, 1.5, "worker")
+    class Host:
+        async def fork(self, address: str, _pulse: str, _begun: Path) -> WorkerProcess:
+            addresses.append(address)
+            launched = await speak(address, 1.5, "worker")
+            process = WorkerProcess(launched.pid)
+            waiting.append(asyncio.create_task(end_with(launched, process)))
+            return process
 
-    monkeypatch.setattr(client_module, "launch_worker", launch)
+    async def end_with(launched: asyncio.subprocess.Process, process: WorkerProcess) -> None:
+        process.end(await launched.wait())
+
+    waiting: list[asyncio.Task[None]] = []
     client = WorkerClient(WorkerCommand(tmp_path, "cpu", "float32", tmp_path / "log"), lambda stage: None)
-    await client.start()
+    await client.start(cast(WorkerHost, Host()))
     folder = Path(addresses[0].removeprefix("ipc://")).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     stranger = await speak(addresses[0], 0, "stranger")

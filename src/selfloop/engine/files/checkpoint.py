@@ -1,7 +1,7 @@
 """A run's files.
 
 Sampler checkpoint: the PEFT adapter and ``selfloop.json``. Trainer checkpoint: that and ``optimizer.safetensors``.
-Snapshot: that and ``gradients.safetensors``, i.e. the whole state, bit for bit.
+Snapshot: ``selfloop.json`` and ``run.safetensors``, i.e. the whole state, bit for bit, as flat as it is computed with.
 """
 
 from pathlib import Path
@@ -22,7 +22,9 @@ from selfloop.types.lora import LoraTargets
 
 STATE_FILE = "selfloop.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-GRADIENTS_FILE = "gradients.safetensors"
+SNAPSHOT_FILE = "run.safetensors"
+# Of snapshots that versions before wrote, which are trainer checkpoints otherwise.
+_GRADIENTS_FILE = "gradients.safetensors"
 
 
 class AccumulatedState(msgspec.Struct, frozen=True):
@@ -69,18 +71,20 @@ def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
     return writer.close()
 
 
-def write_snapshot(directory: Path, run: Run, config: ModelConfig) -> int:
+def write_snapshot(directory: Path, run: Run) -> int:
     """Everything, accumulated gradients included; returns bytes written."""
     writer = DirectoryWriter(directory)
-    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
-    pending = run.accumulated
+    tensors, pending = {"theta": run.theta_P}, run.accumulated
+    if run.moments is not None:
+        tensors |= {"exp_avg": run.moments.mean_P, "exp_avg_sq": run.moments.square_P}
     if pending is not None:
-        writer.tensors(GRADIENTS_FILE, _named(run.shape, "grad", pending.grad_P))
+        tensors["grad"] = pending.grad_P
+    writer.whole_tensors(SNAPSHOT_FILE, tensors)
     state = RunState(
         run.step,
         run.shape.rank,
         run.alpha,
-        _write_moments(writer, run),
+        0 if run.moments is None else run.moments.num_updates,
         None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
         targets=str(run.shape.targets),
     )
@@ -98,7 +102,7 @@ def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> 
 
 
 def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> Run:
-    """A run with a trainer checkpoint's (or a snapshot's) weights, moments and step, without gradients."""
+    """A run with a trainer checkpoint's weights, moments and step, without gradients."""
     run = read_weights(directory, config, device)
     state = _read_state(directory, run)
     run.step = state.step
@@ -118,10 +122,33 @@ def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> 
 
 def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
     """The run as it was when :func:`write_snapshot` wrote it."""
+    if not (directory / SNAPSHOT_FILE).is_file():
+        return _read_named_snapshot(directory, config, device)
+    state = _decode_state(directory / STATE_FILE)
+    shape = AdapterShape(config, state.lora_rank, LoraTargets.parse(state.targets))
+    tensors = _read_tensors(directory / SNAPSHOT_FILE)
+
+    def flat(name: str) -> Tensor:
+        if name not in tensors or tensors[name].shape != (shape.num_parameters,):
+            raise OperationFailed(f"the snapshot lacks {name} in the right shape", "CheckpointInvalid")
+        # Of its own: what was read may be the file itself, mapped.
+        return tensors[name].to(device, copy=True)
+
+    run = Run(shape, state.lora_alpha, flat("theta"), state.step)
+    if state.num_updates > 0:
+        run.moments = Moments(flat("exp_avg"), flat("exp_avg_sq"), state.num_updates)
+    pending = state.accumulated
+    if pending is not None:
+        run.accumulated = Accumulated(flat("grad"), pending.num_tokens, pending.normalised, pending.num_pairs)
+    return run
+
+
+def _read_named_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+    """One of a version before."""
     run = read_trainer(directory, config, device)
     pending = _read_state(directory, run).accumulated
     if pending is not None:
-        grad_P = _flat(run.shape, "grad", _read_tensors(directory / GRADIENTS_FILE)).to(device)
+        grad_P = _flat(run.shape, "grad", _read_tensors(directory / _GRADIENTS_FILE)).to(device)
         run.accumulated = Accumulated(grad_P, pending.num_tokens, pending.normalised, pending.num_pairs)
     return run
 

@@ -27,6 +27,12 @@ class DirectoryWriter:
         safetensors.torch.save_file(owned, path, metadata={"format": "pt"})
         self._paths.append(path)
 
+    def whole_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """A safetensors file of tensors that share no storage: nothing is copied but what is on another device."""
+        path = self._directory / name
+        safetensors.torch.save_file({key: value.detach().cpu() for key, value in tensors.items()}, path)
+        self._paths.append(path)
+
     def json(self, name: str, value: Any) -> None:
         """A JSON file from a struct or plain containers."""
         path = self._directory / name

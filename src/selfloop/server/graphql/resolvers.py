@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from graphql import GraphQLResolveInfo
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from selfloop.control.control import Control
 from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
@@ -17,6 +15,9 @@ from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
 
+if TYPE_CHECKING:
+    from graphql import GraphQLResolveInfo
+
 _LOOPS_SOURCE = "B10_LOOPS_CHECKPOINTING"
 # The command line cannot deploy without naming a secret of the model hub, so this one is understood.
 _HUB_TOKEN = "HF_TOKEN"
@@ -24,7 +25,7 @@ _NO_SECRET = "none"
 _ACCELERATORS = ("T4", "L4", "L40S", "A10G", "V100", "A100", "H100", "H200", "B200", "B300", "GB300")
 
 Json = Mapping[str, Any]
-Info = GraphQLResolveInfo[Any]
+Info: TypeAlias = "GraphQLResolveInfo[Any]"
 
 
 class Root:

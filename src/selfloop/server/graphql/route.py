@@ -1,11 +1,11 @@
 """``POST /graphql/``: one query or mutation."""
 
 import logging
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from graphql import ExecutionResult, GraphQLError, build_schema, graphql
 from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import JSONResponse
 
@@ -14,6 +14,10 @@ from selfloop.server.auth import CallerOf, control_of
 from selfloop.server.graphql.resolvers import Root
 from selfloop.types.errors import SelfloopError
 
+# The library is loaded with the first query, not with the server, which is up the sooner for it.
+if TYPE_CHECKING:
+    from graphql import ExecutionResult, GraphQLError, GraphQLSchema
+
 log = logging.getLogger(__name__)
 
 # The command line's longest query has 45 tokens, the introspection query of common tools about 250.
@@ -21,7 +25,13 @@ _MAX_TOKENS = 600
 _MAX_ERRORS = 10
 _INTERNAL = "internal error; the server's log has the cause"
 
-_schema = build_schema(Path(__file__).with_name("schema.graphql").read_text(encoding="utf-8"))
+
+@cache
+def _schema() -> "GraphQLSchema":
+    from graphql import build_schema
+
+    return build_schema(Path(__file__).with_name("schema.graphql").read_text(encoding="utf-8"))
+
 
 router = APIRouter(tags=["graphql"])
 
@@ -39,8 +49,10 @@ class GraphQLRequest(BaseModel):
 @router.post("/graphql/", summary="What the truss command line asks beside REST.")
 async def graphql_query(body: GraphQLRequest, caller: CallerOf, request: Request) -> JSONResponse:
     """Errors come as ``errors`` with ``extensions.code``, with status 200; without a valid key with 401."""
+    from graphql import graphql
+
     result = await graphql(
-        _schema,
+        _schema(),
         body.query,
         root_value=Root(control_of(request), caller),
         variable_values=body.variables,
@@ -51,15 +63,17 @@ async def graphql_query(body: GraphQLRequest, caller: CallerOf, request: Request
     return JSONResponse(_formatted(result))
 
 
-def _formatted(result: ExecutionResult) -> dict[str, Any]:
+def _formatted(result: "ExecutionResult") -> dict[str, Any]:
     answer: dict[str, Any] = {"data": result.data}
     if result.errors:
         answer["errors"] = [_shown(error) for error in result.errors]
     return answer
 
 
-def _shown(error: GraphQLError) -> dict[str, Any]:
+def _shown(error: "GraphQLError") -> dict[str, Any]:
     """One error as the clients read it. What no caller is meant to see goes to the log instead."""
+    from graphql import GraphQLError
+
     shown: dict[str, Any] = dict(error.formatted)
     cause = error.original_error
     if isinstance(cause, SelfloopError):

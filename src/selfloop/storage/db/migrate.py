@@ -4,17 +4,17 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.engine import URL
 
 from selfloop.storage.db.address import is_sqlite, shown
 from selfloop.storage.db.backend import backend_of, reached
 from selfloop.types.errors import SelfloopError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -43,11 +43,11 @@ def upgrade(database: URL) -> None:
                 "written by a newer Selfloop. Upgrade Selfloop, or choose another --data-dir."
             )
         case "absent":
-            command.upgrade(_config(database), "head")
+            _to_head(database)
         case "older":
             if is_sqlite(database):
                 _back_up(Path(str(database.database)), str(_current_revision(database)))
-            command.upgrade(_config(database), "head")
+            _to_head(database)
 
 
 def backup_path(file: Path, revision: str) -> Path:
@@ -76,13 +76,29 @@ def schema_of(database: URL) -> Literal["absent", "older", "current", "newer"]:
     current = _current_revision(database)
     if current is None:
         return "absent"
-    script = ScriptDirectory.from_config(_config(database))
-    if current == script.get_current_head():
+    known = revisions()
+    if current == known[-1]:
         return "current"
-    return "older" if current in {r.revision for r in script.walk_revisions()} else "newer"
+    return "older" if current in known else "newer"
 
 
-def _config(database: URL) -> Config:
+def revisions() -> list[str]:
+    """Of every schema there was, in order: what the files of the migrations begin with."""
+    return sorted(path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*_*.py"))
+
+
+# Alembic is not imported with the module: a start with nothing to migrate is the faster for it.
+
+
+def _to_head(database: URL) -> None:
+    from alembic import command
+
+    command.upgrade(_config(database), "head")
+
+
+def _config(database: URL) -> "Config":
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["database"] = database

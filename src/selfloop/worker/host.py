@@ -1,0 +1,242 @@
+"""The process that holds a base model and makes its workers by fork: one that dies is followed by the next at once.
+
+Once the model is loaded it computes nothing, and what it has loaded it shares with its worker, page by page. It has one
+thread: a fork copies only the thread that calls it, and a child that lacks the others of a pool hangs in its first
+parallel loop. When its gateway is gone it ends the worker and waits a while for the gateway that comes after. A GPU's
+memory cannot be shared so: there each worker loads the model itself, and finds the libraries loaded.
+"""
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+# Asking CUDA itself whether there is a GPU would keep it from ever working in a child.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import torch
+
+from selfloop.engine.device import pick_device
+from selfloop.types.logline import JsonFormatter
+from selfloop.worker.host_protocol import (
+    Exited,
+    Forked,
+    ForkWorker,
+    HostFailed,
+    HostMessage,
+    HostReady,
+    fork_decoder,
+    to_line,
+)
+from selfloop.worker.process import Model, load_model, run_worker
+
+log = logging.getLogger("selfloop.worker")
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+def call_this_process(name: str) -> None:
+    """What ``ps`` shows as the command's name; at most 15 characters."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
+
+
+def _die_with(parent_pid: int) -> None:
+    """End this process when its host is gone."""
+    if sys.platform == "linux":
+        # At once, so that no late write of ours meets the next worker's.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(0.5)
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Host:
+    """Serves one gateway after another, each with one worker at a time.
+
+    Args:
+        load: gives a worker its model; called in the worker.
+        num_threads: of a worker's computations.
+        linger_s: how long to wait for a gateway, before the first and after each.
+    """
+
+    def __init__(self, listener: socket.socket, load: Callable[[], Model], num_threads: int, linger_s: float) -> None:
+        self._listener = listener
+        self._load = load
+        self._num_threads = num_threads
+        self._listener.settimeout(linger_s)
+        self._worker: tuple[int, int] | None = None
+        """Its process id, and a descriptor that is readable once it has ended."""
+
+    def run(self) -> None:
+        """Return when no gateway has come for so long."""
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except (TimeoutError, BlockingIOError):
+                return
+            with connection:
+                if peer_user(connection) == os.getuid():
+                    try:
+                        self._serve(connection)
+                    except OSError as error:  # The gateway has died in the middle of a word.
+                        log.info("the gateway is gone: %s", error)
+                # Before the next gateway is heard: nothing of this worker may be written under the next one's.
+                self._end_worker()
+
+    def hold(self) -> None:
+        """Load the model here, for every worker to come."""
+        model = self._load()
+        model.engine.warm_up()
+        self._load = lambda: model
+        # Collected in a worker, it would be copied page by page.
+        gc.collect()
+        gc.freeze()
+
+    def leave(self, record: Path | None) -> None:
+        """Remove what led to us: nobody has come."""
+        path = Path(self._listener.getsockname())
+        if record is not None and record.is_file() and str(path).encode() in record.read_bytes():
+            record.unlink(missing_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+    def refuse(self, cause: str) -> None:
+        """Tell the gateway that launched us why there is no model."""
+        connection, _ = self._listener.accept()
+        with connection:
+            _say(connection, HostFailed(cause))
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        _say(connection, HostReady(os.getpid()))
+        inbox = connection.makefile("rb")
+        while True:
+            ended = [] if self._worker is None else [self._worker[1]]
+            readable, _, _ = select.select([connection, *ended], [], [])
+            if ended and ended[0] in readable:
+                _say(connection, self._bury())
+            if connection in readable:
+                line = inbox.readline()
+                if not line:
+                    return
+                self._end_worker()
+                _say(connection, Forked(self._fork(fork_decoder.decode(line), connection)))
+
+    def _fork(self, order: ForkWorker, connection: socket.socket) -> int:
+        if sys.platform == "linux" and (num := len(os.listdir("/proc/self/task"))) > 1:
+            log.error("the host has %d threads: a worker may hang", num)
+        host_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._live_as_worker(order, connection, host_pid)
+        self._worker = pid, os.pidfd_open(pid)
+        return pid
+
+    def _live_as_worker(self, order: ForkWorker, connection: socket.socket, host_pid: int) -> None:
+        code = 1
+        try:
+            call_this_process("selfloop-worker")
+            self._listener.close()
+            connection.close()
+            # The log may have been put aside since the host opened it.
+            descriptor = os.open(order.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for standard in (1, 2):
+                os.dup2(descriptor, standard)
+            os.close(descriptor)
+            _die_with(host_pid)
+            torch.set_num_threads(self._num_threads)
+            run_worker(order, self._load)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:  # The child's edge: it must never go on as a second host.
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _bury(self) -> Exited:
+        assert self._worker is not None
+        (pid, descriptor), self._worker = self._worker, None
+        os.close(descriptor)
+        return Exited(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            os.kill(self._worker[0], signal.SIGKILL)
+            self._bury()
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user id of the process at the other end."""
+    size = struct.calcsize("3i")
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
+
+
+def _say(connection: socket.socket, message: HostMessage) -> None:
+    connection.sendall(to_line(message))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--listener-fd", type=int, required=True)
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--activation-bytes", type=int)
+    parser.add_argument("--kept-bytes", type=int)
+    parser.add_argument("--linger-s", type=float, default=0.0)
+    parser.add_argument("--record", type=Path, help="what the gateway notes us in; removed when no other comes")
+    options = parser.parse_args()
+
+    call_this_process("selfloop-host")
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    num_threads: int = torch.get_num_threads() if options.num_threads is None else options.num_threads
+    torch.set_num_threads(1)
+
+    def load() -> Model:
+        return load_model(
+            options.model_dir,
+            options.device,
+            options.dtype,
+            deterministic=options.deterministic,
+            activation_bytes=options.activation_bytes,
+            kept_bytes=options.kept_bytes,
+        )
+
+    host = Host(socket.socket(fileno=options.listener_fd), load, num_threads, options.linger_s)
+    if pick_device(options.device).type == "cpu":
+        try:
+            host.hold()
+        except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
+            log.exception("cannot load %s", options.model_dir)
+            host.refuse(f"{type(error).__name__}: {error}")
+            raise SystemExit(1) from error
+    host.run()
+    host.leave(options.record)
+
+
+if __name__ == "__main__":
+    main()

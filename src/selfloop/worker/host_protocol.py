@@ -1,0 +1,53 @@
+"""What a gateway and the host of a base model say to each other: a line of JSON a message, over a local socket."""
+
+import msgspec
+
+
+class ForkWorker(msgspec.Struct, frozen=True):
+    """Make a worker, for the two addresses that it connects to; one that lives still is ended.
+
+    Args:
+        begun_path: a file that it keeps the tickets of begun operations in, separated by spaces, up to a line's end.
+        log_path: where its output goes.
+    """
+
+    address: str
+    pulse_address: str
+    begun_path: str
+    log_path: str
+    training_share: float
+
+
+class HostReady(msgspec.Struct, frozen=True, tag=True):
+    """Workers can be made; the first word to each gateway. ``pid`` is the host's own."""
+
+    pid: int
+
+
+class HostFailed(msgspec.Struct, frozen=True, tag=True):
+    """The base model cannot be loaded; the host exits."""
+
+    cause: str
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """The worker that was asked for."""
+
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    """A worker's end; a ``code`` below zero is the signal that ended it."""
+
+    pid: int
+    code: int
+
+
+HostMessage = HostReady | HostFailed | Forked | Exited
+
+fork_decoder = msgspec.json.Decoder(ForkWorker)
+host_decoder: "msgspec.json.Decoder[HostMessage]" = msgspec.json.Decoder(HostMessage)
+
+
+def to_line(message: ForkWorker | HostMessage) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
