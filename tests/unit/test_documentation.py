@@ -84,6 +84,7 @@ COMMANDS = {
         "--dtype",
         "--heartbeat-timeout",
         "--host",
+        "--keep-loaded",
         "--kept-memory",
         "--key-mib-per-second",
         "--key-open-requests",
