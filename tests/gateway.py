@@ -117,7 +117,8 @@ class Gateway:
     def hosts(self) -> list[psutil.Process]:
         """The processes that have a base model in memory, also those that the gateway before left."""
         record = f"{self.data_dir}/workers/"
-        return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _command_line(p))]
+        # Their workers are forked from them, and have the same command line.
+        return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _host_arguments(p))]
 
     def worker_pid(self) -> int:
         (pid,) = until(self.worker_pids, "there is a worker")
@@ -158,9 +159,9 @@ class Gateway:
                 until(lambda pid=pid: is_gone(pid), f"worker {pid} has ended", 20)
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def _host_arguments(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
+        return process.cmdline() if process.name() != "selfloop-worker" else []
     except psutil.Error:
         return []
 

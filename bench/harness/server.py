@@ -99,7 +99,8 @@ class Server:
 def hosts_of(data_dir: Path) -> list[psutil.Process]:
     """By the record of themselves that they were told of."""
     record = f"{data_dir}/workers/"
-    return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _command_line(p))]
+    # Their workers are forked from them, and have the same command line.
+    return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _host_arguments(p))]
 
 
 def children_of(process: psutil.Process) -> list[psutil.Process]:
@@ -110,9 +111,9 @@ def children_of(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def _host_arguments(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
+        return process.cmdline() if process.name() != "selfloop-worker" else []
     except psutil.Error:
         return []
 
