@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ALIGN = 64
 _BF16, _FLOAT = 2, 4  # bytes
+_MAX_PARTS = 3  # projections that are fused at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +214,22 @@ class KernelLayers:
             packed = self._packed[adapter] = PackedAdapter(self._kernels, adapter, backward=backward)
         return packed
 
+    def bytes_of(self, num_rows: int, rank: int, *, backward: bool, recompute: bool) -> "PassBytes":
+        """Of a pass over one sequence, with an adapter of ``rank`` on every projection."""
+        on = library.Pass()
+        on.rows, on.num_threads = num_rows, library.num_threads()
+        on.kept.low_rank_width = -(-rank // LANES) * LANES * _MAX_PARTS
+        longest = num_rows if backward else 0
+        parts = self._kept_parts(on, backward=backward, recompute=recompute)
+        return PassBytes(_total(parts), _total(self._work_parts(on, longest, recompute=recompute)))
+
     def _place_kept(self, on: library.Pass, asked: "_Asked", width: int, space: "_Space") -> None:
-        config, rows, backward = self._config, on.rows, asked.longest > 0
-        keeps = backward and not asked.recompute
-        on.kept.keeps, on.kept.low_rank_width = int(keeps), width
+        backward = asked.longest > 0
+        on.kept.keeps, on.kept.low_rank_width = int(backward and not asked.recompute), width
+        space.place(self._kept_parts(on, backward=backward, recompute=asked.recompute))
+
+    def _kept_parts(self, on: library.Pass, *, backward: bool, recompute: bool) -> "list[_Part]":
+        config, rows, width, keeps = self._config, on.rows, on.kept.low_rank_width, backward and not recompute
         each = rows * (config.num_layers if keeps else 1)
         hidden, inner, heads, d = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
         num_qk = heads + config.num_kv_heads
@@ -241,23 +254,26 @@ class KernelLayers:
                 (on.kept, "qk_unit", each * num_qk * d * _BF16),
                 (on.kept, "qk_inverse", each * num_qk * _FLOAT),
             ]
-        if backward and asked.recompute:
+        if backward and recompute:
             parts.append((on, "h_inputs", rows * config.num_layers * hidden * _FLOAT))
-        space.place(parts)
+        return parts
 
     def _place_work(self, on: library.Pass, asked: "_Asked") -> None:
+        self._work.place(self._work_parts(on, asked.longest, recompute=asked.recompute))
+
+    def _work_parts(self, on: library.Pass, longest: int, *, recompute: bool) -> "list[_Part]":
         config, rows, width = self._config, on.rows, on.kept.low_rank_width
         hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
         q = config.num_heads * d
         widest_in, widest_out = max(hidden, inner, q), max(q + 2 * config.num_kv_heads * d, 2 * inner, hidden)
-        on.work.thread_bytes = self._kernels.thread_bytes(asked.longest, d)
+        on.work.thread_bytes = self._kernels.thread_bytes(longest, d)
         parts: list[_Part] = [
             (on.work, "x", rows * hidden * _BF16),
             (on.work, "act", rows * inner * _BF16),
             (on.work, "wide", rows * widest_out * _FLOAT),
             (on.work, "threads", on.work.thread_bytes * on.num_threads),
         ]
-        if asked.longest > 0:
+        if longest > 0:
             paired = rows + 1  # the last of an odd number of rows is paired with zeros
             parts += [
                 (on.work, "d_wide", rows * widest_out * _BF16),
@@ -271,9 +287,9 @@ class KernelLayers:
                 (on.work, "dy_turned", paired * width * _BF16),
                 (on.work, "grad_b", width * widest_out * _FLOAT),
             ]
-            if asked.recompute:
+            if recompute:
                 parts.append((on, "h_again", rows * hidden * _FLOAT))
-        self._work.place(parts)
+        return parts
 
 
 class _Layers(torch.autograd.Function):
@@ -304,6 +320,13 @@ class _Asked:
     recompute: bool
 
 
+class PassBytes(NamedTuple):
+    """What a pass keeps for its backward, and what it works in beside that."""
+
+    kept: int
+    work: int
+
+
 class _Done(NamedTuple):
     """A pass that went forward; ``holds`` is what its pointers point to."""
 
@@ -316,6 +339,14 @@ _Part = tuple[Any, str, int]
 """A structure, its pointer, and how many bytes that needs."""
 
 
+def _sizes(parts: list[_Part]) -> list[int]:
+    return [-(-num_bytes // _ALIGN) * _ALIGN for _, _, num_bytes in parts]
+
+
+def _total(parts: list[_Part]) -> int:
+    return sum(_sizes(parts)) + _ALIGN
+
+
 class _Space:
     """A block of memory that is dealt out in aligned parts."""
 
@@ -324,7 +355,7 @@ class _Space:
 
     def place(self, parts: list[_Part]) -> None:
         """Set every pointer; what was there before is lost."""
-        sizes = [-(-num_bytes // _ALIGN) * _ALIGN for _, _, num_bytes in parts]
+        sizes = _sizes(parts)
         if self._block.numel() < sum(sizes) + _ALIGN:
             self._block = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is taken
             self._block = torch.empty(sum(sizes) + _ALIGN, dtype=torch.uint8)
