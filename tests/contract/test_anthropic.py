@@ -40,6 +40,13 @@ def text_of(message: anthropic.types.Message) -> str:
     return "".join(block.text for block in message.content)
 
 
+def num_prompt(message: anthropic.types.Message) -> int:
+    """Tokens of the prompt: those read from the cache are counted apart."""
+    usage = message.usage
+    assert usage.cache_read_input_tokens is not None
+    return usage.input_tokens + usage.cache_read_input_tokens
+
+
 def openai_text(http: httpx.Client, **fields: object) -> Json:
     return ok(http.post("/oai/api/v1/chat/completions", json=ASKED | {"temperature": 0} | fields))
 
@@ -50,9 +57,25 @@ def test_a_message_is_what_the_other_dialect_draws(client: Anthropic, http: http
     assert text_of(message) == expected["choices"][0]["message"]["content"]
     assert (message.type, message.role, message.model) == ("message", "assistant", MODEL)
     assert message.id.startswith("msg_")
-    assert message.usage.input_tokens == expected["usage"]["prompt_tokens"]
+    assert num_prompt(message) == expected["usage"]["prompt_tokens"]
     assert message.usage.output_tokens == expected["usage"]["completion_tokens"]
     assert message.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[expected["choices"][0]["finish_reason"]]
+
+
+def test_a_prompt_that_was_seen_is_counted_as_read_from_the_cache(client: Anthropic, http: httpx.Client):
+    """In this dialect, in OpenAI's, and in the two ways of a stream's end."""
+    seen = {"role": "user", "content": "the same long beginning of two conversations, word by word"}
+    first, again = (client.messages.create(**GREEDY | {"messages": [seen]}) for _ in range(2))
+    cached = again.usage.cache_read_input_tokens
+    assert cached is not None
+    assert 0 < cached < num_prompt(again) == num_prompt(first)
+    with client.messages.stream(**GREEDY | {"messages": [seen]}) as stream:
+        usage = stream.get_final_message().usage
+    assert (usage.input_tokens, usage.cache_read_input_tokens) == (again.usage.input_tokens, cached)
+    asked = {"messages": [seen], "temperature": 0}
+    told = ok(http.post("/oai/api/v1/chat/completions", json=ASKED | asked))["usage"]
+    assert told["prompt_tokens_details"] == {"cached_tokens": cached}
+    assert told["prompt_tokens"] == num_prompt(again)
 
 
 def test_a_stream_adds_up_to_the_whole(client: Anthropic):
@@ -131,7 +154,7 @@ def test_counted_tokens_are_those_of_the_template(client: Anthropic):
     more = client.messages.count_tokens(model=MODEL, messages=[USER], system="be brief", tools=[WEATHER])
     assert more.input_tokens > counted
     answered = client.messages.create(**GREEDY, system="be brief", tools=[WEATHER])
-    assert answered.usage.input_tokens == more.input_tokens
+    assert num_prompt(answered) == more.input_tokens
     none = client.messages.count_tokens(model=MODEL, messages=[USER], tools=[WEATHER], tool_choice={"type": "none"})
     assert none.input_tokens == counted
 
@@ -141,7 +164,7 @@ def test_more_tokens_than_there_is_room_for(client: Anthropic):
     if message.stop_reason == "end_turn":
         pytest.fail("the tiny model ends this by itself: choose another prompt")
     assert message.stop_reason == "model_context_window_exceeded"
-    assert message.usage.input_tokens + message.usage.output_tokens == 256
+    assert num_prompt(message) + message.usage.output_tokens == 256
 
 
 ERRORS: dict[str, tuple[Json, type[anthropic.APIStatusError], str, str]] = {

@@ -138,6 +138,7 @@ class SampleDelta(msgspec.Struct, frozen=True):
     Args:
         text: new text; a part that may yet become a stop string, or an unfinished character, is held back.
         stop_reason: of the last delta only, as ``stop_string``.
+        num_cached: tokens of the request's prompt that were in the cache already.
     """
 
     index: int
@@ -148,6 +149,7 @@ class SampleDelta(msgspec.Struct, frozen=True):
     top_logprobs: list[list[TokenLogprob]] | None = None
     token_bytes: list[bytes] | None = None
     stop_string: str | None = None
+    num_cached: int = 0
 
 
 class SampleResult(msgspec.Struct, frozen=True):
@@ -157,6 +159,7 @@ class SampleResult(msgspec.Struct, frozen=True):
         prompt_logprobs: when asked for, one list a prompt position: the actual token first, then the
             top k others by rank; None at position 0, which nothing precedes, and before the last n asked for.
         target_logprobs: float32 in the order of the tokens asked for, 0.0 for each -1.
+        num_cached: tokens of the prompt that were in the cache already.
     """
 
     request_id: str
@@ -165,3 +168,4 @@ class SampleResult(msgspec.Struct, frozen=True):
     spent: Spent = Spent()
     target_logprobs: bytes | None = None
     prompt_draws: PromptDraws | None = None
+    num_cached: int = 0

@@ -21,7 +21,7 @@ def answer(use: ToolUse = USE, *, is_cut: bool = False) -> Answer:
 
 def whole(text: str, reason: str = "stop", stop_string: str | None = None, **options: bool) -> Json:
     sequence = SampledSequence([1, 2], [0.0, 0.0], reason, text, stop_string=stop_string)  # type: ignore[arg-type]
-    return answer(**options).whole(sequence)
+    return answer(**options).whole(sequence, 3)
 
 
 def events_of(pieces: list[str], stop_string: str | None = None) -> list[Json]:
@@ -31,7 +31,7 @@ def events_of(pieces: list[str], stop_string: str | None = None) -> list[Json]:
     for i, piece in enumerate(pieces):
         is_last = i + 1 == len(pieces)
         reason, by = ("stop", stop_string) if is_last else (None, None)
-        frames += streamed.grown(SampleDelta(0, [i], [0.0], piece, reason, stop_string=by))
+        frames += streamed.grown(SampleDelta(0, [i], [0.0], piece, reason, stop_string=by, num_cached=3))
     found: list[Json] = []
     for one in frames:
         name, data = one.decode().removesuffix("\n\n").split("\n")
@@ -91,7 +91,8 @@ def test_blocks_and_usage():
     assert (text, after) == ({"type": "text", "text": "a"}, {"type": "text", "text": "b"})
     assert call.pop("id").startswith("toolu_")
     assert call == {"type": "tool_use", "name": "f", "input": {"a": "é"}}
-    assert message["usage"] == {"input_tokens": 5, "output_tokens": 2}
+    cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 3}
+    assert message["usage"] == {"input_tokens": 2, "output_tokens": 2} | cached
     assert (message["id"], message["type"], message["role"], message["model"]) == ("msg_1", "message", "assistant", "m")
 
 
@@ -119,4 +120,4 @@ def test_events_add_up_to_the_whole_answer(text: str, data: st.DataObject):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=10)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     sequence = SampledSequence(list(range(len(pieces))), [0.0] * len(pieces), "stop", text)
-    assert unnamed(added_up(events_of(pieces))) == unnamed(answer().whole(sequence))
+    assert unnamed(added_up(events_of(pieces))) == unnamed(answer().whole(sequence, 3))

@@ -31,9 +31,11 @@ OPERATION_SECONDS = Histogram(
 )
 SAMPLE_REQUESTS = Counter("selfloop_samples", "Sampling requests drawn.", registry=REGISTRY)
 TOKENS = Counter(
-    "selfloop_tokens", "Tokens: trained, forwarded (trained ones included), prefilled, sampled.", ("use",),
+    "selfloop_tokens",
+    "Tokens: trained, forwarded (trained ones included), prefilled, cached (of those), sampled.",
+    ("use",),
     registry=REGISTRY,
-)  # fmt: skip
+)
 COMPUTE_SECONDS = Counter(
     "selfloop_compute_seconds", "Time that workers computed, by kind of work.", ("work",), registry=REGISTRY
 )

@@ -131,6 +131,7 @@ class Observer:
         details: dict[str, str | int | float] = {
             "num_samples": len(result.sequences),
             "prompt_tokens": counts.tokens_prefilled,
+            "cached_tokens": result.num_cached,
             "tokens": counts.tokens_sampled,
             "seconds": round(seconds, 6),
             "compute_seconds": round(counts.compute_s, 6),
@@ -153,6 +154,7 @@ class Observer:
         instruments.SAMPLE_REQUESTS.inc()
         instruments.COMPUTE_SECONDS.labels("sampling").inc(counts.compute_s)
         instruments.TOKENS.labels("prefilled").inc(counts.tokens_prefilled)
+        instruments.TOKENS.labels("cached").inc(result.num_cached)
         instruments.TOKENS.labels("sampled").inc(counts.tokens_sampled)
 
     def _close(

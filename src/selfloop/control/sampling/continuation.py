@@ -51,6 +51,7 @@ class Continuation:
             top_logprobs=None if delta.top_logprobs is None else delta.top_logprobs[skip:],
             token_bytes=None if delta.token_bytes is None else delta.token_bytes[skip:],
             stop_string=None if given.ended else delta.stop_string,
+            num_cached=delta.num_cached,
         )
         given.tokens += fresh.tokens
         given.text += fresh.text

@@ -355,7 +355,7 @@ def _result(request: ActiveRequest) -> SampleResult:
     sequences = [request.finished[index] for index in range(request.request.num_samples)]
     scores = request.prompt_scores
     if scores is None:
-        return SampleResult(request.request.request_id, sequences)
+        return SampleResult(request.request.request_id, sequences, num_cached=request.num_found)
     return SampleResult(
         request.request.request_id,
         sequences,

@@ -147,6 +147,7 @@ class Sample:
             None if self.top_logprobs is None else self.top_logprobs[start:],
             None if self.token_bytes is None else self.token_bytes[start:],
             None if reason is None else self.text.stopped_by,
+            self.parent.num_found,
         )
 
 

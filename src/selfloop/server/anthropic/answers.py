@@ -29,6 +29,7 @@ class Answer:
     stop_sequences: list[str]
     is_cut: bool
     id: str = field(default_factory=lambda: f"msg_{new_id()}{new_id()}{new_id()}")
+    num_cached: int = 0
     num_drawn: int = 0
     _reader: CallReader = field(init=False)
     _num_blocks: int = 0
@@ -38,7 +39,8 @@ class Answer:
     def __post_init__(self) -> None:
         self._reader = CallReader(self.use, "toolu_")
 
-    def whole(self, sequence: SampledSequence) -> Json:
+    def whole(self, sequence: SampledSequence, num_cached: int) -> Json:
+        self.num_cached = num_cached
         content: list[Json] = []
         text = ""
         for item in self._items(sequence):
@@ -75,6 +77,7 @@ class Answer:
                     yield _event("content_block_start", index=self._num_blocks, content_block=block)
                 yield _event("content_block_delta", index=self._num_blocks, delta={"type": "text_delta", "text": item})
         if delta.stop_reason is not None:
+            self.num_cached = delta.num_cached
             yield from self._close_text()
             yield _event("message_delta", delta=self._end(delta), usage=self._usage())
             yield _event("message_stop")
@@ -107,7 +110,13 @@ class Answer:
         return head | {"content": content, "usage": usage}
 
     def _usage(self) -> Json:
-        return {"input_tokens": self.num_prompt, "output_tokens": self.num_drawn}
+        """What was read from the cache is not among the input tokens; all that was not is new to it."""
+        return {
+            "input_tokens": self.num_prompt - self.num_cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": self.num_cached,
+            "output_tokens": self.num_drawn,
+        }
 
 
 _NO_STOP: Json = {"stop_sequence": None}

@@ -55,7 +55,9 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf) -> Re
     except BadRequest as error:
         raise _as_asked(error) from None
     (sequence,) = result.sequences
-    content = await off_loop(len(sequence.tokens), lambda: msgspec.json.encode(answer.whole(sequence)))
+    content = await off_loop(
+        len(sequence.tokens), lambda: msgspec.json.encode(answer.whole(sequence, result.num_cached))
+    )
     return Response(content, media_type="application/json", headers=_headers(weights))
 
 
@@ -94,6 +96,7 @@ async def _streamed(
         return await anext(source)
 
     async def frames() -> AsyncGenerator[bytes]:
+        answer.num_cached = head.num_cached
         for event in answer.opening():
             yield event
         part: SampleDelta | SampleResult | None = head

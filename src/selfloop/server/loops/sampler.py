@@ -201,6 +201,7 @@ def _completion(result: SampleResult, prompt: list[int], model: str, *, with_log
             "prompt_tokens": len(prompt),
             "completion_tokens": sum(len(s.tokens) for s in result.sequences),
             "total_tokens": len(prompt) + sum(len(s.tokens) for s in result.sequences),
+            "prompt_tokens_details": {"cached_tokens": result.num_cached},
         },
     }
 

@@ -36,8 +36,13 @@ class Head(NamedTuple):
         return head | {"choices": choices, "usage": usage}
 
 
-def usage(num_prompt: int, num_drawn: int) -> Json:
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_drawn, "total_tokens": num_prompt + num_drawn}
+def usage(num_prompt: int, num_cached: int, num_drawn: int) -> Json:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_drawn,
+        "total_tokens": num_prompt + num_drawn,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ async def chat_answer(
 
     def rendered() -> bytes:
         whole = [choice.whole(sequence) for choice, sequence in zip(choices, result.sequences, strict=True)]
-        used = usage(len(prompt), _num_drawn([result]))
+        used = usage(len(prompt), result.num_cached, _num_drawn([result]))
         return msgspec.json.encode(head.render("chat.completion", whole, used) | prompt_ids)
 
     return await _answer(rendered, [result], draw, weights)
@@ -117,7 +117,7 @@ async def completion_answer(
             ids: Json = {"prompt_token_ids": prompts[at]} if body.return_token_ids else {}
             whole.append(choice.whole(results[at].sequences[i], results[at]) | ids)
         num_drawn = _num_drawn(results) if asked.max_tokens > 0 else 0
-        used = usage(sum(map(len, prompts)), num_drawn)
+        used = usage(sum(map(len, prompts)), _num_cached(results), num_drawn)
         return msgspec.json.encode(head.render("text_completion", whole, used))
 
     return await _answer(rendered, results, draws[0], weights)
@@ -182,6 +182,10 @@ def _num_drawn(results: Sequence[SampleResult]) -> int:
     return sum(len(sequence.tokens) for result in results for sequence in result.sequences)
 
 
+def _num_cached(results: Sequence[SampleResult]) -> int:
+    return sum(result.num_cached for result in results)
+
+
 async def _answer(
     rendered: Callable[[], bytes], results: Sequence[SampleResult], draw: Draw, weights: Weights
 ) -> Response:
@@ -207,8 +211,8 @@ class _Chunks:
             del rendered["usage"]
         return frame(rendered)
 
-    def usage(self, num_prompt: int, num_drawn: int) -> bytes:
-        return frame(self._head.render(self._kind, [], usage(num_prompt, num_drawn)))
+    def usage(self, num_prompt: int, num_cached: int, num_drawn: int) -> bytes:
+        return frame(self._head.render(self._kind, [], usage(num_prompt, num_cached, num_drawn)))
 
 
 async def _streamed(
@@ -231,13 +235,14 @@ async def _streamed(
     async def frames() -> AsyncGenerator[bytes]:
         for choice in opening:
             yield chunks.choice(choice)
-        num_drawn = 0
+        num_drawn = num_cached = 0
         event = head
         try:
             while True:
                 at, part = event
                 if isinstance(part, SampleResult):
                     num_drawn += _num_drawn([part])
+                    num_cached += part.num_cached
                 elif (choice := grow(at * asked.num_samples + part.index, part)) is not None:
                     yield chunks.choice(choice)
                 event = await anext(source, None)
@@ -247,7 +252,7 @@ async def _streamed(
             yield frame(openai_body_of(_as_asked(error, asked) if isinstance(error, BadRequest) else error))
             return
         if chunks.with_usage:
-            yield chunks.usage(sum(len(draw.prompt) for draw in draws), num_drawn)
+            yield chunks.usage(sum(len(draw.prompt) for draw in draws), num_cached, num_drawn)
         yield DONE
 
     try:

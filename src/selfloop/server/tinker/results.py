@@ -92,8 +92,9 @@ class SampleView(NamedTuple):
 
 
 def sample_response(result: SampleResult, view: SampleView) -> bytes:
-    """A ``SampleResponse``. No prompt was served from a cache: there is none between requests."""
+    """A ``SampleResponse``."""
     message = schema.SampleResponse()
+    message.prompt_cache_hit_tokens = result.num_cached
     for sequence in result.sequences:
         _add_sequence(message.sequences.add(), sequence, view.num_top)
     positions = result.prompt_logprobs
