@@ -33,8 +33,8 @@ async def uri(data: DataDirectory, tmp_path: Path) -> str:
     assert (await data.access.owner_key(team)).id == owner.id
     assert owner.revoked_at is not None
     model = await data.catalogue.resolve("tiny/llama")
-    aside = tmp_path / "data" / "checkpoints" / "chk0001.part"
-    aside.mkdir(parents=True)
+    aside = data._store.staging("chk0001")
+    aside.mkdir(parents=True, exist_ok=True)
     (aside / "adapter_model.safetensors").write_bytes(b"x" * 1000)
     facts = _Facts(1000, 4, 8.0)
     run = await data.imports._record("chk0001", model, facts, owner, "mine")
@@ -52,7 +52,7 @@ async def test_the_disk_must_have_room(data: DataDirectory, uri: str, tmp_path: 
     gguf, half = [await data.exports.plan(uri, tmp_path / "a", "gguf", dtype=dtype) for dtype in (None, "f16")]
     assert gguf.needed_bytes == merged.needed_bytes > half.needed_bytes > merged.needed_bytes / 2
     assert not (tmp_path / "a").exists()
-    (folder,) = (tmp_path / "data" / "checkpoints").glob("*/")
+    folder = await data._store.folder("chk0001")
     (folder / "adapter_config.json").write_text('{"target_modules": ["q_proj", "lm_head"]}')
     monkeypatch.setattr(exports, "untied_numbers", lambda folder: 1000)
     untied = await data.exports.plan(uri, tmp_path / "a" / "b", "merged")

@@ -40,7 +40,7 @@ class CheckpointStore(Protocol):
         ...
 
     async def upload(self, id: str) -> None:
-        """Do the slow part of publishing, which nobody sees yet."""
+        """Do the slow part of publishing, which nobody sees yet. Raises :class:`FileNotFoundError`."""
         ...
 
     async def publish(self, id: str) -> None:

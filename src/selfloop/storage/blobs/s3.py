@@ -129,6 +129,8 @@ class S3Checkpoints:
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES)
+        if not self._part(id).is_dir():
+            raise FileNotFoundError(f"what was staged as {id} is gone")
         files: list[_File] = []
         for file in list_files(self._part(id)):
             path = self._part(id) / file.name
