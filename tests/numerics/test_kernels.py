@@ -19,6 +19,7 @@ from selfloop.engine.models.decoder import Decoder, positions_of
 from selfloop.engine.models.linear import Layout
 from selfloop.engine.native import build
 from selfloop.engine.native.library import Kernels
+from selfloop.engine.sample.sampler import Row, draw
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -287,7 +288,7 @@ def test_draws_are_where_the_uniform_number_says(num_tokens, temperature, seed):
     assert kernels is not None
     logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(seed)) * 3
     uniforms = torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
-    tokens, logprobs = kernels.draw(logits, num_tokens, [temperature] * 3, uniforms)
+    tokens, logprobs, _ = (found.tolist() for found in kernels.draw(logits, num_tokens, [temperature] * 3, uniforms))
     for row, token, logprob, uniform in zip(logits, tokens, logprobs, uniforms, strict=True):
         assert abs(float(row.log_softmax(-1)[token]) - logprob) < 1e-5
         real = row[:num_tokens].double()
@@ -305,5 +306,23 @@ def test_what_has_no_probability_is_never_drawn(uniform: float):
     assert kernels is not None
     logits = torch.full((1, 300), -1e9)
     logits[0, 100] = 0.0
-    assert kernels.draw(logits, 300, [1e-30], [uniform])[0] == [100]
-    assert kernels.draw(logits, 300, [1.0], [uniform])[0] == [100]
+    assert kernels.draw(logits, 300, [1e-30], [uniform])[0].tolist() == [100]
+    assert kernels.draw(logits, 300, [1.0], [uniform])[0].tolist() == [100]
+
+
+def test_a_draw_does_not_depend_on_what_its_neighbours_ask_for():
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(1)) * 2
+    mask = torch.zeros(500, dtype=torch.bool)
+    mask[::7] = True
+    settings = [{}, {"temperature": 0}, {"top_p": 0.7}, {"top_k": 5}, {"temperature": 0.5}, {}]
+    rows = [
+        Row(SamplingParams(max_tokens=1, **given), 0.1 + 0.15 * at, mask if at == 5 else None, 3 * (at % 2))
+        for at, given in enumerate(settings)
+    ]
+    together = draw(logits, rows, 490)
+    for at, row in enumerate(rows):
+        alone = draw(logits[at : at + 1], [row], 490)
+        assert (alone.tokens[0], alone.logprobs[0]) == (together.tokens[at], together.logprobs[at])
+        plain = draw(logits[at : at + 1], [row._replace(num_top=0)], 490)
+        assert (plain.tokens, plain.logprobs) == (alone.tokens, alone.logprobs)
+    assert mask[together.tokens[5]]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src" / "selfloop"
 MAX_LINES = 700
-MAX_BROAD_HANDLERS = 6
+MAX_BROAD_HANDLERS = 7
 
 sources = pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
 

@@ -170,12 +170,13 @@ def _by_kernels(
         if head.bias_O is not None:
             logits_CV += head.bias_O
         own_CV = None if weights_CV is None else weights_CV[: logits_CV.shape[0]]
-        logprobs_N[chunk], sums_C = panels.target_logprobs(logits_CV, targets_N[chunk], own_CV)
+        found = panels.target_logprobs(logits_CV, targets_N[chunk], own_CV)
+        logprobs_N[chunk] = found.logprobs_N
         likeliest = tops.likeliest(logits_CV)
         if likeliest is not None:
-            tops.put(chunk, likeliest, logits_CV.gather(1, targets_N[chunk, None]) - logprobs_N[chunk, None])
+            tops.put(chunk, likeliest, found.normalisers_N[:, None])
         if slope_ND is not None and own_CV is not None:
-            slope_ND[chunk] = head.backward_panels().multiply(own_CV).div_(-sums_C[:, None])
+            slope_ND[chunk] = head.backward_panels().multiply(own_CV).div_(-found.sums_N[:, None])
 
 
 class _ManyTargetLogprobs(torch.autograd.Function):

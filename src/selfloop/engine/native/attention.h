@@ -25,6 +25,13 @@ struct Pages {
     bf16* keys(int page, int group) const { return data + page * page_stride + group * group_stride; }
     bf16* values(int page, int group) const { return keys(page, group) + PAGE * head_dim; }
 
+    // Have a page's keys and values brought from memory meanwhile.
+    void fetch(int page, int group) const {
+        const char* at = reinterpret_cast<const char*>(keys(page, group));
+        for (size_t line = 0; line < 2 * PAGE * head_dim * sizeof(bf16); line += 64)
+            _mm_prefetch(at + line, _MM_HINT_T0);
+    }
+
     void write(int page, int slot, int group, const bf16* k, const bf16* v) const {
         bf16 *kt = keys(page, group), *vt = values(page, group);
         for (int i = 0; i < head_dim / 2; ++i) std::memcpy(kt + (i * PAGE + slot) * 2, k + 2 * i, 4);
@@ -156,7 +163,11 @@ static inline void attend(const Queries& r, const Pages& cache, const int32_t* t
     std::fill_n(s.largest, r.rows, -std::numeric_limits<float>::infinity());
     std::fill_n(s.total, r.rows, 0.f);
     std::fill_n(s.sums, r.rows * d, 0.f);
+    const int all_pages = (num_keys + PAGE - 1) / PAGE;
+    for (int page = 0; page < std::min(all_pages, BLOCK / PAGE); ++page) cache.fetch(table[page], group);
     for (int start = 0; start < num_keys; start += BLOCK) {
+        for (int page = start / PAGE + BLOCK / PAGE; page < std::min(all_pages, (start + 2 * BLOCK) / PAGE); ++page)
+            cache.fetch(table[page], group);
         const int num_pages = std::min(BLOCK / PAGE, (num_keys - start + PAGE - 1) / PAGE);
         const bf16 *keys[BLOCK / PAGE], *values[BLOCK / PAGE];
         for (int i = 0; i < num_pages; ++i) {

@@ -15,7 +15,7 @@ static void in_team(int num_threads, const Each& each) {
 extern "C" {
 
 // Raised when one of the structures or functions changes.
-int32_t selfloop_kernels_version() { return 1; }
+int32_t selfloop_kernels_version() { return 2; }
 
 // Bytes of scratch that a thread needs where the longest sequence of a backward has `length` tokens.
 int64_t selfloop_thread_bytes(int32_t length, int32_t head_dim) {
@@ -63,10 +63,11 @@ void selfloop_multiply(const bf16* x, int64_t ldx, int32_t rows, const bf16* pan
     });
 }
 
-// For each row of logits (rows, n): the logprob of its target and, unless null, `weights` (rows, n) in bfloat16:
-// e^(logit - largest), less their sum at the target; `sums` are those sums.
+// For each row of logits (rows, n): the logprob of its target, what is taken off logits to that end and, unless null,
+// `weights` (rows, n) in bfloat16: e^(logit - largest), less their sum at the target; `sums` are those sums.
 void selfloop_target_logprobs(const float* logits, int64_t ld, int32_t rows, int32_t n, const int64_t* targets,
-                              float* logprobs, bf16* weights, int64_t ldw, float* sums, int32_t threads) {
+                              float* logprobs, float* normalisers, bf16* weights, int64_t ldw, float* sums,
+                              int32_t threads) {
     in_team(threads, [&](Worker me) {
         int begin, end;
         me.share(rows, begin, end);
@@ -75,7 +76,8 @@ void selfloop_target_logprobs(const float* logits, int64_t ld, int32_t rows, int
             bf16* w = weights ? weights + row * ldw : nullptr;
             const Softmax softmax = soften_row(x, n, w);
             const float chosen = x[targets[row]];
-            logprobs[row] = chosen - softmax.largest - std::log(softmax.sum);
+            normalisers[row] = softmax.normaliser();
+            logprobs[row] = chosen - normalisers[row];
             sums[row] = softmax.sum;
             if (w) w[targets[row]] = narrow_one(std::exp(chosen - softmax.largest) - softmax.sum);
         }
@@ -87,7 +89,7 @@ void selfloop_target_logprobs(const float* logits, int64_t ld, int32_t rows, int
 // logprob is that without temperature, among all n.
 void selfloop_draw(const float* logits, int64_t ld, int32_t rows, int32_t n, int32_t num_tokens,
                    const float* temperatures, const double* uniforms, int64_t* tokens, float* logprobs,
-                   int32_t threads) {
+                   float* normalisers, int32_t threads) {
     in_team(threads, [&](Worker me) {
         for (int64_t row = me.index; row < rows; row += me.count) {
             const float* x = logits + row * ld;
@@ -95,7 +97,8 @@ void selfloop_draw(const float* logits, int64_t ld, int32_t rows, int32_t n, int
             const int64_t token = temperatures[row] > 0 ? drawn(x, num_tokens, temperatures[row], uniforms[row])
                                                         : likeliest(x, num_tokens);
             tokens[row] = token;
-            logprobs[row] = x[token] - (softmax.largest + std::log(softmax.sum));
+            normalisers[row] = softmax.normaliser();
+            logprobs[row] = x[token] - normalisers[row];
         }
     });
 }

@@ -2,12 +2,12 @@
 
 import ctypes
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 MAX_PARTS = 3
 NUM_GROUPS = 4
 LANES = 16
@@ -141,6 +141,14 @@ class Pass(Structure):
     ]
 
 
+class RowLogprobs(NamedTuple):
+    """Of rows of logits: logprobs of targets, what those are less than their logits, sums of e^(logit - largest)."""
+
+    logprobs_N: Tensor
+    normalisers_N: Tensor
+    sums_N: Tensor
+
+
 class Kernels:
     """The functions of a loaded library. All tensors are on the CPU; what is written must be contiguous."""
 
@@ -160,9 +168,9 @@ class Kernels:
             (
                 "target_logprobs",
                 None,
-                [c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 3, c_int64, c_void_p, c_int32],
+                [c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 4, c_int64, c_void_p, c_int32],
             ),
-            ("draw", None, [c_void_p, c_int64, *[c_int32] * 3, *[c_void_p] * 4, c_int32]),
+            ("draw", None, [c_void_p, c_int64, *[c_int32] * 3, *[c_void_p] * 5, c_int32]),
             ("forward", None, [c_void_p]),
             ("backward", None, [c_void_p]),
         ):
@@ -199,29 +207,33 @@ class Kernels:
             x, x_MK.stride(0), rows, panels.data_ptr(), n, k, to, out_MN.stride(0), num_threads()
         )
 
-    def target_logprobs(
-        self, logits_NV: Tensor, targets_N: Tensor, logprobs_N: Tensor, sums_N: Tensor, weights_NV: Tensor | None
-    ) -> None:
-        """``weights_NV`` (bfloat16) become e^(logit - largest), whose sums are ``sums_N``, less those at the target."""
+    def target_logprobs(self, logits_NV: Tensor, targets_N: Tensor, weights_NV: Tensor | None) -> "RowLogprobs":
+        """``weights_NV`` (bfloat16) become e^(logit - largest), less the row's sum of those at its target."""
         num, vocab_size = logits_NV.shape
+        found = RowLogprobs(*(torch.empty(num) for _ in range(3)))
         weights, ldw = (None, 0) if weights_NV is None else (weights_NV.data_ptr(), weights_NV.stride(0))
         self._lib.selfloop_target_logprobs(
-            logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(), logprobs_N.data_ptr(),
-            weights, ldw, sums_N.data_ptr(), num_threads(),
+            logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(),
+            found.logprobs_N.data_ptr(), found.normalisers_N.data_ptr(), weights, ldw, found.sums_N.data_ptr(),
+            num_threads(),
         )  # fmt: skip
+        return found
 
     def draw(
         self, logits_BV: Tensor, num_tokens: int, temperatures: list[float], uniforms: list[float]
-    ) -> tuple[list[int], list[float]]:
-        """A token of each row, among the first ``num_tokens``, and its logprob; at temperature 0 the likeliest."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A token of each row, among the first ``num_tokens``; its logprob; and what that is less than its logit.
+
+        At temperature 0 it is the likeliest.
+        """
         num, vocab_size = logits_BV.shape
-        tokens_B, logprobs_B = torch.empty(num, dtype=torch.int64), torch.empty(num)
+        tokens_B, logprobs_B, normalisers_B = torch.empty(num, dtype=torch.int64), torch.empty(num), torch.empty(num)
         temperatures_B, uniforms_B = torch.tensor(temperatures), torch.tensor(uniforms, dtype=torch.float64)
         self._lib.selfloop_draw(
             logits_BV.data_ptr(), logits_BV.stride(0), num, vocab_size, num_tokens, temperatures_B.data_ptr(),
-            uniforms_B.data_ptr(), tokens_B.data_ptr(), logprobs_B.data_ptr(), num_threads(),
+            uniforms_B.data_ptr(), tokens_B.data_ptr(), logprobs_B.data_ptr(), normalisers_B.data_ptr(), num_threads(),
         )  # fmt: skip
-        return tokens_B.tolist(), logprobs_B.tolist()
+        return tokens_B, logprobs_B, normalisers_B
 
     def forward(self, on: Pass) -> None:
         self._lib.selfloop_forward(byref(on))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from selfloop.engine.native.library import LANES, Kernels
+from selfloop.engine.native.library import LANES, Kernels, RowLogprobs
 
 
 class Panels:
@@ -30,14 +30,9 @@ class Panels:
         """For a product with that many rows, the kernels' padding included."""
         return torch.empty(num, _up(self.num_rows, LANES))
 
-    def target_logprobs(self, logits_MN: Tensor, targets_M: Tensor, weights_MN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logprobs of the targets, and each row's sum of e^(logit - largest).
-
-        ``weights_MN``, bfloat16, become those e^(logit - largest), less the row's sum at its target.
-        """
-        logprobs_M, sums_M = torch.empty(logits_MN.shape[0]), torch.empty(logits_MN.shape[0])
-        self._kernels.target_logprobs(logits_MN, targets_M.contiguous(), logprobs_M, sums_M, weights_MN)
-        return logprobs_M, sums_M
+    def target_logprobs(self, logits_MN: Tensor, targets_M: Tensor, weights_MN: Tensor | None) -> RowLogprobs:
+        """See :meth:`Kernels.target_logprobs`."""
+        return self._kernels.target_logprobs(logits_MN, targets_M.contiguous(), weights_MN)
 
     def dense(self) -> Tensor:
         """A plain copy (N, K)."""

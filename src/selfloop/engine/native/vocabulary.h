@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -11,6 +12,9 @@ namespace selfloop {
 
 struct Softmax {
     float largest, sum;
+
+    // What a logprob is less than its logit.
+    float normaliser() const { return largest + std::log(sum); }
 };
 
 // The largest of n numbers, and the sum of their e^(x - largest), which `weights` get unless null.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.native.build import kernels as native
+from selfloop.engine.native.library import Kernels
 from selfloop.types.sampling import SamplingParams
 
 _MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
@@ -51,12 +52,6 @@ def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> D
         num_tokens: ids from there on are padding of the model's vocabulary and never drawn; None for none.
     """
     assert logits_BV.shape[0] == len(rows)
-    kernels = native() if logits_BV.device.type == "cpu" and logits_BV.stride(1) == 1 else None
-    if kernels is not None and not any(map(_is_special, rows)):
-        temperatures = [row.params.temperature for row in rows]
-        uniforms = [row.uniform for row in rows]
-        drawn = kernels.draw(logits_BV, num_tokens or logits_BV.shape[1], temperatures, uniforms)
-        return Draw(*drawn, [[] for _ in rows])
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     result = Draw([], [], [])
     for start in range(0, len(rows), rows_per_pass):
@@ -69,20 +64,42 @@ def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> D
 
 
 def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int | None) -> Draw:
+    kernels = native() if logits_BV.device.type == "cpu" and logits_BV.stride(1) == 1 else None
+    if kernels is not None:
+        return _by_kernels(kernels, logits_BV, rows, num_tokens or logits_BV.shape[1])
     real_BV = logits_BV[:, :num_tokens]
+    tokens_B = _pick(real_BV, rows)
+    chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
+    logsumexp_B = logits_BV.logsumexp(-1)
+    logprobs_B = chosen_B - logsumexp_B
+    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(real_BV, logsumexp_B, rows))
+
+
+def _by_kernels(kernels: Kernels, logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
+    """The kernels say all logprobs, and draw where there is no filter and no mask: a row depends on itself alone."""
+    temperatures = [row.params.temperature for row in rows]
+    uniforms = [row.uniform for row in rows]
+    tokens_B, logprobs_B, normalisers_B = kernels.draw(logits_BV, num_tokens, temperatures, uniforms)
+    at = [place for place, row in enumerate(rows) if row.mask_V is not None or _is_filtered(row.params)]
+    if at:
+        at_N = torch.tensor(at)
+        tokens_B[at_N] = _pick(logits_BV[at_N, :num_tokens], [rows[place] for place in at])
+        logprobs_B[at_N] = logits_BV[at_N, tokens_B[at_N]] - normalisers_B[at_N]
+    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(logits_BV[:, :num_tokens], normalisers_B, rows))
+
+
+def _pick(real_BV: Tensor, rows: list[Row]) -> Tensor:
+    """int64 tokens (B,) by PyTorch's operators."""
     masked_BV = _masked(real_BV, rows)
-    tokens_B = torch.empty(len(rows), dtype=torch.int64, device=logits_BV.device)
+    tokens_B = torch.empty(len(rows), dtype=torch.int64, device=real_BV.device)
     for which, pick in ((_is_greedy, _greedy), (_is_plain, _plain), (_is_filtered, _filtered)):
         at = [row for row, (params, *_) in enumerate(rows) if which(params)]
         if len(at) == len(rows):
             tokens_B = pick(masked_BV, rows)
         elif at:
-            at_N = torch.tensor(at, device=logits_BV.device)
+            at_N = torch.tensor(at, device=real_BV.device)
             tokens_B[at_N] = pick(masked_BV[at_N], [rows[row] for row in at])
-    chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-    logsumexp_B = logits_BV.logsumexp(-1)
-    logprobs_B = chosen_B - logsumexp_B
-    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(real_BV, logsumexp_B, rows))
+    return tokens_B
 
 
 def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
@@ -116,10 +133,6 @@ def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Te
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     parts = zip(logits_BV.split(rows_per_pass), uniforms_BK.split(rows_per_pass), strict=True)
     return torch.cat([_draw_by_id(logits, temperature_11, uniforms) for logits, uniforms in parts])
-
-
-def _is_special(row: Row) -> bool:
-    return row.mask_V is not None or row.num_top > 0 or _is_filtered(row.params)
 
 
 def _is_greedy(params: SamplingParams) -> bool:
