@@ -122,7 +122,7 @@ class LossJob:
         self._custom = None if loss.custom is None else CustomLossRunner(loss.custom)
         self._shelf = shelf
         self._left = deque(batches)
-        self._leaf_P: Tensor | None = None
+        self._adapter: Adapter | None = None
 
     @property
     def is_done(self) -> bool:
@@ -145,11 +145,11 @@ class LossJob:
 
     def take(self, dtype: torch.dtype, *, with_graph: bool) -> "LossPart":
         """The next micro-batch, with the adapter to send it through."""
-        if self._leaf_P is None:
-            self._leaf_P = self.run.theta_P.detach().to(dtype, copy=True)
-        if with_graph:
-            self._leaf_P.requires_grad_()
-        return LossPart(self, self._left.popleft(), self.run.shape.adapter(self._leaf_P, self.run.alpha), self._leaf_P)
+        # One adapter for all micro-batches: the kernels pack it once.
+        if self._adapter is None or (with_graph and not self._adapter.flat_P.requires_grad):
+            leaf_P = self.run.theta_P.detach().to(dtype, copy=True).requires_grad_(with_graph)
+            self._adapter = self.run.shape.adapter(leaf_P, self.run.alpha)
+        return LossPart(self, self._left.popleft(), self._adapter, self._adapter.flat_P)
 
     def take_kept(self) -> tuple["LossPart", Scores]:
         """The next micro-batch and its targets' scores, of which it only needs the backward."""
@@ -195,7 +195,7 @@ class LossJob:
     def settle(self) -> None:
         """Let go of what only micro-batches need, once there are no more."""
         if self.is_done:
-            self._leaf_P = None
+            self._adapter = None
 
     def _fail(self, error: OperationFailed) -> None:
         self.failure = error
