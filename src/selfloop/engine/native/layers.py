@@ -186,7 +186,11 @@ class KernelLayers:
         if asked.recompute:
             asked.cache.zero([row.pages[-1] for row in asked.rows])
         low_TD, h_TD = grad_TD.contiguous(), torch.empty_like(asked.h_TD)
-        grads = [torch.zeros_like(row.adapter.flat_P) for row in asked.adapters]
+        # The output layer's part, where there is one, gets its gradient elsewhere.
+        grads = [
+            torch.empty_like(row.adapter.flat_P) if row.adapter.head is None else torch.zeros_like(row.adapter.flat_P)
+            for row in asked.adapters
+        ]
         on.h, on.d_out = h_TD.data_ptr(), low_TD.data_ptr()
         for number, grad_P in enumerate(grads):
             on.segments[number].grads = grad_P.data_ptr()
