@@ -112,7 +112,7 @@ class Gateway:
         return client
 
     def worker_pids(self) -> list[int]:
-        return [worker.pid for host in self.hosts() for worker in _children(host)]
+        return [worker.pid for host in self.hosts() for worker in _children(host) if not is_gone(worker.pid)]
 
     def hosts(self) -> list[psutil.Process]:
         """The processes that have a base model in memory, also those that the gateway before left."""
