@@ -12,6 +12,7 @@ namespace selfloop {
 constexpr int MAX_TILE_ROWS = 6;
 constexpr int MAX_TILE_PANELS = 4;
 constexpr int MAX_PAIRS = 1024;
+constexpr int FETCH_DISTANCE = 24;  // cache lines
 constexpr int MAX_FETCHED_AHEAD = 128;  // cache lines
 
 enum class Store { SET, ADD, BF16 };
@@ -60,6 +61,11 @@ static inline void tile(const bf16* x, int64_t ldx, const bf16* const* panels, i
             _mm_prefetch(reinterpret_cast<const char*>(ahead.first + k * 32), _MM_HINT_T1);
             _mm_prefetch(reinterpret_cast<const char*>(ahead.second + k * 32), _MM_HINT_T1);
         }
+        // Of so few rows memory is what is waited for, and it is not fetched across pages by itself.
+        if constexpr (M <= 2)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v)
+                _mm_prefetch(reinterpret_cast<const char*>(p[v] + (k + FETCH_DISTANCE) * 32), _MM_HINT_T0);
         __m512bh b[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(p[v] + k * 32);
