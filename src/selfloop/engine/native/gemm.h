@@ -12,7 +12,7 @@ namespace selfloop {
 constexpr int MAX_TILE_ROWS = 6;
 constexpr int MAX_TILE_PANELS = 4;
 constexpr int MAX_PAIRS = 1024;
-constexpr int FETCH_DISTANCE = 24;  // cache lines
+constexpr int FETCH_DISTANCE = 24;      // cache lines
 constexpr int MAX_FETCHED_AHEAD = 128;  // cache lines
 
 enum class Store { SET, ADD, BF16 };
