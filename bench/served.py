@@ -1,11 +1,12 @@
 """What the server costs, and how training and sampling share the machine: through HTTP and the official client.
 
-    python -m bench.served [MODEL_DIR] [--cases train sample share latency] [--rounds 3] [--json FILE]
+    python -m bench.served [MODEL_DIR] [--cases train sample rollouts share latency] [--rounds 3] [--json FILE]
 
 The in-process side is the engine in this program; the other is ``selfloop serve`` with the official client in a process
 of its own, on the same model, tokens and seeds. Needs ``.venv-client`` (``make setup``).
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from bench.harness.program import Bench, Case
 from bench.harness.serving import Peer, Server, add_model, loops_client, peak_rss_bytes, serving
 
 MODEL = "bench/model"
-PROMPT, NEW_TOKENS, STREAMS = 16, 48, 32
+PROMPT, NEW_TOKENS, ROLLOUT_TOKENS, STREAMS = 16, 48, 256, 32
 MIB = 2**20
 
 
@@ -68,8 +69,8 @@ def train(bench: Bench) -> None:
     bench.engine.remove_run(run)
 
 
-def sample(bench: Bench) -> None:
-    num_new = bench.size(NEW_TOKENS, 4)
+def sample(bench: Bench, new_tokens: int = NEW_TOKENS) -> None:
+    num_new = bench.size(new_tokens, 4)
     prompts = [work.random_ids(PROMPT, bench.vocab_size, i) for i in range(STREAMS)]
     run = bench.fresh_run("served", 32)
     bench.engine.publish(run, "served")
@@ -150,7 +151,13 @@ def latency(bench: Bench) -> None:
         add(case, "worker resident at its peak", "MiB", peak_rss_bytes(server.worker()) / MIB)
 
 
-CASES: dict[str, Case] = {"train": train, "sample": sample, "share": share, "latency": latency}
+CASES: dict[str, Case] = {
+    "train": train,
+    "sample": sample,
+    "rollouts": functools.partial(sample, new_tokens=ROLLOUT_TOKENS),
+    "share": share,
+    "latency": latency,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
