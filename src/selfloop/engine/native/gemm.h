@@ -5,6 +5,8 @@
 // number of rows, their neighbours or the threads: a row has the same bits in training, in a prompt and in decoding.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace selfloop {
@@ -40,9 +42,29 @@ struct Target {
     static Target bf16_of(bf16* c, int64_t ld, float scale = 1.f) { return {c, ld, Store::BF16, scale, nullptr}; }
 };
 
-// Panels that will be needed soon, to be fetched from memory meanwhile; null when there are none.
+// Two runs of cache lines that will be needed soon, to be brought from memory beside other work.
 struct Ahead {
     const bf16 *first, *second;
+    int lines;
+};
+
+// What will be needed later, handed out in parts for that.
+struct Stretches {
+    struct Stretch {
+        const bf16* from;
+        int lines;
+    };
+    const Stretch* all;
+    int num, at = 0, done = 0;
+
+    Ahead take(int lines) {
+        while (at < num && done == all[at].lines) ++at, done = 0;
+        if (at == num) return {nullptr, nullptr, 0};
+        const int half = std::min(lines, (all[at].lines - done + 1) / 2);
+        const bf16* from = all[at].from + static_cast<int64_t>(done) * 32;
+        done = std::min(done + 2 * half, all[at].lines);
+        return {from, from + half * 32, half};
+    }
 };
 
 template <int M, int V>
@@ -57,7 +79,7 @@ static inline void tile(const bf16* x, int64_t ldx, const bf16* const* panels, i
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) p[v] = panels[v];
     for (int k = 0; k < pairs; ++k) {
-        if (ahead.first) {
+        if (k < ahead.lines) {
             _mm_prefetch(reinterpret_cast<const char*>(ahead.first + k * 32), _MM_HINT_T1);
             _mm_prefetch(reinterpret_cast<const char*>(ahead.second + k * 32), _MM_HINT_T1);
         }
@@ -119,16 +141,18 @@ static inline void tile_rows(int m, const bf16* x, int64_t ldx, const bf16* cons
 // Rows [0, rows) of x (bfloat16, row by row, ldx apart) times up to four panels, which may lie anywhere.
 // `next` are the panels that the same rows meet afterwards.
 static inline void multiply_panels(const bf16* x, int64_t ldx, int rows, const bf16* const* panels, int num_panels,
-                                   int pairs, const Target& to, int row, int column,
-                                   const bf16* const* next = nullptr) {
+                                   int pairs, const Target& to, int row, int column, const bf16* const* next = nullptr,
+                                   Stretches* later = nullptr) {
     const int tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (int t = 0, begin = 0; t < tiles; ++t) {
         const int end = static_cast<int>(static_cast<int64_t>(rows) * (t + 1) / tiles);
         const bf16* xt = x + begin * ldx;
         // Fewer than seven rows wait for memory in any case.
-        Ahead ahead{nullptr, nullptr};
+        Ahead ahead{nullptr, nullptr, 0};
         if (next && tiles > 1 && t < MAX_TILE_PANELS)
-            ahead = {next[t], tiles < 4 && t + tiles < 4 ? next[t + tiles] : next[t]};
+            ahead = {next[t], tiles < 4 && t + tiles < 4 ? next[t + tiles] : next[t], pairs};
+        else if (later && tiles > 1)
+            ahead = later->take(pairs);
         switch (num_panels) {
             case 1:
                 tile_rows<1>(end - begin, xt, ldx, panels, pairs, to, row + begin, column, ahead);
@@ -147,9 +171,10 @@ static inline void multiply_panels(const bf16* x, int64_t ldx, int rows, const b
 }
 
 // Rows [row0, row1) of x times panels [p0, p1) of w, at most four, whose first column is that of the target.
-// A long sum is made in parts, whose panels stay in the cache while all rows meet them.
+// A long sum is made in parts, whose panels stay in the cache while all rows meet them. Are there `more` panels behind
+// these that the rows meet next, they are fetched meanwhile.
 static inline void multiply_block(const bf16* x, int64_t ldx, int row0, int row1, const bf16* w, int p0, int p1,
-                                  int pairs, const Target& to) {
+                                  int pairs, const Target& to, bool more, Stretches* later = nullptr) {
     const int64_t panel_size = static_cast<int64_t>(pairs) * 2 * LANES;
     const int part = to.store == Store::BF16 ? pairs : MAX_PAIRS, num = p1 - p0;
     Target at = to;
@@ -158,24 +183,25 @@ static inline void multiply_block(const bf16* x, int64_t ldx, int row0, int row1
         const bool last = k + part >= pairs;
         for (int v = 0; v < MAX_TILE_PANELS; ++v) {
             panels[v] = w + (p0 + v) * panel_size + static_cast<int64_t>(k) * 2 * LANES;
-            // What is beyond the weight is never read, as it is only fetched.
             next[v] =
                 last ? w + (p0 + MAX_TILE_PANELS + v) * panel_size : panels[v] + static_cast<int64_t>(part) * 2 * LANES;
         }
         if (k > 0) at.store = Store::ADD;
         // Short panels of few rows: the next ones would come too late by themselves.
-        if (pairs * MAX_TILE_PANELS <= MAX_FETCHED_AHEAD && row1 - row0 <= MAX_TILE_ROWS)
+        if (more && pairs * MAX_TILE_PANELS <= MAX_FETCHED_AHEAD && row1 - row0 <= MAX_TILE_ROWS)
             for (int line = 0; line < pairs * MAX_TILE_PANELS; ++line)
                 _mm_prefetch(reinterpret_cast<const char*>(next[0] + line * 32), _MM_HINT_T0);
         multiply_panels(x + row0 * ldx + 2 * k, ldx, row1 - row0, panels, num, last ? pairs - k : part, at, row0,
-                        p0 * LANES, next);
+                        p0 * LANES, last && !more ? nullptr : next, later);
     }
 }
 
 static inline void multiply(const bf16* x, int64_t ldx, int row0, int row1, const bf16* w, int p0, int p1, int pairs,
-                            const Target& to) {
-    for (int p = p0; p < p1; p += MAX_TILE_PANELS)
-        multiply_block(x, ldx, row0, row1, w, p, p1 - p < MAX_TILE_PANELS ? p1 : p + MAX_TILE_PANELS, pairs, to);
+                            const Target& to, bool more = false, Stretches* later = nullptr) {
+    for (int p = p0; p < p1; p += MAX_TILE_PANELS) {
+        const int end = std::min(p + MAX_TILE_PANELS, p1);
+        multiply_block(x, ldx, row0, row1, w, p, end, pairs, to, more || end < p1, later);
+    }
 }
 
 // A grid over rows and panels in which each of a team's threads has one cell.

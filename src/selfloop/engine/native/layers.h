@@ -137,12 +137,32 @@ class Team {
         // So many columns at a time that adapters add to what is still in the cache; of few rows all, as each adapter
         // is then read in one go.
         const int step = g.row1 - g.row0 <= FEW_ROWS ? g.p1 - g.p0 : MAX_TILE_PANELS;
+        Stretches::Stretch stretches[FEW_ROWS * MAX_PARTS];
+        Stretches later{stretches, few ? b_panels(layer, group, g, stretches) : 0};
         for (int p0 = g.p0; p0 < g.p1; p0 += step) {
             const int p1 = std::min(p0 + step, g.p1);
-            multiply(x, ldx, g.row0, g.row1, w.forward, p0, p1, w.in / 2, to);
+            multiply(x, ldx, g.row0, g.row1, w.forward, p0, p1, w.in / 2, to, p1 < g.p1, &later);
             if (adapted) add_low_rank(layer, group, u, g.row0, g.row1, p0, p1, to);
         }
         if (to.store == Store::ADD && w.bias) add_bias(w.bias, g, to);
+    }
+
+    // Where this thread's panels of every adapter's B lie, in the order in which they are needed.
+    int b_panels(int layer, int group, const Grid& g, Stretches::Stretch* out) const {
+        int num = 0;
+        for (int i = 0; i < std::min(p.num_segments, FEW_ROWS); ++i) {
+            const Segment& seg = p.segments[i];
+            const Lora& l = lora(seg, layer, group);
+            for (int part = 0, first = 0; l.a && part < parts_of(group); ++part) {
+                const int panels = s.part(group, part) / LANES;
+                const int from = std::max(g.p0 - first, 0), until = std::min(g.p1 - first, panels);
+                if (from < until)
+                    out[num++] = {l.b[part] + static_cast<int64_t>(from) * seg.padded_rank * LANES,
+                                  (until - from) * seg.padded_rank / 2};
+                first += panels;
+            }
+        }
+        return num;
     }
 
     // What the adapters of these rows make of u, for these panels.
@@ -404,14 +424,14 @@ class Team {
             const Grid g(me, 0, p.rows, w.in / LANES);
             for (int p0 = g.p0; p0 < g.p1; p0 += MAX_TILE_PANELS) {
                 const int p1 = std::min(p0 + MAX_TILE_PANELS, g.p1);
-                multiply_block(dy, w.out, g.row0, g.row1, w.backward, p0, p1, w.out / 2, sum);
+                multiply_block(dy, w.out, g.row0, g.row1, w.backward, p0, p1, w.out / 2, sum, p1 < g.p1);
                 for (int i = 0; i < p.num_segments; ++i) {
                     const Segment& seg = p.segments[i];
                     const Lora& l = lora(seg, layer, group);
                     const int row0 = std::max(g.row0, seg.begin), row1 = std::min(g.row1, seg.end);
                     if (l.a && row0 < row1)
                         multiply_block(du, ldu, row0, row1, l.a_back, p0, p1, parts * seg.padded_rank / 2,
-                                       Target::add(static_cast<float*>(sum.data), sum.ld));
+                                       Target::add(static_cast<float*>(sum.data), sum.ld), false);
                 }
             }
             if (low)
