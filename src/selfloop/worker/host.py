@@ -15,7 +15,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ from selfloop.worker.host_protocol import (
     HostMessage,
     HostReady,
     fork_decoder,
+    peer_user,
     to_line,
 )
 from selfloop.worker.process import Model, load_model, run_worker
@@ -183,12 +183,6 @@ class Host:
         if self._worker is not None:
             os.kill(self._worker[0], signal.SIGKILL)
             self._bury()
-
-
-def peer_user(connection: socket.socket) -> int:
-    """The user id of the process at the other end."""
-    size = struct.calcsize("3i")
-    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
 
 
 def _say(connection: socket.socket, message: HostMessage) -> None:

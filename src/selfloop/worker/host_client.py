@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,16 @@ import msgspec
 
 import selfloop
 from selfloop.types.errors import OperationFailed, WorkerLost
-from selfloop.worker.host_protocol import Exited, Forked, ForkWorker, HostFailed, HostReady, host_decoder, to_line
+from selfloop.worker.host_protocol import (
+    Exited,
+    Forked,
+    ForkWorker,
+    HostFailed,
+    HostReady,
+    host_decoder,
+    peer_user,
+    to_line,
+)
 from selfloop.worker.launch_local import WorkerCommand, host_arguments, launch_host, put_aside_large_log
 
 log = logging.getLogger(__name__)
@@ -204,7 +212,7 @@ async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     host = WorkerHost(command, folder, (reader, writer))
-    if _user_of(writer.get_extra_info("socket")) != os.getuid():
+    if peer_user(writer.get_extra_info("socket")) != os.getuid():
         writer.close()
         return None
     if record.made_of != host._made_of:
@@ -250,11 +258,6 @@ def describe_exit(code: int) -> str:
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return f"worker process was killed by {name}{hint}"
     return f"worker process exited with status {code}"
-
-
-def _user_of(connection: socket.socket) -> int:
-    size = struct.calcsize("3i")
-    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
 
 
 def _open_process(pid: int) -> int | None:

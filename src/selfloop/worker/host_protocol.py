@@ -1,5 +1,8 @@
 """What a gateway and the host of a base model say to each other: a line of JSON a message, over a local socket."""
 
+import socket
+import struct
+
 import msgspec
 
 
@@ -51,3 +54,9 @@ host_decoder: "msgspec.json.Decoder[HostMessage]" = msgspec.json.Decoder(HostMes
 
 def to_line(message: ForkWorker | HostMessage) -> bytes:
     return msgspec.json.encode(message) + b"\n"
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user id of the process at the other end."""
+    size = struct.calcsize("3i")
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _ALIGN = 64
 _BF16, _FLOAT = 2, 4  # bytes
-_MAX_PARTS = 3  # projections that are fused at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +221,7 @@ class KernelLayers:
         """Of a pass over one sequence, with an adapter of ``rank`` on every projection."""
         on = library.Pass()
         on.rows, on.num_threads = num_rows, library.num_threads()
-        on.kept.low_rank_width = -(-rank // LANES) * LANES * _MAX_PARTS
+        on.kept.low_rank_width = -(-rank // LANES) * LANES * library.MAX_PARTS
         longest = num_rows if backward else 0
         parts = self._kept_parts(on, backward=backward, recompute=recompute)
         return PassBytes(_total(parts), _total(self._work_parts(on, longest, recompute=recompute)))

@@ -53,8 +53,8 @@ struct Chunk {
     const int32_t* pages;
 };
 
-// Where a pass leaves what its backward needs; a layer's lies `*_step` elements after that of the one before. All steps
-// are 0 when there is no backward: then each layer overwrites the one before.
+// Where a pass leaves what its backward needs, layer behind layer; unless it `keeps`, each layer overwrites the one
+// before.
 struct Kept {
     bf16 *attention_unit, *qkv, *attended, *mlp_unit, *gate_up, *low_rank, *qk_unit;
     float *attention_inverse, *mlp_inverse, *lse, *qk_inverse;
