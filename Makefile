@@ -97,6 +97,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
 	$(BIN)/clang-format --dry-run --Werror src/selfloop/engine/native/*.h src/selfloop/engine/native/*.cpp
 
 types: $(READY)
