@@ -4,8 +4,9 @@
 
 ``--runs`` runs train, accumulate, save and replace checkpoints, each a step in ``--step-every`` seconds; ``--polls``
 long polls wait for operations that wait for one that never comes, and are made anew when the server gives those up;
-``--streams`` samples stream, one after the other; management is asked ten times a second. What is resident, and which
-files are open, is compared between the end of the first sixth (at most five minutes, in which caches fill) and the end.
+``--streams`` samples stream, one after the other; management is asked ten times a second, by a process of its own. What
+is resident, and which files are open, is compared between the end of the first sixth (at most five minutes, in which
+caches fill) and the end.
 Ends with 1 on an error, on growth over 5% or on a 99th percentile of management calls over 100 ms.
 """
 
@@ -29,6 +30,8 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 
+from bench.harness.asking import asking
+from bench.harness.load import Connection
 from bench.harness.measure import percentile
 from bench.harness.server import Server, add_model
 
@@ -69,21 +72,25 @@ class Seen:
 class Load:
     """Everything that is asked of the server. Each part goes on until it is cancelled."""
 
-    def __init__(
-        self, server: Server, http: httpx.AsyncClient, vocab_size: int, seen: Seen, step_every_s: float
-    ) -> None:
+    def __init__(self, server: Server, vocab_size: int, seen: Seen, step_every_s: float) -> None:
         self._server = server
-        self._http = http
         self._vocab_size = vocab_size
         self._seen = seen
         self._step_every_s = step_every_s
 
-    async def make_run(self, session_id: str) -> Json:
-        body = {"session_id": session_id, "base_model": MODEL, "lora_rank": 8}
-        run = (await self._json("POST", "/v1/loops/runs", json=body))["run"]
-        first = {"model": MODEL, "run_id": run["id"], "seq_id": 1, "lora_rank": 8, "base_model": MODEL}
-        await self._outcome(run["id"], await self._submit(run["id"], "init_trainer_server", first))
-        return run
+    async def make_runs(self, num: int) -> list[Json]:
+        """Runs of one session, each with its adapter made."""
+        async with await Connection.dial(self._server) as connection:
+            session = (await connection.json("POST", "/v1/loops/sessions", {}))["session"]["id"]
+            runs: list[Json] = []
+            for _ in range(num):
+                body = {"session_id": session, "base_model": MODEL, "lora_rank": 8}
+                run = (await connection.json("POST", "/v1/loops/runs", body))["run"]
+                first = {"model": MODEL, "run_id": run["id"], "seq_id": 1, "lora_rank": 8, "base_model": MODEL}
+                id = await self._submit(connection, run["id"], "init_trainer_server", first)
+                await self._outcome(connection, run["id"], id)
+                runs.append(run)
+        return runs
 
     async def train(self, run: Json, index: int) -> None:
         """Two accumulated calls a step; every few steps a save under one of a few names."""
@@ -97,43 +104,41 @@ class Load:
             if step % 10 == index % 10:
                 kind = "save_state" if step % 20 == index % 20 else "save_weights_for_sampler"
                 calls.append((kind, {"name": f"kept-{step % _KEPT_NAMES}"}))
-            ids = [await self._submit(run["id"], op, body | {"seq_id": next(seqs)}) for op, body in calls]
-            for (op, _), id in zip(calls, ids, strict=True):
-                outcome = await self._outcome(run["id"], id)
-                self._count(op, outcome["status"] == "done", outcome)
+            async with await Connection.dial(self._server) as connection:
+                ids = [
+                    await self._submit(connection, run["id"], op, body | {"seq_id": next(seqs)}) for op, body in calls
+                ]
+                for (op, _), id in zip(calls, ids, strict=True):
+                    outcome = await self._outcome(connection, run["id"], id)
+                    self._count(op, outcome["status"] == "done", outcome)
             await asyncio.sleep(max(0.0, self._step_every_s - (time.monotonic() - started)))
 
     async def wait(self, run: Json) -> None:
-        """Polls of operations behind a gap, which the server gives up after a minute."""
+        """Polls of operations behind a gap, which the server gives up after a minute; each has its own connection."""
         next_seq = 2
         while True:
             bodies = [self._loss(random.Random(i)) | {"seq_id": next_seq + 1 + i} for i in range(_POLLS_A_RUN)]
-            ids = [await self._submit(run["id"], "forward", body) for body in bodies]
-            outcomes = await asyncio.gather(*(self._outcome(run["id"], id) for id in ids))
-            for outcome in outcomes:
-                # One that came when its gap had been given up already is carried out.
-                good = outcome.get("error_class") == "MissingOperation" or outcome["status"] == "done"
-                self._count("poll", good, outcome)
+            async with await Connection.dial(self._server) as connection:
+                ids = [await self._submit(connection, run["id"], "forward", body) for body in bodies]
+            await asyncio.gather(*(self._poll(run["id"], id) for id in ids))
             next_seq += 1 + _POLLS_A_RUN
 
-    async def stream(self, run: Json, index: int) -> None:
+    async def _poll(self, run_id: str, id: str) -> None:
+        async with await Connection.dial(self._server) as connection:
+            outcome = await self._outcome(connection, run_id, id)
+        # One that came when its gap had been given up already is carried out.
+        good = outcome.get("error_class") == "MissingOperation" or outcome["status"] == "done"
+        self._count("poll", good, outcome)
+
+    async def stream(self, http: httpx.AsyncClient, run: Json, index: int) -> None:
         url = f"/loops/samplers/{run['sampler']['id']}/v1/completions"
         for seed in itertools.count(index):
             body = {"model": MODEL, "prompt": [5, 6, 7, 8], "max_tokens": 64, "seed": seed, "stream": True}
             whole = False
-            async with self._http.stream("POST", url, json=body) as answer:
+            async with http.stream("POST", url, json=body) as answer:
                 async for line in answer.aiter_lines():
                     whole = whole or line == "data: [DONE]"
             self._count("stream", whole and answer.status_code == 200, answer.status_code)
-
-    async def ask(self, runs: list[Json]) -> None:
-        for run in itertools.cycle(runs):
-            for path in (f"/v1/loops/runs/{run['id']}", f"/v1/loops/checkpoints?run_id={run['id']}", "/v1/teams"):
-                started = time.perf_counter()
-                answer = await self._http.get(path)
-                self._seen.management_s.append(time.perf_counter() - started)
-                self._count("management", answer.status_code == 200, answer.status_code)
-                await asyncio.sleep(_ASK_EVERY_S)
 
     async def look(self) -> None:
         gateway = self._server.process
@@ -156,19 +161,17 @@ class Load:
         }
         return {"data": [datum], "loss_fn": "cross_entropy"}
 
-    async def _submit(self, run_id: str, op: str, body: Json) -> str:
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        answer = await self._json("POST", f"/loops/runs/{run_id}/{op}", json=body, headers=headers)
-        return answer["operation_id"]
+    async def _submit(self, connection: Connection, run_id: str, op: str, body: Json) -> str:
+        key = f"Idempotency-Key: {uuid.uuid4().hex}\r\n"
+        answer = await connection.ask("POST", f"/loops/runs/{run_id}/{op}", body, key)
+        assert answer.status == 202, answer
+        return json.loads(answer.body)["operation_id"]
 
-    async def _outcome(self, run_id: str, id: str) -> Json:
-        while True:
-            answer = await self._http.get(f"/loops/runs/{run_id}/operations/{id}")
-            if answer.status_code != 408:
-                return answer.raise_for_status().json()
-
-    async def _json(self, method: str, path: str, **request: Any) -> Any:
-        return (await self._http.request(method, path, **request)).raise_for_status().json()
+    async def _outcome(self, connection: Connection, run_id: str, id: str) -> Json:
+        while (answer := await connection.ask("GET", f"/loops/runs/{run_id}/operations/{id}")).status == 408:
+            pass
+        assert answer.status == 200, answer
+        return json.loads(answer.body)
 
     def _count(self, what: str, good: bool, answer: object) -> None:
         self._seen.done[what] += 1
@@ -178,26 +181,33 @@ class Load:
 
 async def soak(server: Server, args: argparse.Namespace, vocab_size: int) -> Seen:
     seen = Seen()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    load = Load(server, vocab_size, seen, args.step_every)
+    runs = await load.make_runs(args.runs)
+    waiting = await load.make_runs(max(args.polls // _POLLS_A_RUN, 1))
+    paths = [path for run in runs for path in _management(run["id"])]
     headers = {"Authorization": f"Bearer {server.key}"}
-    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=180, limits=limits) as http:
-        load = Load(server, http, vocab_size, seen, args.step_every)
-        session = (await http.post("/v1/loops/sessions", json={})).raise_for_status().json()["session"]["id"]
-        num_waiting = max(args.polls // _POLLS_A_RUN, 1)
-        runs = [await load.make_run(session) for _ in range(args.runs)]
-        waiting = [await load.make_run(session) for _ in range(num_waiting)]
-        work: list[Coroutine[Any, Any, None]] = [load.look(), load.ask(runs)]
-        work += [load.train(run, index) for index, run in enumerate(runs)]
-        work += [load.wait(run) for run in waiting]
-        work += [load.stream(runs[index % len(runs)], index) for index in range(args.streams)]
-        tasks = [asyncio.create_task(one) for one in work]
-        ended, _ = await asyncio.wait(tasks, timeout=args.minutes * 60, return_when=asyncio.FIRST_COMPLETED)
-        for task in ended:
-            seen.errors[f"a part of the load ended: {task.exception()!r}"[:300]] += 1
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with asking(server.url, server.key, paths, _ASK_EVERY_S) as asker:
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=180) as http:
+            work: list[Coroutine[Any, Any, None]] = [load.look()]
+            work += [load.train(run, index) for index, run in enumerate(runs)]
+            work += [load.wait(run) for run in waiting]
+            work += [load.stream(http, runs[index % len(runs)], index) for index in range(args.streams)]
+            tasks = [asyncio.create_task(one) for one in work]
+            ended, _ = await asyncio.wait(tasks, timeout=args.minutes * 60, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                seen.errors[f"a part of the load ended: {task.exception()!r}"[:300]] += 1
+            asked = await asyncio.to_thread(asker.end)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    seen.management_s = asked.seconds
+    seen.done["management"] = len(asked.seconds)
+    seen.errors.update({f"management: {status}": num for status, num in asked.refused.items()})
     return seen
+
+
+def _management(run_id: str) -> tuple[str, ...]:
+    return f"/v1/loops/runs/{run_id}", f"/v1/loops/checkpoints?run_id={run_id}", "/v1/teams"
 
 
 class Growth(NamedTuple):

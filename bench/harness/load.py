@@ -6,14 +6,22 @@ import json
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
-
-from bench.harness.serving import Server
 
 NUM_POSTERS = 64
 # A loopback address has about 28,000 ports to dial from; more connections than that need several.
 _PORTS_PER_ADDRESS = 20_000
+
+
+class Server(Protocol):
+    """Where to ask, and with which key."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
 
 
 class Answer(NamedTuple):

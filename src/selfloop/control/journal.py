@@ -5,7 +5,9 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from sqlalchemy import Connection, Update
 from sqlalchemy.exc import IntegrityError
 
 from selfloop.storage.blobs.local import LocalBlobs
@@ -51,6 +53,15 @@ class Accepted:
 
     row: OperationRow
     is_new: bool
+
+
+class Failure(NamedTuple):
+    """An operation that ends without a result, and its cause."""
+
+    row: OperationRow
+    error: str
+    error_class: str
+    state: OperationState = OperationState.ERROR
 
 
 class Journal:
@@ -191,12 +202,15 @@ class Journal:
             return await asyncio.to_thread(self._blobs.get, row.result_key)
         return row.result
 
-    async def fail(self, row: OperationRow, error: str, error_class: str, state: OperationState) -> bool:
-        """Settle a queued operation without a result; False when it was settled before."""
-        async with self._db.write() as session:
-            return await queries_operations.finish(
-                session, row, state=state, at=time.time(), error=error, error_class=error_class
-            )
+    async def fail(self, failures: Sequence[Failure]) -> list[Failure]:
+        """Settle queued operations without a result, all at once; returns those that were not settled before."""
+
+        def store(connection: Connection) -> list[Failure]:
+            return [
+                failure for failure in failures if queries_operations.is_changed(connection.execute(_failing(failure)))
+            ]
+
+        return await self._db.write_grouped(store)
 
     async def get(self, run_id: str, operation_id: str) -> OperationRow | None:
         async with self._db.read() as session:
@@ -243,6 +257,15 @@ class Journal:
         for key in keys:
             if key is not None:
                 await asyncio.to_thread(self._blobs.delete, key)
+
+
+def cancelled(row: OperationRow, why: str) -> Failure:
+    return Failure(row, why, "Cancelled", OperationState.CANCELLED)
+
+
+def _failing(failure: Failure) -> Update:
+    row, error, error_class, state = failure
+    return queries_operations.finishing(row, state=state, at=time.time(), error=error, error_class=error_class)
 
 
 def _same_request(row: OperationRow, submission: Submission, what: str) -> OperationRow:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from selfloop.control.context import Context
-from selfloop.control.journal import Submission, first_missing
+from selfloop.control.journal import Submission, cancelled, first_missing
 from selfloop.control.outages import OUTAGES, Ages, tried
 from selfloop.control.readable import may_read
 from selfloop.control.recovery import clear_leftovers
@@ -65,9 +65,7 @@ class Operations:
         for row in queued:
             run = runs[row.run_id]
             if run.status != RunStatus.ACTIVE:
-                await self._c.settlement.fail(
-                    row, f"run {run.id} was deactivated", "Cancelled", OperationState.CANCELLED
-                )
+                await self._c.settlement.fail(cancelled(row, f"run {run.id} was deactivated"))
                 continue
             self._live[row.run_id, row.id] = _Live()
             self._c.settlement.observer.accepted(run, row)
@@ -193,7 +191,7 @@ class Operations:
         if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
             raise Conflict(f"operation {operation_id} is already running or has ended")
         try:
-            await self._c.settlement.fail(row, "cancelled by request", "Cancelled", OperationState.CANCELLED)
+            await self._c.settlement.fail(cancelled(row, "cancelled by request"))
         except (*OUTAGES, Unavailable):
             actor.push(row)
             raise

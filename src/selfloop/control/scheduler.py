@@ -8,11 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
-from selfloop.control.journal import Journal
+from selfloop.control.journal import Failure, Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.recovery import reopen
 from selfloop.control.settle import Settlement
@@ -48,14 +47,6 @@ class _Queued:
     row: OperationRow = field(compare=False)
     num_attempts: int = field(compare=False)
     cause: str = field(default="", compare=False)
-
-
-class _Failed(NamedTuple):
-    """One that ended in an error, which is yet to be stored as its outcome."""
-
-    row: OperationRow
-    error: str
-    error_class: str
 
 
 @dataclass(slots=True)
@@ -97,7 +88,7 @@ class RunActor:
         self._parked: set[int] = set()
         self._parked_at = (run.epoch, run.next_seq)
         self._in_flight: deque[_InFlight] = deque()
-        self._failed: deque[_Failed] = deque()
+        self._failed: list[Failure] = []
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
         self._snapshots = RunSnapshots(
@@ -106,6 +97,7 @@ class RunActor:
         self._last_reply_at = 0.0
         self._last_done: Position | None = None
         self._park_requests: list[asyncio.Future[None]] = []
+        self._settling = asyncio.Lock()
         self._halted = False
         self._num_lost_reopening = 0
         self._task = asyncio.create_task(self._drive(), name=f"run-{run.id}")
@@ -174,7 +166,9 @@ class RunActor:
         await self.park()
 
     async def stop(self) -> None:
-        self._task.cancel()
+        # An outcome that is just being stored is also told to those who wait for it.
+        async with self._settling:
+            self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def close(self) -> None:
@@ -223,14 +217,15 @@ class RunActor:
             await self._recover(lost)
         except OperationFailed as error:
             # The base model cannot be served, or the run's state cannot be brought back.
-            self._failed += [_Failed(row, str(error), error.error_class) for row in self.drain()]
+            self._failed += [Failure(row, str(error), error.error_class) for row in self.drain()]
             self._wakeup.set()
 
     async def _settle_failed(self) -> None:
         """Store the outcomes of what failed; while they cannot be stored, the run waits."""
-        while self._failed:
-            await self._settlement.fail(*self._failed[0])
-            self._failed.popleft()
+        if self._failed:
+            async with self._settling:
+                await self._settlement.fail(*self._failed)
+                self._failed.clear()
 
     def _is_ready(self, queued: _Queued) -> bool:
         epoch, seq = queued.position
@@ -270,7 +265,7 @@ class RunActor:
 
     async def _fail_queued(self, queued: _Queued, error: str, error_class: str) -> None:
         self.remove(queued.row.id)
-        self._failed.append(_Failed(queued.row, error, error_class))
+        self._failed.append(Failure(queued.row, error, error_class))
         await self._settle_failed()
 
     def _may_send(self) -> bool:
@@ -341,7 +336,7 @@ class RunActor:
                 if row.kind in _SAVES:
                     await self._settlement.discard(row)
                 self._in_flight.popleft()
-                self._failed.append(_Failed(row, str(error), error.error_class))
+                self._failed.append(Failure(row, str(error), error.error_class))
                 if error.state_lost:
                     self._return_in_flight()
                     self._worker = None
@@ -355,8 +350,9 @@ class RunActor:
             self._last_reply_at = now
             if row.kind == "load_state" and not await self._pin_loaded(flight):
                 return
-            await self._settlement.done(self.run, row, body)
-            self._in_flight.popleft()
+            async with self._settling:
+                await self._settlement.done(self.run, row, body)
+                self._in_flight.popleft()
             self._last_done = (row.epoch, row.seq)
             await self._begin_snapshot()
 
@@ -369,7 +365,7 @@ class RunActor:
         except OperationFailed as error:
             # What cannot be kept was not loaded: the run goes back to its state before.
             self._in_flight.popleft()
-            self._failed.append(_Failed(row, f"the loaded state could not be stored: {error}", error.error_class))
+            self._failed.append(Failure(row, f"the loaded state could not be stored: {error}", error.error_class))
             await self._close_in_worker()
             await self._settle_failed()
             return False
@@ -413,7 +409,7 @@ class RunActor:
         cause = f"the operation with seq_id {missing} did not arrive within {self._config.gap_grace_s:g} s"
         for row in (queued.row for queued in parked):
             told = f"{cause}, so this one (seq_id {row.seq}) was not run"
-            self._failed.append(_Failed(row, told, "MissingOperation"))
+            self._failed.append(Failure(row, told, "MissingOperation"))
         await self._settle_failed()
 
     async def _park_now(self) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control import retention
 from selfloop.control.disk_room import DiskRoom
-from selfloop.control.journal import Journal
+from selfloop.control.journal import Failure, Journal
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.usage import Usage, counts_of, operation_key
 from selfloop.control.readable import may_read
@@ -97,13 +97,14 @@ class Settlement:
             try:
                 await self._store.publish(result.checkpoint_id)
             except FileNotFoundError:
-                await self.fail(row, "what was saved is gone before it could be recorded", "CheckpointLost")
+                await self.fail(Failure(row, "what was saved is gone before it could be recorded", "CheckpointLost"))
                 return
         inline, result_key = await self._journal.store_result(row, body)
         async with self._db.write() as session:
-            settled = await queries_operations.finish(
-                session, row, state=OperationState.DONE, at=time.time(), result=inline, result_key=result_key
+            finishing = queries_operations.finishing(
+                row, state=OperationState.DONE, at=time.time(), result=inline, result_key=result_key
             )
+            settled = queries_operations.is_changed(await session.execute(finishing))
             if settled:
                 # In this transaction: what is replayed or settled twice counts once.
                 account = operation_key(run, row, time.time())
@@ -151,11 +152,9 @@ class Settlement:
         if operation is not None:
             self.on_published()
 
-    async def fail(
-        self, row: OperationRow, error: str, error_class: str, state: OperationState = OperationState.ERROR
-    ) -> None:
-        """Store an error as the operation's outcome."""
-        if await self._journal.fail(row, error, error_class, state):
+    async def fail(self, *failures: Failure) -> None:
+        """Store errors as the operations' outcomes: of all of them, or of none."""
+        for row, error, error_class, state in await self._journal.fail(failures):
             self.observer.failed(row, error, error_class, state)
             self.on_settled(row, Outcome(None, error, error_class))
 

@@ -1,7 +1,7 @@
 """The queue when its own database fails for a moment, and what it remembers after the gateway's death."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import func, select
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.journal import Submission
+from selfloop.control.journal import Failure, Submission
 from selfloop.control.scheduler import SchedulerConfig
 from selfloop.control.settle import Outcome
-from selfloop.storage.db.tables import LeftOutRow, OperationRow
+from selfloop.storage.db.tables import LeftOutRow
 from selfloop.types.errors import OperationFailed, Unavailable
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, OptimStep, SaveState, kind_of
 
@@ -48,11 +48,11 @@ def outage(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("selfloop.control.scheduler._RETRY_S", 0.01)
     store, met = house.journal.fail, list[str]()
 
-    async def fail(row: OperationRow, *told: str) -> bool:
+    async def fail(failures: Sequence[Failure]) -> list[Failure]:
         if len(met) < 2:
-            met.append(row.id)
+            met.append(failures[0].row.id)
             raise Unavailable("the database cannot be reached", 1.0)
-        return await store(row, *told)  # pyright: ignore[reportArgumentType]
+        return await store(failures)
 
     monkeypatch.setattr(house.journal, "fail", fail)
     return met

@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.context import Context
-from selfloop.control.journal import END_OF_TIME
+from selfloop.control.journal import END_OF_TIME, cancelled
 from selfloop.control.lifecycle import record_change
 from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
@@ -23,7 +23,7 @@ from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, Sam
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import LoraTargets
-from selfloop.types.status import CheckpointTarget, DeploymentStatus, OperationState, RunStatus, SamplerStatus
+from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
 Run = RunRow
@@ -224,8 +224,9 @@ class Runs:
         if view.run.status == RunStatus.INACTIVE:
             return view
         await self._c.lifecycle.end_run(id, reason)
-        for row in await self._c.scheduler.end(id):
-            await self._c.settlement.fail(row, f"run {id} was deactivated", "Cancelled", OperationState.CANCELLED)
+        await self._c.settlement.fail(
+            *(cancelled(row, f"run {id} was deactivated") for row in await self._c.scheduler.end(id))
+        )
         for key in (f"snapshots/{id}", f"initial/{id}"):
             await asyncio.to_thread(self._c.blobs.delete, key)
         await self._c.journal.forget_payloads(id, END_OF_TIME)

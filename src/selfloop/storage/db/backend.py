@@ -52,7 +52,7 @@ class Backend(Protocol):
 
     def engine(self, pool_size: int) -> Engine: ...
 
-    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine: ...
+    def async_engine(self, pool_size: int) -> AsyncEngine: ...
 
     def is_outage(self, error: DBAPIError) -> bool:
         """Whether the server could not be reached or broke off, so that the same work may succeed later."""
@@ -91,9 +91,9 @@ class Sqlite:
         self._listen(engine)
         return engine
 
-    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine:
+    def async_engine(self, pool_size: int) -> AsyncEngine:
         url = self._url.set(drivername="sqlite+aiosqlite")
-        engine = create_async_engine(url, pool_size=pool_size, max_overflow=overflow, hide_parameters=True)
+        engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)
         self._listen(engine.sync_engine)
         return engine
 
@@ -152,11 +152,11 @@ class Postgres:
         self._listen(engine)
         return engine
 
-    def async_engine(self, pool_size: int, overflow: int) -> AsyncEngine:
+    def async_engine(self, pool_size: int) -> AsyncEngine:
         engine = create_async_engine(
             self.url,
             pool_size=pool_size,
-            max_overflow=overflow,
+            max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
             connect_args=self._connect_args,

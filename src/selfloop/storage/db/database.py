@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # How long a caller is held while the database cannot be reached, before it is told to come again.
 _OUTAGE_WAIT_S = 10.0
+# Kept open: to open one takes longer than most queries.
+_NUM_CONNECTIONS = 16
 _TRY_AGAIN_S = 0.25
 _RETRY_AFTER_S = 2.0
 
@@ -32,7 +34,7 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self._backend = backend_of(url)
-        engine = self._backend.async_engine(pool_size=8, overflow=8)
+        engine = self._backend.async_engine(pool_size=_NUM_CONNECTIONS)
         self._engine = engine
         self._beside = self._backend.engine(pool_size=2)
         # Each query of a reader sees one state of the database: it needs no transaction.

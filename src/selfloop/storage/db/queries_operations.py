@@ -1,8 +1,9 @@
 """Rows of the journal."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Result, Update, delete, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
@@ -94,8 +95,7 @@ async def done_after(
     return rows.all()
 
 
-async def finish(
-    session: AsyncSession,
+def finishing(
     row: OperationRow,
     *,
     state: str,
@@ -104,11 +104,12 @@ async def finish(
     result_key: str | None = None,
     error: str | None = None,
     error_class: str | None = None,
-) -> bool:
-    """Store the outcome of a queued operation; False when it was settled before."""
-    changed = await session.execute(
+) -> Update:
+    """The statement that stores the outcome of a queued operation; it changes no row when it was settled before."""
+    queued = OperationRow.run_id == row.run_id, OperationRow.id == row.id, OperationRow.state == "queued"
+    return (
         update(OperationRow)
-        .where(OperationRow.run_id == row.run_id, OperationRow.id == row.id, OperationRow.state == "queued")
+        .where(*queued)
         .values(
             state=state,
             finished_at=at,
@@ -118,7 +119,11 @@ async def finish(
             error_class=error_class,
         )
     )
-    return getattr(changed, "rowcount", 0) == 1
+
+
+def is_changed(result: Result[Any]) -> bool:
+    """Whether the statement changed its one row."""
+    return getattr(result, "rowcount", 0) == 1
 
 
 async def covered_payloads(session: AsyncSession, run_id: str, position: tuple[int, int]) -> Sequence[OperationRow]:
