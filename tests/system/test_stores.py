@@ -162,6 +162,7 @@ def test_nothing_is_accepted_that_the_bucket_cannot_keep(start: Callable[[], Gat
     path = run.save("kept")
     kept = _only(http, run)["id"]
     stores.forget_cached(own.data_dir, kept)
+    near = run.save("near")
     stores.servers.s3.stop()
     try:
         time.sleep(2.5)  # Until then it is trusted to be there.
@@ -182,6 +183,12 @@ def test_nothing_is_accepted_that_the_bucket_cannot_keep(start: Callable[[], Gat
         assert [listed["id"] for listed in runs] == [run.id]
         # What needs no bucket goes on.
         assert run.step()["metrics"]["step"] == 2
+        run.do("load_state_with_optimizer", path=near)
+        loaded = {"model_id": run.id, "seq_id": run.seq + 1, "path": near.replace("bt://loops:", "tinker://")}
+        ok(http.post("/api/v1/load_weights", json=loaded | {"optimizer": True}))
+        run.seq += 1
+        begun = Run.create(http, run.resource["session_id"], path=near).attached()
+        assert begun.logprobs() == run.logprobs()
     finally:
         stores.servers.s3.start()
     run.result(ok(run.post("save_state", key="k1", name="later"), 202)["operation_id"])

@@ -5,6 +5,8 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import msgspec
+
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, cancelled, first_missing
 from selfloop.control.outages import OUTAGES, Ages, tried
@@ -14,11 +16,11 @@ from selfloop.control.scheduler import RunActor
 from selfloop.control.settle import Outcome
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, Unavailable
-from selfloop.types.operation import USES_CHECKPOINTS
+from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
-from selfloop.types.uris import parse_checkpoint_uri
+from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ _PURGE_EVERY_S = 60.0
 _LEFT_OUT_AHEAD = 1024
 _RECENT_COUNT = 128
 _RECENT_MAX_BYTES = 64 * 1024
+
+_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,8 @@ class Operations:
         Raises:
             Conflict: the run is inactive, or the id or sequence id was used for a different request.
             NotReady: the disk is full.
-            Unavailable: it needs the store of checkpoints, or the database, which cannot be reached.
+            Unavailable: it needs the store of checkpoints (a load of what is at hand does not), or the database, which
+                cannot be reached.
         """
         if run.status != RunStatus.ACTIVE:
             raise Conflict(
@@ -104,7 +109,7 @@ class Operations:
         if self._c.settlement.disk_room is not None:
             self._c.settlement.disk_room.check_accept(len(submission.payload))
         if submission.kind in USES_CHECKPOINTS:
-            await self._c.store.check_reachable()
+            await self._check_store(_operation_decoder.decode(submission.payload))
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
@@ -115,6 +120,18 @@ class Operations:
                 actor.push(accepted.row)
                 await self._pass_left_out(actor)
         return accepted.row.id
+
+    async def _check_store(self, operation: Operation) -> None:
+        """Check that the store of checkpoints is there for what is not at hand without it."""
+        if isinstance(operation, LoadState):
+            row = await self._checkpoint(parse_checkpoint_uri(operation.path))
+            if row is not None and self._c.store.is_at_hand(row.id):
+                return
+        await self._c.store.check_reachable()
+
+    async def _checkpoint(self, uri: CheckpointUri) -> CheckpointRow | None:
+        async with self._c.db.read() as session:
+            return await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
 
     async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> str:
         """Give an operation that cannot be served its place and an error as its outcome; returns its id.
@@ -213,8 +230,7 @@ class Operations:
         uri = parse_checkpoint_uri(path)
         if with_optimizer and uri.target is not CheckpointTarget.TRAINER:
             raise BadRequest("path", "a trainer checkpoint (.../weights/<name>): a sampler's has no optimizer state")
-        async with self._c.db.read() as session:
-            row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+        row = await self._checkpoint(uri)
         if row is not None and may_read(row, run.team_id, granted_team_id):
             await self._c.catalogue.same_model(row.base_model, run.base_model, "path")
             return

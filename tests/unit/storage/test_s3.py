@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 from pathlib import Path
 
 import httpx
@@ -159,6 +160,23 @@ async def test_what_nobody_asks_for_leaves_the_cache(store: S3Checkpoints, monke
     assert not (store._cache / "one").exists()
     monkeypatch.undo()
     assert (await store.folder("one") / "small").read_bytes() == b"few"
+
+
+async def test_only_what_is_cached_whole_is_at_hand(
+    store: S3Checkpoints, elsewhere: S3Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stage(store, "one", small=b"few")
+    assert not store.is_at_hand("one")
+    await store.publish("one")
+    assert store.is_at_hand("one")
+    assert not elsewhere.is_at_hand("one")
+    os.utime(store._cache / "one", (0, 0))
+    assert store.is_at_hand("one")
+    await store.copy("one", "two")
+    await store.folder("two")  # Makes room by what was not used for an hour.
+    assert store.is_at_hand("one")
+    await store.delete("one")
+    assert not store.is_at_hand("one")
 
 
 async def test_a_prefix_belongs_to_one_installation(store: S3Checkpoints, elsewhere: S3Checkpoints) -> None:

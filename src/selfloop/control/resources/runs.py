@@ -300,8 +300,7 @@ class Runs:
         if row is None or not may_read(row, caller.team_id, request.reader_team_id):
             raise NotFound("checkpoint", request.path)
         await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
-        names = {file.name for file in await self._c.store.files(row.id)} if request.with_optimizer else set[str]()
-        if request.with_optimizer and OPTIMIZER_FILE not in names:
+        if request.with_optimizer and not (await self._c.store.folder(row.id) / OPTIMIZER_FILE).is_file():
             raise BadRequest("path", "a checkpoint with an optimizer: this one was imported, load its weights alone")
         return row
 

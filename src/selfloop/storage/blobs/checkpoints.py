@@ -18,7 +18,7 @@ class StoredFile:
 
 
 class CheckpointStore(Protocol):
-    """Every call but ``staging`` and ``link`` may raise :class:`Unavailable`; the same call works later."""
+    """Every call but ``staging``, ``is_at_hand`` and ``link`` may raise :class:`Unavailable`; it works later."""
 
     address: str
     """Of the store, for people."""
@@ -52,6 +52,10 @@ class CheckpointStore(Protocol):
 
         Raises :class:`FileNotFoundError`, and :class:`OperationFailed` for files that are not what was stored.
         """
+        ...
+
+    def is_at_hand(self, id: str) -> bool:
+        """Whether ``folder`` answers from the local disk; what is at hand stays so for the hour."""
         ...
 
     async def files(self, id: str) -> list[StoredFile]:
@@ -107,6 +111,9 @@ class LocalCheckpoints:
         if not path.is_dir():
             raise FileNotFoundError(path)
         return path
+
+    def is_at_hand(self, id: str) -> bool:
+        return self._blobs.exists(_key(id))
 
     async def files(self, id: str) -> list[StoredFile]:
         return await asyncio.to_thread(list_files, await self.folder(id))

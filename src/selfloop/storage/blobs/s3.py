@@ -175,12 +175,17 @@ class S3Checkpoints:
     async def folder(self, id: str) -> Path:
         cached = self._cache / id
         async with self._fetching.setdefault(id, asyncio.Lock()):
-            if cached.is_dir():
-                os.utime(cached)
-            else:
+            if not self.is_at_hand(id):
                 await self._call(lambda: self._fetch(id, cached))
         self._fetching.pop(id, None)
         return cached
+
+    def is_at_hand(self, id: str) -> bool:
+        try:
+            os.utime(self._cache / id)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _fetch(self, id: str, cached: Path) -> None:
         manifest = self._manifest(id)
