@@ -1,9 +1,10 @@
 """A data directory's rows go from its file to a real PostgreSQL server, all or none, and everything goes on there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import URL
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import stores
 from gateway import MODEL, Gateway, Run, datum, ok, selfloop, words
 from selfloop.cli.main import app
+from selfloop.control.installation import Installation
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base
@@ -26,9 +28,21 @@ class Moving:
         self.variables = variables
         """For every command on the data directory."""
 
+    def invoke(self, *command: str, **variables: str) -> Result:
+        return CliRunner().invoke(app, [*command, "--data-dir", str(self.gateway.data_dir)], env=variables)
+
+    def run(self, *command: str) -> str:
+        """What a command says that must not fail."""
+        done = self.invoke(*command)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    def move(self) -> Result:
+        return self.invoke("migrate-database", SELFLOOP_DATABASE_URL=self.postgres.text(self.database))
+
     def refused(self, *command: str, **variables: str) -> str:
         """The error of a command that must fail."""
-        done = CliRunner().invoke(app, [*command, "--data-dir", str(self.gateway.data_dir)], env=variables)
+        done = self.invoke(*command, **variables)
         assert done.exit_code == 1, done.output
         assert isinstance(done.exception, SystemExit)
         assert stores.PASSWORD not in done.output
@@ -43,6 +57,10 @@ class Moving:
 
     def tables(self) -> dict[str, list[object]]:
         return rows_of(self.postgres.url(self.database))
+
+
+class PowerCut(Exception):
+    pass
 
 
 def rows_of(url: URL) -> dict[str, list[object]]:
@@ -116,6 +134,63 @@ def test_everything_goes_on_in_the_new_database(moving: Moving):
     assert run.files(path) == files
     assert ok(own.http(key).get(f"/v1/loops/runs/{run.id}"))["run"]["name"] == "nul \x00 and \ue000"
     own.terminate()
+    # An old file is not taken for the rows that went on elsewhere.
     (own.data_dir / "selfloop.db.moved").rename(own.data_dir / "selfloop.db")
     assert "is not empty: it has " in moving.refused_move()
     assert "belongs to the rows in postgresql://" in moving.refused("keys", "list")
+
+
+def _cut_before_the_note(patched: pytest.MonkeyPatch) -> None:
+    def cut(_self: Installation, _url: URL) -> None:
+        raise PowerCut
+
+    patched.setattr(Installation, "move_to", cut)
+
+
+def _cut_before_the_file_is_put_aside(patched: pytest.MonkeyPatch) -> None:
+    original = Path.rename
+
+    def cut(self: Path, target: Path) -> Path:
+        if self.name == "selfloop.db":
+            raise PowerCut
+        return original(self, target)
+
+    patched.setattr(Path, "rename", cut)
+
+
+@pytest.fixture
+def cut_off(postgres: stores.PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Moving:
+    """A data directory without a server, and a database."""
+    monkeypatch.setattr(stores, "environment", lambda _data_dir: {})
+    moving = Moving(Gateway(tmp_path), postgres, {})
+    moving.run("keys", "create", "first")
+    return moving
+
+
+@pytest.mark.parametrize("cut", [_cut_before_the_note, _cut_before_the_file_is_put_aside])
+def test_a_move_that_was_cut_off_is_finished_by_another(
+    cut_off: Moving, cut: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+):
+    file = cut_off.gateway.data_dir / "selfloop.db"
+    before = rows_of(sqlite_url(file))
+    with monkeypatch.context() as patched:
+        cut(patched)
+        assert isinstance(cut_off.move().exception, PowerCut)
+    assert cut_off.tables() == before == rows_of(sqlite_url(file))
+
+    done = cut_off.move()
+    assert f"{sum(map(len, before.values()))} rows moved to postgresql://" in done.output, done.output
+    assert cut_off.tables() == before == rows_of(sqlite_url(file.with_name("selfloop.db.moved")))
+    assert "no selfloop.db" in cut_off.refused_move()
+    assert "belongs to the rows in postgresql://" in cut_off.refused("keys", "list")
+
+
+def test_a_move_that_was_cut_off_is_not_finished_with_other_rows(cut_off: Moving, monkeypatch: pytest.MonkeyPatch):
+    before = rows_of(sqlite_url(cut_off.gateway.data_dir / "selfloop.db"))
+    with monkeypatch.context() as patched:
+        _cut_before_the_note(patched)
+        cut_off.move()
+    cut_off.run("keys", "create", "since")
+    assert "is not empty: it has " in cut_off.refused_move()
+    assert cut_off.tables() == before
+    assert "since" in cut_off.run("keys", "list")

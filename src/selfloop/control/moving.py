@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy.engine import URL
-
 from selfloop.control.installation import DATABASE_FILE, Installation, hold
 from selfloop.storage.db import migrate, move
 from selfloop.storage.db.address import parse_database_url, shown, sqlite_url
@@ -23,9 +21,11 @@ class Moved(NamedTuple):
 async def move_rows(data_dir: Path, database: str, on_table: move.OnTable) -> Moved:
     """Copy every row to an empty PostgreSQL database, in one transaction, and have the data directory belong to it.
 
+    A call that was cut off is finished by another: a database that has these very rows is taken as filled.
+
     Raises:
         BadRequest: no address of PostgreSQL.
-        Conflict: a server runs on either, the target has rows already, or there is no file to move.
+        Conflict: a server runs on either, the target has other rows already, or there is no file to move.
         CannotMigrate: the rows cannot be written there; nothing was changed.
         Unavailable: the target cannot be reached.
     """
@@ -40,7 +40,7 @@ async def move_rows(data_dir: Path, database: str, on_table: move.OnTable) -> Mo
         finally:
             await source.close()
             await target.close()
-        # In this order: a death between two of these leaves what either start with understands.
+        # In this order: after a death between two of these either start works, and so does this call.
         installation.move_to(url)
         left = file.with_name(file.name + ".moved")
         file.rename(left)
@@ -51,13 +51,8 @@ def _copy(source: Database, target: Database, on_table: move.OnTable) -> int:
     claim = target.claim()
     assert claim is not None, "PostgreSQL"
     try:
-        move.check_is_empty(target)
-        _bring_up_to_date(source.url, target.url)
+        move.prepare(target)
+        migrate.upgrade(source.url)
         return move.copy_rows(source, target, on_table)
     finally:
         claim.release()
-
-
-def _bring_up_to_date(*databases: URL) -> None:
-    for url in databases:
-        migrate.upgrade(url)

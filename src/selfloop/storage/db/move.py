@@ -1,5 +1,6 @@
 """All rows of a database into another that is empty, in one transaction of it."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from selfloop.storage.db.address import shown
 from selfloop.storage.db.backend import IMMEDIATE, backend_of, reached
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.migrate import CannotMigrate
+from selfloop.storage.db.migrate import CannotMigrate, schema_of, upgrade
 from selfloop.storage.db.tables import Base
 from selfloop.types.errors import Conflict
 
@@ -22,31 +23,45 @@ OnTable = Callable[[str, float], None]
 """Told the table that is being copied, and which part of all tables lies behind."""
 
 
-def check_is_empty(target: Database) -> None:
-    """Raises :class:`Conflict` where there is anything but tables of ours without rows."""
+def prepare(target: Database) -> None:
+    """Bring an empty target to this version's schema.
+
+    Raises:
+        Conflict: there is a table that is not ours, or there are rows in tables of another schema.
+        Unavailable: it cannot be reached.
+    """
     engine = backend_of(target.url).engine(pool_size=1)
     try:
         with reached(target.url), engine.connect() as connection:
-            _check_is_empty(connection, shown(target.url))
+            filled = _filled_table(connection, shown(target.url))
     finally:
         engine.dispose()
+    if filled is None:
+        upgrade(target.url)
+    elif schema_of(target.url) != "current":
+        raise _not_empty(target, filled)
 
 
 def copy_rows(source: Database, target: Database, on_table: OnTable) -> int:
     """Copy every row; both have this version's schema. Returns how many they are.
 
-    Nobody else writes meanwhile: the transactions hold both databases' writers off.
+    A target that has these very rows is left as it is: an earlier call came so far. Nobody else writes meanwhile: the
+    transactions hold both databases' writers off.
 
     Raises:
-        Conflict: the target is not empty.
+        Conflict: the target has other rows.
         CannotMigrate: a row could not be written. Nothing was.
     """
     engine = backend_of(source.url).engine(pool_size=1)
 
     def work(into: Connection) -> int:
-        _check_is_empty(into, shown(target.url))
+        filled = _filled_table(into, shown(target.url))
         with engine.connect().execution_options(**{IMMEDIATE: True}) as rows, rows.begin():
-            return _copy_tables(rows, into, on_table)
+            if filled is None:
+                return _each_table(lambda table: _copy_table(rows, into, table), on_table)
+            if all(_digests(rows, table) == _digests(into, table) for table in Base.metadata.sorted_tables):
+                return _each_table(lambda table: _num_rows(rows, table), on_table)
+        raise _not_empty(target, filled)
 
     try:
         return target.in_transaction(work)
@@ -57,22 +72,38 @@ def copy_rows(source: Database, target: Database, on_table: OnTable) -> int:
         engine.dispose()
 
 
-def _check_is_empty(connection: Connection, address: str) -> None:
+def _filled_table(connection: Connection, address: str) -> str | None:
+    """A table of ours that has rows. Raises :class:`Conflict` where there is one that is not ours."""
     there, ours = set(inspect(connection).get_table_names()), Base.metadata.tables
     if foreign := sorted(there - {*ours, _VERSION_TABLE}):
         raise Conflict(f"{address} is not empty: it has a table {foreign[0]!r} that is not Selfloop's")
     for name in sorted(there & set(ours)):
         if connection.execute(select(text("1")).select_from(ours[name]).limit(1)).first() is not None:
-            raise Conflict(f"{address} is not empty: it has {name} already; name a database without rows")
+            return name
+    return None
 
 
-def _copy_tables(source: Connection, target: Connection, on_table: OnTable) -> int:
+def _not_empty(target: Database, filled: str) -> Conflict:
+    return Conflict(f"{shown(target.url)} is not empty: it has {filled} already; name a database without rows")
+
+
+def _each_table(num_rows_of: Callable[[Table], int], on_table: OnTable) -> int:
     tables = Base.metadata.sorted_tables
     num_rows = 0
     for place, table in enumerate(tables):
         on_table(table.name, place / len(tables))
-        num_rows += _copy_table(source, target, table)
+        num_rows += num_rows_of(table)
     return num_rows
+
+
+def _digests(connection: Connection, table: Table) -> set[bytes]:
+    """Of each row, as its values are in Python, which does not depend on the kind of database."""
+    rows = connection.execution_options(yield_per=_CHUNK_ROWS).execute(select(table))
+    return {hashlib.sha256(repr(tuple(row)).encode("utf-8", "surrogatepass")).digest() for row in rows}
+
+
+def _num_rows(connection: Connection, table: Table) -> int:
+    return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
 
 def _copy_table(source: Connection, target: Connection, table: Table) -> int:
