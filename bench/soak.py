@@ -92,10 +92,19 @@ class Load:
                 runs.append(run)
         return runs
 
+    async def publish(self, run: Json) -> None:
+        """Give the run's sampler weights of its own, as loops of rollouts begin."""
+        async with await Connection.dial(self._server) as connection:
+            body = {"name": f"kept-{_KEPT_NAMES}", "seq_id": 2}
+            outcome = await self._outcome(
+                connection, run["id"], await self._submit(connection, run["id"], "save_weights_for_sampler", body)
+            )
+        self._count("publish", outcome["status"] == "done", outcome)
+
     async def train(self, run: Json, index: int) -> None:
         """Two accumulated calls a step; every few steps a save under one of a few names."""
         draw = random.Random(index)
-        seqs = itertools.count(2)
+        seqs = itertools.count(3)
         await asyncio.sleep(draw.uniform(0, self._step_every_s))
         for step in itertools.count():
             started = time.monotonic()
@@ -184,6 +193,7 @@ async def soak(server: Server, args: argparse.Namespace, vocab_size: int) -> See
     load = Load(server, vocab_size, seen, args.step_every)
     runs = await load.make_runs(args.runs)
     waiting = await load.make_runs(max(args.polls // _POLLS_A_RUN, 1))
+    await asyncio.gather(*(load.publish(run) for run in runs))
     paths = [path for run in runs for path in _management(run["id"])]
     headers = {"Authorization": f"Bearer {server.key}"}
     with asking(server.url, server.key, paths, _ASK_EVERY_S) as asker:
