@@ -117,7 +117,7 @@ class Journal:
 
     async def _known(self, row: OperationRow, submission: Submission, next_seq: int) -> OperationRow:
         """The operation that holds the id or the place of ``row``, if it is the same request."""
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             by_id = await queries_operations.get(session, row.run_id, row.id)
             by_seq = await queries_operations.at_seq(session, row.run_id, row.epoch, row.seq)
         if by_id is not None:
@@ -213,7 +213,7 @@ class Journal:
         return await self._db.write_grouped(store)
 
     async def get(self, run_id: str, operation_id: str) -> OperationRow | None:
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             return await queries_operations.get(session, run_id, operation_id)
 
     async def queued(self) -> Sequence[OperationRow]:

@@ -130,7 +130,7 @@ class Operations:
         await self._c.store.check_reachable()
 
     async def _checkpoint(self, uri: CheckpointUri) -> CheckpointRow | None:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             return await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
 
     async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> str:
@@ -245,7 +245,7 @@ class Operations:
         Raises:
             BadRequest: it has one.
         """
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, run.id, CheckpointTarget.TRAINER, name)
         actor = self._c.scheduler.known(run.id)
         if row is not None or (actor is not None and actor.saves_named(name, "save_state")):

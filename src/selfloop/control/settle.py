@@ -63,7 +63,7 @@ class Settlement:
         operation = _operation_decoder.decode(payload)
         assert isinstance(operation, LoadState)
         uri = parse_checkpoint_uri(operation.path)
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
         if row is None or not may_read(row, run.team_id, operation.reader_team_id):
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")

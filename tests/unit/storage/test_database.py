@@ -63,3 +63,24 @@ async def test_work_that_fails_undoes_only_itself(tmp_path: Path) -> None:
         ids = set(await session.scalars(text("SELECT id FROM teams")))
     assert ids == {"a", "a-first", "b", "b-first", "c", "c-first"}
     await db.close()
+
+
+async def test_looking_up_sees_what_was_written_and_never_leaves_the_loop(tmp_path: Path) -> None:
+    db = Database(database_url(tmp_path))
+    others: list[str] = []
+
+    async def look_up(id: str) -> str | None:
+        async with db.look_up() as session:
+            return await session.scalar(text("SELECT name FROM teams WHERE id = :id"), {"id": id})
+
+    assert await look_up("a") is None
+    async with db.write() as session:
+        await session.execute(text("INSERT INTO teams (id, name, is_default, created_at) VALUES ('a', 'A', false, 0)"))
+        assert await look_up("a") is None
+    asyncio.get_running_loop().call_soon(others.append, "another's turn")
+    assert await look_up("a") == "A"
+    # A server of its own is waited for; meanwhile others have their turn.
+    assert others == (["another's turn"] if db.is_postgres else [])
+    # More of them at once than there are connections.
+    assert await asyncio.gather(*(look_up("a") for _ in range(200))) == ["A"] * 200
+    await db.close()

@@ -81,7 +81,7 @@ class Access:
         return tokens.issue(row.id, row.sha256, row.team_id, row.expires_at)
 
     async def _by_key(self, digest: str) -> Caller:
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             row = await queries_access.key_by_hash(session, digest)
         if row is None or row.revoked_at is not None or not hmac.compare_digest(row.sha256, digest):
             raise Denied("this API key is not valid here")
@@ -95,7 +95,7 @@ class Access:
         return Caller(row.team_id, row.id, row.name, Role(row.role), min(expires_at, row.expires_at or expires_at))
 
     async def _valid(self, key_id: str) -> KeyRow:
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             row = await queries_access.key(session, key_id)
         if row is None or row.revoked_at is not None:
             raise Denied("the API key that this token stands for is not valid here")
@@ -227,7 +227,7 @@ class Access:
             marker.write(b".")
 
     async def teams(self) -> Sequence[TeamRow]:
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             return await queries_access.teams(session)
 
     async def teams_of(self, caller: Caller) -> Sequence[TeamRow]:

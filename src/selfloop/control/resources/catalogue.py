@@ -204,7 +204,7 @@ class Catalogue:
     async def _row(self, name: str) -> ModelRow | None:
         if (settled := self._settled.get(name)) is not None:
             return settled
-        async with self._db.read() as session:
+        async with self._db.look_up() as session:
             row = await queries_models.model(session, name)
             if row is None:
                 alias = await queries_models.alias(session, name)

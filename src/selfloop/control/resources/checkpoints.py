@@ -46,7 +46,7 @@ class Checkpoints:
             await asyncio.gather(self._expirer, return_exceptions=True)
 
     async def of_run(self, caller: Caller, run_id: str) -> Sequence[CheckpointRow]:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             run = await queries_resources.run(session, run_id)
             if run is None or run.team_id != caller.team_id:
                 raise NotFound("run", run_id)
@@ -73,14 +73,14 @@ class Checkpoints:
     async def readable_at(self, caller: Caller, path: str, field: str) -> CheckpointRow:
         """A checkpoint that the caller may sample from or load: another team's too, once published."""
         uri = parse_checkpoint_uri(path, field)
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
         if row is None or not may_read(row, caller.team_id):
             raise NotFound("checkpoint", path)
         return row
 
     async def get(self, caller: Caller, id: str) -> CheckpointRow:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_checkpoints.get(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("checkpoint", id)

@@ -100,7 +100,7 @@ class Runs:
         return row
 
     async def session(self, caller: Caller, id: str) -> SessionRow:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.session_row(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", id)
@@ -187,7 +187,7 @@ class Runs:
         lifecycle.wake_soon(deployment.id)
 
     async def get(self, caller: Caller, id: str) -> RunView:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             run = await queries_resources.run(session, id)
             if run is None or run.team_id != caller.team_id:
                 raise NotFound("run", id)
@@ -232,7 +232,7 @@ class Runs:
         await self._c.journal.forget_payloads(id, END_OF_TIME)
         if view.sampler is not None:
             await self._c.lifecycle.end(view.sampler.id, reason)
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             others = await queries_resources.runs(
                 session, deployment_id=view.run.deployment_id, status=RunStatus.ACTIVE
             )
@@ -244,7 +244,7 @@ class Runs:
 
     async def deployment(self, caller: Caller, id: str) -> tuple[DeploymentRow, Sequence[RunView]]:
         """A deployment and its runs, newest first."""
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.deployment(session, id)
             if row is None or row.team_id != caller.team_id:
                 raise NotFound("deployment", id)
@@ -295,7 +295,7 @@ class Runs:
         uri = parse_checkpoint_uri(request.path, "path")
         if uri.target is not CheckpointTarget.TRAINER:
             raise BadRequest("path", "a trainer checkpoint: bt://loops:<run_id>/weights/<checkpoint_name>")
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
         if row is None or not may_read(row, caller.team_id, request.reader_team_id):
             raise NotFound("checkpoint", request.path)
@@ -331,7 +331,7 @@ class Runs:
             if run.model_name != model.name or run.base_model != request.base_model:
                 why = f"run {run.id} is of base model {run.base_model}"
                 continue
-            async with self._c.db.read() as session:
+            async with self._c.db.look_up() as session:
                 deployment = await queries_resources.deployment(session, run.deployment_id)
                 samplers = await queries_resources.samplers(session, run_id=run.id)
             assert deployment is not None

@@ -68,7 +68,7 @@ class Samplers:
         """
         await self._check_session(caller, session_id)
         if id is not None:
-            async with self._c.db.read() as session:
+            async with self._c.db.look_up() as session:
                 known = await queries_resources.sampler(session, id)
             if known is not None and known.team_id == caller.team_id:
                 return known
@@ -113,7 +113,7 @@ class Samplers:
         return row
 
     async def get(self, caller: Caller, id: str) -> SamplerRow:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.sampler(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("sampler", id)
@@ -186,7 +186,7 @@ class Samplers:
         id = sampler.checkpoint_id or sampler.live_checkpoint_id
         if id is None:
             return None
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_models_deployed.held_one(session, sampler.id, id)
             row = row or await queries_checkpoints.get(session, id)
         return None if row is None else held.uri_of(row)
@@ -194,7 +194,7 @@ class Samplers:
     async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
         """The checkpoint at a ``bt://`` path that a team may read; trainer and sampler ones both hold an adapter."""
         uri = parse_checkpoint_uri(path, field)
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
         if row is None or not may_read(row, team_id):
             raise NotFound("checkpoint", path)
@@ -206,7 +206,7 @@ class Samplers:
         lifecycle.wake_soon(row.id)
 
     async def _check_session(self, caller: Caller, session_id: str) -> None:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.session_row(session, session_id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", session_id)

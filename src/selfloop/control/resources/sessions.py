@@ -83,7 +83,7 @@ class Sessions:
         return row
 
     async def get(self, caller: Caller, id: str) -> SessionRow:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.session_row(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", id)
@@ -116,7 +116,7 @@ class Sessions:
         """End the sessions whose clients have not been heard of for too long."""
         too_long_ago = time.monotonic() - self._timeout_s
         for id in [id for id, at in self._heard.items() if at < too_long_ago]:
-            async with self._c.db.read() as session:
+            async with self._c.db.look_up() as session:
                 row = await queries_resources.session_row(session, id)
             assert row is not None
             log.warning("session %s ends: no heartbeat for %.0f s", id, self._timeout_s)
@@ -207,7 +207,7 @@ class Sessions:
             BadRequest: the id belongs to a sampler of something else, or the run's session has ended.
         """
         await self.open(caller, run.session_id)
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             known = await queries_resources.sampler(session, sampler_id)
         if known is not None:
             fits = known.checkpoint_id is not None and known.follows == follows

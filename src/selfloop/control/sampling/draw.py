@@ -111,7 +111,7 @@ class Sampling:
             live_id = live.checkpoint_id or live.live_checkpoint_id
             if live_id is None:
                 return Weights(None, 0)
-            async with self._c.db.read() as session:
+            async with self._c.db.look_up() as session:
                 checkpoint = await queries_models_deployed.held_one(session, sampler.id, live_id)
                 checkpoint = checkpoint or await queries_checkpoints.stored(session, live_id)
             if checkpoint is None:
@@ -278,7 +278,7 @@ class Sampling:
             _check_vocabulary(name, tokens, model.vocab_size)
 
     async def _row(self, sampler_id: str) -> SamplerRow:
-        async with self._c.db.read() as session:
+        async with self._c.db.look_up() as session:
             row = await queries_resources.sampler(session, sampler_id)
         assert row is not None
         return row

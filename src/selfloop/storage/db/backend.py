@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfloop.storage.db.address import is_sqlite, shown
+from selfloop.storage.db.inline import DRIVER
 from selfloop.storage.db.portable import SQLITE_JSON_TEXT, member
 from selfloop.types.errors import Unavailable
 
@@ -23,6 +24,8 @@ IMMEDIATE = "immediate"
 
 # A second process (the command line) may hold the write lock for a moment.
 _BUSY_TIMEOUT_S = 10
+# Sessions that look up something and then wait for something else, at the same time.
+_NUM_LOOK_UPS = 16
 
 # Two numbers that name our locks in a PostgreSQL database: its writer's turn, and the gateway that owns it.
 _LOCKS = 0x5E1F
@@ -53,6 +56,10 @@ class Backend(Protocol):
     def engine(self, pool_size: int) -> Engine: ...
 
     def async_engine(self, pool_size: int) -> AsyncEngine: ...
+
+    def look_up_engine(self, beside: AsyncEngine) -> AsyncEngine:
+        """For single rows by their keys; may be ``beside``, the engine of all else."""
+        ...
 
     def is_outage(self, error: DBAPIError) -> bool:
         """Whether the server could not be reached or broke off, so that the same work may succeed later."""
@@ -97,6 +104,13 @@ class Sqlite:
         self._listen(engine.sync_engine)
         return engine
 
+    def look_up_engine(self, beside: AsyncEngine) -> AsyncEngine:
+        engine = create_async_engine(self._url.set(drivername=DRIVER), pool_size=_NUM_LOOK_UPS, hide_parameters=True)
+        self._listen(engine.sync_engine)
+        # Readers wait for nobody but in the moment when a file that a crash left is put in order.
+        event.listen(engine.sync_engine, "connect", self._do_not_wait)
+        return engine
+
     def is_outage(self, error: DBAPIError) -> bool:
         return False
 
@@ -124,6 +138,10 @@ class Sqlite:
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+
+    @staticmethod
+    def _do_not_wait(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA busy_timeout=100")
 
     @staticmethod
     def _begin(connection: Connection) -> None:
@@ -163,6 +181,9 @@ class Postgres:
         )
         self._listen(engine.sync_engine)
         return engine
+
+    def look_up_engine(self, beside: AsyncEngine) -> AsyncEngine:
+        return beside
 
     @property
     def _connect_args(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
@@ -38,8 +38,10 @@ class Database:
         self._engine = engine
         self._beside = self._backend.engine(pool_size=2)
         # Each query of a reader sees one state of the database: it needs no transaction.
-        reading = engine.execution_options(isolation_level="AUTOCOMMIT") if self.is_postgres else engine
-        self._readers = async_sessionmaker(reading, expire_on_commit=False)
+        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT") if self.is_postgres else engine
+        self._readers = async_sessionmaker(self._reading, expire_on_commit=False)
+        self._looking_up = self._backend.look_up_engine(self._reading)
+        self._lookers = async_sessionmaker(self._looking_up, expire_on_commit=False)
         self._writers = async_sessionmaker(engine, expire_on_commit=False)
         self._write_lock = asyncio.Lock()
         self._finishing: set[asyncio.Task[None]] = set()
@@ -65,10 +67,16 @@ class Database:
         """
         return await self._grouped.run(work)
 
-    @asynccontextmanager
-    async def read(self) -> AsyncGenerator[AsyncSession]:
+    def look_up(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """As :meth:`read`, for few rows by their keys: a query that must look through many would stop the gateway."""
+        return self._session(self._lookers(), is_inline=self._looking_up is not self._reading)
+
+    def read(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A session for queries only. Raises :class:`Unavailable`."""
-        session = self._readers()
+        return self._session(self._readers(), is_inline=False)
+
+    @asynccontextmanager
+    async def _session(self, session: AsyncSession, *, is_inline: bool) -> AsyncGenerator[AsyncSession]:
         try:
             await self._connect(session, {})
             yield session
@@ -76,7 +84,11 @@ class Database:
             self._raise_outage(error)
             raise
         finally:
-            await self._finish(session.close())
+            if is_inline:
+                # Nothing of it is left to another thread, so that nothing can break it off.
+                await session.close()
+            else:
+                await self._finish(session.close())
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncSession]:
@@ -187,4 +199,5 @@ class Database:
             await asyncio.gather(*self._finishing, return_exceptions=True)
         await self._grouped.close()
         self._beside.dispose()
+        await self._looking_up.dispose()
         await self._engine.dispose()
