@@ -71,6 +71,30 @@ def test_requests_join_while_others_run(engine):
     assert len(late["long"].sequences[0].tokens) == 40
 
 
+@pytest.mark.parametrize(
+    ("lengths", "num_steps"),
+    [
+        pytest.param([8, 8], 1, id="a burst that fits one pass"),
+        pytest.param([16], 4, id="one prompt, in quarters"),
+        pytest.param([16, 16], 8, id="more than one pass holds"),
+    ],
+)
+def test_how_long_prompts_take_beside_a_running_sample(load, lengths, num_steps):
+    """Every step grows the running sample; prompts get a quarter of the budget, or all of it for a burst."""
+    engine = load(train_token_budget=16)
+    engine.submit_sample(request("runs", max_tokens=40))
+    engine.sample_step()
+    for number, length in enumerate(lengths):
+        prompt = tiny_models.random_ids(length, seed=10 + number)
+        engine.submit_sample(request(f"q{number}", prompt=prompt, max_tokens=1))
+    met: list[str] = []
+    while len(met) < len(lengths):
+        met += [result.request_id for result in engine.sample_step()]
+        num_steps -= 1
+    assert num_steps == 0
+    assert set(met) == {f"q{number}" for number in range(len(lengths))}
+
+
 def test_a_stop_token_is_returned_and_not_in_the_text(engine):
     (free,) = one(engine)
     stop = free.tokens[4]

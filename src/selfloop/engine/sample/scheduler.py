@@ -182,8 +182,10 @@ class SamplingScheduler:
         )
 
     def _prefill(self) -> None:
-        # Running samples wait for a short part of a long prompt only.
-        budget = max(1, self._prefill_budget // _PARTS) if self._samples else self._prefill_budget
+        budget = self._prefill_budget
+        if self._samples and not self._is_burst():
+            # Running samples wait for a short part of a long prompt only.
+            budget = max(1, budget // _PARTS)
         batch: list[tuple[ActiveRequest, PromptChunk]] = []
         for request in self._active:
             if budget > 0 and not request.is_prefilled:
@@ -196,6 +198,11 @@ class SamplingScheduler:
         h_TD = self._prefill_forward(batch)
         for (request, chunk), h_ND in zip(batch, h_TD.split([c.stop - c.start for _, c in batch]), strict=True):
             self._prefilled(request, chunk, h_ND)
+
+    def _is_burst(self) -> bool:
+        """Whether prompts outnumber the running samples and all fit one pass: to take turns would cost both more."""
+        left = [r.prompt_length - r.num_prefilled for r in self._active if not r.is_prefilled]
+        return len(left) > len(self._samples) and sum(left) <= self._prefill_budget
 
     def _prefill_forward(self, batch: list[tuple[ActiveRequest, PromptChunk]]) -> Tensor:
         tokens = [t for request, c in batch for t in request.request.prompt[c.start : c.stop]]
