@@ -1,6 +1,7 @@
 """What the server offers is documented, and the documentation is what the server offers."""
 
 import importlib.util
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -176,7 +177,8 @@ def request_fields() -> list[str]:
     """Every field that a request of ours may carry, as ``Schema.field``."""
     found = [
         f"{kind.__name__}.{field}"
-        for kind in vars(schemas).values()
+        for module in pkgutil.iter_modules(schemas.__path__, f"{schemas.__name__}.")
+        for kind in vars(importlib.import_module(module.name)).values()
         if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.model_config.get("extra") == "forbid"
         for field in kind.model_fields
     ]

@@ -12,7 +12,24 @@ from selfloop.control.resources.deploys import ModelView, Version
 from selfloop.control.resources.runs import Deployment, Run, RunView
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.auth import control_of, public_base
-from selfloop.server.management import schemas as s
+from selfloop.server.management.schemas.checkpoints import CheckpointFileV1, LoopsCheckpointV1, LoraAdapterConfigV1
+from selfloop.server.management.schemas.common import (
+    CapacityV1,
+    DeploymentStatusV1,
+    InstanceTypeV1,
+    LoRAConfigV1,
+    UserV1,
+    iso,
+)
+from selfloop.server.management.schemas.deployments import LoopsDeploymentStatusV1, LoopsDeploymentV1
+from selfloop.server.management.schemas.models import AutoscalingSettingsV1, ModelDeploymentV1, ModelV1
+from selfloop.server.management.schemas.runs import (
+    CreateLoopsRunRequestV1,
+    LoopsRunStatusV1,
+    LoopsRunV1,
+    LoopsTrainerRunV1,
+)
+from selfloop.server.management.schemas.samplers import LoopsSamplerStatusV1, LoopsSamplerV1
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.lora import LoraTargets
@@ -38,17 +55,17 @@ class Renderer:
         self._control: Control = control_of(request)
         self._is_serverless = request.app.state.settings.capacity == "serverless"
 
-    def sampler(self, row: Sampler) -> s.LoopsSamplerV1:
+    def sampler(self, row: Sampler) -> LoopsSamplerV1:
         status = self._control.lifecycle.status(row.id) or row.status
-        return s.LoopsSamplerV1(
+        return LoopsSamplerV1(
             id=row.id,
             base_url=f"{self._base}/loops/samplers/{row.id}",
             base_model=row.base_model,
-            created_at=s.iso(row.created_at),
+            created_at=iso(row.created_at),
             model_id=None if self._is_serverless else row.model_id,
             deployment_id=None if self._is_serverless else row.deployment_id,
-            status=s.LoopsSamplerStatusV1(
-                name=s.DeploymentStatusV1(status), reason=self._control.lifecycle.describe(row.id)
+            status=LoopsSamplerStatusV1(
+                name=DeploymentStatusV1(status), reason=self._control.lifecycle.describe(row.id)
             ),
             run_id=row.run_id,
             user=self.user(row.key_id),
@@ -57,22 +74,22 @@ class Renderer:
             capacity=capacity(row),
         )
 
-    def user(self, key_id: str) -> s.UserV1:
-        return s.UserV1(email=self._control.access.name_of(key_id))
+    def user(self, key_id: str) -> UserV1:
+        return UserV1(email=self._control.access.name_of(key_id))
 
-    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> s.ModelDeploymentV1:
+    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> ModelDeploymentV1:
         row, record = version.sampler, version.record
         status = self._control.lifecycle.status(row.id) or row.status
-        return s.ModelDeploymentV1(
+        return ModelDeploymentV1(
             id=row.deployment_id,
-            created_at=s.iso(row.created_at),
+            created_at=iso(row.created_at),
             name=model.name if record is None else f"{model.name}-{record.number}",
             model_id=row.model_id,
             is_production=version.is_newest,
-            status=s.DeploymentStatusV1(status),
+            status=DeploymentStatusV1(status),
             reason=self._control.lifecycle.describe(row.id),
             active_replica_count=int(status == SamplerStatus.ACTIVE),
-            autoscaling_settings=s.AutoscalingSettingsV1(
+            autoscaling_settings=AutoscalingSettingsV1(
                 min_replica=int(row.standing),
                 scale_down_delay=None if row.standing else row.scale_down_delay_s,
                 concurrency_target=_CONCURRENCY,
@@ -85,11 +102,11 @@ class Renderer:
             checkpoints=list(checkpoints),
         )
 
-    def model(self, view: ModelView, team_name: str) -> s.ModelV1:
+    def model(self, view: ModelView, team_name: str) -> ModelV1:
         live = [v for v in view.versions if v.sampler.status != SamplerStatus.INACTIVE]
-        return s.ModelV1(
+        return ModelV1(
             id=view.id,
-            created_at=s.iso(view.created_at),
+            created_at=iso(view.created_at),
             name=view.name,
             deployments_count=len({v.sampler.deployment_id for v in view.versions}),
             production_deployment_id=live[0].sampler.deployment_id if live else None,
@@ -97,26 +114,26 @@ class Renderer:
             team_name=team_name,
         )
 
-    def run(self, view: RunView) -> s.LoopsRunV1:
+    def run(self, view: RunView) -> LoopsRunV1:
         assert view.sampler is not None
         trainer = self.trainer(view)
-        return s.LoopsRunV1.model_validate(trainer.model_dump())
+        return LoopsRunV1.model_validate(trainer.model_dump())
 
-    def trainer(self, view: RunView) -> s.LoopsTrainerRunV1:
+    def trainer(self, view: RunView) -> LoopsTrainerRunV1:
         row = view.run
-        return s.LoopsTrainerRunV1(
+        return LoopsTrainerRunV1(
             id=row.id,
             session_id=row.session_id,
             base_model=row.base_model,
             base_url=f"{self._base}/loops/runs/{row.id}",
-            created_at=s.iso(row.created_at),
+            created_at=iso(row.created_at),
             sampler=None if view.sampler is None else self.sampler(view.sampler),
             name=row.name,
             deployment_id=None if self._is_serverless else row.deployment_id,
             lora_rank=row.lora_rank,
             max_seq_len=row.max_seq_len,
             seed=row.seed,
-            status=s.LoopsRunStatusV1(name=RunStatus(row.status)),
+            status=LoopsRunStatusV1(name=RunStatus(row.status)),
             user=self.user(row.key_id),
             lora_config_version=_LORA_CONFIG_VERSION,
             lora_config=lora_config(row.targets),
@@ -124,57 +141,57 @@ class Renderer:
             capacity=capacity(row),
         )
 
-    def deployment(self, row: Deployment, runs: list[RunView]) -> s.LoopsDeploymentV1:
+    def deployment(self, row: Deployment, runs: list[RunView]) -> LoopsDeploymentV1:
         """``runs`` are the deployment's, newest first."""
         active = next((view.run.id for view in runs if view.run.status == RunStatus.ACTIVE), None)
         status = self._control.lifecycle.status(row.id) or row.status
         sampler = next((view.sampler for view in runs if view.sampler is not None), None)
-        return s.LoopsDeploymentV1(
+        return LoopsDeploymentV1(
             id=row.id,
             active_run_id=active,
             latest_run_id=row.latest_run_id,
             base_model=row.base_model,
             base_url=f"{self._base}/loops/runs/{active or row.latest_run_id}",
-            status=s.LoopsDeploymentStatusV1(
+            status=LoopsDeploymentStatusV1(
                 name=DeploymentStatus(status), reason=self._control.lifecycle.describe(row.id)
             ),
-            created_at=s.iso(row.created_at),
+            created_at=iso(row.created_at),
             scale_down_delay_seconds=row.scale_down_delay_s,
             instance_type=instance_type(),
             user=self.user(row.key_id),
             sampler=None if sampler is None else self.sampler(sampler),
         )
 
-    def checkpoint(self, row: Checkpoint) -> s.LoopsCheckpointV1:
+    def checkpoint(self, row: Checkpoint) -> LoopsCheckpointV1:
         target = CheckpointTarget(row.target)
-        return s.LoopsCheckpointV1(
+        return LoopsCheckpointV1(
             id=row.id,
             checkpoint_id=row.name,
             run_id=row.run_id,
             base_model=row.base_model,
-            created_at=s.iso(row.created_at),
-            lora_adapter_config=s.LoraAdapterConfigV1(r=row.lora_rank, lora_alpha=row.lora_alpha),
+            created_at=iso(row.created_at),
+            lora_adapter_config=LoraAdapterConfigV1(r=row.lora_rank, lora_alpha=row.lora_alpha),
             lora_config=lora_config(row.targets),
             size_bytes=row.size_bytes,
             target=_visible(target),
             path=str(CheckpointUri(RunId(row.run_id), target, row.name)),
             step=row.step,
-            expires_at=None if row.expires_at is None else s.iso(row.expires_at),
+            expires_at=None if row.expires_at is None else iso(row.expires_at),
         )
 
-    def file(self, checkpoint_id: str, name: str, size_bytes: int, modified_at: float) -> s.CheckpointFileV1:
+    def file(self, checkpoint_id: str, name: str, size_bytes: int, modified_at: float) -> CheckpointFileV1:
         url, _expires = self._control.checkpoints.link(checkpoint_id, name, self._base)
-        return s.CheckpointFileV1(
+        return CheckpointFileV1(
             url=url,
             relative_file_name=name,
             size_bytes=size_bytes,
-            last_modified=s.iso(modified_at),
+            last_modified=iso(modified_at),
         )
 
 
-def instance_type() -> s.InstanceTypeV1:
+def instance_type() -> InstanceTypeV1:
     machine = this_machine()
-    return s.InstanceTypeV1(
+    return InstanceTypeV1(
         id=INSTANCE_TYPE_ID,
         name=_MACHINE_NAME,
         memory_limit_mib=machine.memory_bytes // 2**20,
@@ -185,20 +202,20 @@ def instance_type() -> s.InstanceTypeV1:
     )
 
 
-def capacity(row: Run | Sampler) -> s.CapacityV1:
-    return s.CapacityV1(
+def capacity(row: Run | Sampler) -> CapacityV1:
+    return CapacityV1(
         reused=row.reused_from is not None, reused_from=row.reused_from, reason=row.capacity_reason or "not recorded"
     )
 
 
-def lora_config(targets: str | None) -> s.LoRAConfigV1:
+def lora_config(targets: str | None) -> LoRAConfigV1:
     """The projections behind a row's ``targets``."""
     parts = LoraTargets.parse(targets)
     named = [module for part, modules in _MODULES.items() if getattr(parts, part) for module in modules]
-    return s.LoRAConfigV1(config_version=_LORA_CONFIG_VERSION, targets=named)
+    return LoRAConfigV1(config_version=_LORA_CONFIG_VERSION, targets=named)
 
 
-def refuse_unserved(body: s.CreateLoopsRunRequestV1) -> None:
+def refuse_unserved(body: CreateLoopsRunRequestV1) -> None:
     """Fields that newer clients send and one machine cannot honour are refused, never ignored."""
     refuse_spot(body.availability_model)
     refuse_replicas("replicas", body.replicas)

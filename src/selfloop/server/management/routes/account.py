@@ -7,8 +7,21 @@ from fastapi import APIRouter, Query
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfig, checked_accelerators
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.render import instance_type
+from selfloop.server.management.schemas.account import (
+    CapabilitiesResponseV1,
+    EnablementDetailsV1,
+    InstanceTypePricesV1,
+    InstanceTypesV1,
+    InstanceTypeWithPriceV1,
+    LoopsUserConfigResponseV1,
+    LoopsUserConfigV1,
+    PatchLoopsUserConfigRequestV1,
+    SupportedModelV1,
+    TeamsResponseV1,
+    TeamV1,
+)
+from selfloop.server.management.schemas.common import iso
 
 router = APIRouter()
 
@@ -25,37 +38,37 @@ async def capabilities(
     model: Annotated[str | None, Query(description="Only this one; an unknown one gives an empty list.")] = None,
     use_case: Literal["rl", "sft"] = "rl",
     max_seq_len: Annotated[int | None, Query(ge=1, description="What you would create the run with.")] = None,
-) -> s.CapabilitiesResponseV1:
+) -> CapabilitiesResponseV1:
     """`rl` needs a trainer and a sampler, `sft` a trainer: it tells which list of your user config counts."""
     config = await control.user_configs.get(caller)
     excluded = control.user_configs.excludes(config, trainer=True, sampler=use_case == "rl")
     described = [m for m in await control.catalogue.described() if model is None or m.name == model]
-    return s.CapabilitiesResponseV1(
+    return CapabilitiesResponseV1(
         supported_models=[_supported(m, control.catalogue.missing(m), excluded, max_seq_len) for m in described]
     )
 
 
-def _supported(model: Model, missing: str | None, excluded: str | None, asked: int | None) -> s.SupportedModelV1:
+def _supported(model: Model, missing: str | None, excluded: str | None, asked: int | None) -> SupportedModelV1:
     longest = model.max_position_embeddings
     details = None
     if missing is not None:
-        details = s.EnablementDetailsV1(
+        details = EnablementDetailsV1(
             reason="model_unavailable", reason_detail=missing, remediation="Put it back, and see `selfloop doctor`."
         )
     elif excluded is not None:
-        details = s.EnablementDetailsV1(
+        details = EnablementDetailsV1(
             reason="accelerator_not_allowed",
             reason_detail=excluded,
             remediation="PATCH /v1/loops/user_config with a list that has this machine's accelerator, or null.",
         )
     can_run = details is None
     if can_run and asked is not None and asked > longest:
-        details = s.EnablementDetailsV1(
+        details = EnablementDetailsV1(
             reason="sequence_length_unsupported",
             reason_detail=f"the model has {longest} positions, {asked} were asked for",
             remediation=f"Ask for a max_seq_len of at most {longest}.",
         )
-    return s.SupportedModelV1(
+    return SupportedModelV1(
         model_name=model.name,
         max_seq_len=longest,
         max_enabled_seq_len=longest if can_run else 0,
@@ -66,14 +79,14 @@ def _supported(model: Model, missing: str | None, excluded: str | None, asked: i
 
 
 @router.get("/loops/user_config", summary="What your key allows for its runs and samplers.")
-async def get_user_config(caller: CallerOf, control: ControlOf) -> s.LoopsUserConfigResponseV1:
+async def get_user_config(caller: CallerOf, control: ControlOf) -> LoopsUserConfigResponseV1:
     return _user_config(await control.user_configs.get(caller))
 
 
 @router.patch("/loops/user_config", summary="Change what your key allows: omit to leave, null to clear.")
 async def patch_user_config(
-    body: s.PatchLoopsUserConfigRequestV1, caller: CallerOf, control: ControlOf
-) -> s.LoopsUserConfigResponseV1:
+    body: PatchLoopsUserConfigRequestV1, caller: CallerOf, control: ControlOf
+) -> LoopsUserConfigResponseV1:
     """A list that leaves this machine's accelerator out refuses new runs and samplers of this key."""
     changes = {
         column: checked_accelerators(field, getattr(body, field))
@@ -83,9 +96,9 @@ async def patch_user_config(
     return _user_config(await control.user_configs.patch(caller, changes))
 
 
-def _user_config(config: UserConfig) -> s.LoopsUserConfigResponseV1:
-    return s.LoopsUserConfigResponseV1(
-        user_config=s.LoopsUserConfigV1(
+def _user_config(config: UserConfig) -> LoopsUserConfigResponseV1:
+    return LoopsUserConfigResponseV1(
+        user_config=LoopsUserConfigV1(
             trainer_accelerator_priority=config.trainer_accelerators,
             sampler_accelerator_priority=config.sampler_accelerators,
         )
@@ -97,10 +110,10 @@ async def teams(
     caller: CallerOf,
     control: ControlOf,
     name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
-) -> s.TeamsResponseV1:
-    return s.TeamsResponseV1(
+) -> TeamsResponseV1:
+    return TeamsResponseV1(
         teams=[
-            s.TeamV1(id=t.id, name=t.name, default=t.is_default, created_at=s.iso(t.created_at))
+            TeamV1(id=t.id, name=t.name, default=t.is_default, created_at=iso(t.created_at))
             for t in await control.access.teams_of(caller)
             if name is None or t.name == name
         ]
@@ -108,10 +121,10 @@ async def teams(
 
 
 @router.get("/instance_types", summary="The one there is: this machine.")
-async def instance_types(caller: CallerOf) -> s.InstanceTypesV1:
-    return s.InstanceTypesV1(instance_types=[instance_type()])
+async def instance_types(caller: CallerOf) -> InstanceTypesV1:
+    return InstanceTypesV1(instance_types=[instance_type()])
 
 
 @router.get("/instance_type_prices", summary="What this machine costs: nothing.")
-async def instance_type_prices(caller: CallerOf) -> s.InstanceTypePricesV1:
-    return s.InstanceTypePricesV1(instance_types=[s.InstanceTypeWithPriceV1(instance_type=instance_type())])
+async def instance_type_prices(caller: CallerOf) -> InstanceTypePricesV1:
+    return InstanceTypePricesV1(instance_types=[InstanceTypeWithPriceV1(instance_type=instance_type())])

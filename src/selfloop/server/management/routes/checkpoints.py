@@ -9,8 +9,19 @@ from selfloop.control.resources.cleanup import CheckpointFilter
 from selfloop.control.resources.deploys import DeployRequest
 from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import RenderOf, Scope
+from selfloop.server.management.schemas.checkpoints import (
+    CheckpointFilesResponseV1,
+    CheckpointSourceResponseV1,
+    DeleteLoopsCheckpointsRequestV1,
+    DeleteLoopsCheckpointsResponseV1,
+    DeployLoopsCheckpointRequestV1,
+    DeployLoopsCheckpointResponseV1,
+    KeptCheckpointV1,
+    ListLoopsCheckpointsResponseV1,
+    LoopsCheckpointV1,
+    ValidateLoopsCheckpointRequestV1,
+)
 from selfloop.types.status import CheckpointTarget
 
 router = APIRouter()
@@ -25,7 +36,7 @@ async def list_checkpoints(
     base_model: str | None = None,
     checkpoint_path: str | None = None,
     scope: Scope = None,
-) -> s.ListLoopsCheckpointsResponseV1:
+) -> ListLoopsCheckpointsResponseV1:
     """Newest first. By base model those of the caller's own runs, with `scope=org` of the whole team's."""
     exactly_one(run_id=run_id, base_model=base_model, checkpoint_path=checkpoint_path)
     if run_id is not None:
@@ -35,12 +46,12 @@ async def list_checkpoints(
     else:
         assert checkpoint_path is not None
         rows = [await control.checkpoints.at_path(caller, checkpoint_path, "checkpoint_path")]
-    return s.ListLoopsCheckpointsResponseV1(checkpoints=[render.checkpoint(row) for row in rows])
+    return ListLoopsCheckpointsResponseV1(checkpoints=[render.checkpoint(row) for row in rows])
 
 
 @router.post("/loops/checkpoints/validate", summary="Check that a checkpoint can be used.")
 async def validate_checkpoint(
-    body: s.ValidateLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
+    body: ValidateLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
 ) -> dict[str, str]:
     """By itself, or for the sampler of a run, whose base model and adapted parts it must share."""
     run = None if body.run_id is None else (await control.runs.get(caller, body.run_id)).run
@@ -50,8 +61,8 @@ async def validate_checkpoint(
 
 @router.post("/loops/checkpoints/deploy", summary="Serve sampler checkpoints under a name, until deactivated.")
 async def deploy_checkpoints(
-    body: s.DeployLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
-) -> s.DeployLoopsCheckpointResponseV1:
+    body: DeployLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
+) -> DeployLoopsCheckpointResponseV1:
     """A standing sampler with its own files of the checkpoints; a known name gets a further version."""
     request = DeployRequest(
         body.checkpoint_ids,
@@ -60,13 +71,13 @@ async def deploy_checkpoints(
         hf_secret_name=body.hf_secret_name,
     )
     row = await control.deploys.deploy(caller, request)
-    return s.DeployLoopsCheckpointResponseV1(model_id=row.model_id, deployment_id=row.deployment_id)
+    return DeployLoopsCheckpointResponseV1(model_id=row.model_id, deployment_id=row.deployment_id)
 
 
 @router.post("/loops/checkpoints/delete", summary="Delete the checkpoints that match a filter; a dry run first.")
 async def delete_checkpoints(
-    body: s.DeleteLoopsCheckpointsRequestV1, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.DeleteLoopsCheckpointsResponseV1:
+    body: DeleteLoopsCheckpointsRequestV1, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> DeleteLoopsCheckpointsResponseV1:
     """What a live sampler serves or a queued operation will load stays, and is told with the reason."""
     chosen = CheckpointFilter(
         run_id=body.run_id,
@@ -78,10 +89,10 @@ async def delete_checkpoints(
         whole_team=body.scope == "org",
     )
     cleaned = await control.cleanup.delete_matching(caller, chosen, dry_run=body.dry_run)
-    return s.DeleteLoopsCheckpointsResponseV1(
+    return DeleteLoopsCheckpointsResponseV1(
         dry_run=body.dry_run,
         deleted=[render.checkpoint(row) for row in cleaned.deleted],
-        kept=[s.KeptCheckpointV1(checkpoint=render.checkpoint(k.checkpoint), reason=k.reason) for k in cleaned.kept],
+        kept=[KeptCheckpointV1(checkpoint=render.checkpoint(k.checkpoint), reason=k.reason) for k in cleaned.kept],
         size_bytes=sum(row.size_bytes for row in cleaned.deleted),
     )
 
@@ -89,7 +100,7 @@ async def delete_checkpoints(
 @router.delete("/loops/checkpoints/{checkpoint_id}", summary="Delete a checkpoint that nothing needs.")
 async def delete_checkpoint(
     checkpoint_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.LoopsCheckpointV1:
+) -> LoopsCheckpointV1:
     return render.checkpoint(await control.cleanup.delete_one(caller, checkpoint_id))
 
 
@@ -101,11 +112,11 @@ async def checkpoint_files(
     render: RenderOf,
     page_size: Annotated[int, Query(ge=1, le=1000)] = 1000,
     page_token: Annotated[int, Query(ge=0)] = 0,
-) -> s.CheckpointFilesResponseV1:
+) -> CheckpointFilesResponseV1:
     """The links work without a key for an hour."""
     files = await control.checkpoints.files(caller, checkpoint_id)
     end = page_token + page_size
-    return s.CheckpointFilesResponseV1(
+    return CheckpointFilesResponseV1(
         presigned_urls=[render.file(checkpoint_id, f.name, f.size_bytes, f.modified_at) for f in files[page_token:end]],
         next_page_token=end if end < len(files) else None,
         total_count=len(files),
@@ -113,9 +124,9 @@ async def checkpoint_files(
 
 
 @router.get("/loops/checkpoints/{checkpoint_id}/source", summary="Where a checkpoint's files come from.")
-async def checkpoint_source(checkpoint_id: str, caller: CallerOf, control: ControlOf) -> s.CheckpointSourceResponseV1:
+async def checkpoint_source(checkpoint_id: str, caller: CallerOf, control: ControlOf) -> CheckpointSourceResponseV1:
     await control.checkpoints.get(caller, checkpoint_id)
-    return s.CheckpointSourceResponseV1()
+    return CheckpointSourceResponseV1()
 
 
 public = APIRouter(tags=["management"])

@@ -4,8 +4,9 @@ from fastapi import APIRouter
 
 from selfloop.control.resources.runs import RunView
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import RenderOf, Scope
+from selfloop.server.management.schemas.common import DeactivatedV1
+from selfloop.server.management.schemas.deployments import ListLoopsDeploymentsResponseV1, LoopsDeploymentResponseV1
 
 router = APIRouter()
 
@@ -13,13 +14,13 @@ router = APIRouter()
 @router.get("/loops/deployments", summary="List trainer deployments.")
 async def list_deployments(
     caller: CallerOf, control: ControlOf, render: RenderOf, scope: Scope = None
-) -> s.ListLoopsDeploymentsResponseV1:
+) -> ListLoopsDeploymentsResponseV1:
     rows = await control.runs.deployments(caller, whole_team=scope == "org")
     views = await control.runs.list(caller, run_id=None, base_model=None, whole_team=True)
     by_deployment: dict[str, list[RunView]] = {}
     for view in views:
         by_deployment.setdefault(view.run.deployment_id, []).append(view)
-    return s.ListLoopsDeploymentsResponseV1(
+    return ListLoopsDeploymentsResponseV1(
         deployments=[render.deployment(row, by_deployment.get(row.id, [])) for row in rows]
     )
 
@@ -27,15 +28,15 @@ async def list_deployments(
 @router.get("/loops/deployments/{deployment_id}", summary="Get a trainer deployment.")
 async def get_deployment(
     deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.LoopsDeploymentResponseV1:
+) -> LoopsDeploymentResponseV1:
     row, views = await control.runs.deployment(caller, deployment_id)
-    return s.LoopsDeploymentResponseV1(deployment=render.deployment(row, list(views)))
+    return LoopsDeploymentResponseV1(deployment=render.deployment(row, list(views)))
 
 
 @router.post("/loops/deployments/{deployment_id}/deactivate", summary="Deactivate a deployment and its runs.")
 async def deactivate_deployment(
     deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.DeactivatedV1:
+) -> DeactivatedV1:
     row, _views = await control.runs.deployment(caller, deployment_id)
     await control.runs.deactivate_deployment(caller, deployment_id)
-    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

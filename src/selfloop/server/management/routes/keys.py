@@ -6,8 +6,20 @@ from fastapi import APIRouter, Query, Response
 
 from selfloop.control.resources.access import Caller, Key
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import MemberOf
+from selfloop.server.management.schemas.common import iso
+from selfloop.server.management.schemas.keys import (
+    APIKeyInfoV1,
+    APIKeyOwnerV1,
+    APIKeysV1,
+    APIKeyTombstoneV1,
+    APIKeyV1,
+    CreateAPIKeyRequestV1,
+    KeyType,
+    PaginationV1,
+    UserInfoV1,
+    UsersResponseV1,
+)
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.roles import Role
 
@@ -20,37 +32,35 @@ _MANAGES_ALL = "WORKSPACE_MANAGE_ALL"
 async def list_keys(
     caller: CallerOf,
     control: ControlOf,
-    type: Annotated[s.KeyType | None, Query(description="Only those of this type.")] = None,
+    type: Annotated[KeyType | None, Query(description="Only those of this type.")] = None,
     created_by_me: Annotated[bool, Query(description="Only false: the audit log tells who made a key.")] = False,
-) -> s.APIKeysV1:
+) -> APIKeysV1:
     """Their first characters, never the keys themselves: only hashes of those are stored."""
     if created_by_me:
         raise BadRequest("created_by_me", "false: GET /api/v1/audit tells who made a key")
     (team,) = await control.access.teams_of(caller)
     shown = [_info(row, team.name) for row in await control.access.valid_keys(caller)]
-    return s.APIKeysV1(keys=[info for info in shown if type in (None, info.type)])
+    return APIKeysV1(keys=[info for info in shown if type in (None, info.type)])
 
 
 @router.post("/api_keys", summary="Make a key in the caller's team. Admins only.")
 @router.post("/teams/{team_id}/api_keys", summary="Make a key in a team. Admins only.")
-async def create_key(
-    body: s.CreateAPIKeyRequestV1, caller: MemberOf, control: ControlOf, response: Response
-) -> s.APIKeyV1:
+async def create_key(body: CreateAPIKeyRequestV1, caller: MemberOf, control: ControlOf, response: Response) -> APIKeyV1:
     """The answer is the only place where the key is readable."""
     if body.team_id not in (None, caller.team_id):
         raise BadRequest("team_id", "the caller's own team: `selfloop keys create --team` makes keys in others")
     role = Role(body.role or (Role.ADMIN if body.type == _MANAGES_ALL else Role.MEMBER))
     response.headers["Cache-Control"] = "no-store"
     key = await control.access.create_key_by(caller, body.name or role, role, body.expires_in_seconds)
-    return s.APIKeyV1(api_key=key)
+    return APIKeyV1(api_key=key)
 
 
 @router.delete("/api_keys/{key}", summary="Revoke a key by its id or its first characters. Admins only.")
-async def revoke_key(key: str, caller: CallerOf, control: ControlOf) -> s.APIKeyTombstoneV1:
+async def revoke_key(key: str, caller: CallerOf, control: ControlOf) -> APIKeyTombstoneV1:
     """It is refused from its next request on, wherever that goes."""
     row = await control.access.key_shown_as(caller, key)
     await control.access.revoke_key(row.id, by=caller)
-    return s.APIKeyTombstoneV1(prefix=row.prefix)
+    return APIKeyTombstoneV1(prefix=row.prefix)
 
 
 @router.get("/users", summary="The holders of the team's valid keys.")
@@ -60,7 +70,7 @@ async def list_users(
     cursor: Annotated[str | None, Query(description="From an earlier answer.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     email: Annotated[str | None, Query(description="Only those of this name, which stands for an address.")] = None,
-) -> s.UsersResponseV1:
+) -> UsersResponseV1:
     start = 0
     if cursor is not None:
         if not (cursor.isascii() and cursor.isdigit() and len(cursor) < 10):
@@ -70,23 +80,23 @@ async def list_users(
     end = start + limit
     has_more = end < len(rows)
     (team,) = await control.access.teams_of(caller)
-    return s.UsersResponseV1(
+    return UsersResponseV1(
         items=[_user(row, team.name) for row in rows[start:end]],
-        pagination=s.PaginationV1(has_more=has_more, cursor=str(end) if has_more else None),
+        pagination=PaginationV1(has_more=has_more, cursor=str(end) if has_more else None),
     )
 
 
 @router.get("/users/me", summary="Who calls: the holder of the key.")
-async def me(caller: CallerOf, control: ControlOf) -> s.UserInfoV1:
+async def me(caller: CallerOf, control: ControlOf) -> UserInfoV1:
     return await _user_of(caller, control, caller.key_id)
 
 
 @router.get("/users/{user_id}", summary="The holder of one of the team's valid keys.")
-async def get_user(user_id: str, caller: CallerOf, control: ControlOf) -> s.UserInfoV1:
+async def get_user(user_id: str, caller: CallerOf, control: ControlOf) -> UserInfoV1:
     return await _user_of(caller, control, user_id)
 
 
-async def _user_of(caller: Caller, control: ControlOf, user_id: str) -> s.UserInfoV1:
+async def _user_of(caller: Caller, control: ControlOf, user_id: str) -> UserInfoV1:
     (team,) = await control.access.teams_of(caller)
     for row in await control.access.valid_keys(caller):
         if row.id == user_id:
@@ -94,19 +104,19 @@ async def _user_of(caller: Caller, control: ControlOf, user_id: str) -> s.UserIn
     raise NotFound("user", user_id[:100])
 
 
-def _user(row: Key, team: str) -> s.UserInfoV1:
-    return s.UserInfoV1(user_id=row.id, email=row.name, name=row.name, workspace_name=team, role=Role(row.role).value)
+def _user(row: Key, team: str) -> UserInfoV1:
+    return UserInfoV1(user_id=row.id, email=row.name, name=row.name, workspace_name=team, role=Role(row.role).value)
 
 
-def _info(row: Key, team: str) -> s.APIKeyInfoV1:
-    return s.APIKeyInfoV1(
+def _info(row: Key, team: str) -> APIKeyInfoV1:
+    return APIKeyInfoV1(
         id=row.id,
         prefix=row.prefix,
         name=row.name,
         type=_MANAGES_ALL if row.role == Role.ADMIN else "PERSONAL",
         role=Role(row.role).value,
         team_name=team,
-        owner=s.APIKeyOwnerV1(user_id=row.id, email=row.name, name=row.name),
-        created_at=s.iso(row.created_at),
-        expires_at=None if row.expires_at is None else s.iso(row.expires_at),
+        owner=APIKeyOwnerV1(user_id=row.id, email=row.name, name=row.name),
+        created_at=iso(row.created_at),
+        expires_at=None if row.expires_at is None else iso(row.expires_at),
     )

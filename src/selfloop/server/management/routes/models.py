@@ -9,9 +9,15 @@ from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.deploys import ModelView, Version
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import MemberOf, RenderOf
 from selfloop.server.management.render import Renderer
+from selfloop.server.management.schemas.models import (
+    DeactivateResponseV1,
+    ModelDeploymentsV1,
+    ModelDeploymentV1,
+    ModelsV1,
+    ModelV1,
+)
 
 router = APIRouter()
 
@@ -28,23 +34,23 @@ async def list_models(
     control: ControlOf,
     render: RenderOf,
     name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
-) -> s.ModelsV1:
+) -> ModelsV1:
     team = await _team_name(control, caller)
-    return s.ModelsV1(models=[render.model(view, team) for view in await control.deploys.models(caller, name)])
+    return ModelsV1(models=[render.model(view, team) for view in await control.deploys.models(caller, name)])
 
 
 @router.get("/models/{model_id}", summary="Get a model, also the one under a sampler.")
-async def get_model(model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.ModelV1:
+async def get_model(model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> ModelV1:
     return render.model(await control.deploys.model(caller, model_id), await _team_name(control, caller))
 
 
 @router.get("/models/{model_id}/deployments", summary="List a model's deployments, newest first.")
 async def list_model_deployments(
     model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf, name: str | None = None
-) -> s.ModelDeploymentsV1:
+) -> ModelDeploymentsV1:
     view = await control.deploys.model(caller, model_id)
     shown = [await _deployment(control, render, view, version) for version in view.versions]
-    return s.ModelDeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
+    return ModelDeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
 
 
 @router.get("/models/{model_id}/deployments/{deployment_id}", summary="A sampler as a deployment; its readiness.")
@@ -55,7 +61,7 @@ async def readiness(
     control: ControlOf,
     render: RenderOf,
     user_agent: Annotated[str, Header(include_in_schema=False)] = "",
-) -> s.ModelDeploymentV1:
+) -> ModelDeploymentV1:
     """The sampler's status; one that is coming up is waited for, up to 25 s. The Loops client's question wakes it."""
     sampler_id = (await control.deploys.version(caller, model_id, deployment_id)).sampler.id
     if control.lifecycle.is_asleep(sampler_id) and user_agent.startswith(_ABOUT_TO_SAMPLE):
@@ -69,13 +75,13 @@ async def readiness(
 @router.post("/models/{model_id}/deployments/{deployment_id}/deactivate", summary="Deactivate a model's deployment.")
 async def deactivate_model_deployment(
     model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf
-) -> s.DeactivateResponseV1:
+) -> DeactivateResponseV1:
     """Ends the samplers behind it; `no_op` tells that it had ended before."""
     ended = await control.samplers.deactivate_version(caller, model_id, deployment_id)
-    return s.DeactivateResponseV1(no_op=not ended)
+    return DeactivateResponseV1(no_op=not ended)
 
 
-async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> s.ModelDeploymentV1:
+async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> ModelDeploymentV1:
     paths = [control.samplers.path_of(row) for row in await control.samplers.served(version.sampler)]
     live = None if paths else await control.samplers.live_path(version.sampler)
     return render.model_deployment(view, version, paths or ([] if live is None else [live]))

@@ -11,9 +11,28 @@ from selfloop.control.machine import NODE
 from selfloop.control.observe.meter import Minute, Step
 from selfloop.control.observe.observations import LogWindow
 from selfloop.server.auth import CallerOf, ControlOf, public_base
-from selfloop.server.management import observation_schemas as s
 from selfloop.server.management.access import Scope
-from selfloop.server.management.schemas import iso
+from selfloop.server.management.schemas.common import iso
+from selfloop.server.management.schemas.observations import (
+    GetDeploymentLogsRequestV1,
+    GetLogsResponseV1,
+    GetLoopsDeploymentMetricsRequestV1,
+    GetLoopsDeploymentMetricsResponseV1,
+    InferenceVolumeByStatusDatapointV1,
+    Level,
+    LogsQueryV1,
+    LogV1,
+    LoopsDebugArchiveFilesResponseV1,
+    LoopsDebugArchiveFileV1,
+    LoopsDeploymentMetricsV1,
+    LoopsDeploymentNodeMetricsV1,
+    LoopsUsageResponseV1,
+    LoopsUsageV1,
+    MetricV1,
+    NodeMetricsV1,
+    ResponseTimeDatapointV1,
+    StorageMetricsV1,
+)
 from selfloop.types.errors import BadRequest
 from selfloop.types.logline import LogLine
 
@@ -24,13 +43,13 @@ public = APIRouter(tags=["management"])
 _MINUTE_MS = 60_000
 _WEEK_MS = 7 * 86_400_000
 _MAX_POINTS = 120
-_LEVELS: dict[str, s.Level] = {"DEBUG": "DEBUG", "INFO": "INFO", "WARNING": "WARNING", "ERROR": "ERROR"}
+_LEVELS: dict[str, Level] = {"DEBUG": "DEBUG", "INFO": "INFO", "WARNING": "WARNING", "ERROR": "ERROR"}
 
 
 @router.get("/loops/deployments/{deployment_id}/logs", summary="Log lines of a trainer deployment.")
 async def deployment_logs(
-    deployment_id: str, caller: CallerOf, control: ControlOf, query: Annotated[s.LogsQueryV1, Query()]
-) -> s.GetLogsResponseV1:
+    deployment_id: str, caller: CallerOf, control: ControlOf, query: Annotated[LogsQueryV1, Query()]
+) -> GetLogsResponseV1:
     """Of the deployment, its runs and its worker; the newest first."""
     return _rendered(await control.observations.deployment_logs(caller, deployment_id, _window(query)))
 
@@ -41,29 +60,29 @@ async def get_sampler_logs(
     deployment_id: str,
     caller: CallerOf,
     control: ControlOf,
-    query: Annotated[s.GetDeploymentLogsRequestV1, Query()],
-) -> s.GetLogsResponseV1:
+    query: Annotated[GetDeploymentLogsRequestV1, Query()],
+) -> GetLogsResponseV1:
     """Of the samplers of an inference deployment and their worker; the newest first."""
     return await _sampler_logs(model_id, deployment_id, caller, control, query)
 
 
 @router.post("/models/{model_id}/deployments/{deployment_id}/logs", summary="Log lines of a sampler, by a body.")
 async def post_sampler_logs(
-    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, body: s.GetDeploymentLogsRequestV1
-) -> s.GetLogsResponseV1:
+    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, body: GetDeploymentLogsRequestV1
+) -> GetLogsResponseV1:
     """As the GET of the same name."""
     return await _sampler_logs(model_id, deployment_id, caller, control, body)
 
 
 @router.post("/loops/deployments/{deployment_id}/metrics", summary="Metrics of a trainer deployment.")
 async def deployment_metrics(
-    deployment_id: str, caller: CallerOf, control: ControlOf, body: s.GetLoopsDeploymentMetricsRequestV1
-) -> s.GetLoopsDeploymentMetricsResponseV1:
+    deployment_id: str, caller: CallerOf, control: ControlOf, body: GetLoopsDeploymentMetricsRequestV1
+) -> GetLoopsDeploymentMetricsResponseV1:
     """Requests of its runs and paired samplers, and what its worker takes; steps without any are left out."""
     start_ms, end_ms = _bounds(body.start_epoch_millis, body.end_epoch_millis, 60 * _MINUTE_MS)
     step_s = body.step_seconds or max(-(-(end_ms - start_ms) // (_MAX_POINTS * _MINUTE_MS)), 1) * 60
     steps = await control.observations.metrics(caller, deployment_id, start_ms / 1000, end_ms / 1000, step_s)
-    return s.GetLoopsDeploymentMetricsResponseV1(
+    return GetLoopsDeploymentMetricsResponseV1(
         deployment_id=deployment_id, metrics=_metrics(steps, body.time_divisor_seconds or 1)
     )
 
@@ -76,7 +95,7 @@ async def debug_archive_files(
     control: ControlOf,
     page_size: Annotated[int, Query(ge=1, le=1000)] = 1000,
     page_token: str | None = None,
-) -> s.LoopsDebugArchiveFilesResponseV1:
+) -> LoopsDebugArchiveFilesResponseV1:
     """Made anew for each first page: log lines, the worker's output, statuses, versions, the machine."""
     archive_id, _, offset_text = (page_token or "").partition(":")
     if page_token is not None and not (archive_id and offset_text.isdecimal() and len(offset_text) <= 9):
@@ -84,9 +103,9 @@ async def debug_archive_files(
     offset = int(offset_text or 0)
     archive_id, files = await control.observations.archive(caller, deployment_id, archive_id or None)
     base, end = public_base(request), offset + page_size
-    return s.LoopsDebugArchiveFilesResponseV1(
+    return LoopsDebugArchiveFilesResponseV1(
         presigned_urls=[
-            s.LoopsDebugArchiveFileV1(
+            LoopsDebugArchiveFileV1(
                 url=f"{base}/debug_archives/{f.archive_id}/{f.name}?expires={f.expires}&signature={f.signature}",
                 relative_file_name=f.name,
                 size_bytes=f.size_bytes,
@@ -114,7 +133,7 @@ async def usage(
     group_by: Literal["run", "key", "team"] = "run",
     start: Annotated[datetime | None, Query(description="From the hour that this lies in.")] = None,
     end: Annotated[datetime | None, Query(description="Hours that begin before this.")] = None,
-) -> s.LoopsUsageResponseV1:
+) -> LoopsUsageResponseV1:
     """Of the caller's key, with `scope=org` of the team; kept by the hour."""
     start_s, end_s = _seconds("start", start), _seconds("end", end)
     if start_s is not None and end_s is not None and start_s > end_s:
@@ -124,10 +143,10 @@ async def usage(
     lines = await control.observations.usage.report(
         caller, group_by, run_id=run_id, whole_team=scope == "org", start=start_s, end=end_s
     )
-    return s.LoopsUsageResponseV1(
+    return LoopsUsageResponseV1(
         group_by=group_by,
         usage=[
-            s.LoopsUsageV1(
+            LoopsUsageV1(
                 id=line.id or None,
                 name=line.label,
                 operations=line.counts.operations,
@@ -153,8 +172,8 @@ def _seconds(field: str, at: datetime | None) -> float | None:
 
 
 async def _sampler_logs(
-    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, asked: s.GetDeploymentLogsRequestV1
-) -> s.GetLogsResponseV1:
+    model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf, asked: GetDeploymentLogsRequestV1
+) -> GetLogsResponseV1:
     if asked.component is not None:
         raise BadRequest("component", "null: log lines here have no component")
     if asked.search_pattern is not None:
@@ -165,7 +184,7 @@ async def _sampler_logs(
 
 
 def _window(
-    query: s.LogsQueryV1,
+    query: LogsQueryV1,
     request_id: str | None = None,
     includes: list[str] | None = None,
     excludes: list[str] | None = None,
@@ -193,10 +212,10 @@ def _bounds(start_ms: int | None, end_ms: int | None, default_ms: int) -> tuple[
     return start_ms, end_ms
 
 
-def _rendered(lines: list[LogLine]) -> s.GetLogsResponseV1:
-    return s.GetLogsResponseV1(
+def _rendered(lines: list[LogLine]) -> GetLogsResponseV1:
+    return GetLogsResponseV1(
         logs=[
-            s.LogV1(
+            LogV1(
                 timestamp=str(line.at_ns),
                 message=line.text,
                 replica=NODE,
@@ -208,15 +227,15 @@ def _rendered(lines: list[LogLine]) -> s.GetLogsResponseV1:
     )
 
 
-def _metrics(steps: list[Step], divisor_s: int) -> s.LoopsDeploymentMetricsV1:
+def _metrics(steps: list[Step], divisor_s: int) -> LoopsDeploymentMetricsV1:
     machine = _machine([step for step in steps if step.sums.num_looks])
-    return s.LoopsDeploymentMetricsV1(
+    return LoopsDeploymentMetricsV1(
         inference_volume=[_point(step, sum(step.sums.statuses.values()) * divisor_s / step.seconds) for step in steps],
         concurrent_requests=[
             _point(step, step.sums.request_s / step.sums.observed_s) for step in steps if step.sums.observed_s
         ],
         response_time_stats=[
-            s.ResponseTimeDatapointV1(
+            ResponseTimeDatapointV1(
                 timestamp=iso(step.start),
                 p50=step.sums.percentile_ms(0.5),
                 p95=step.sums.percentile_ms(0.95),
@@ -225,7 +244,7 @@ def _metrics(steps: list[Step], divisor_s: int) -> s.LoopsDeploymentMetricsV1:
             for step in steps
         ],
         inference_volume_by_status=[
-            s.InferenceVolumeByStatusDatapointV1(
+            InferenceVolumeByStatusDatapointV1(
                 timestamp=iso(step.start),
                 status_2xx=_rate(step, 2, divisor_s),
                 status_4xx=_rate(step, 4, divisor_s),
@@ -233,31 +252,31 @@ def _metrics(steps: list[Step], divisor_s: int) -> s.LoopsDeploymentMetricsV1:
             )
             for step in steps
         ],
-        per_node_metrics=[s.LoopsDeploymentNodeMetricsV1(node_id=NODE, **machine.model_dump())],
+        per_node_metrics=[LoopsDeploymentNodeMetricsV1(node_id=NODE, **machine.model_dump())],
         **machine.model_dump(),
     )
 
 
-def _machine(steps: list[Step]) -> s.NodeMetricsV1:
+def _machine(steps: list[Step]) -> NodeMetricsV1:
     """Averages over the looks of each step."""
 
-    def series(name: str) -> list[s.MetricV1]:
+    def series(name: str) -> list[MetricV1]:
         return [_point(step, getattr(step.sums, name) / step.sums.num_looks) for step in steps]
 
     indices = sorted({index for step in steps for index in step.sums.gpus})
-    return s.NodeMetricsV1(
+    return NodeMetricsV1(
         gpu_memory_usage_bytes={str(i): _gpu(steps, i, "memory_bytes") for i in indices},
         gpu_utilization={str(i): _gpu(steps, i, "utilization") for i in indices},
         cpu_usage=series("cpu_cores"),
         cpu_memory_usage_bytes=series("memory_bytes"),
-        ephemeral_storage=s.StorageMetricsV1(
+        ephemeral_storage=StorageMetricsV1(
             usage_bytes=series("disk_used_bytes"),
             utilization=[_point(step, _disk_fraction(step.sums)) for step in steps],
         ),
     )
 
 
-def _gpu(steps: list[Step], index: int, name: str) -> list[s.MetricV1]:
+def _gpu(steps: list[Step], index: int, name: str) -> list[MetricV1]:
     with_gpu = [(step, step.sums.gpus[index]) for step in steps if index in step.sums.gpus]
     return [_point(step, getattr(gpu, name) / gpu.num) for step, gpu in with_gpu]
 
@@ -270,5 +289,5 @@ def _rate(step: Step, status_class: int, divisor_s: int) -> float:
     return step.sums.statuses.get(status_class, 0) * divisor_s / step.seconds
 
 
-def _point(step: Step, value: float) -> s.MetricV1:
-    return s.MetricV1(value=value, timestamp=iso(step.start))
+def _point(step: Step, value: float) -> MetricV1:
+    return MetricV1(value=value, timestamp=iso(step.start))

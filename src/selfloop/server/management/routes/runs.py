@@ -6,9 +6,18 @@ from fastapi import APIRouter, Body
 
 from selfloop.control.resources.runs import RunRequest
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_unserved
+from selfloop.server.management.schemas.common import DeactivatedV1
+from selfloop.server.management.schemas.runs import (
+    CreateLoopsRunRequestV1,
+    CreateLoopsRunResponseV1,
+    CreateLoopsSessionRequestV1,
+    ListLoopsRunsResponseV1,
+    LoopsSessionResponseV1,
+    LoopsSessionV1,
+    LoopsTrainerResponseV1,
+)
 
 router = APIRouter()
 
@@ -18,19 +27,19 @@ router = APIRouter()
 async def create_session(
     caller: MemberOf,
     control: ControlOf,
-    body: Annotated[s.CreateLoopsSessionRequestV1 | None, Body()] = None,
-) -> s.LoopsSessionResponseV1:
+    body: Annotated[CreateLoopsSessionRequestV1 | None, Body()] = None,
+) -> LoopsSessionResponseV1:
     row = await control.runs.create_session(caller, body.training_project_id if body else None)
-    return s.LoopsSessionResponseV1(session=s.LoopsSessionV1(id=row.id))
+    return LoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
 
 
 @router.get("/loops/sessions/{session_id}", summary="Get a Loops session.")
-async def get_session(session_id: str, caller: CallerOf, control: ControlOf) -> s.LoopsSessionResponseV1:
+async def get_session(session_id: str, caller: CallerOf, control: ControlOf) -> LoopsSessionResponseV1:
     row = await control.runs.session(caller, session_id)
-    return s.LoopsSessionResponseV1(session=s.LoopsSessionV1(id=row.id))
+    return LoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
 
 
-def _run_request(body: s.CreateLoopsRunRequestV1) -> RunRequest:
+def _run_request(body: CreateLoopsRunRequestV1) -> RunRequest:
     refuse_unserved(body)
     return RunRequest(
         session_id=body.session_id,
@@ -52,20 +61,20 @@ def _run_request(body: s.CreateLoopsRunRequestV1) -> RunRequest:
 @router.post("/loops/runs", summary="Create a Loops run.")
 @router.post("/teams/{team_id}/loops/runs", summary="Create a Loops run in a team.")
 async def create_run(
-    body: s.CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
-) -> s.CreateLoopsRunResponseV1:
+    body: CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> CreateLoopsRunResponseV1:
     """Creates a Loops run with an associated sampler in the given session."""
     view = await control.runs.create(caller, _run_request(body), with_sampler=True)
-    return s.CreateLoopsRunResponseV1(run=render.run(view))
+    return CreateLoopsRunResponseV1(run=render.run(view))
 
 
 @router.post("/loops/trainers", summary="Create a Loops run without a sampler.")
 @router.post("/teams/{team_id}/loops/trainers", summary="Create a Loops run without a sampler in a team.")
 async def create_trainer(
-    body: s.CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
-) -> s.LoopsTrainerResponseV1:
+    body: CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> LoopsTrainerResponseV1:
     view = await control.runs.create(caller, _run_request(body), with_sampler=False)
-    return s.LoopsTrainerResponseV1(run=render.trainer(view))
+    return LoopsTrainerResponseV1(run=render.trainer(view))
 
 
 @router.get("/loops/runs", summary="List Loops runs.")
@@ -77,17 +86,17 @@ async def list_runs(
     run_id: str | None = None,
     base_model: str | None = None,
     scope: Scope = None,
-) -> s.ListLoopsRunsResponseV1:
+) -> ListLoopsRunsResponseV1:
     views = await control.runs.list(caller, run_id=run_id, base_model=base_model, whole_team=scope == "org")
-    return s.ListLoopsRunsResponseV1(runs=[render.trainer(view) for view in views])
+    return ListLoopsRunsResponseV1(runs=[render.trainer(view) for view in views])
 
 
 @router.get("/loops/runs/{run_id}", summary="Get a Loops run.")
-async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.LoopsTrainerResponseV1:
-    return s.LoopsTrainerResponseV1(run=render.trainer(await control.runs.get(caller, run_id)))
+async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> LoopsTrainerResponseV1:
+    return LoopsTrainerResponseV1(run=render.trainer(await control.runs.get(caller, run_id)))
 
 
 @router.post("/loops/runs/{run_id}/deactivate", summary="Deactivate a Loops run; its checkpoints stay.")
-async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> s.DeactivatedV1:
+async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> DeactivatedV1:
     row = (await control.runs.deactivate(caller, run_id)).run
-    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

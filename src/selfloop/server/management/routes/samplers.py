@@ -4,9 +4,14 @@ from fastapi import APIRouter
 
 from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.management import schemas as s
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_replicas, refuse_spot
+from selfloop.server.management.schemas.common import DeactivatedV1
+from selfloop.server.management.schemas.samplers import (
+    CreateLoopsSamplerRequestV1,
+    ListLoopsSamplersResponseV1,
+    LoopsSamplerResponseV1,
+)
 from selfloop.types.errors import BadRequest
 
 router = APIRouter()
@@ -15,8 +20,8 @@ router = APIRouter()
 @router.post("/loops/samplers", summary="Create a Loops sampler.")
 @router.post("/teams/{team_id}/loops/samplers", summary="Create a Loops sampler in a team.")
 async def create_sampler(
-    body: s.CreateLoopsSamplerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
-) -> s.LoopsSamplerResponseV1:
+    body: CreateLoopsSamplerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> LoopsSamplerResponseV1:
     """A sampler paired with a run (one a run), or a standalone one of a base model or a checkpoint."""
     refuse_spot(body.availability_model)
     refuse_replicas("num_replicas", body.num_replicas)
@@ -35,28 +40,26 @@ async def create_sampler(
             max_seq_len=body.max_seq_length,
             reuse_from_session_id=body.reuse_from_session_id,
         )
-    return s.LoopsSamplerResponseV1(sampler=render.sampler(row))
+    return LoopsSamplerResponseV1(sampler=render.sampler(row))
 
 
 @router.get("/loops/samplers", summary="List Loops samplers.")
 @router.get("/teams/{team_id}/loops/samplers", summary="List a team's Loops samplers.")
 async def list_samplers(
     caller: MemberOf, control: ControlOf, render: RenderOf, scope: Scope = None
-) -> s.ListLoopsSamplersResponseV1:
+) -> ListLoopsSamplersResponseV1:
     rows = await control.samplers.list(caller, whole_team=scope == "org")
-    return s.ListLoopsSamplersResponseV1(samplers=[render.sampler(row) for row in rows])
+    return ListLoopsSamplersResponseV1(samplers=[render.sampler(row) for row in rows])
 
 
 @router.get("/loops/samplers/{sampler_id}", summary="Get a Loops sampler.")
 async def get_sampler(
     sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.LoopsSamplerResponseV1:
-    return s.LoopsSamplerResponseV1(sampler=render.sampler(await control.samplers.get(caller, sampler_id)))
+) -> LoopsSamplerResponseV1:
+    return LoopsSamplerResponseV1(sampler=render.sampler(await control.samplers.get(caller, sampler_id)))
 
 
 @router.post("/loops/samplers/{sampler_id}/deactivate", summary="Deactivate a Loops sampler.")
-async def deactivate_sampler(
-    sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> s.DeactivatedV1:
+async def deactivate_sampler(sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> DeactivatedV1:
     row = await control.samplers.deactivate(caller, sampler_id)
-    return s.DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

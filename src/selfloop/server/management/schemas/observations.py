@@ -1,9 +1,11 @@
-"""Bodies of the routes about the past. Unknown fields are refused."""
+"""Logs, metrics, debug archives and usage."""
 
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import Field, StrictInt, StrictStr
+
+from selfloop.server.management.schemas.common import Answer, Request
 
 _LAST_MS = 253_402_300_799_000
 """The end of the year 9999."""
@@ -12,10 +14,8 @@ EpochMillis = Annotated[int, Field(ge=0, le=_LAST_MS)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-class LogsQueryV1(BaseModel):
+class LogsQueryV1(Request):
     """Which lines of a log."""
-
-    model_config = ConfigDict(extra="forbid")
 
     start_epoch_millis: EpochMillis | None = Field(
         None, description="Where to start. Defaults to 30 minutes before the end; at most 7 days before it."
@@ -43,7 +43,7 @@ class GetDeploymentLogsRequestV1(LogsQueryV1):
     )
 
 
-class LogV1(BaseModel):
+class LogV1(Answer):
     timestamp: str = Field(description="UNIX time in nanoseconds.")
     message: str = Field(description="The message, with the traceback of a failure after it.")
     replica: str | None
@@ -51,13 +51,11 @@ class LogV1(BaseModel):
     level: Level | None = None
 
 
-class GetLogsResponseV1(BaseModel):
+class GetLogsResponseV1(Answer):
     logs: list[LogV1]
 
 
-class GetLoopsDeploymentMetricsRequestV1(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class GetLoopsDeploymentMetricsRequestV1(Request):
     start_epoch_millis: Annotated[StrictInt, Field(ge=0, le=_LAST_MS)] | None = Field(
         None, description="Where to start. Defaults to an hour before the end; metrics are kept for a day."
     )
@@ -72,17 +70,17 @@ class GetLoopsDeploymentMetricsRequestV1(BaseModel):
     )
 
 
-class MetricV1(BaseModel):
+class MetricV1(Answer):
     value: float
     timestamp: datetime = Field(description="Start of the step.")
 
 
-class StorageMetricsV1(BaseModel):
+class StorageMetricsV1(Answer):
     usage_bytes: list[MetricV1] = Field(description="Bytes used of the disk that holds the data directory.")
     utilization: list[MetricV1] = Field(description="The same as a fraction of the disk.")
 
 
-class NodeMetricsV1(BaseModel):
+class NodeMetricsV1(Answer):
     gpu_memory_usage_bytes: dict[str, list[MetricV1]] = Field(description="By GPU; empty without NVIDIA's library.")
     gpu_utilization: dict[str, list[MetricV1]] = Field(description="Fraction of time, by GPU.")
     cpu_usage: list[MetricV1] = Field(description="Cores that the deployment's worker used.")
@@ -94,7 +92,7 @@ class LoopsDeploymentNodeMetricsV1(NodeMetricsV1):
     node_id: str
 
 
-class ResponseTimeDatapointV1(BaseModel):
+class ResponseTimeDatapointV1(Answer):
     """Percentiles in milliseconds, within 10%."""
 
     timestamp: datetime
@@ -103,7 +101,7 @@ class ResponseTimeDatapointV1(BaseModel):
     p99: float | None = None
 
 
-class InferenceVolumeByStatusDatapointV1(BaseModel):
+class InferenceVolumeByStatusDatapointV1(Answer):
     timestamp: datetime
     status_2xx: float
     status_4xx: float
@@ -118,12 +116,12 @@ class LoopsDeploymentMetricsV1(NodeMetricsV1):
     per_node_metrics: list[LoopsDeploymentNodeMetricsV1]
 
 
-class GetLoopsDeploymentMetricsResponseV1(BaseModel):
+class GetLoopsDeploymentMetricsResponseV1(Answer):
     deployment_id: str
     metrics: LoopsDeploymentMetricsV1
 
 
-class LoopsDebugArchiveFileV1(BaseModel):
+class LoopsDebugArchiveFileV1(Answer):
     url: str = Field(description="Works without a key for an hour.")
     relative_file_name: str
     node_rank: int = 0
@@ -131,12 +129,12 @@ class LoopsDebugArchiveFileV1(BaseModel):
     last_modified: datetime
 
 
-class LoopsDebugArchiveFilesResponseV1(BaseModel):
+class LoopsDebugArchiveFilesResponseV1(Answer):
     presigned_urls: list[LoopsDebugArchiveFileV1]
     next_page_token: str | None = None
 
 
-class LoopsUsageV1(BaseModel):
+class LoopsUsageV1(Answer):
     id: str | None = Field(description="The run's, key's or team's; null for samples of base models.")
     name: str
     operations: int = Field(description="Operations that gave a result.")
@@ -149,6 +147,6 @@ class LoopsUsageV1(BaseModel):
     checkpoint_bytes: int = Field(description="Stored now.")
 
 
-class LoopsUsageResponseV1(BaseModel):
+class LoopsUsageResponseV1(Answer):
     group_by: Literal["run", "key", "team"]
     usage: list[LoopsUsageV1]

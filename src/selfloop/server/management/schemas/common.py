@@ -1,0 +1,90 @@
+"""What the bodies and answers of several resources share."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from selfloop.types.status import SamplerStatus
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Answer(BaseModel):
+    """Base of answers."""
+
+
+def iso(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+class UserV1(Answer):
+    """Whoever holds the API key; the key's name stands where the hosted API has an e-mail address."""
+
+    email: str | None = None
+
+
+class CapacityV1(Answer):
+    """Whether a run or sampler shares what another one brought up, and why it does or does not."""
+
+    reused: bool
+    reused_from: str | None = Field(description="The run (of a sampler: the sampler) whose capacity it shares.")
+    reason: str
+
+
+class DeploymentStatusV1(StrEnum):
+    """The status of a deployment."""
+
+    BUILDING = SamplerStatus.BUILDING
+    DEPLOYING = SamplerStatus.DEPLOYING
+    DEPLOY_FAILED = SamplerStatus.DEPLOY_FAILED
+    LOADING_MODEL = SamplerStatus.LOADING_MODEL
+    ACTIVE = SamplerStatus.ACTIVE
+    UNHEALTHY = SamplerStatus.UNHEALTHY
+    BUILD_FAILED = SamplerStatus.BUILD_FAILED
+    BUILD_STOPPED = SamplerStatus.BUILD_STOPPED
+    DEACTIVATING = SamplerStatus.DEACTIVATING
+    INACTIVE = SamplerStatus.INACTIVE
+    FAILED = SamplerStatus.FAILED
+    UPDATING = SamplerStatus.UPDATING
+    SCALED_TO_ZERO = SamplerStatus.SCALED_TO_ZERO
+    WAKING_UP = SamplerStatus.WAKING_UP
+
+
+class InstanceTypeV1(Answer):
+    """The machine that serves: this one."""
+
+    id: str
+    name: str
+    memory_limit_mib: int
+    millicpu_limit: int
+    gpu_count: int
+    gpu_type: str | None
+    gpu_memory_limit_mib: int | None
+
+
+# The specification's type; a server that was told to answer as serverless departs from it.
+CapacityId = Annotated[
+    str | None,
+    Field(description="Null from a server that answers as serverless capacity."),
+    WithJsonSchema({"type": "string"}),
+]
+
+
+class LoRAConfigV1(Answer):
+    """What an adapter sits on."""
+
+    config_version: str
+    targets: list[str]
+    expert_layout: None = None
+
+
+class DeactivatedV1(Answer):
+    """What was deactivated: a run, a sampler or a deployment, with its owner."""
+
+    id: str
+    base_model: str
+    user: UserV1

@@ -1,0 +1,64 @@
+"""Samplers."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import ConfigDict, Field, StrictInt, StrictStr
+
+from selfloop.server.management.schemas.common import (
+    Answer,
+    CapacityId,
+    CapacityV1,
+    DeploymentStatusV1,
+    InstanceTypeV1,
+    Request,
+    UserV1,
+)
+
+
+class LoopsSamplerStatusV1(Answer):
+    """The current status of a Loops sampler."""
+
+    name: DeploymentStatusV1 = Field(description="The current status of the Loops sampler.")
+    reason: str = Field("", description="Why, in words.")
+
+
+class LoopsSamplerV1(Answer):
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str
+    base_url: str
+    base_model: str = Field(description="The HuggingFace base model the sampler is serving.")
+    created_at: datetime
+    model_id: CapacityId
+    deployment_id: CapacityId
+    status: LoopsSamplerStatusV1
+    run_id: str | None = None
+    user: UserV1
+    instance_type: InstanceTypeV1
+    node_count: int = 1
+    standing: bool = Field(False, description="Whether it never scales to zero: a deployed one.")
+    capacity: CapacityV1
+
+
+class CreateLoopsSamplerRequestV1(Request):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    session_id: StrictStr
+    run_id: StrictStr | None = Field(None, description="Pair with this run (one sampler a run).")
+    base_model: StrictStr | None = None
+    model_path: StrictStr | None = Field(None, description="bt:// URI of a checkpoint to serve.")
+    max_seq_length: StrictInt | None = None
+    num_replicas: StrictInt | None = Field(None, description="Only 1.")
+    availability_model: Literal["dedicated", "spot"] | None = Field(
+        None, description="Only 'dedicated'; of a paired sampler its run's, which is that, too."
+    )
+    reuse_from_session_id: StrictStr | None = None
+
+
+class LoopsSamplerResponseV1(Answer):
+    sampler: LoopsSamplerV1
+
+
+class ListLoopsSamplersResponseV1(Answer):
+    samplers: list[LoopsSamplerV1]
