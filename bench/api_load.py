@@ -32,8 +32,9 @@ import uvloop
 
 from bench.harness.load import Connection, Polls, WaitingRuns
 from bench.harness.measure import percentile, scaled
+from bench.harness.peer import PEERS, loops_client
 from bench.harness.report import Report, machine
-from bench.harness.serving import PEERS, Server, add_model, loops_client, serving
+from bench.harness.server import Server, add_model, serving
 
 MODEL = "tiny/load"
 NUM_RUNS = 50
@@ -55,7 +56,7 @@ def gateway() -> Generator[tuple[Server, Path]]:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-c", made, str(folder / "model")]
         subprocess.run(command, env=env, check=True, capture_output=True)
-        add_model(folder / "model", MODEL, folder / "data")
+        add_model(folder / "data", folder / "model", MODEL)
         with serving(folder / "data", program=[str(PEERS / "patient_gateway.py")]) as server:
             yield server, folder / "data"
 

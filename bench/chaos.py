@@ -195,7 +195,9 @@ def play(server: Server, client: str, script: list[str], strikes: list[Strike]) 
             killer.join()
             if code != 0:
                 complaints.seek(0)
-                raise RuntimeError(f"the script ended with {code}:\n{complaints.read()[-4000:]}\n{server.log_path}")
+                raise RuntimeError(
+                    f"the script ended with {code}:\n{complaints.read()[-4000:]}\n{server.log_path.read_text()[-4000:]}"
+                )
         if killer.failure is not None:
             raise killer.failure
         _look_at(server, played)
@@ -296,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     script = [python_of(args.client), str(name), MODEL, str(args.steps), str(vocab_size), str(args.length)]
     with tempfile.TemporaryDirectory(prefix="selfloop-chaos-") as folder:
         template = Path(folder) / "template"
-        add_model(template, args.model_dir.absolute(), MODEL)
+        add_model(template, args.model_dir, MODEL)
         servers: list[Server] = []
         for what in ("peace", "war"):
             data_dir = Path(shutil.copytree(template, Path(folder) / what))

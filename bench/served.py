@@ -15,8 +15,9 @@ from typing import Any
 
 from bench.harness import ours, program, work
 from bench.harness.measure import alternate, ratios, scaled, seconds, wall_clock
+from bench.harness.peer import Peer, loops_client
 from bench.harness.program import Bench, Case
-from bench.harness.serving import Peer, Server, add_model, loops_client, peak_rss_bytes, serving
+from bench.harness.server import Server, add_model, peak_rss_bytes, serving
 
 MODEL = "bench/model"
 PROMPT, NEW_TOKENS, ROLLOUT_TOKENS, STREAMS = 16, 48, 256, 32
@@ -29,7 +30,7 @@ def served(bench: Bench, num_clients: int) -> Generator[tuple[Server, list[Peer]
     with ExitStack() as stack:
         stack.enter_context(wall_clock())
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfloop-bench-")))
-        add_model(bench.model_dir, MODEL, data_dir)
+        add_model(data_dir, bench.model_dir, MODEL)
         server = stack.enter_context(serving(data_dir, "--dtype", bench.engine.info.dtype))
         clients = [loops_client(server, MODEL) for _ in range(num_clients)]
         for client in clients:
@@ -134,7 +135,7 @@ def latency(bench: Bench) -> None:
     starts: list[float] = []
     for _ in range(num):
         with tempfile.TemporaryDirectory(prefix="selfloop-bench-") as folder:
-            with serving(Path(folder), "--no-prepare") as server:
+            with serving(Path(folder)) as server:
                 starts.append(server.start_s)
     with served(bench, 1) as (server, (client,)):
         idle = server.process.memory_info().rss

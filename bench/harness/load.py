@@ -6,22 +6,14 @@ import json
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from bench.harness.server import Server
 
 NUM_POSTERS = 64
 # A loopback address has about 28,000 ports to dial from; more connections than that need several.
 _PORTS_PER_ADDRESS = 20_000
-
-
-class Server(Protocol):
-    """Where to ask, and with which key."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def key(self) -> str: ...
 
 
 class Answer(NamedTuple):

@@ -1,4 +1,4 @@
-"""A served gateway in a process of its own, which may be killed and started again on the same port."""
+"""A served gateway in a process of its own, as users start it."""
 
 import json
 import os
@@ -10,40 +10,55 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-START_PATIENCE_S = 120.0
+SERVE = ("-m", "selfloop.cli.main", "serve", "--no-prepare")
+"""Without the embedded model, which would be made ready beside what is measured."""
+
+_START_PATIENCE_S = 120.0
+_SHOWN_CHARS = 4000
 
 
 class Server:
-    """``selfloop serve`` on ``data_dir``; ``options`` are further arguments of the command."""
+    """A gateway on a free port, which may be killed and started again on the same one."""
 
-    def __init__(self, data_dir: Path, *options: str) -> None:
+    def __init__(self, data_dir: Path, *options: str, program: Sequence[str] = SERVE) -> None:
+        """
+        Args:
+            data_dir: a folder that is there.
+            options: further arguments of the command.
+            program: what Python runs; it takes ``--port`` and ``--data-dir`` as ``selfloop serve`` does.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = secrets.token_urlsafe(16)
-        self.log_path = data_dir.with_name(data_dir.name + ".log")
-        self._options = options
+        self.log_path = data_dir / "bench-server.log"
+        self.start_s = 0.0
+        """From the launch to the first answer."""
+        self._arguments = [*program, "--port", str(self.port), "--data-dir", str(data_dir), *options]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Return once it answers."""
-        command = [sys.executable, "-m", "selfloop.cli.main", "serve", "--no-prepare"]
-        command += ["--port", str(self.port), "--data-dir", str(self.data_dir), *self._options]
+        """Return once it answers. Raises :class:`RuntimeError` with what it wrote when it does not."""
         environment = {**os.environ, "SELFLOOP_API_KEY": self.key}
         with open(self.log_path, "ab") as log:
+            started = time.perf_counter()
+            command = [sys.executable, *self._arguments]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + START_PATIENCE_S
         while not self._is_healthy():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server does not start; see {self.log_path}")
-            time.sleep(0.02)
+            if self._process.poll() is not None or time.perf_counter() > started + _START_PATIENCE_S:
+                self.stop()
+                raise RuntimeError(f"the server does not start:\n{self.log_path.read_text()[-_SHOWN_CHARS:]}")
+            time.sleep(0.005)
+        self.start_s = time.perf_counter() - started
 
     def _is_healthy(self) -> bool:
         try:
@@ -64,6 +79,11 @@ class Server:
     def workers(self) -> list[psutil.Process]:
         """Those that live now."""
         return [worker for host in self.hosts() for worker in children_of(host)]
+
+    def worker(self) -> psutil.Process:
+        """Its one worker."""
+        (worker,) = self.workers()
+        return worker
 
     def kill_worker(self, patience_s: float = 10.0) -> bool:
         """``kill -9`` of a worker, of the next one if there is none now; False when none came."""
@@ -96,6 +116,17 @@ class Server:
             return json.load(answer)
 
 
+@contextmanager
+def serving(data_dir: Path, *options: str, program: Sequence[str] = SERVE) -> Generator[Server]:
+    """A :class:`Server` that runs until the context ends."""
+    server = Server(data_dir, *options, program=program)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 def hosts_of(data_dir: Path) -> list[psutil.Process]:
     """By the record of themselves that they were told of."""
     record = f"{data_dir}/workers/"
@@ -118,7 +149,14 @@ def _host_arguments(process: psutil.Process) -> list[str]:
         return []
 
 
+def peak_rss_bytes(process: psutil.Process) -> int:
+    """The most that the process ever had resident."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def add_model(data_dir: Path, folder: Path, name: str) -> None:
     """Put a local model folder in the catalogue of a new data directory."""
-    command = [sys.executable, "-m", "selfloop.cli.main", "models", "add", str(folder), "--name", name]
+    command = [sys.executable, "-m", "selfloop.cli.main", "models", "add", str(folder.resolve()), "--name", name]
     subprocess.run([*command, "--data-dir", str(data_dir)], check=True, stdout=subprocess.DEVNULL)
