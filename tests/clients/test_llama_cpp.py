@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import gguf_models
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.worker import adapters
 
 SCRIPT = Path(__file__).parent / "scripts" / "llama_cpp_checks.py"
@@ -43,7 +44,7 @@ def export(name: str, folder: Path) -> None:
     """A tiny model, an adapter of it, and the GGUF of both."""
     family = "llama" if name in TOKENIZERS else name
     model_dir = gguf_models.save(family, folder / "model", TOKENIZERS.get(name))
-    engine = Engine.load(model_dir, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
     engine.init_run("run", rank=4, seed=1)
     engine._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     engine.save_sampler_checkpoint("run", folder / "checkpoint")

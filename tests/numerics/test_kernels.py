@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import load_base_weights
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.attention import PackedCausalAttention
@@ -217,7 +218,7 @@ def test_a_sample_has_the_same_bits_alone_and_among_others(folder: Path):
     prompts = [tiny_models.random_ids(length, seed=length) for length in (5, 33, 64, 20, 7)]
     adapters = [None, AdapterRef("a", ""), AdapterRef("b", ""), AdapterRef("a", "")]
     together = sampled(on, prompts, 3, adapters)
-    small = engine(folder, train_token_budget=12, max_kv_tokens=16 * 40)
+    small = engine(folder, limits=EngineLimits(train_token_budget=12, max_kv_tokens=16 * 40))
     for name in ("a", "b"):
         small._runs[name] = on._runs[name]
         small.publish(name, name)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_training_parity import disturb
 
 import tiny_models
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
@@ -230,7 +231,7 @@ CONFIGS: dict[str, st.SearchStrategy[Config]] = {
 
 @cache
 def engine_and_model(zoo, budget: int):
-    engine = zoo.engine("llama", train_token_budget=budget)
+    engine = zoo.engine("llama", limits=EngineLimits(train_token_budget=budget))
     engine.init_run("run", rank=4, seed=3)
     disturb(engine)
     return engine, zoo.peft("llama", engine, "run").double()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.lora import LoraTargets
@@ -96,7 +97,10 @@ def gradient(engine, name):
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
 def test_every_loss_beside_every_other_equals_it_alone(zoo, family):
     """Two rounds with a step between them: different ranks, targets, losses, settings and lengths in one pass."""
-    together, alone = zoo.engine(family, train_token_budget=256), zoo.engine(family, train_token_budget=256)
+    together, alone = (
+        zoo.engine(family, limits=EngineLimits(train_token_budget=256)),
+        zoo.engine(family, limits=EngineLimits(train_token_budget=256)),
+    )
     kinds = list(range(len(MENU)))
     names = start(together, kinds)
     start(alone, kinds)
@@ -141,7 +145,7 @@ def test_one_of_many_equals_peft(zoo):
 @given(st.lists(st.integers(0, len(MENU) - 1), min_size=1, max_size=8), st.integers(4, 80), st.integers(0, 99))
 def test_any_grouping_gives_the_same(zoo, kinds, budget, seed):
     """Whatever comes together, and however small a pass is."""
-    together, alone = zoo.engine("llama-tied", train_token_budget=budget), zoo.engine("llama-tied")
+    together, alone = zoo.engine("llama-tied", limits=EngineLimits(train_token_budget=budget)), zoo.engine("llama-tied")
     names = start(together, kinds)
     start(alone, kinds)
     asked = [(name, MENU[kind](seed + place)) for place, (name, kind) in enumerate(zip(names, kinds, strict=True))]
@@ -152,8 +156,8 @@ def test_any_grouping_gives_the_same(zoo, kinds, budget, seed):
 
 
 def test_what_fails_fails_alone(zoo):
-    engine = zoo.engine("llama-tied", train_token_budget=512)
-    alone = zoo.engine("llama-tied", train_token_budget=512)
+    engine = zoo.engine("llama-tied", limits=EngineLimits(train_token_budget=512))
+    alone = zoo.engine("llama-tied", limits=EngineLimits(train_token_budget=512))
     for one in (engine, alone):
         start(one, [0, 0])
     for name in ("nan", "infinite", "huge", "refused"):
@@ -202,7 +206,11 @@ def test_deterministic_bits_do_not_depend_on_mates(zoo, dtype, kinds, budget, se
 
     def train(apart):
         engine = Engine.load(
-            zoo.folder("llama"), device="cpu", dtype=dtype, train_token_budget=budget, deterministic=True
+            zoo.folder("llama"),
+            device="cpu",
+            dtype=dtype,
+            limits=EngineLimits(train_token_budget=budget),
+            deterministic=True,
         )
         names, results = start(engine, kinds), []
         for turn in range(2):

@@ -5,6 +5,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
@@ -52,7 +53,7 @@ def test_greedy_equals_transformers_generate(zoo, family):
 @pytest.mark.parametrize("prefill_budget", [8, 512])
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
 def test_sampled_logprobs_equal_the_trainers(zoo, family, prefill_budget):
-    engine = zoo.engine(family, train_token_budget=prefill_budget)
+    engine = zoo.engine(family, limits=EngineLimits(train_token_budget=prefill_budget))
     adapter = train(engine, "run", rank=4, seed=1)
     prompt = tiny_models.random_ids(21, seed=5)
     params = SamplingParams(max_tokens=40, temperature=0.8, top_p=0.95, seed=11)
@@ -73,7 +74,7 @@ def test_sampled_logprobs_equal_the_trainers(zoo, family, prefill_budget):
 def test_divergence_of_sampler_and_trainer_at_the_first_step(tmp_path, dtype, bound):
     """Half the mean squared difference of the logprobs of what was sampled, an estimate of KL."""
     model = tiny_models.save("llama-tied", tmp_path / "model")
-    engine = Engine.load(model, device="cpu", dtype=dtype, max_kv_tokens=8192)
+    engine = Engine.load(model, device="cpu", dtype=dtype, limits=EngineLimits(max_kv_tokens=8192))
     engine.init_run("run", rank=8, seed=1)
     engine._runs["run"].theta_P.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     engine.publish("run", "run-final")

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import tiny_models
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.operation import AdamParams
 
@@ -49,7 +50,7 @@ def named_gradients(model):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biased", "llama3-rope", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_loss_and_gradients_equal_peft(zoo, family, budget):
-    engine = zoo.engine(family, train_token_budget=budget)
+    engine = zoo.engine(family, limits=EngineLimits(train_token_budget=budget))
     engine.init_run("run", rank=4, seed=3)
     disturb(engine)
     reference = zoo.peft(family, engine, "run")
@@ -197,7 +198,7 @@ def assert_gradients_equal(engine, reference, divisor):
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_a_mixture_of_targets_equals_peft(zoo, budget):
     """Three targets a position, some of them masked, some of weight zero, one position without any."""
-    engine = zoo.engine("llama", train_token_budget=budget)
+    engine = zoo.engine("llama", limits=EngineLimits(train_token_budget=budget))
     engine.init_run("run", rank=4, seed=3)
     disturb(engine)
     reference = zoo.peft("llama", engine, "run")
@@ -235,7 +236,7 @@ def test_a_mixture_of_targets_equals_peft(zoo, budget):
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_dpo_equals_peft(zoo, budget):
     """Two pairs; the reference is the base model, the prompt is masked by targets in one row, by weights elsewhere."""
-    engine = zoo.engine("llama", train_token_budget=budget)
+    engine = zoo.engine("llama", limits=EngineLimits(train_token_budget=budget))
     engine.init_run("run", rank=4, seed=3)
     disturb(engine)
     policy, base = zoo.peft("llama", engine, "run"), zoo.reference("llama")
@@ -272,7 +273,7 @@ def test_dpo_equals_peft(zoo, budget):
 
 
 def test_the_likeliest_tokens_equal_peft(zoo):
-    engine = zoo.engine("llama", train_token_budget=16)
+    engine = zoo.engine("llama", limits=EngineLimits(train_token_budget=16))
     engine.init_run("run", rank=4, seed=3)
     disturb(engine)
     reference = zoo.peft("llama", engine, "run")

@@ -7,6 +7,7 @@ from test_engine_kv_cache import tiny_config
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, PagePool
 from selfloop.engine.sample.prefix_cache import PrefixCache
@@ -68,7 +69,10 @@ def engines(folder) -> list[Engine]:
         model = tiny_models.save("llama-tied", folder)
         for num_tokens, budget in ((16 * 14, 12), (4096, 512)):
             engine = Engine.load(
-                model, device="cpu", dtype="float32", max_kv_tokens=num_tokens, train_token_budget=budget
+                model,
+                device="cpu",
+                dtype="float32",
+                limits=EngineLimits(max_kv_tokens=num_tokens, train_token_budget=budget),
             )
             engine.init_run("run", rank=4, seed=1)
             engine._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(1))

@@ -26,6 +26,7 @@ from selfloop.engine.device import (
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.files.peft import read_peft
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import Decoder, num_parameters
@@ -85,11 +86,7 @@ class Engine:
         self,
         decoder: Decoder,
         *,
-        train_token_budget: int | None = None,
-        activation_bytes: int | None = None,
-        kept_bytes: int | None = None,
-        max_kv_tokens: int | None = None,
-        max_adapters: int = 32,
+        limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
         deterministic: bool = False,
@@ -99,21 +96,26 @@ class Engine:
         self._decoder = decoder
         self._deterministic = deterministic
         held_bytes = num_parameters(decoder.weights) * decoder.dtype.itemsize
-        memory = PassMemory.of(
-            decoder, default_pass_bytes(device, held_bytes) if activation_bytes is None else activation_bytes
-        )
+        activation_bytes, kept_bytes = limits.activation_bytes, limits.kept_bytes
+        if activation_bytes is None:
+            activation_bytes = default_pass_bytes(device, held_bytes)
+        if kept_bytes is None:
+            kept_bytes = default_kept_bytes(device, held_bytes)
+        memory = PassMemory.of(decoder, activation_bytes)
         usual = AdapterShape(config, _USUAL_RANK)
+        train_token_budget = limits.train_token_budget
         if train_token_budget is None:
             # As many tokens as are fast, if they fit without computing anything twice.
             fitting = memory.longest(usual, with_gradient=True, recompute=False)
             train_token_budget = min(default_train_budget(device), max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
-        self._kept = KeptForwards(default_kept_bytes(device, held_bytes) if kept_bytes is None else kept_bytes)
+        self._kept = KeptForwards(kept_bytes)
         self._workshop = Workshop(config, device, train_token_budget, memory, self._kept)
+        max_kv_tokens = limits.max_kv_tokens
         if max_kv_tokens is None:
             max_kv_tokens = default_kv_tokens(config, device, decoder.dtype)
         self._runs: dict[str, Run] = {}
-        self._bank = AdapterBank(max_adapters)
+        self._bank = AdapterBank(limits.max_adapters)
         self._scheduler = SamplingScheduler(
             decoder,
             cache_passes(decoder, max_kv_tokens, default_window_tokens(config, decoder.device)),
@@ -147,11 +149,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        train_token_budget: int | None = None,
-        activation_bytes: int | None = None,
-        kept_bytes: int | None = None,
-        max_kv_tokens: int | None = None,
-        max_adapters: int = 32,
+        limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
         deterministic: bool = False,
@@ -161,11 +159,7 @@ class Engine:
         Args:
             device: "auto" is CUDA where there is one, else the CPU.
             dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it.
-            train_token_budget: tokens of a micro-batch, of training and of prefill.
-            activation_bytes: what one pass of training may take; longer sequences than fit are refused.
-            kept_bytes: what forwards that wait for their backward may take; 0 keeps none, and computes them twice.
-            max_kv_tokens: tokens the KV cache holds over all requests.
-            max_adapters: sampling adapters kept in memory.
+            limits: what it may take of the device.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
             compile_grammar: reads what samples must match; without it such requests are refused.
             deterministic: a run's training gives the same bits whatever is computed together with it.
@@ -180,11 +174,7 @@ class Engine:
         log.info("base weights in %s on %s, %s", compute, on, layout)
         return cls(
             Decoder(config, load_base_weights(model_dir, config, on, compute, layout)),
-            train_token_budget=train_token_budget,
-            activation_bytes=activation_bytes,
-            kept_bytes=kept_bytes,
-            max_kv_tokens=max_kv_tokens,
-            max_adapters=max_adapters,
+            limits=limits,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
             deterministic=deterministic,

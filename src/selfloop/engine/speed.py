@@ -15,6 +15,7 @@ import torch
 from selfloop.engine.device import pick_device, pick_dtype
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import random_base_weights
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.targets import linear_groups
 from selfloop.engine.models.config import ModelConfig, parse_config, read_config
 from selfloop.engine.models.decoder import Decoder
@@ -86,7 +87,7 @@ def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) ->
         return Engine.load(model_dir), read_config(model_dir)
     config = parse_config(_SHAPE, {})
     decoder = Decoder(config, random_base_weights(config, device, dtype, best_layout(config, device, dtype)))
-    return Engine(decoder, max_adapters=1), config
+    return Engine(decoder, limits=EngineLimits(max_adapters=1)), config
 
 
 def _datum(index: int, vocab_size: int) -> Datum:

@@ -28,6 +28,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch
 
 from selfloop.engine.device import pick_device
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.logline import JsonFormatter
 from selfloop.worker.host_protocol import (
     Exited,
@@ -216,8 +217,7 @@ def main() -> None:
             options.device,
             options.dtype,
             deterministic=options.deterministic,
-            activation_bytes=options.activation_bytes,
-            kept_bytes=options.kept_bytes,
+            limits=EngineLimits(activation_bytes=options.activation_bytes, kept_bytes=options.kept_bytes),
         )
 
     host = Host(socket.socket(fileno=options.listener_fd), load, num_threads, options.linger_s)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import zmq
 
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.models.config import read_config
 from selfloop.worker.background import Pulse
 from selfloop.worker.chat import ChatTemplate
@@ -38,8 +39,7 @@ def load_model(
     dtype: str,
     *,
     deterministic: bool,
-    activation_bytes: int | None,
-    kept_bytes: int | None,
+    limits: EngineLimits,
 ) -> Model:
     """Read a prepared model folder; see :meth:`Engine.load`."""
     tokenizer = ModelTokenizer.load(model_dir)
@@ -52,8 +52,7 @@ def load_model(
         vocabulary=tokenizer,
         compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
         deterministic=deterministic,
-        activation_bytes=activation_bytes,
-        kept_bytes=kept_bytes,
+        limits=limits,
     )
     log.info("loaded %s: %s", model_dir, engine.info)
     return Model(engine, tokenizer, chat)

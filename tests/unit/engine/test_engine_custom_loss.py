@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.losses.custom import MAX_WORK, CustomLossRunner
 from selfloop.engine.losses.custom_ops import COMPUTE
 from selfloop.types.custom_loss import CustomLoss, LossInput, Node, check
@@ -225,7 +226,7 @@ def datum(seed: int, num: int) -> Datum:
 
 @pytest.mark.parametrize("budget", [8, 1024])
 def test_a_step_on_an_uploaded_loss_is_that_on_the_built_in_one(load: Callable[..., Engine], budget: int):
-    engine = load(train_token_budget=budget)
+    engine = load(limits=EngineLimits(train_token_budget=budget))
     data = [datum(seed, num) for seed, num in ((1, 5), (2, 9), (3, 1))]
     for run in ("ours", "theirs"):
         engine.init_run(run, rank=4, seed=1)

@@ -8,6 +8,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
@@ -26,8 +27,7 @@ def load(folder, kept_bytes=MANY, *, dtype="float32", budget=40, deterministic=F
         folder,
         device="cpu",
         dtype=dtype,
-        train_token_budget=budget,
-        kept_bytes=kept_bytes,
+        limits=EngineLimits(train_token_budget=budget, kept_bytes=kept_bytes),
         deterministic=deterministic,
     )
 

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tiny_models
 from selfloop.engine import device
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.attention import PackedCausalAttention
@@ -58,9 +59,8 @@ def long_datum(num, seed=0):
 
 
 def load(folder, activation_bytes=None, *, dtype="float32", budget=64):
-    engine = Engine.load(
-        folder, device="cpu", dtype=dtype, train_token_budget=budget, activation_bytes=activation_bytes, kept_bytes=0
-    )
+    limits = EngineLimits(train_token_budget=budget, activation_bytes=activation_bytes, kept_bytes=0)
+    engine = Engine.load(folder, device="cpu", dtype=dtype, limits=limits)
     engine.init_run("run", rank=4, seed=0)
     theta_P = engine._runs["run"].theta_P
     theta_P.add_(torch.randn(theta_P.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
@@ -150,7 +150,7 @@ def test_many_short_sequences_are_split_by_what_fits(deep_dir):
 
 def test_the_budget_follows_from_the_memory(deep_dir):
     assert Engine.load(deep_dir, device="cpu", dtype="float32").train_token_budget == 512
-    small = Engine.load(deep_dir, device="cpu", dtype="float32", activation_bytes=6 * 2**20)
+    small = Engine.load(deep_dir, device="cpu", dtype="float32", limits=EngineLimits(activation_bytes=6 * 2**20))
     memory, usual = small._workshop.memory, AdapterShape(small._decoder.config, 32)
     assert 64 <= small.train_token_budget < 512
     assert not memory.recomputes(small.train_token_budget, usual)

@@ -8,6 +8,7 @@ from test_engine_sampling import run_all
 from transformers import AutoModelForCausalLM
 
 import tiny_models
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.sampling import PromptTargets, SampleRequest, SamplingParams
 
 PROMPT = tiny_models.random_ids(20, seed=4)
@@ -46,7 +47,7 @@ def targets_of(rows):
 
 @pytest.fixture(params=[512, 6], ids=["at once", "in parts"])
 def any_engine(load, request):
-    return load(train_token_budget=request.param)
+    return load(limits=EngineLimits(train_token_budget=request.param))
 
 
 def test_named_tokens(any_engine, logprobs_NV):
@@ -58,7 +59,7 @@ def test_named_tokens(any_engine, logprobs_NV):
 
 
 def test_only_rows_that_are_asked_for_are_computed(load, monkeypatch):
-    engine = load(train_token_budget=512)
+    engine = load(limits=EngineLimits(train_token_budget=512))
     decoder = engine._decoder
     counted = []
     logits = decoder.logits

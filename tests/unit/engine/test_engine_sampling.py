@@ -3,6 +3,7 @@
 import pytest
 
 import tiny_models
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
@@ -129,7 +130,7 @@ def test_stop_strings_need_a_vocabulary(load):
 
 
 def test_more_tokens_than_the_cache_holds_are_refused(load):
-    engine = load(max_kv_tokens=32)
+    engine = load(limits=EngineLimits(max_kv_tokens=32))
     with pytest.raises(BadRequest, match="KV cache"):
         engine.submit_sample(request(max_tokens=40))
     with pytest.raises(BadRequest, match="positions"):
@@ -145,7 +146,7 @@ def test_tokens_outside_the_vocabulary_are_refused(engine):
 def test_requests_queue_for_cache_and_come_out_the_same(load, engine):
     requests = [request(f"q{i}", prompt=tiny_models.random_ids(5 + 7 * i, seed=i), num_samples=3) for i in range(5)]
     expected = run_all(engine, *requests)
-    tight = load(max_kv_tokens=96)
+    tight = load(limits=EngineLimits(max_kv_tokens=96))
     results = run_all(tight, *requests)
     for request_id, result in expected.items():
         assert [s.tokens for s in results[request_id].sequences] == [s.tokens for s in result.sequences]
@@ -155,7 +156,9 @@ def test_requests_queue_for_cache_and_come_out_the_same(load, engine):
 @pytest.mark.parametrize("length", [1, 15, 16, 17])
 def test_page_borders(load, length, max_tokens):
     prompt = tiny_models.random_ids(length, seed=2)
-    sequences = one(load(max_kv_tokens=64), prompt=prompt, max_tokens=max_tokens, num_samples=4, temperature=0)
+    sequences = one(
+        load(limits=EngineLimits(max_kv_tokens=64)), prompt=prompt, max_tokens=max_tokens, num_samples=4, temperature=0
+    )
     assert len({tuple(s.tokens) for s in sequences}) == 1
 
 
@@ -198,7 +201,7 @@ def test_adapter_from_files_samples_like_the_published_one(engine, tmp_path):
 
 
 def test_the_bank_evicts_the_longest_unused_but_none_in_use(load):
-    engine = load(max_adapters=2)
+    engine = load(limits=EngineLimits(max_adapters=2))
     engine.init_run("run", rank=2, seed=1)
     engine.publish("run", "a")
     engine.publish("run", "b")

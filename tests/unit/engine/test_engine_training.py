@@ -8,6 +8,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.files import checkpoint
+from selfloop.engine.limits import EngineLimits
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
@@ -136,7 +137,7 @@ def test_zero_weight_is_not_trained_but_has_a_logprob(trained):
 
 
 def test_split_requests_accumulate_like_one(trained, load):
-    other = load(train_token_budget=8)
+    other = load(limits=EngineLimits(train_token_budget=8))
     other.init_run("run", rank=4, seed=1)
     other._runs["run"].theta_P.copy_(trained._runs["run"].theta_P)
     data = some_data()
@@ -435,7 +436,7 @@ def pairs(num=4):
 
 
 def test_split_pairs_accumulate_like_one_call(trained, load):
-    other = load(train_token_budget=8)
+    other = load(limits=EngineLimits(train_token_budget=8))
     other.init_run("run", rank=4, seed=1)
     other._runs["run"].theta_P.copy_(trained._runs["run"].theta_P)
     data = pairs(6)

@@ -18,6 +18,7 @@ import served_model
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.files import compare
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
 from selfloop.worker import adapters
@@ -39,7 +40,7 @@ def make_checkpoint(
     targets: LoraTargets = LoraTargets(),
 ) -> Path:
     """A sampler checkpoint of an adapter that matters."""
-    engine = Engine.load(model_dir, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
     engine.init_run("run", rank=rank, seed=1, targets=targets)
     run = engine._runs["run"]
     run.alpha, run.step = alpha, 7
@@ -186,7 +187,7 @@ def test_an_exported_adapter_loads_in_peft(tiny_model_folder: Path, tmp_path: Pa
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny/llama", 4, 12)
     assert "base_model: tiny/llama" in (out / "README.md").read_text()
     model = load_adapter(load(tiny_model_folder), out)
-    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
     engine.init_run("run", rank=4, seed=0, initial=checkpoint)
     result = engine.forward("run", [tiny_models.next_token_datum(IDS)], "cross_entropy", {})
     ours = torch.tensor(result.logprobs[0].values())
@@ -302,7 +303,7 @@ def test_an_adapter_of_peft_is_imported(tiny_model_folder: Path, tmp_path: Path)
     out = tmp_path / "checkpoint"
     facts = adapters.import_peft(folder, tiny_model_folder, out, quiet)
     assert facts == {"size_bytes": sum(p.stat().st_size for p in out.iterdir()), "lora_rank": 4, "lora_alpha": 16.0}
-    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", max_kv_tokens=512)
+    engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
     engine.init_run("run", rank=64, seed=0)
     engine.load_checkpoint("run", out, with_optimizer=False)
     assert engine._runs["run"].alpha == 16.0

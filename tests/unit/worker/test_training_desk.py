@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
 from selfloop.types.result import LossResult
 from selfloop.worker.outbox import Outbox
@@ -70,7 +71,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model_dir: Path) -> Engine:
-    engine = Engine.load(model_dir, device="cpu", dtype="float32", train_token_budget=32)
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", limits=EngineLimits(train_token_budget=32))
     for name in "abcd":
         engine.init_run(name, rank=2, seed=1)
     return engine
