@@ -56,6 +56,7 @@ class WorkerClient:
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._dying: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._folder: Path | None = None
         self._process: WorkerProcess | None = None
         self._stopping = False
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
@@ -142,7 +143,7 @@ class WorkerClient:
         await self.kill("stopped")
 
     async def kill(self, reason: str) -> None:
-        """End the process now and let go of everything it held."""
+        """End the process now, if it was started, and let go of everything it held."""
         if self._process is not None:
             self._process.kill()
             await asyncio.wait({self._process.ended})
@@ -150,10 +151,11 @@ class WorkerClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close()
-        self._pulse.close(linger=0)
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._socket.close()
+            self._pulse.close(linger=0)
+            self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _receive(self) -> None:
         while True:
@@ -220,7 +222,7 @@ class WorkerClient:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
             self.ready.exception()
-        begun = _read_begun(self._folder / "begun") if self._waiting else set[int]()
+        begun = _read_begun(self._folder / "begun") if self._folder is not None and self._waiting else set[int]()
         for ticket, future in self._waiting.items():
             if not future.done():
                 future.set_exception(WorkerLost(reason, begun=ticket in begun))

@@ -190,7 +190,9 @@ class WorkerHost:
     async def _cause_of_end(self) -> str:
         launched = self._launched
         self.end()
-        return describe_exit(await launched.wait()) if launched is not None else "the process that loaded it is gone"
+        if launched is None:
+            return "the process that loaded it is gone"
+        return f"{describe_exit(await launched.wait())} ({self._command.log_path} may tell why)"
 
 
 async def find_or_launch(command: WorkerCommand) -> WorkerHost:

@@ -1,5 +1,6 @@
 """A worker's place counts the deaths of what it started."""
 
+import asyncio
 from pathlib import Path
 from typing import cast
 
@@ -7,6 +8,7 @@ import pytest
 
 from selfloop.control import workers
 from selfloop.control.workers import WorkerSlot
+from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.protocol import ModelInfo
@@ -27,8 +29,6 @@ class DyingClient:
     made: "list[DyingClient]"
 
     def __init__(self, _command: object, _note: object) -> None:
-        import asyncio
-
         loop = asyncio.get_running_loop()
         self.pid = 1
         self.lost: asyncio.Future[str] = loop.create_future()
@@ -43,8 +43,62 @@ class DyingClient:
     async def stop(self) -> None: ...
 
 
+class LostHost(Host):
+    """A process that ends while it loads."""
+
+    async def ready(self) -> None:
+        raise WorkerLost("worker process exited with status 1")
+
+
+class RefusingHost(Host):
+    """One that cannot load the model."""
+
+    async def ready(self) -> None:
+        raise OperationFailed("the folder holds no weights", "LoadFailed")
+
+
+class StuckHost(Host):
+    async def ready(self) -> None:
+        await asyncio.Event().wait()
+
+
 async def launch(_command: object) -> Host:
     return Host()
+
+
+def slot_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> WorkerSlot:
+    async def launched(_command: object) -> Host:
+        return host
+
+    async def prepare(_name: str, _note: object) -> Path:
+        return Path()
+
+    async def on_state(_name: str, _state: str, _reason: str) -> None: ...
+
+    monkeypatch.setattr(workers, "find_or_launch", launched)
+    return WorkerSlot("tiny", prepare, lambda _name, _folder: cast(WorkerCommand, None), on_state)
+
+
+@pytest.mark.parametrize(
+    ("host", "cause"),
+    [(LostHost(), "died 3 times while loading: worker process exited"), (RefusingHost(), "holds no weights")],
+)
+async def test_what_cannot_be_loaded_fails_with_its_cause(
+    host: Host, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = slot_on(host, monkeypatch)
+    with pytest.raises(OperationFailed, match=cause):
+        await slot.acquire()
+    assert slot.state == "failed"
+    assert cause in slot.reason
+
+
+async def test_who_waits_for_a_load_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = asyncio.create_task(slot_on(StuckHost(), monkeypatch).acquire())
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_the_third_death_within_a_minute_is_a_crash_loop(monkeypatch: pytest.MonkeyPatch) -> None:
