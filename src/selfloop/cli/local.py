@@ -46,12 +46,17 @@ def show(made: Table) -> None:
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(made)
 
 
+def complain(message: str) -> None:
+    """One red line on standard error, in whatever width."""
+    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+
+
 def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
     """Run a command's work; an error is one red line and exit status 1."""
     try:
         return asyncio.run(work())
     except SelfloopError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        complain(str(error))
         raise typer.Exit(1) from None
 
 

@@ -44,7 +44,7 @@ def main(
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where everything is kept. Default: $SELFLOOP_DATA_DIR or ~/.selfloop.")
     ] = None,
@@ -194,7 +194,7 @@ def serve(
 @app.command()
 def doctor(
     data_dir: Annotated[Path | None, typer.Option(help="The data directory to look at.")] = None,
-    port: Annotated[int, typer.Option(help="The port that serve would use.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that serve would use.")] = 8000,
     bench: Annotated[bool, typer.Option("--bench", help="Measure the machine and the engine on it instead.")] = False,
     model: Annotated[
         Path | None, typer.Option(help="With --bench: a Hugging Face model folder, not a small model's shape.")

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from selfloop.cli import local
 from selfloop.cli.serve import KEY_FILE
@@ -101,7 +99,7 @@ def failing_in_one_line() -> Generator[None]:
     try:
         yield
     except CommandFailed as failure:
-        Console(stderr=True).print(Text(str(failure), style="red"), soft_wrap=True)
+        local.complain(str(failure))
         raise typer.Exit(1) from None
 
 

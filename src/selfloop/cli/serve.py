@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-
+from selfloop.cli import engine_libraries, local
 from selfloop.server.key_limits import Limits
 from selfloop.server.settings import Settings, default_data_dir
 
@@ -48,18 +47,23 @@ def serve_command(
     from selfloop.server.serve import serve
     from selfloop.types.errors import SelfloopError
 
-    console = Console(stderr=True)
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
                                ("dtype", dtype, ("auto", "float32", "bfloat16")),
                                ("capacity", capacity, ("dedicated", "serverless")),
                                ("stable-reinforce", stable_reinforce, ("stand-in", "refuse")),
                                ("log-format", log_format, ("text", "json"))):  # fmt: skip
         if value not in known:
-            console.print(f"[red]--{name}: one of {', '.join(known)}, got {value}[/red]")
+            local.complain(f"--{name}: one of {', '.join(known)}, got {value}")
             sys.exit(2)
     for problem in _tls_problems(tls_cert, tls_key):
-        console.print(f"[red]{problem}[/red]")
+        local.complain(problem)
         sys.exit(2)
+    if missing := engine_libraries.missing():
+        local.complain(
+            f"{sys.executable} lacks {', '.join(missing)}, without which no model can be loaded: "
+            f"{engine_libraries.HOW_TO_INSTALL}"
+        )
+        sys.exit(1)
     settings = Settings(
         host=host,
         port=port,
@@ -99,7 +103,7 @@ def serve_command(
     try:
         serve(settings, given, listening)
     except SelfloopError as error:
-        console.print(f"[red]{error}[/red]")
+        local.complain(str(error))
         sys.exit(1)
 
 

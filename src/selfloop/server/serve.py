@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import resource
+import socket
 from collections.abc import Callable
 
 import uvicorn
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from selfloop.control.control import Control
 from selfloop.server.connections import PatientConnection
 from selfloop.server.headers import is_local
+from selfloop.server.listening import bound
 from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
 
@@ -36,30 +38,42 @@ class _Server(uvicorn.Server):
         self._control = control
         self._on_listening = on_listening
 
-    async def startup(self, sockets: "list[object] | None" = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
             self._on_listening()
 
-    async def shutdown(self, sockets: "list[object] | None" = None) -> None:  # type: ignore[override]
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._control.operations.stop()
         self._control.jobs.release()
         self._control.queued_samples.send_home()
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await super().shutdown(sockets)
         # Here, as the signal that ends us is raised once more before anybody above hears of it.
         await asyncio.to_thread(finish)
 
 
 async def run_gateway(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
-    """Serve until a signal. ``on_listening`` gets the key that was made at this start, if any."""
+    """Serve until a signal. ``on_listening`` gets the key that was made at this start, if any.
+
+    Raises:
+        SelfloopError: it cannot listen there, which is found out before anything is made; or see :meth:`Control.start`.
+    """
+    with bound(settings.host, settings.port) as sockets:
+        await _run(settings, sockets, first_key, on_listening)
+
+
+async def _run(
+    settings: Settings,
+    sockets: list[socket.socket],
+    first_key: str | None,
+    on_listening: Callable[[str | None], None],
+) -> None:
     control = Control(settings.control)
     made = await control.start(first_key)
     # The worker is brought back meanwhile.
     app = await asyncio.to_thread(_make_app, settings, control)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=PatientConnection,
         log_level="warning",
         server_header=False,
@@ -80,7 +94,7 @@ async def run_gateway(settings: Settings, first_key: str | None, on_listening: C
 
     collecting = asyncio.create_task(_collect_young(), name="collect-garbage")
     try:
-        await _Server(config, control, listening).serve()
+        await _Server(config, control, listening).serve(sockets)
     finally:
         collecting.cancel()
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
-from selfloop.cli import client_env, doctor
+from selfloop.cli import client_env, doctor, engine_libraries
 from selfloop.cli.doctor import Verdict
 from selfloop.cli.main import app
 from selfloop.storage.db import migrate
@@ -60,12 +60,20 @@ def test_a_machine_that_can_serve(tmp_path: Path, no_client: None):
 
 
 def test_a_problem_is_exit_code_one(tmp_path: Path, no_client: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "_PROBE_TORCH", "raise ImportError('no torch here')")
-    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path), "--port", str(free_port())])
+    monkeypatch.setattr(engine_libraries.importlib.util, "find_spec", lambda name: None)
+    arguments = ["doctor", "--data-dir", str(tmp_path), "--port", str(free_port())]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 1
     assert "Not ready: engine libraries, PyTorch." in result.output
-    assert "no torch here" in doctor.check_torch().found
+    assert "pip install 'selfloop[engine]'" in result.output
+    assert doctor.check_torch().found == "not installed"
+
+
+def test_a_torch_that_does_not_start(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_PROBE_TORCH", "raise ImportError('libcudart is missing')")
+    check = doctor.check_torch()
+    assert check.verdict is Verdict.PROBLEM
+    assert "libcudart is missing" in check.found
 
 
 @pytest.mark.parametrize(
@@ -92,8 +100,9 @@ def test_ports():
     assert doctor.check_port(free_port()).verdict is Verdict.OK
     with http_server(b'{"status": "ok", "version": "9.9.9"}') as port:
         check = doctor.check_port(port)
-        assert check.verdict is Verdict.OK
+        assert check.verdict is Verdict.WARNING
         assert "9.9.9" in check.found
+        assert "--data-dir" in check.advice
     for body in (b"<html>", b'{"hello": 1}'):
         with http_server(body) as port:
             assert doctor.check_port(port).verdict is Verdict.PROBLEM

@@ -1,5 +1,6 @@
 """Bring a database to this version's schema."""
 
+import logging
 import os
 import sqlite3
 from contextlib import closing
@@ -15,6 +16,10 @@ from selfloop.types.errors import SelfloopError
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+log = logging.getLogger(__name__)
+# It tells of each of its parts, and of every step.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -47,6 +52,7 @@ def upgrade(database: URL) -> None:
         case "older":
             if is_sqlite(database):
                 _back_up(Path(str(database.database)), str(_current_revision(database)))
+            log.info("%s is brought up to date with this version", shown(database))
             _to_head(database)
 
 
