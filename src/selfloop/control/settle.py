@@ -154,6 +154,8 @@ class Settlement:
 
     async def fail(self, *failures: Failure) -> None:
         """Store errors as the operations' outcomes: of all of them, or of none."""
+        if not failures:
+            return
         for row, error, error_class, state in await self._journal.fail(failures):
             self.observer.failed(row, error, error_class, state)
             self.on_settled(row, Outcome(None, error, error_class))
