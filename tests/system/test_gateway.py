@@ -1,5 +1,7 @@
 """The gateway process itself: what it weighs, and what it must not hold."""
 
+import errno
+import os
 import socket
 import subprocess
 import sys
@@ -63,6 +65,31 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path: Path):
     (line,) = done.stderr.splitlines()[-1:]
     assert line.startswith(f"port {port} of 127.0.0.1 is taken by another program")
     assert not (tmp_path / "selfloop.db").exists()
+
+
+@pytest.mark.parametrize("command", [["serve"], ["keys", "list"]])
+def test_a_data_directory_that_cannot_be_used_is_told_in_a_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(data_dir: Path) -> str:
+        done = CliRunner().invoke(app, [*command, "--data-dir", str(data_dir)])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)
+        (line,) = done.stderr.splitlines()
+        return line
+
+    def no_room(_self: Path, *_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    usual = os.umask(0o077)
+    try:
+        (tmp_path / "file").touch()
+        assert refused(tmp_path / "file") == f"--data-dir: a folder; {tmp_path / 'file'} is a file"
+        assert refused(tmp_path / "file/below").endswith("Not a directory")
+        monkeypatch.setattr(Path, "mkdir", no_room)
+        assert refused(tmp_path / "new") == "the data directory cannot be used now: No space left on device"
+    finally:
+        os.umask(usual)
 
 
 def test_a_python_without_the_engine_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

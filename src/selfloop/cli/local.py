@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfloop.control.control import DataDirectory
+from selfloop.control.outages import OUTAGES, not_ready
 from selfloop.server.settings import default_data_dir, given_database_url, given_store
 from selfloop.types.errors import SelfloopError
 
@@ -51,13 +52,26 @@ def complain(message: str) -> None:
     Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
 
 
-def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
-    """Run a command's work; an error is one red line and exit status 1."""
+@contextmanager
+def failing_in_one_line() -> Generator[None]:
+    """What the user can mend is one red line and exit status 1."""
     try:
-        return asyncio.run(work())
+        yield
     except SelfloopError as error:
         complain(str(error))
         raise typer.Exit(1) from None
+    except OUTAGES as error:
+        if not_ready(error) is None:
+            raise
+        cause = error.strerror if isinstance(error, OSError) else getattr(error, "orig", error)
+        complain(f"the data directory cannot be used now: {cause}")
+        raise typer.Exit(1) from None
+
+
+def run(work: Callable[[], Coroutine[None, None, T]]) -> T:
+    """Run a command's work."""
+    with failing_in_one_line():
+        return asyncio.run(work())
 
 
 def duration_s(option: str, duration: str) -> int:

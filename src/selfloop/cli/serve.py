@@ -45,7 +45,6 @@ def serve_command(
     store: str | None,
 ) -> None:
     from selfloop.server.serve import serve
-    from selfloop.types.errors import SelfloopError
 
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
                                ("dtype", dtype, ("auto", "float32", "bfloat16")),
@@ -100,11 +99,8 @@ def serve_command(
     def listening(made: str | None) -> None:
         _announce(settings, given, made)
 
-    try:
+    with local.failing_in_one_line():
         serve(settings, given, listening)
-    except SelfloopError as error:
-        local.complain(str(error))
-        sys.exit(1)
 
 
 def _bytes(gib: float | None) -> int | None:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from selfloop.control import held
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
-from selfloop.control.installation import DATABASE_FILE, Installation, hold
+from selfloop.control.installation import DATABASE_FILE, Installation, hold, make_folder
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.links import Links
@@ -106,7 +106,7 @@ class DataDirectory:
     """The rows of a data directory, for commands that need no server: it may run beside one."""
 
     def __init__(self, path: Path, database: str | None = None, store: str | None = None) -> None:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path)
         self._installation = Installation(path)
         url = database_url(path, database)
         if migrate.schema_of(url) == "older":

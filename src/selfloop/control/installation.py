@@ -16,7 +16,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_access, queries_checkpoints
 from selfloop.storage.db.address import is_sqlite, shown
 from selfloop.storage.db.database import Database
-from selfloop.types.errors import Conflict
+from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id
 
 _FILE = "installation.json"
@@ -80,6 +80,18 @@ class Installation:
     def _remember(self, parts: _Parts) -> None:
         LocalBlobs(self._data_dir).put(_FILE, msgspec.json.encode(parts))
         self._earlier = parts
+
+
+def make_folder(data_dir: Path) -> None:
+    """Make the data directory where there is none yet. Raises :class:`BadRequest` for one that we may not write."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except FileExistsError:
+        raise BadRequest("--data-dir", f"a folder; {data_dir} is a file") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise BadRequest("--data-dir", f"a folder that can be made; {data_dir}: {error.strerror}") from None
+    if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
+        raise BadRequest("--data-dir", f"a folder that we may write; {data_dir} is none")
 
 
 def hold(data_dir: Path) -> IO[str]:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import socket
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ import uvloop
 from fastapi import FastAPI
 
 from selfloop.control.control import Control
+from selfloop.control.disk_room import OUTCOME_BYTES, SPARE_BYTES
+from selfloop.control.installation import make_folder
 from selfloop.server.connections import PatientConnection
 from selfloop.server.headers import is_local
 from selfloop.server.listening import bound
@@ -109,8 +112,10 @@ def _make_app(settings: Settings, control: Control) -> FastAPI:
 def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
     # Whatever this process and its workers write is for its user alone.
     os.umask(0o077)
+    make_folder(settings.data_dir)
     with logging_to(settings.data_dir, settings.log_format), exporting_spans():
         _warn_of_exposure(settings)
+        _warn_of_full_disk(settings)
         _allow_many_connections()
         gc.set_threshold(*_COLLECT_AFTER)
         uvloop.run(run_gateway(settings, first_key, on_listening))
@@ -132,6 +137,15 @@ def _warn_of_exposure(settings: Settings) -> None:
         )
     if settings.data_dir.stat().st_mode & 0o077:
         log.warning("%s is open to other users of this machine; chmod 700 closes it", settings.data_dir)
+
+
+def _warn_of_full_disk(settings: Settings) -> None:
+    free = shutil.disk_usage(settings.data_dir).free
+    if free < SPARE_BYTES:
+        log.warning(
+            "the disk of %s has only %d MiB left: saves are refused below %d MiB, and all operations below %d",
+            *(settings.data_dir, free // 2**20, SPARE_BYTES // 2**20, OUTCOME_BYTES // 2**20),
+        )
 
 
 def _allow_many_connections() -> None:

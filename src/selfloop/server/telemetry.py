@@ -30,7 +30,6 @@ def logging_to(data_dir: Path, log_format: LogFormat) -> Generator[None]:
         people.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         people.addFilter(_is_for_people)
     people.setLevel(logging.INFO)
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = logs.LogFile(data_dir / "logs")
     root = logging.getLogger()
     root.setLevel(logging.INFO)
