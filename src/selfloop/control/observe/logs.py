@@ -1,8 +1,10 @@
 """Structured log lines on disk: appended in batches, kept within bounds, read back by the ids they carry."""
 
+import contextlib
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +19,8 @@ import msgspec
 
 from selfloop.types.logline import JsonFormatter, LogLine, decoder
 
+log = logging.getLogger(__name__)
+
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LOG_FILE = "events.jsonl"
 _MAX_BYTES = 32 * 1024 * 1024
@@ -29,6 +33,27 @@ _MAX_PENDING = 100_000
 _BLOCK_BYTES = 64 * 1024
 
 
+class _Target(RotatingFileHandler):
+    """Tells once that lines cannot be written, not with a traceback of each, until some can be again."""
+
+    _is_told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._has_failed = False
+        super().emit(record)
+        self._is_told = self._has_failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._has_failed = True
+        if not self._is_told:
+            log.warning("lines of the log cannot be written to %s: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        # What it could not write it tries once more; that it cannot is told.
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class LogFile(logging.Handler):
     """Writes records from a thread of its own: whoever logs pays for the formatting only."""
 
@@ -37,7 +62,7 @@ class LogFile(logging.Handler):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._pending: deque[str] = deque(maxlen=_MAX_PENDING)
-        self._target = RotatingFileHandler(
+        self._target = _Target(
             folder / LOG_FILE, maxBytes=_MAX_BYTES, backupCount=_NUM_BACKUPS, encoding="utf-8", delay=True
         )
         self._writing = threading.Lock()

@@ -132,6 +132,19 @@ def test_a_record_carries_the_ids_of_its_scope_and_its_own(tmp_path: Path, log_f
     assert decoder.decode(second).text.endswith("ValueError: the cause")
 
 
+def test_a_full_disk_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / LOG_FILE).symlink_to("/dev/full")
+    handler = LogFile(tmp_path)
+    for text in ("one", "two", "three"):
+        handler.handle(logging.makeLogRecord({"msg": text}))
+        handler.flush()
+    handler.close()
+    assert [record.message for record in caplog.records] == [
+        f"lines of the log cannot be written to {tmp_path / LOG_FILE}: [Errno 28] No space left on device"
+    ]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_file_is_rotated_by_size(tmp_path: Path, log_file: LogFile, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(log_file._target, "maxBytes", 4000)
     for number in range(200):
