@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 
 import stores
 from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
+
+# How long an example takes tells of the machine, not of us.
+hypothesis.settings.register_profile("selfloop", deadline=None)
+hypothesis.settings.load_profile("selfloop")
 
 
 def pytest_unconfigure() -> None:

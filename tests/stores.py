@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -44,9 +45,12 @@ class Missing(Exception):
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that the system hands out for outgoing connections: nobody takes it before its server does."""
+    while True:
+        port = 15_000 + secrets.randbelow(15_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait(is_up: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
@@ -230,7 +234,8 @@ class Servers:
         return self._s3
 
     def close(self) -> None:
-        for server in (self._postgres, self._s3):
+        # The quick one first: whoever ends the tests may not wait for the other's files to be deleted.
+        for server in (self._s3, self._postgres):
             if server is not None:
                 server.close()
         self._postgres = self._s3 = None
@@ -298,7 +303,7 @@ def damage(data_dir: Path, checkpoint_id: str, name: str) -> None:
     forget_cached(data_dir, checkpoint_id)
 
 
-def secrets() -> dict[str, str]:
+def passwords() -> dict[str, str]:
     """What the servers are opened with."""
     return {"password of the database": PASSWORD, "key of the bucket": servers.s3.secret} if ON_SERVERS else {}
 

@@ -196,7 +196,7 @@ def session(exposed: Gateway) -> dict[str, str]:
     of_links = {f"signature {i}": signature for i, signature in enumerate(signatures)}
     return (
         SECRETS
-        | stores.secrets()
+        | stores.passwords()
         | made
         | of_links
         | {"environment": KEY, "the secret of links": link_secret.hex(), "age": str(identity)}

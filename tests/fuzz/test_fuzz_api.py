@@ -102,7 +102,6 @@ def test_generated_requests(gateway: Gateway, operations: list[Any], ids: dict[s
 
         @settings(
             max_examples=max(3, REQUESTS // len(operations)),
-            deadline=None,
             derandomize=ALWAYS_THE_SAME,
             print_blob=True,
             database=None,
@@ -191,7 +190,6 @@ def test_generated_bodies_of_the_data_plane(gateway: Gateway, ids: dict[str, str
 
     @settings(
         max_examples=REQUESTS // 6,
-        deadline=None,
         derandomize=ALWAYS_THE_SAME,
         print_blob=True,
         database=None,

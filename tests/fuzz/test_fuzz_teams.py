@@ -167,7 +167,6 @@ def ask_about(route: str, ask: Ask, house: House, num_requests: int) -> None:
 
     @settings(
         max_examples=num_requests,
-        deadline=None,
         derandomize=ALWAYS_THE_SAME,
         database=None,
         phases=[Phase.generate],

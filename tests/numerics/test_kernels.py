@@ -128,7 +128,7 @@ def test_computing_layers_again_changes_no_bit(folder: Path, family: str):
     assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(1, 140), st.sampled_from([1, 8, 16, 24])), min_size=2, max_size=4),
     st.integers(1, 4),
@@ -282,7 +282,7 @@ def test_a_compiler_s_message_is_in_the_log(monkeypatch: pytest.MonkeyPatch, cap
     assert not list((tmp_path / "selfloop").glob("*.so"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 700), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 10))
 def test_draws_are_where_the_uniform_number_says(num_tokens, temperature, seed):
     kernels = build.kernels()

@@ -251,7 +251,7 @@ def test_every_loss_has_its_formula_here():
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
 def test_value_and_gradient_are_those_of_the_formula(zoo, loss_fn, drawn):
     spec = LOSSES[loss_fn]

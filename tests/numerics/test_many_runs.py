@@ -141,7 +141,7 @@ def test_one_of_many_equals_peft(zoo):
         torch.testing.assert_close(parameter.view / num, expected / num, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, len(MENU) - 1), min_size=1, max_size=8), st.integers(4, 80), st.integers(0, 99))
 def test_any_grouping_gives_the_same(zoo, kinds, budget, seed):
     """Whatever comes together, and however small a pass is."""
@@ -198,7 +198,7 @@ def test_an_absurd_learning_rate_stays_at_home(zoo):
     torch.testing.assert_close(engine._runs["good"].theta_P, alone._runs["good"].theta_P, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, len(MENU) - 1), min_size=2, max_size=6), st.integers(20, 200), st.integers(0, 99))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deterministic_bits_do_not_depend_on_mates(zoo, dtype, kinds, budget, seed):

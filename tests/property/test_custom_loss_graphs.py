@@ -45,7 +45,7 @@ def graphs(draw: st.DrawFn) -> CustomLoss:
     return CustomLoss("f", [LossInput("logprobs", 1), LossInput("advantages", 1)], nodes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(graphs())
 def test_a_graph_is_refused_or_computed(loss: CustomLoss):
     refused: BadRequest | OperationFailed | None = None

@@ -64,7 +64,7 @@ def test_pool_keeps_its_books(actions):
 REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(REQUESTS, st.integers(6, 12), st.integers(1, 50), st.integers(1, 5))
 def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_pages, budget, max_batch):
     decoder = tiny_decoder()

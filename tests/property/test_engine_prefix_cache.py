@@ -101,7 +101,7 @@ def drawn(engine, requests, *, together):
     return results
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(requests=REQUESTS)
 def test_shared_prefixes_chunks_and_eviction_change_no_sample(tmp_path_factory, requests):
     small, large = engines(tmp_path_factory.mktemp("model") / "m")

@@ -18,7 +18,7 @@ def serve(share: FairShare[str], units: dict[str, float], seconds: float) -> dic
     return used
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(min_size=1, max_size=3), st.tuples(UNITS, st.floats(0.1, 10.0)), min_size=2, max_size=8))
 def test_busy_members_get_time_by_their_weights(members: dict[str, tuple[float, float]]):
     """Whatever the length of a turn: no two are further apart than one turn of each."""
@@ -33,7 +33,7 @@ def test_busy_members_get_time_by_their_weights(members: dict[str, tuple[float, 
             assert apart <= unit / weight + other_unit / other_weight + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), UNITS), max_size=150), UNITS)
 def test_who_comes_waits_for_one_turn_of_each_other_at_most(events: list[tuple[int, bool, float]], unit: float):
     """Members come, go and are served at will; a newcomer is then served within a round."""

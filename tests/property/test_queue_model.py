@@ -27,7 +27,7 @@ operations = st.lists(
 events = st.lists(st.sampled_from(["", "", "retry", "kill worker", "kill gateway", "park"]), min_size=12, max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=operations, order=st.randoms(use_true_random=False), what=events, every=st.sampled_from([0.0, 60.0]))
 def test_every_operation_once_and_in_order(plan: list[Operation], order: object, what: list[str], every: float) -> None:
     arrival = list(range(1, len(plan) + 1))

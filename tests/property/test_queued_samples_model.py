@@ -30,7 +30,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(plan=actions)
 def test_one_outcome_that_stays(plan: list[tuple[str, str, int | None]]) -> None:
     asyncio.run(_play(plan))

@@ -109,14 +109,14 @@ def test_too_many_small_fields_are_refused_before_they_are_objects():
         schema.parse_forward_backward(b"\x1a" + bytes(size) + chunks)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused_or_read(raw: bytes):
     with contextlib.suppress(BadRequest):
         data.operation(schema.parse_forward_backward(raw), LIMITS)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
 def test_damaged_requests_are_refused_or_read(damage: list[tuple[int, int]]):
     message = request(loss_fn="ppo")

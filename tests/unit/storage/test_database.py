@@ -42,6 +42,26 @@ async def test_a_cancelled_caller_does_not_break_off_giving_back_its_connection(
     assert finished.is_set()
 
 
+async def test_a_writer_does_not_wait_for_readers(tmp_path: Path) -> None:
+    db = Database(database_url(tmp_path))
+    leave, entered = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def stay() -> None:
+        async with db.read():
+            entered.release()
+            await leave.wait()
+
+    # More than there are connections for.
+    staying = [asyncio.create_task(stay()) for _ in range(40)]
+    await entered.acquire()
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(20), db.write() as session:
+        await session.execute(text("INSERT INTO teams (id, name, is_default, created_at) VALUES ('a', 'a', false, 0)"))
+    leave.set()
+    await asyncio.gather(*staying)
+    await db.close()
+
+
 async def test_work_that_fails_undoes_only_itself(tmp_path: Path) -> None:
     db = Database(database_url(tmp_path))
 

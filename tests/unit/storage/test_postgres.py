@@ -128,6 +128,24 @@ async def test_a_crash_of_the_server_is_waited_for(db: Database, postgres: Postg
     assert await _ids(db) == {"before", "meanwhile"}
 
 
+async def test_connections_that_the_server_ended_are_replaced(db: Database, url: URL, postgres: PostgresServer) -> None:
+    await db.write_grouped(_insert("before"))
+    async with db.write() as session:
+        session.add(TeamRow(id="also", name="also", is_default=False, created_at=0))
+    # More at once than there are connections for: all of them are open now.
+    await asyncio.gather(*(_ids(db) for _ in range(40)))
+    with postgres.admin() as admin:
+        ended = admin.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [url.database]
+        ).fetchall()
+    assert len(ended) > 16
+    assert await asyncio.gather(*(_ids(db) for _ in range(40))) == [{"before", "also"}] * 40
+    await db.write_grouped(_insert("grouped"))
+    async with db.write() as session:
+        session.add(TeamRow(id="alone", name="alone", is_default=False, created_at=0))
+    assert await _ids(db) == {"before", "also", "grouped", "alone"}
+
+
 async def test_a_server_that_stays_away_is_told_of(
     db: Database, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

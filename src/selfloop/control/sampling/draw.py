@@ -107,12 +107,16 @@ class Sampling:
             checkpoint = None
         elif checkpoint is None and min_version is not None:
             live = await self._await_version(live, min_version, timeout_s)
+        return await self._weights_of(live, checkpoint)
+
+    async def _weights_of(self, live: SamplerRow, checkpoint: CheckpointRow | HeldCheckpointRow | None) -> Weights:
+        """Those of ``checkpoint``, or what the sampler serves by its row."""
         if checkpoint is None:
             live_id = live.checkpoint_id or live.live_checkpoint_id
             if live_id is None:
                 return Weights(None, 0)
             async with self._c.db.look_up() as session:
-                checkpoint = await queries_models_deployed.held_one(session, sampler.id, live_id)
+                checkpoint = await queries_models_deployed.held_one(session, live.id, live_id)
                 checkpoint = checkpoint or await queries_checkpoints.stored(session, live_id)
             if checkpoint is None:
                 raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
@@ -123,7 +127,7 @@ class Sampling:
             path = await self._c.store.folder(checkpoint.id)
         except FileNotFoundError:
             raise NotFound("checkpoint", checkpoint.id, "its files are gone") from None
-        run_id = checkpoint.run_id if checkpoint.team_id == sampler.team_id else None
+        run_id = checkpoint.run_id if checkpoint.team_id == live.team_id else None
         return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step, run_id)
 
     async def live_version(self, sampler: SamplerRow) -> int:
@@ -144,11 +148,12 @@ class Sampling:
         raise AssertionError("a sample ends in its result")
 
     async def draw_newest(self, sampler: SamplerRow, draw: Draw) -> SampleResult:
-        """Sample from what the sampler has now; where that was replaced before it was loaded, from what it has then.
+        """Sample from what the sampler has by its row; where that was replaced meanwhile, from what it has then.
 
         Raises what :meth:`draw` raises.
         """
-        weights = await self.weights(sampler, None, None, 0.0)
+        # The row was read for this request: a burst of samples must not queue at the database a second time.
+        weights = await self._weights_of(sampler, None)
         while True:
             try:
                 return await self.draw(sampler, weights, draw)

@@ -93,11 +93,12 @@ async def retrieve_futures(request: Request, caller: CallerOf, control: ControlO
     """Which samples of one client ended since ``prev_cursor``, held for up to 30 s while there are none."""
     raw = await read_body(request)
     body = await off_loop(len(raw), lambda: decode(raw, wire.RetrieveFutures))
-    sampler = await control.samplers.get(caller, names.sampler_id(body.target.sampling_session_id))
+    sampler_id = names.sampler_id(body.target.sampling_session_id)
+    await control.samplers.check_access(caller, sampler_id)
     hold_s = _POLL_HOLD_S if body.timeout is None else min(body.timeout, _POLL_HOLD_S)
-    channel = f"{sampler.id}/{body.target.cloned_sampler_id}"
+    channel = f"{sampler_id}/{body.target.cloned_sampler_id}"
     control.jobs.retrieved(channel, body.retrieved_request_ids)
-    control.lifecycle.touch(sampler.id)
+    control.lifecycle.touch(sampler_id)
     ended, cursor = await control.jobs.completions(channel, body.prev_cursor, hold_s)
     return {"completions": [_completion(one) for one in ended], "cursor": cursor}
 
@@ -114,7 +115,7 @@ async def cancel_future(request: Request, caller: CallerOf, control: ControlOf) 
     body = decode(await read_body(request), wire.CancelFuture)
     match body.request_id.split("/"):
         case ["sample", sampler_id, _seq]:
-            await control.samplers.get(caller, sampler_id)
+            await control.samplers.check_access(caller, sampler_id)
             control.jobs.cancel(body.request_id)
         case _:
             raise BadRequest("request_id", "the future of a sample: nothing else is cancelled")
@@ -151,15 +152,15 @@ async def _operation(caller: Caller, control: Control, request_id: str, run_id: 
 
 
 async def _sample(caller: Caller, control: Control, request_id: str, sampler_id: str) -> Response:
-    sampler = await control.samplers.get(caller, sampler_id)
+    await control.samplers.check_access(caller, sampler_id)
     try:
         answer = await control.jobs.wait(request_id, _POLL_HOLD_S)
     except NotFound as error:
         # Lost with an earlier gateway, or kept long enough: the client draws it anew.
         return refusal(error, _LOST)
     if isinstance(answer, Pending):
-        reason = control.lifecycle.describe(sampler.id) or answer.reason
-        return _pending(request_id, reason, _queue_state(control, sampler.id, SamplerStatus.ACTIVE))
+        reason = control.lifecycle.describe(sampler_id) or answer.reason
+        return _pending(request_id, reason, _queue_state(control, sampler_id, SamplerStatus.ACTIVE))
     if answer.error is not None:
         return _failed(str(answer.error), _category_of(answer.error))
     return Response(answer.body, media_type=PROTOBUF)

@@ -1,6 +1,7 @@
 """What differs between databases: how a connection is set up, how a transaction begins, what an outage looks like."""
 
 import logging
+import select
 import threading
 import time
 from collections.abc import Generator
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfloop.storage.db.address import is_sqlite, shown
@@ -57,6 +58,10 @@ class Backend(Protocol):
 
     def async_engine(self, pool_size: int) -> AsyncEngine: ...
 
+    def reading_engine(self, pool_size: int) -> AsyncEngine:
+        """One for queries only: each sees one state of the database, so it has no transactions."""
+        ...
+
     def look_up_engine(self, beside: AsyncEngine) -> AsyncEngine:
         """For single rows by their keys; may be ``beside``, the engine of all else."""
         ...
@@ -103,6 +108,9 @@ class Sqlite:
         engine = create_async_engine(url, pool_size=pool_size, max_overflow=0, hide_parameters=True)
         self._listen(engine.sync_engine)
         return engine
+
+    def reading_engine(self, pool_size: int) -> AsyncEngine:
+        return self.async_engine(pool_size)
 
     def look_up_engine(self, beside: AsyncEngine) -> AsyncEngine:
         engine = create_async_engine(self._url.set(drivername=DRIVER), pool_size=_NUM_LOOK_UPS, hide_parameters=True)
@@ -164,20 +172,24 @@ class Postgres:
         """Of the server's process that holds the database for this gateway; where set, none writes without it."""
 
     def engine(self, pool_size: int) -> Engine:
-        engine = create_engine(
-            self.url, pool_size=pool_size, pool_pre_ping=True, hide_parameters=True, connect_args=self._connect_args
-        )
+        engine = create_engine(self.url, pool_size=pool_size, hide_parameters=True, connect_args=self._connect_args)
         self._listen(engine)
         return engine
 
     def async_engine(self, pool_size: int) -> AsyncEngine:
+        return self._async_engine(pool_size)
+
+    def reading_engine(self, pool_size: int) -> AsyncEngine:
+        return self._async_engine(pool_size, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+
+    def _async_engine(self, pool_size: int, **options: Any) -> AsyncEngine:
         engine = create_async_engine(
             self.url,
             pool_size=pool_size,
             max_overflow=0,
-            pool_pre_ping=True,
             hide_parameters=True,
             connect_args=self._connect_args,
+            **options,
         )
         self._listen(engine.sync_engine)
         return engine
@@ -232,6 +244,19 @@ class Postgres:
     def _listen(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._configure)
         event.listen(engine, "begin", self._begin)
+
+        def check(connection: Any, record: Any, _fairy: Any) -> None:
+            """Let nobody have a connection that the server has ended."""
+            # Then it, or the kernel, has left something to be read. Asking each time would double the round trips.
+            heard = select.poll()
+            try:
+                heard.register(record.driver_connection.fileno(), select.POLLIN)
+                if heard.poll(0):
+                    engine.dialect.do_ping(connection)
+            except engine.dialect.loaded_dbapi.Error as error:
+                raise InvalidatePoolError from error
+
+        event.listen(engine, "checkout", check)
 
     @staticmethod
     def _configure(connection: Any, _record: Any) -> None:

@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 # How long a caller is held while the database cannot be reached, before it is told to come again.
 _OUTAGE_WAIT_S = 10.0
-# Kept open: to open one takes longer than most queries.
-_NUM_CONNECTIONS = 16
+# Connections that are kept open: to open one takes longer than most queries.
+_NUM_READERS = 16
 _TRY_AGAIN_S = 0.25
 _RETRY_AFTER_S = 2.0
 
@@ -34,15 +34,14 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self._backend = backend_of(url)
-        engine = self._backend.async_engine(pool_size=_NUM_CONNECTIONS)
-        self._engine = engine
+        self._reading = self._backend.reading_engine(pool_size=_NUM_READERS)
+        # A writer has its turn already: it must not wait for readers too.
+        self._writing = self._backend.async_engine(pool_size=1)
         self._beside = self._backend.engine(pool_size=2)
-        # Each query of a reader sees one state of the database: it needs no transaction.
-        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT") if self.is_postgres else engine
         self._readers = async_sessionmaker(self._reading, expire_on_commit=False)
         self._looking_up = self._backend.look_up_engine(self._reading)
         self._lookers = async_sessionmaker(self._looking_up, expire_on_commit=False)
-        self._writers = async_sessionmaker(engine, expire_on_commit=False)
+        self._writers = async_sessionmaker(self._writing, expire_on_commit=False)
         self._write_lock = asyncio.Lock()
         self._finishing: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
@@ -200,4 +199,5 @@ class Database:
         await self._grouped.close()
         self._beside.dispose()
         await self._looking_up.dispose()
-        await self._engine.dispose()
+        await self._reading.dispose()
+        await self._writing.dispose()
