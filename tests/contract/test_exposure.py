@@ -151,7 +151,7 @@ def test_certificates_that_do_not_fit_are_refused_at_the_start(
 
     options = ["--tls-cert", str(certificates / cert)]
     options += [] if key is None else ["--tls-key", str(certificates / key)]
-    done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path), "--port", "0", *options])
+    done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path), "--port", str(stores.free_port()), *options])
     assert done.exit_code == 2
     assert says in re.sub(r"\s+", " ", done.output)
 

@@ -242,9 +242,14 @@ def test_sample_outlives_its_worker(new_gateway: Callable[[], Gateway]):
 
 
 def test_second_gateway_is_refused(gateway: Gateway):
-    command = [sys.executable, "-m", "selfloop.cli.main", "serve", "--port", "0", "--data-dir", str(gateway.data_dir)]
+    arguments = ["serve", "--port", str(stores.free_port()), "--data-dir", str(gateway.data_dir)]
     second = subprocess.run(
-        command, env=environment(SELFLOOP_API_KEY=KEY), capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "selfloop.cli.main", *arguments],
+        env=environment(SELFLOOP_API_KEY=KEY),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert second.returncode == 1
     said = " ".join(second.stderr.split())
