@@ -58,6 +58,19 @@ async def test_what_was_published_is_read_anywhere(store: S3Checkpoints, elsewhe
     assert [(f.name, f.size_bytes) for f in await elsewhere.files("one")] == [("deep/large", len(BIG)), ("small", 3)]
 
 
+async def test_what_is_cached_is_on_disk_before_it_has_its_name(
+    store: S3Checkpoints, elsewhere: S3Checkpoints, events: list[tuple[str, str]]
+) -> None:
+    _stage(store, "one", small=b"few", **{"deep/other": b"more"})
+    await store.publish("one")
+    events.clear()
+    await elsewhere.folder("one")
+    (renamed,) = (place for place, (event, _) in enumerate(events) if event == "rename")
+    synced = {Path(path).name for _, path in events[:renamed]}
+    assert synced >= {"small", "other", "deep"}
+    assert any(name.startswith("one.fetched") for name in synced)
+
+
 async def test_links_are_the_stores_own(store: S3Checkpoints) -> None:
     _stage(store, "one")
     await store.publish("one")

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from selfloop.storage.blobs.checkpoints import StoredFile, list_files
+from selfloop.storage.blobs.local import sync_directory
 from selfloop.types.errors import BadRequest, Conflict, OperationFailed, Unavailable
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,8 @@ class S3Checkpoints:
                 path = aside / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._fetch_file(id, file, path)
+            for folder in {aside, *(path for path in aside.rglob("*") if path.is_dir())}:
+                sync_directory(folder)
             aside.rename(cached)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -215,6 +218,9 @@ class S3Checkpoints:
             for chunk in self._client.get_object(Bucket=self._bucket, Key=key)["Body"].iter_chunks(_CHUNK_BYTES):
                 digest.update(chunk)
                 file.write(chunk)
+            # What has its name is read without a second look at its digest, also after a power cut.
+            file.flush()
+            os.fsync(file.fileno())
             return file.tell(), digest.hexdigest()
 
     async def files(self, id: str) -> list[StoredFile]:
