@@ -104,7 +104,7 @@ types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fuzz: $(READY)
-	FUZZ_REQUESTS=20000 $(BIN)/python -m pytest -q --timeout=3600 tests/fuzz $(ARGS)
+	FUZZ_REQUESTS=25000 $(BIN)/python -m pytest -q --timeout=3600 tests/fuzz $(ARGS)
 
 $(AUDIT)/.ready: requirements/audit.txt
 	@$(PYTHON) -m venv $(AUDIT)

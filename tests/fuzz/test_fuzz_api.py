@@ -1,6 +1,6 @@
 """Generated requests against a real gateway: no 5xx, and no answer outside the documented shapes.
 
-``FUZZ_REQUESTS`` sets how many are sent in all (``make fuzz`` sends 20,000), and that they are others each time;
+``FUZZ_REQUESTS`` sets how many are sent in all (``make fuzz`` sends 25,000), and that they are others each time;
 without it they are always the same.
 """
 
