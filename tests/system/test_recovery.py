@@ -271,7 +271,7 @@ def test_port_in_use_is_told(gateway: Gateway, data_template: Path, tmp_path: Pa
     )
     assert second.returncode != 0
     assert str(gateway.port) in second.stderr
-    assert "in use" in second.stderr
+    assert "is taken by another program" in second.stderr
     assert "Traceback" not in second.stderr
     assert "export" not in second.stdout
 

@@ -82,7 +82,7 @@ def test_requests_join_while_others_run(engine):
 )
 def test_how_long_prompts_take_beside_a_running_sample(load, lengths, num_steps):
     """Every step grows the running sample; prompts get a quarter of the budget, or all of it for a burst."""
-    engine = load(train_token_budget=16)
+    engine = load(limits=EngineLimits(train_token_budget=16))
     engine.submit_sample(request("runs", max_tokens=40))
     engine.sample_step()
     for number, length in enumerate(lengths):
