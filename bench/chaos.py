@@ -38,6 +38,7 @@ MODEL = "chaos/model"
 _UNDER_WAY_S = 0.25
 _PAIR_SHARE = 0.15
 _PROGRESS_EVERY = 50
+_OUTCOMES_OF_A_DELAY = 3
 
 Target = Literal["worker", "server"]
 
@@ -151,13 +152,21 @@ class Killer(threading.Thread):
     def run(self) -> None:
         try:
             for strike in self._strikes:
-                while len(self._played.outcomes) < strike.after and not self._over.is_set():
-                    time.sleep(0.005)
-                if self._over.wait(strike.delay_s):
+                self._await(strike.after, None)
+                # On a machine that has become faster, the delay may be longer than all that is left.
+                self._await(strike.after + _OUTCOMES_OF_A_DELAY, strike.delay_s)
+                if self._over.is_set():
                     return
                 self._strike(strike.target)
         except Exception as error:  # Told by the main thread.
             self.failure = error
+
+    def _await(self, num_outcomes: int, patience_s: float | None) -> None:
+        """Return once the script has so many outcomes, or is over, or ``patience_s`` have passed."""
+        deadline = float("inf") if patience_s is None else time.monotonic() + patience_s
+        while len(self._played.outcomes) < num_outcomes and time.monotonic() < deadline:
+            if self._over.wait(0.005):
+                return
 
     def _strike(self, target: Target) -> None:
         at = time.time()
