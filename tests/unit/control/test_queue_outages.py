@@ -66,6 +66,25 @@ async def test_an_error_is_told_once_it_can_be_stored(house: FakeHouse, outage: 
     assert outage == ["op1", "op1"]
 
 
+async def test_an_error_that_is_being_stored_when_its_run_ends_is_told(
+    house: FakeHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, begun = house.journal.fail, asyncio.Event()
+
+    async def slowly(failures: Sequence[Failure]) -> list[Failure]:
+        stored = await store(failures)
+        begun.set()
+        await asyncio.sleep(0.1)
+        return stored
+
+    monkeypatch.setattr(house.journal, "fail", slowly)
+    await house.submit(FAILS, 1, "op1")
+    asking = asyncio.create_task(ended(house, "op1"))
+    await begun.wait()
+    assert await house.scheduler.end(RUN_ID) == []
+    assert (await asyncio.wait_for(asking, 5)).error == "asked to fail"
+
+
 async def test_a_load_of_what_is_gone(house: FakeHouse, outage: list[str]) -> None:
     await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/never", with_optimizer=True), 1, "op1")
     await house.submit(STEP, 2, "op2")
