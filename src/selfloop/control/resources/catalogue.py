@@ -46,7 +46,7 @@ class Catalogue:
         self._db = db
         self._folder = folder
         self._locks: dict[str, asyncio.Lock] = {}
-        self._settled: dict[str, ModelRow] = {}
+        self._known: dict[str, ModelRow] = {}
 
     async def seed(self) -> None:
         """Put the embedded model in a new catalogue."""
@@ -202,8 +202,8 @@ class Catalogue:
         return row
 
     async def _row(self, name: str) -> ModelRow | None:
-        if (settled := self._settled.get(name)) is not None:
-            return settled
+        if (known := self._known.get(name)) is not None:
+            return known
         async with self._db.look_up() as session:
             row = await queries_models.model(session, name)
             if row is None:
@@ -211,7 +211,7 @@ class Catalogue:
                 row = await queries_models.model(session, alias.model_name) if alias else None
         if row is not None and row.path is not None:
             # Asked for with every operation; a name keeps its meaning, and a model its folder once it has one.
-            self._settled[name] = row
+            self._known[name] = row
         return row
 
 
