@@ -21,7 +21,7 @@ def faulty(data_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", str(FAULTS))
     monkeypatch.setenv("FAULTS_DONE", str(tmp_path / "done"))
     own = Gateway(copy_data(data_template, tmp_path / "data"))
-    yield own.start(KEY, "--operation-timeout", "6", "--heartbeat-timeout", "4", "--snapshot-every", "0")
+    yield own.start(KEY, "--operation-timeout", "2", "--heartbeat-timeout", "4", "--snapshot-every", "0")
     own.close()
 
 

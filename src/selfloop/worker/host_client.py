@@ -29,6 +29,7 @@ from selfloop.worker.launch_local import WorkerCommand, host_arguments, launch_h
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 2**20
+_LEAST_LOAD_S = 60.0
 _NO_CODE = -signal.SIGKILL
 
 
@@ -91,11 +92,13 @@ class WorkerHost:
         """
         if self._reading is not None:
             return
+        # The shortest operations that somebody wants to wait for say nothing of a load.
+        patience_s = max(self._command.stuck_s, _LEAST_LOAD_S)
         try:
-            first = await asyncio.wait_for(self._reader.readline(), self._command.stuck_s)
+            first = await asyncio.wait_for(self._reader.readline(), patience_s)
         except TimeoutError:
             self.end()
-            raise WorkerLost(f"the base model was not loaded within {self._command.stuck_s:g} s") from None
+            raise WorkerLost(f"the base model was not loaded within {patience_s:g} s") from None
         except OSError:
             first = b""
         if not first:
