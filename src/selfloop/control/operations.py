@@ -5,8 +5,6 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import msgspec
-
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, cancelled, first_missing
 from selfloop.control.outages import OUTAGES, Ages, tried
@@ -18,7 +16,7 @@ from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, Unavailable
-from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation
+from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
 
@@ -30,8 +28,6 @@ _PURGE_EVERY_S = 60.0
 _LEFT_OUT_AHEAD = 1024
 _RECENT_COUNT = 128
 _RECENT_MAX_BYTES = 64 * 1024
-
-_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +105,7 @@ class Operations:
         if self._c.settlement.disk_room is not None:
             self._c.settlement.disk_room.check_accept(len(submission.payload))
         if submission.kind in USES_CHECKPOINTS:
-            await self._check_store(_operation_decoder.decode(submission.payload))
+            await self._check_store(operation_decoder.decode(submission.payload))
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db import (
@@ -13,11 +12,9 @@ from selfloop.storage.db import (
     queries_resources,
 )
 from selfloop.storage.db.tables import CheckpointRow, RunRow
-from selfloop.types.operation import LoadState, Operation
+from selfloop.types.operation import LoadState, operation_decoder
 from selfloop.types.status import OperationState, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
-
-_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ async def needs(session: AsyncSession) -> Needs:
     by_address: dict[tuple[str, str, str], str] = {}
     for row in await queries_operations.in_state(session, OperationState.QUEUED):
         if row.kind == "load_state" and row.payload is not None:
-            operation = _operation_decoder.decode(row.payload)
+            operation = operation_decoder.decode(row.payload)
             assert isinstance(operation, LoadState)
             uri = parse_checkpoint_uri(operation.path)
             loader, source = [await queries_resources.run(session, id) for id in (row.run_id, uri.run_id)]

@@ -21,7 +21,7 @@ from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.lora import LoraTargets
-from selfloop.types.operation import Operation, Save
+from selfloop.types.operation import Save, operation_decoder
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import CloseRun, Execute
 
@@ -35,8 +35,6 @@ _MAX_REOPENINGS = 3
 # Pause after an error of our own (disk, database) before the same thing is tried again.
 _RETRY_S = 1.0
 _SAVES = {"save_state", "save_weights_for_sampler", "save_weights_external"}
-
-_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
 
 @dataclass(order=True, slots=True)
@@ -311,7 +309,7 @@ class RunActor:
         if row.kind == "load_state":
             return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
         if row.kind in _SAVES:
-            operation = _operation_decoder.decode(payload)
+            operation = operation_decoder.decode(payload)
             assert isinstance(operation, Save)
             return msgspec.structs.replace(context, write_to=await self._settlement.write_to(self.run, operation))
         return context
@@ -455,7 +453,7 @@ def _seen(future: "asyncio.Future[bytes]") -> None:
 
 
 def _saved_name(payload: bytes) -> str | None:
-    return getattr(_operation_decoder.decode(payload), "name", None)
+    return getattr(operation_decoder.decode(payload), "name", None)
 
 
 class Scheduler:

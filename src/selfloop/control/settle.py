@@ -25,15 +25,12 @@ from selfloop.storage.db import (
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.errors import OperationFailed
-from selfloop.types.operation import LoadState, Operation, Save, SaveState, SaveWeightsForSampler
-from selfloop.types.result import InitResult, LoadResult, Result, SaveResult, StepResult
+from selfloop.types.operation import LoadState, Save, SaveState, SaveWeightsForSampler, operation_decoder
+from selfloop.types.result import InitResult, LoadResult, SaveResult, StepResult, result_decoder
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
 
 log = logging.getLogger(__name__)
-
-_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
-_result_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Settlement:
 
     async def read_from(self, run: RunRow, payload: bytes) -> str:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
-        operation = _operation_decoder.decode(payload)
+        operation = operation_decoder.decode(payload)
         assert isinstance(operation, LoadState)
         uri = parse_checkpoint_uri(operation.path)
         async with self._db.look_up() as session:
@@ -80,18 +77,18 @@ class Settlement:
 
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""
-        operation = _operation_decoder.decode(await self._journal.payload(row))
+        operation = operation_decoder.decode(await self._journal.payload(row))
         if isinstance(operation, Save):
             await self._store.discard(operation.checkpoint_id)
 
     async def done(self, run: RunRow, row: OperationRow, body: bytes) -> None:
         """Store a result and what it changes in the run's resources."""
-        result = _result_decoder.decode(body)
+        result = result_decoder.decode(body)
         counts = counts_of(row, result)
         gone: list[str] = []
         operation: Save | None = None
         if isinstance(result, SaveResult):
-            decoded = _operation_decoder.decode(await self._journal.payload(row))
+            decoded = operation_decoder.decode(await self._journal.payload(row))
             assert isinstance(decoded, Save)
             operation = decoded
             try:

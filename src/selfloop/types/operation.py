@@ -112,6 +112,8 @@ class LoadState(msgspec.Struct, frozen=True, tag="load_state"):
 Save = SaveState | SaveWeightsForSampler | SaveWeightsExternal
 Operation = InitTrainer | Forward | ForwardBackward | OptimStep | Save | LoadState
 
+operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
+
 
 def kind_of(operation: Operation) -> str:
     """The operation's tag, e.g. ``"forward_backward"``."""

@@ -62,3 +62,5 @@ class LoadResult(_Result, frozen=True, tag="load_state"):
 
 
 Result = InitResult | LossResult | StepResult | SaveResult | LoadResult
+
+result_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)

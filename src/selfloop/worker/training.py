@@ -17,7 +17,15 @@ from selfloop.engine.engine import Engine
 from selfloop.engine.train.request import LossRequest
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.logline import Scope, bind_only
-from selfloop.types.operation import CHANGES_STATE, Forward, ForwardBackward, Operation, OptimStep, kind_of
+from selfloop.types.operation import (
+    CHANGES_STATE,
+    Forward,
+    ForwardBackward,
+    Operation,
+    OptimStep,
+    kind_of,
+    operation_decoder,
+)
 from selfloop.types.result import Result, Spent
 from selfloop.worker.background import SnapshotWriter
 from selfloop.worker.fair_share import FairShare
@@ -27,7 +35,6 @@ from selfloop.worker.protocol import Call, CloseRun, Execute, OpenRun, Reply, Sn
 
 log = logging.getLogger("selfloop.worker")
 
-_operation_decoder: "msgspec.msgpack.Decoder[Operation]" = msgspec.msgpack.Decoder(Operation)
 
 # A pass with room waits for runs that had a result just now: so large a part of what the last one took, and no longer.
 _LINGER_SHARE = 0.15
@@ -136,7 +143,7 @@ class TrainingDesk:
             work = self._queues[run_id][0]
             if isinstance(work.command, Execute) and work.operation is None:
                 try:
-                    work.operation = _operation_decoder.decode(work.payload)
+                    work.operation = operation_decoder.decode(work.payload)
                 except msgspec.DecodeError as error:
                     self._refuse(work, error)
                     continue

@@ -2,20 +2,16 @@
 
 import math
 
-import msgspec
-
 from selfloop.types.datum import Tensor
 from selfloop.types.ids import RunId
-from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
+from selfloop.types.result import InitResult, LoadResult, LossResult, SaveResult, StepResult, result_decoder
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
-
-_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
 
 
 def render(stored: bytes, run_id: str) -> dict[str, object]:
     """The ``result`` object of a finished operation."""
-    match _decoder.decode(stored):
+    match result_decoder.decode(stored):
         case InitResult(step, lora_rank):
             return {"step": step, "lora_rank": lora_rank}
         case LossResult(loss, _, metrics) as result:

@@ -5,16 +5,13 @@ from array import array
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import msgspec
-
 from selfloop.server.tinker import names, schema
 from selfloop.server.tinker.targets import Targets
 from selfloop.types.datum import Tensor
-from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
+from selfloop.types.result import InitResult, LoadResult, LossResult, SaveResult, StepResult, result_decoder
 from selfloop.types.sampling import PromptDraws, SampledSequence, SampleResult, TokenLogprob
 from selfloop.types.status import CheckpointTarget
 
-_decoder: "msgspec.msgpack.Decoder[Result]" = msgspec.msgpack.Decoder(Result)
 _EMPTY_LOGPROB = -99999.0
 
 Json = dict[str, object]
@@ -22,7 +19,7 @@ Json = dict[str, object]
 
 def render(stored: bytes, run_id: str) -> bytes | Json:
     """A finished operation's result: protobuf for a loss, JSON for the others."""
-    match _decoder.decode(stored):
+    match result_decoder.decode(stored):
         case LossResult() as result:
             return _loss_output(result)
         case StepResult(metrics):
