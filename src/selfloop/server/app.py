@@ -13,7 +13,7 @@ from selfloop.control.control import Control
 from selfloop.server import errors, openapi
 from selfloop.server.anthropic.routes import router as anthropic_router
 from selfloop.server.graphql import router as graphql_router
-from selfloop.server.guard import Guard
+from selfloop.server.guard import Guard, KeylessPaths
 from selfloop.server.headers import BrowserHeaders, LocalNames, is_local
 from selfloop.server.hub.routes import router as hub_router
 from selfloop.server.key_limits import KeyLimits
@@ -58,6 +58,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         # Ours has no queries, in which links have their signatures, and no messages of errors.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         # Their pages run scripts of another site.
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         responses=openapi.ERRORS,
@@ -65,11 +66,11 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.state.settings = settings
     app.state.control = control
     errors.install(app)
-    openapi.install(app)
     app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
     app.add_middleware(BodyLimit)
-    public = ["/metrics"] if settings.metrics_public else []
-    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), public=public)
+    keyless = KeylessPaths(["/metrics"] if settings.metrics_public else [])
+    openapi.install(app, keyless.has, offers_serverless=settings.capacity != "dedicated")
+    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), keyless=keyless)
     if is_local(settings.host):
         names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]
         app.add_middleware(LocalNames, names=names)

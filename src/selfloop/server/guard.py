@@ -26,18 +26,28 @@ _SCHEMES = ("bearer", "api-key")
 _KEY_PREFIX = "tml-"
 
 
+class KeylessPaths:
+    """What is answered without a key, ``more`` paths among them."""
+
+    def __init__(self, more: Sequence[str] = ()) -> None:
+        self._paths = _PUBLIC_PATHS | set(more)
+
+    def has(self, path: str) -> bool:
+        return path in self._paths or path.startswith(_PUBLIC_PREFIXES)
+
+
 class Guard:
     """Lets a request through to ``app`` with ``request.state.caller`` set, or answers it in its dialect's shape."""
 
-    def __init__(self, app: ASGIApp, control: Control, limits: KeyLimits, public: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, control: Control, limits: KeyLimits, keyless: KeylessPaths) -> None:
         self._app = app
         self._control = control
         self._limits = limits
-        self._public = _PUBLIC_PATHS | set(public)
+        self._keyless = keyless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
-        if scope["type"] != "http" or path in self._public or path.startswith(_PUBLIC_PREFIXES):
+        if scope["type"] != "http" or self._keyless.has(path):
             await self._app(scope, receive, send)
             return
         try:

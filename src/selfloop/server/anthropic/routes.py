@@ -32,7 +32,7 @@ _Parts = AsyncGenerator[SampleDelta | SampleResult]
 router = APIRouter(
     prefix="/anthropic/api/v1",
     tags=["anthropic"],
-    responses={"4XX": json_answer(wire.AnthropicError, "Refused, or not yet")},
+    responses={"4XX": json_answer(wire.Failure, "Refused, or not yet")},
 )
 
 

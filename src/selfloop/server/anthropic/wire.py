@@ -111,7 +111,7 @@ class ErrorDetail(msgspec.Struct, frozen=True):
     message: str
 
 
-class AnthropicError(msgspec.Struct, frozen=True):
+class Failure(msgspec.Struct, frozen=True):
     """Every error of these routes."""
 
     error: ErrorDetail

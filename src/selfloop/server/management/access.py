@@ -18,8 +18,9 @@ RenderOf = Annotated[Renderer, Depends(_renderer)]
 Scope = Annotated[Literal["org"] | None, Query(description="`org` lists the whole team's, not only your own.")]
 
 
-async def _member(caller: CallerOf, team_id: str | None = None) -> Caller:
+async def _member(request: Request, caller: CallerOf) -> Caller:
     """The caller, checked to belong to the team that the path names (if it names one)."""
+    team_id = request.path_params.get("team_id")
     if team_id is not None and team_id != caller.team_id:
         raise NotFound("team", team_id)
     return caller

@@ -17,12 +17,12 @@ from selfloop.server.management.schemas.common import (
     CapacityV1,
     DeploymentStatusV1,
     InstanceTypeV1,
-    LoRAConfigV1,
+    LoopsLoRAConfigV1,
     UserV1,
     iso,
 )
 from selfloop.server.management.schemas.deployments import LoopsDeploymentStatusV1, LoopsDeploymentV1
-from selfloop.server.management.schemas.models import AutoscalingSettingsV1, ModelDeploymentV1, ModelV1
+from selfloop.server.management.schemas.models import AutoscalingSettingsV1, DeploymentV1, ModelV1
 from selfloop.server.management.schemas.runs import (
     CreateLoopsRunRequestV1,
     LoopsRunStatusV1,
@@ -77,10 +77,10 @@ class Renderer:
     def user(self, key_id: str) -> UserV1:
         return UserV1(email=self._control.access.name_of(key_id))
 
-    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> ModelDeploymentV1:
+    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> DeploymentV1:
         row, record = version.sampler, version.record
         status = self._control.lifecycle.status(row.id) or row.status
-        return ModelDeploymentV1(
+        return DeploymentV1(
             id=row.deployment_id,
             created_at=iso(row.created_at),
             name=model.name if record is None else f"{model.name}-{record.number}",
@@ -208,11 +208,11 @@ def capacity(row: Run | Sampler) -> CapacityV1:
     )
 
 
-def lora_config(targets: str | None) -> LoRAConfigV1:
+def lora_config(targets: str | None) -> LoopsLoRAConfigV1:
     """The projections behind a row's ``targets``."""
     parts = LoraTargets.parse(targets)
     named = [module for part, modules in _MODULES.items() if getattr(parts, part) for module in modules]
-    return LoRAConfigV1(config_version=_LORA_CONFIG_VERSION, targets=named)
+    return LoopsLoRAConfigV1(config_version=_LORA_CONFIG_VERSION, targets=named)
 
 
 def refuse_unserved(body: CreateLoopsRunRequestV1) -> None:

@@ -9,16 +9,17 @@ from selfloop.control.resources.user_config import UserConfig, checked_accelerat
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.render import instance_type
 from selfloop.server.management.schemas.account import (
-    CapabilitiesResponseV1,
     EnablementDetailsV1,
+    GetLoopsCapabilitiesResponseV1,
+    GetLoopsUserConfigResponseV1,
     InstanceTypePricesV1,
     InstanceTypesV1,
     InstanceTypeWithPriceV1,
-    LoopsUserConfigResponseV1,
     LoopsUserConfigV1,
     PatchLoopsUserConfigRequestV1,
+    PatchLoopsUserConfigResponseV1,
     SupportedModelV1,
-    TeamsResponseV1,
+    TeamsV1,
     TeamV1,
 )
 from selfloop.server.management.schemas.common import iso
@@ -38,12 +39,12 @@ async def capabilities(
     model: Annotated[str | None, Query(description="Only this one; an unknown one gives an empty list.")] = None,
     use_case: Literal["rl", "sft"] = "rl",
     max_seq_len: Annotated[int | None, Query(ge=1, description="What you would create the run with.")] = None,
-) -> CapabilitiesResponseV1:
+) -> GetLoopsCapabilitiesResponseV1:
     """`rl` needs a trainer and a sampler, `sft` a trainer: it tells which list of your user config counts."""
     config = await control.user_configs.get(caller)
     excluded = control.user_configs.excludes(config, trainer=True, sampler=use_case == "rl")
     described = [m for m in await control.catalogue.described() if model is None or m.name == model]
-    return CapabilitiesResponseV1(
+    return GetLoopsCapabilitiesResponseV1(
         supported_models=[_supported(m, control.catalogue.missing(m), excluded, max_seq_len) for m in described]
     )
 
@@ -79,29 +80,27 @@ def _supported(model: Model, missing: str | None, excluded: str | None, asked: i
 
 
 @router.get("/loops/user_config", summary="What your key allows for its runs and samplers.")
-async def get_user_config(caller: CallerOf, control: ControlOf) -> LoopsUserConfigResponseV1:
-    return _user_config(await control.user_configs.get(caller))
+async def get_user_config(caller: CallerOf, control: ControlOf) -> GetLoopsUserConfigResponseV1:
+    return GetLoopsUserConfigResponseV1(user_config=_user_config(await control.user_configs.get(caller)))
 
 
 @router.patch("/loops/user_config", summary="Change what your key allows: omit to leave, null to clear.")
 async def patch_user_config(
     body: PatchLoopsUserConfigRequestV1, caller: CallerOf, control: ControlOf
-) -> LoopsUserConfigResponseV1:
+) -> PatchLoopsUserConfigResponseV1:
     """A list that leaves this machine's accelerator out refuses new runs and samplers of this key."""
     changes = {
         column: checked_accelerators(field, getattr(body, field))
         for field, column in _CONFIG_FIELDS.items()
         if field in body.model_fields_set
     }
-    return _user_config(await control.user_configs.patch(caller, changes))
+    return PatchLoopsUserConfigResponseV1(user_config=_user_config(await control.user_configs.patch(caller, changes)))
 
 
-def _user_config(config: UserConfig) -> LoopsUserConfigResponseV1:
-    return LoopsUserConfigResponseV1(
-        user_config=LoopsUserConfigV1(
-            trainer_accelerator_priority=config.trainer_accelerators,
-            sampler_accelerator_priority=config.sampler_accelerators,
-        )
+def _user_config(config: UserConfig) -> LoopsUserConfigV1:
+    return LoopsUserConfigV1(
+        trainer_accelerator_priority=config.trainer_accelerators,
+        sampler_accelerator_priority=config.sampler_accelerators,
     )
 
 
@@ -110,8 +109,8 @@ async def teams(
     caller: CallerOf,
     control: ControlOf,
     name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
-) -> TeamsResponseV1:
-    return TeamsResponseV1(
+) -> TeamsV1:
+    return TeamsV1(
         teams=[
             TeamV1(id=t.id, name=t.name, default=t.is_default, created_at=iso(t.created_at))
             for t in await control.access.teams_of(caller)

@@ -11,16 +11,17 @@ from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.access import RenderOf, Scope
 from selfloop.server.management.schemas.checkpoints import (
-    CheckpointFilesResponseV1,
-    CheckpointSourceResponseV1,
     DeleteLoopsCheckpointsRequestV1,
     DeleteLoopsCheckpointsResponseV1,
     DeployLoopsCheckpointRequestV1,
     DeployLoopsCheckpointResponseV1,
     KeptCheckpointV1,
     ListLoopsCheckpointsResponseV1,
+    LoopsCheckpointFilesResponseV1,
+    LoopsCheckpointSourceResponseV1,
     LoopsCheckpointV1,
     ValidateLoopsCheckpointRequestV1,
+    ValidateLoopsCheckpointResponseV1,
 )
 from selfloop.types.status import CheckpointTarget
 
@@ -52,11 +53,11 @@ async def list_checkpoints(
 @router.post("/loops/checkpoints/validate", summary="Check that a checkpoint can be used.")
 async def validate_checkpoint(
     body: ValidateLoopsCheckpointRequestV1, caller: CallerOf, control: ControlOf
-) -> dict[str, str]:
+) -> ValidateLoopsCheckpointResponseV1:
     """By itself, or for the sampler of a run, whose base model and adapted parts it must share."""
     run = None if body.run_id is None else (await control.runs.get(caller, body.run_id)).run
     await control.checkpoints.validate(caller, body.checkpoint_path, run)
-    return {}
+    return ValidateLoopsCheckpointResponseV1()
 
 
 @router.post("/loops/checkpoints/deploy", summary="Serve sampler checkpoints under a name, until deactivated.")
@@ -112,11 +113,11 @@ async def checkpoint_files(
     render: RenderOf,
     page_size: Annotated[int, Query(ge=1, le=1000)] = 1000,
     page_token: Annotated[int, Query(ge=0)] = 0,
-) -> CheckpointFilesResponseV1:
+) -> LoopsCheckpointFilesResponseV1:
     """The links work without a key for an hour."""
     files = await control.checkpoints.files(caller, checkpoint_id)
     end = page_token + page_size
-    return CheckpointFilesResponseV1(
+    return LoopsCheckpointFilesResponseV1(
         presigned_urls=[render.file(checkpoint_id, f.name, f.size_bytes, f.modified_at) for f in files[page_token:end]],
         next_page_token=end if end < len(files) else None,
         total_count=len(files),
@@ -124,9 +125,11 @@ async def checkpoint_files(
 
 
 @router.get("/loops/checkpoints/{checkpoint_id}/source", summary="Where a checkpoint's files come from.")
-async def checkpoint_source(checkpoint_id: str, caller: CallerOf, control: ControlOf) -> CheckpointSourceResponseV1:
+async def checkpoint_source(
+    checkpoint_id: str, caller: CallerOf, control: ControlOf
+) -> LoopsCheckpointSourceResponseV1:
     await control.checkpoints.get(caller, checkpoint_id)
-    return CheckpointSourceResponseV1()
+    return LoopsCheckpointSourceResponseV1()
 
 
 public = APIRouter(tags=["management"])

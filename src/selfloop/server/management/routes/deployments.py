@@ -5,8 +5,8 @@ from fastapi import APIRouter
 from selfloop.control.resources.runs import RunView
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.access import RenderOf, Scope
-from selfloop.server.management.schemas.common import DeactivatedV1
-from selfloop.server.management.schemas.deployments import ListLoopsDeploymentsResponseV1, LoopsDeploymentResponseV1
+from selfloop.server.management.schemas.common import DeactivateLoopsDeploymentResponseV1
+from selfloop.server.management.schemas.deployments import GetLoopsDeploymentResponseV1, ListLoopsDeploymentsResponseV1
 
 router = APIRouter()
 
@@ -28,15 +28,15 @@ async def list_deployments(
 @router.get("/loops/deployments/{deployment_id}", summary="Get a trainer deployment.")
 async def get_deployment(
     deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> LoopsDeploymentResponseV1:
+) -> GetLoopsDeploymentResponseV1:
     row, views = await control.runs.deployment(caller, deployment_id)
-    return LoopsDeploymentResponseV1(deployment=render.deployment(row, list(views)))
+    return GetLoopsDeploymentResponseV1(deployment=render.deployment(row, list(views)))
 
 
 @router.post("/loops/deployments/{deployment_id}/deactivate", summary="Deactivate a deployment and its runs.")
 async def deactivate_deployment(
     deployment_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> DeactivatedV1:
+) -> DeactivateLoopsDeploymentResponseV1:
     row, _views = await control.runs.deployment(caller, deployment_id)
     await control.runs.deactivate_deployment(caller, deployment_id)
-    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivateLoopsDeploymentResponseV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

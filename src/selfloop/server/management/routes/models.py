@@ -13,8 +13,8 @@ from selfloop.server.management.access import MemberOf, RenderOf
 from selfloop.server.management.render import Renderer
 from selfloop.server.management.schemas.models import (
     DeactivateResponseV1,
-    ModelDeploymentsV1,
-    ModelDeploymentV1,
+    DeploymentsV1,
+    DeploymentV1,
     ModelsV1,
     ModelV1,
 )
@@ -47,10 +47,10 @@ async def get_model(model_id: str, caller: CallerOf, control: ControlOf, render:
 @router.get("/models/{model_id}/deployments", summary="List a model's deployments, newest first.")
 async def list_model_deployments(
     model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf, name: str | None = None
-) -> ModelDeploymentsV1:
+) -> DeploymentsV1:
     view = await control.deploys.model(caller, model_id)
     shown = [await _deployment(control, render, view, version) for version in view.versions]
-    return ModelDeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
+    return DeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
 
 
 @router.get("/models/{model_id}/deployments/{deployment_id}", summary="A sampler as a deployment; its readiness.")
@@ -61,7 +61,7 @@ async def readiness(
     control: ControlOf,
     render: RenderOf,
     user_agent: Annotated[str, Header(include_in_schema=False)] = "",
-) -> ModelDeploymentV1:
+) -> DeploymentV1:
     """The sampler's status; one that is coming up is waited for, up to 25 s. The Loops client's question wakes it."""
     sampler_id = (await control.deploys.version(caller, model_id, deployment_id)).sampler.id
     if control.lifecycle.is_asleep(sampler_id) and user_agent.startswith(_ABOUT_TO_SAMPLE):
@@ -81,7 +81,7 @@ async def deactivate_model_deployment(
     return DeactivateResponseV1(no_op=not ended)
 
 
-async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> ModelDeploymentV1:
+async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> DeploymentV1:
     paths = [control.samplers.path_of(row) for row in await control.samplers.served(version.sampler)]
     live = None if paths else await control.samplers.live_path(version.sampler)
     return render.model_deployment(view, version, paths or ([] if live is None else [live]))

@@ -8,18 +8,46 @@ from selfloop.control.resources.runs import RunRequest
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_unserved
-from selfloop.server.management.schemas.common import DeactivatedV1
+from selfloop.server.management.schemas.common import DeactivateLoopsRunResponseV1
 from selfloop.server.management.schemas.runs import (
     CreateLoopsRunRequestV1,
     CreateLoopsRunResponseV1,
     CreateLoopsSessionRequestV1,
+    CreateLoopsSessionResponseV1,
+    CreateLoopsTrainerRequestV1,
+    CreateLoopsTrainerResponseV1,
+    GetLoopsRunResponseV1,
+    GetLoopsSessionResponseV1,
     ListLoopsRunsResponseV1,
-    LoopsSessionResponseV1,
     LoopsSessionV1,
-    LoopsTrainerResponseV1,
 )
+from selfloop.server.openapi import code_samples
 
 router = APIRouter()
+
+_CREATE_RUN = code_samples(
+    bash="""\
+read_id='import json, sys; print(json.load(sys.stdin)["session"]["id"])'
+session=$(curl --request POST "$LOOPS_BASE_URL/v1/loops/sessions" \\
+  --header "Authorization: Bearer $BASETEN_API_KEY" | python3 -c "$read_id")
+curl "$LOOPS_BASE_URL/v1/loops/runs" \\
+  --header "Authorization: Bearer $BASETEN_API_KEY" --header "Content-Type: application/json" \\
+  --data '{"session_id": "'"$session"'", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16}'
+""",
+    python="""\
+import os
+
+import httpx
+
+
+key = {"Authorization": f"Bearer {os.environ['BASETEN_API_KEY']}"}
+with httpx.Client(base_url=os.environ["LOOPS_BASE_URL"], headers=key) as server:
+    session = server.post("/v1/loops/sessions").raise_for_status().json()["session"]
+    asked = {"session_id": session["id"], "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16}
+    run = server.post("/v1/loops/runs", json=asked).raise_for_status().json()["run"]
+print(run["base_url"], run["sampler"]["base_url"])
+""",
+)
 
 
 @router.post("/loops/sessions", summary="Create a Loops session.")
@@ -28,15 +56,15 @@ async def create_session(
     caller: MemberOf,
     control: ControlOf,
     body: Annotated[CreateLoopsSessionRequestV1 | None, Body()] = None,
-) -> LoopsSessionResponseV1:
+) -> CreateLoopsSessionResponseV1:
     row = await control.runs.create_session(caller, body.training_project_id if body else None)
-    return LoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
+    return CreateLoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
 
 
 @router.get("/loops/sessions/{session_id}", summary="Get a Loops session.")
-async def get_session(session_id: str, caller: CallerOf, control: ControlOf) -> LoopsSessionResponseV1:
+async def get_session(session_id: str, caller: CallerOf, control: ControlOf) -> GetLoopsSessionResponseV1:
     row = await control.runs.session(caller, session_id)
-    return LoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
+    return GetLoopsSessionResponseV1(session=LoopsSessionV1(id=row.id))
 
 
 def _run_request(body: CreateLoopsRunRequestV1) -> RunRequest:
@@ -58,12 +86,15 @@ def _run_request(body: CreateLoopsRunRequestV1) -> RunRequest:
     )
 
 
-@router.post("/loops/runs", summary="Create a Loops run.")
-@router.post("/teams/{team_id}/loops/runs", summary="Create a Loops run in a team.")
+@router.post("/loops/runs", summary="Make a run with its sampler.", openapi_extra=_CREATE_RUN)
+@router.post("/teams/{team_id}/loops/runs", summary="Make a run with its sampler in a team.")
 async def create_run(
     body: CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
 ) -> CreateLoopsRunResponseV1:
-    """Creates a Loops run with an associated sampler in the given session."""
+    """A LoRA adapter to train, its queue of operations, and a sampler that serves what it publishes.
+
+    The base model begins to load at once; operations may be posted meanwhile.
+    """
     view = await control.runs.create(caller, _run_request(body), with_sampler=True)
     return CreateLoopsRunResponseV1(run=render.run(view))
 
@@ -71,10 +102,10 @@ async def create_run(
 @router.post("/loops/trainers", summary="Create a Loops run without a sampler.")
 @router.post("/teams/{team_id}/loops/trainers", summary="Create a Loops run without a sampler in a team.")
 async def create_trainer(
-    body: CreateLoopsRunRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
-) -> LoopsTrainerResponseV1:
+    body: CreateLoopsTrainerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
+) -> CreateLoopsTrainerResponseV1:
     view = await control.runs.create(caller, _run_request(body), with_sampler=False)
-    return LoopsTrainerResponseV1(run=render.trainer(view))
+    return CreateLoopsTrainerResponseV1(run=render.trainer(view))
 
 
 @router.get("/loops/runs", summary="List Loops runs.")
@@ -92,11 +123,13 @@ async def list_runs(
 
 
 @router.get("/loops/runs/{run_id}", summary="Get a Loops run.")
-async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> LoopsTrainerResponseV1:
-    return LoopsTrainerResponseV1(run=render.trainer(await control.runs.get(caller, run_id)))
+async def get_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> GetLoopsRunResponseV1:
+    return GetLoopsRunResponseV1(run=render.trainer(await control.runs.get(caller, run_id)))
 
 
 @router.post("/loops/runs/{run_id}/deactivate", summary="Deactivate a Loops run; its checkpoints stay.")
-async def deactivate_run(run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> DeactivatedV1:
+async def deactivate_run(
+    run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> DeactivateLoopsRunResponseV1:
     row = (await control.runs.deactivate(caller, run_id)).run
-    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivateLoopsRunResponseV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

@@ -6,11 +6,12 @@ from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_replicas, refuse_spot
-from selfloop.server.management.schemas.common import DeactivatedV1
+from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
 from selfloop.server.management.schemas.samplers import (
     CreateLoopsSamplerRequestV1,
+    CreateLoopsSamplerResponseV1,
+    GetLoopsSamplerResponseV1,
     ListLoopsSamplersResponseV1,
-    LoopsSamplerResponseV1,
 )
 from selfloop.types.errors import BadRequest
 
@@ -21,7 +22,7 @@ router = APIRouter()
 @router.post("/teams/{team_id}/loops/samplers", summary="Create a Loops sampler in a team.")
 async def create_sampler(
     body: CreateLoopsSamplerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
-) -> LoopsSamplerResponseV1:
+) -> CreateLoopsSamplerResponseV1:
     """A sampler paired with a run (one a run), or a standalone one of a base model or a checkpoint."""
     refuse_spot(body.availability_model)
     refuse_replicas("num_replicas", body.num_replicas)
@@ -40,7 +41,7 @@ async def create_sampler(
             max_seq_len=body.max_seq_length,
             reuse_from_session_id=body.reuse_from_session_id,
         )
-    return LoopsSamplerResponseV1(sampler=render.sampler(row))
+    return CreateLoopsSamplerResponseV1(sampler=render.sampler(row))
 
 
 @router.get("/loops/samplers", summary="List Loops samplers.")
@@ -55,11 +56,13 @@ async def list_samplers(
 @router.get("/loops/samplers/{sampler_id}", summary="Get a Loops sampler.")
 async def get_sampler(
     sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
-) -> LoopsSamplerResponseV1:
-    return LoopsSamplerResponseV1(sampler=render.sampler(await control.samplers.get(caller, sampler_id)))
+) -> GetLoopsSamplerResponseV1:
+    return GetLoopsSamplerResponseV1(sampler=render.sampler(await control.samplers.get(caller, sampler_id)))
 
 
 @router.post("/loops/samplers/{sampler_id}/deactivate", summary="Deactivate a Loops sampler.")
-async def deactivate_sampler(sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf) -> DeactivatedV1:
+async def deactivate_sampler(
+    sampler_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> DeactivateLoopsSamplerResponseV1:
     row = await control.samplers.deactivate(caller, sampler_id)
-    return DeactivatedV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+    return DeactivateLoopsSamplerResponseV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))

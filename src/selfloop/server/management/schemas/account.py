@@ -28,7 +28,7 @@ class SupportedModelV1(Answer):
     enablement_details: EnablementDetailsV1 | None = None
 
 
-class CapabilitiesResponseV1(Answer):
+class GetLoopsCapabilitiesResponseV1(Answer):
     supported_models: list[SupportedModelV1]
 
 
@@ -39,7 +39,7 @@ class TeamV1(Answer):
     created_at: datetime
 
 
-class TeamsResponseV1(Answer):
+class TeamsV1(Answer):
     teams: list[TeamV1]
 
 
@@ -48,7 +48,11 @@ class LoopsUserConfigV1(Answer):
     sampler_accelerator_priority: list[str] | None
 
 
-class LoopsUserConfigResponseV1(Answer):
+class GetLoopsUserConfigResponseV1(Answer):
+    user_config: LoopsUserConfigV1
+
+
+class PatchLoopsUserConfigResponseV1(Answer):
     user_config: LoopsUserConfigV1
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, LoRAConfigV1, Request
+from selfloop.server.management.schemas.common import Answer, LoopsLoRAConfigV1, Request
 
 
 class LoraAdapterConfigV1(Answer):
@@ -21,7 +21,7 @@ class LoopsCheckpointV1(Answer):
     checkpoint_type: Literal["lora"] = "lora"
     created_at: datetime
     lora_adapter_config: LoraAdapterConfigV1
-    lora_config: LoRAConfigV1
+    lora_config: LoopsLoRAConfigV1
     size_bytes: int
     sync_status: Literal["COMPLETE"] = "COMPLETE"
     target: Literal["trainer", "sampler"]
@@ -39,6 +39,10 @@ class ValidateLoopsCheckpointRequestV1(Request):
     run_id: StrictStr | None = None
 
 
+class ValidateLoopsCheckpointResponseV1(Answer):
+    """Empty: the checkpoint can be used."""
+
+
 class CheckpointFileV1(Answer):
     url: str
     relative_file_name: str
@@ -47,18 +51,18 @@ class CheckpointFileV1(Answer):
     last_modified: datetime
 
 
-class CheckpointFilesResponseV1(Answer):
+class LoopsCheckpointFilesResponseV1(Answer):
     presigned_urls: list[CheckpointFileV1]
     next_page_token: int | None
     total_count: int
 
 
-class CheckpointSourceV1(Answer):
+class LoopsCheckpointS3SourceV1(Answer):
     kind: Literal["s3"] = "s3"
 
 
-class CheckpointSourceResponseV1(Answer):
-    source: CheckpointSourceV1 = CheckpointSourceV1()
+class LoopsCheckpointSourceResponseV1(Answer):
+    source: LoopsCheckpointS3SourceV1 = LoopsCheckpointS3SourceV1()
 
 
 class DeployLoopsCheckpointRequestV1(Request):

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
 from selfloop.types.status import SamplerStatus
 
@@ -36,7 +36,7 @@ class CapacityV1(Answer):
 
 
 class DeploymentStatusV1(StrEnum):
-    """The status of a deployment."""
+    """Where sampling capacity is in its life, from its first build to its end."""
 
     BUILDING = SamplerStatus.BUILDING
     DEPLOYING = SamplerStatus.DEPLOYING
@@ -66,15 +66,11 @@ class InstanceTypeV1(Answer):
     gpu_memory_limit_mib: int | None
 
 
-# The specification's type; a server that was told to answer as serverless departs from it.
-CapacityId = Annotated[
-    str | None,
-    Field(description="Null from a server that answers as serverless capacity."),
-    WithJsonSchema({"type": "string"}),
-]
+# A string in the create-run specification, and in our document unless the server offers serverless capacity.
+CapacityId = Annotated[str | None, Field(description="An id of its capacity. Serverless capacity has none: null.")]
 
 
-class LoRAConfigV1(Answer):
+class LoopsLoRAConfigV1(Answer):
     """What an adapter sits on."""
 
     config_version: str
@@ -82,8 +78,24 @@ class LoRAConfigV1(Answer):
     expert_layout: None = None
 
 
-class DeactivatedV1(Answer):
-    """What was deactivated: a run, a sampler or a deployment, with its owner."""
+class DeactivateLoopsRunResponseV1(Answer):
+    """The run that was deactivated, with its owner."""
+
+    id: str
+    base_model: str
+    user: UserV1
+
+
+class DeactivateLoopsSamplerResponseV1(Answer):
+    """The sampler that was deactivated, with its owner."""
+
+    id: str
+    base_model: str
+    user: UserV1
+
+
+class DeactivateLoopsDeploymentResponseV1(Answer):
+    """The trainer deployment that was deactivated, with its owner."""
 
     id: str
     base_model: str

@@ -31,7 +31,7 @@ class LoopsDeploymentV1(Answer):
     sampler: LoopsSamplerV1 | None
 
 
-class LoopsDeploymentResponseV1(Answer):
+class GetLoopsDeploymentResponseV1(Answer):
     deployment: LoopsDeploymentV1
 
 

@@ -21,7 +21,7 @@ class RequestBackpressureSettingsV1(Answer):
     policy: Literal["QUEUE_ON_FULL"] = "QUEUE_ON_FULL"
 
 
-class ModelDeploymentV1(Answer):
+class DeploymentV1(Answer):
     """A sampler as a deployment of a model; what the clients poll to learn whether it is ready."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -46,8 +46,8 @@ class ModelDeploymentV1(Answer):
     checkpoints: list[str] = Field(description="URIs of what it serves, the default first.")
 
 
-class ModelDeploymentsV1(Answer):
-    deployments: list[ModelDeploymentV1]
+class DeploymentsV1(Answer):
+    deployments: list[DeploymentV1]
 
 
 class ModelV1(Answer):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, CapacityId, CapacityV1, LoRAConfigV1, Request, UserV1
+from selfloop.server.management.schemas.common import Answer, CapacityId, CapacityV1, LoopsLoRAConfigV1, Request, UserV1
 from selfloop.server.management.schemas.samplers import LoopsSamplerV1
 from selfloop.types.status import RunStatus
 
@@ -15,27 +15,34 @@ class CreateLoopsSessionRequestV1(Request):
 
 
 class CreateLoopsRunRequestV1(Request):
-    session_id: StrictStr = Field(description="ID of the Loops session this run belongs to.")
-    base_model: StrictStr = Field(description="Base model ID (e.g. 'Qwen/Qwen3-8B').")
-    max_seq_len: StrictInt | None = Field(
-        None, description="Longest sequence (in tokens) the run must handle. Defaults to the model's own maximum."
+    session_id: StrictStr = Field(description="The session to put the run in.")
+    base_model: StrictStr = Field(
+        description="A name or alias of the catalogue, such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
     )
-    lora_rank: StrictInt = Field(64, description="LoRA rank.")
-    seed: StrictInt | None = Field(None, description="Random seed for reproducibility.")
+    max_seq_len: StrictInt | None = Field(
+        None,
+        description="Tokens in the longest sequence that you will send; longer ones are refused. Null: as many as the "
+        "model has positions.",
+    )
+    lora_rank: StrictInt = Field(64, description="Inner dimension of the adapter's matrices, 1 to 512.")
+    seed: StrictInt | None = Field(
+        None,
+        description="A fresh adapter is drawn from it; the same seed draws the same. Null: the answer has one.",
+    )
     scale_down_delay_seconds: Annotated[StrictInt, Field(gt=0)] = Field(
-        3600, description="Seconds of inactivity before the run scales to zero. Must be positive."
+        3600, description="The run frees its memory once nobody has asked for anything for so many seconds, at least 1."
     )
     path: StrictStr | None = Field(
         None,
-        description="bt:// URI of a trainer checkpoint to load weights from on startup.",
-        examples=["bt://loops:k4q95w5/weights/step-100"],
+        description="Begin with the weights of this trainer checkpoint in place of a fresh adapter.",
+        examples=["bt://loops:9netzzu/weights/captain-resumable"],
     )
     reuse_from_session_id: StrictStr | None = Field(
-        None, description="Session whose trainer deployment to reuse, best-effort; of the same team."
+        None,
+        description="Share the trainer deployment of that session's newest usable run. It must be your team's; where "
+        "nothing of it can be shared, the run gets capacity of its own, and `capacity` of the answer says why.",
     )
-    reuse_from_run_id: StrictStr | None = Field(
-        None, description="Run whose trainer deployment to reuse, best-effort; of the same team."
-    )
+    reuse_from_run_id: StrictStr | None = Field(None, description="The same with the trainer deployment of one run.")
     name: Annotated[StrictStr, Field(min_length=1, max_length=255)] | None = Field(
         None, description="Display name. Defaults to the base model's."
     )
@@ -52,17 +59,21 @@ class CreateLoopsRunRequestV1(Request):
     base_checkpoint: StrictStr | None = Field(None, description="Not served: add the model to the catalogue.")
 
 
+class CreateLoopsTrainerRequestV1(CreateLoopsRunRequestV1):
+    """The same as for a run, whose sampler is made later, if at all."""
+
+
 class LoopsRunStatusV1(Answer):
     name: RunStatus
 
 
 class LoopsRunV1(Answer):
-    id: str = Field(description="The run ID.")
-    session_id: str = Field(description="The session ID this run belongs to.")
-    base_model: str = Field(description="The HuggingFace base model the run is fine-tuning.")
-    base_url: str = Field(description="The run's base URL.")
-    created_at: datetime = Field(description="Time the run was created in ISO 8601 format")
-    sampler: LoopsSamplerV1 = Field(description="The sampler bound to this run.")
+    id: str = Field(description="Names the run in paths and in bt:// URIs.")
+    session_id: str = Field(description="As asked for.")
+    base_model: str = Field(description="What is adapted, by the name that it was asked for under.")
+    base_url: str = Field(description="Operations of the run are posted below it.")
+    created_at: datetime = Field(description="When it was made, in UTC.")
+    sampler: LoopsSamplerV1 = Field(description="Samples what the run publishes.")
     name: str
     deployment_id: CapacityId
     lora_rank: int
@@ -71,7 +82,7 @@ class LoopsRunV1(Answer):
     status: LoopsRunStatusV1
     user: UserV1
     lora_config_version: str
-    lora_config: LoRAConfigV1
+    lora_config: LoopsLoRAConfigV1
     keep_last_checkpoints: int | None
     capacity: CapacityV1
 
@@ -86,7 +97,11 @@ class CreateLoopsRunResponseV1(Answer):
     run: LoopsRunV1
 
 
-class LoopsTrainerResponseV1(Answer):
+class CreateLoopsTrainerResponseV1(Answer):
+    run: LoopsTrainerRunV1
+
+
+class GetLoopsRunResponseV1(Answer):
     run: LoopsTrainerRunV1
 
 
@@ -98,5 +113,9 @@ class LoopsSessionV1(Answer):
     id: str
 
 
-class LoopsSessionResponseV1(Answer):
+class CreateLoopsSessionResponseV1(Answer):
+    session: LoopsSessionV1
+
+
+class GetLoopsSessionResponseV1(Answer):
     session: LoopsSessionV1

@@ -17,9 +17,9 @@ from selfloop.server.management.schemas.common import (
 
 
 class LoopsSamplerStatusV1(Answer):
-    """The current status of a Loops sampler."""
+    """Whether a sampler can be asked now."""
 
-    name: DeploymentStatusV1 = Field(description="The current status of the Loops sampler.")
+    name: DeploymentStatusV1 = Field(description="At the time of the answer.")
     reason: str = Field("", description="Why, in words.")
 
 
@@ -28,7 +28,7 @@ class LoopsSamplerV1(Answer):
 
     id: str
     base_url: str
-    base_model: str = Field(description="The HuggingFace base model the sampler is serving.")
+    base_model: str = Field(description="What it samples, with or without an adapter on it.")
     created_at: datetime
     model_id: CapacityId
     deployment_id: CapacityId
@@ -56,7 +56,11 @@ class CreateLoopsSamplerRequestV1(Request):
     reuse_from_session_id: StrictStr | None = None
 
 
-class LoopsSamplerResponseV1(Answer):
+class CreateLoopsSamplerResponseV1(Answer):
+    sampler: LoopsSamplerV1
+
+
+class GetLoopsSamplerResponseV1(Answer):
     sampler: LoopsSamplerV1
 
 
