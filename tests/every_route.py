@@ -24,7 +24,7 @@ class Ask:
 
     Args:
         json: the body, with ``{id}`` where an id of the owner's stands.
-        params: the query.
+        params: the query; a string is sent as it is.
         keyless: it needs no key.
         reads: a read-only key may use it.
         admin: only an admin's key may use it.
@@ -33,7 +33,7 @@ class Ask:
     """
 
     json: Any = None
-    params: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] | str = field(default_factory=dict)
     content: Callable[[dict[str, str]], bytes] | None = None
     keyless: bool = False
     reads: bool = False
@@ -300,11 +300,13 @@ def send(http: httpx.Client, route: str, ask: Ask, ids: dict[str, str]) -> httpx
     if path.startswith("/v1/models/{model_id}/deployments/{deployment_id}"):
         ids = ids | {"deployment_id": ids["sampler_deployment_id"]}
     json = None if ask.json is None or ask.json is QUERY else filled(ask.json, ids)
+    # A string has its own encoding, which may be a wrong one.
+    query = f"?{ask.params}" if isinstance(ask.params, str) else ""
     return http.request(
         method,
-        filled(path, ids),
+        filled(path, ids) + query,
         json=QUERY if ask.json is QUERY else json,
-        params=filled(ask.params, ids),
+        params=None if query else filled(ask.params, ids),
         content=None if ask.content is None else ask.content(ids),
     )
 

@@ -62,6 +62,13 @@ def test_a_message_is_what_the_other_dialect_draws(client: Anthropic, http: http
     assert message.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[expected["choices"][0]["finish_reason"]]
 
 
+def test_the_methods_for_betas_ask_the_same_routes(client: Anthropic):
+    """They send ``?beta=true``."""
+    assert client.beta.messages.create(**GREEDY).content[0].type == "text"
+    counted = client.beta.messages.count_tokens(model=MODEL, messages=[USER])
+    assert counted.input_tokens == client.messages.count_tokens(model=MODEL, messages=[USER]).input_tokens
+
+
 def test_a_prompt_that_was_seen_is_counted_as_read_from_the_cache(client: Anthropic, http: httpx.Client):
     """In this dialect, in OpenAI's, and in the two ways of a stream's end."""
     seen = {"role": "user", "content": "the same long beginning of two conversations, word by word"}

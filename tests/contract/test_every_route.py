@@ -2,25 +2,27 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
 
-from every_route import NAME, ROUTES, WORD, owned, send
+from every_route import NAME, ROUTES, WORD, filled, owned, send
 from gateway import KEY, MODEL, Gateway, Json, ok, selfloop, until
 from selfloop.control.control import Control
 from selfloop.server.app import make_app
+from selfloop.server.query_parameters import Declared, declared_by
 from selfloop.server.settings import Settings
 
 REVOKES_ITSELF = "DELETE /api/v1/auth/apikey/me"
 ALL = [(route, ask) for route, asks in ROUTES.items() for ask in asks]
 
 
-def routes_of_the_server() -> set[str]:
-    """Every route, those that the OpenAPI document leaves out, too; HEAD goes with GET."""
+def _routes() -> list[tuple[str, Any]]:
     app = make_app(Settings("127.0.0.1", 8000, data_dir=None), _no_control())  # type: ignore[arg-type]
-    found: set[str] = set()
+    found: list[tuple[str, Any]] = []
     todo: list[Any] = list(app.routes)
     while todo:
         route = todo.pop()
@@ -28,12 +30,26 @@ def routes_of_the_server() -> set[str]:
             todo += contexts()
             continue
         path = re.sub(r":\w+}", "}", str(getattr(route, "path", None) or route.starlette_route.path))
-        found |= {f"{method} {path}" for method in route.methods - {"HEAD"}}
+        found.append((path, route))
     return found
+
+
+def routes_of_the_server() -> set[str]:
+    """Every route, those that the OpenAPI document leaves out, too; HEAD goes with GET."""
+    return {f"{method} {path}" for path, route in _routes() for method in route.methods - {"HEAD"}}
 
 
 def _no_control() -> Control:
     return None  # type: ignore[return-value] - the routes are only listed
+
+
+def queries_of_the_server() -> dict[str, Declared]:
+    """The query parameters of every route."""
+    return {
+        f"{method} {path}": {} if getattr(route, "dependant", None) is None else declared_by(route)
+        for path, route in _routes()
+        for method in route.methods - {"HEAD"}
+    }
 
 
 def test_every_route_has_a_row():
@@ -103,6 +119,55 @@ def test_what_needs_no_key_shows_nothing_of_a_team(gateway: Gateway, ids: dict[s
             assert response.status_code in (200, 404, 401), f"{route}: {response.text}"
             assert (response.status_code == 401) == (ask.foreign is not None), f"{route}: {response.text}"
             assert WORD not in response.text.replace(NAME, ""), route
+
+
+def with_query(http: httpx.Client, route: str, ids: dict[str, str], query: str) -> httpx.Response:
+    """The route asked rightly but for its query."""
+    ask = ROUTES[route][0]
+    public = ids | {"model_id": MODEL} if route.partition(" ")[2].startswith("/hf/") else ids
+    given = urlencode(filled(ask.params, public))
+    return send(http, route, replace(ask, params=f"{given}&{query}"), public)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("nonsense=1", ["nonsense", "unknown query parameter"]),
+        ("nonsense", ["nonsense", "unknown query parameter"]),
+        ("Scope=org", ["Scope", "unknown query parameter"]),
+        ("=1", ["query"]),
+        ("nonsense=%ff", ["nonsense", "UTF-8"]),
+        ("n%C3=1", ["UTF-8"]),
+    ],
+)
+def test_no_route_ignores_a_query_parameter(http: httpx.Client, ids: dict[str, str], query: str, said: list[str]):
+    before = state(http, ids)
+    for route in ROUTES:
+        response = with_query(http, route, ids, query)
+        refused = (400,) if _is_400(route) else (422,)
+        assert response.status_code in refused, f"{route}: {response.status_code} {response.text}"
+        check_refused(response, response.status_code, route)
+        assert all(word in response.text for word in said), f"{route}: {response.text}"
+    assert state(http, ids) == before
+
+
+def test_a_parameter_given_twice_is_refused(http: httpx.Client, ids: dict[str, str]):
+    found = 0
+    for route, declared in queries_of_the_server().items():
+        for name, is_many in declared.items():
+            if not is_many:
+                found += 1
+                response = with_query(http, route, ids, f"{name}=1&{name}=1")
+                check_refused(response, 400 if _is_400(route) else 422, f"{route} {name}")
+                assert name in response.text, f"{route} {name}: {response.text}"
+                assert "several times" in response.text, f"{route} {name}: {response.text}"
+    assert found > 50
+
+
+def _is_400(route: str) -> bool:
+    path = route.partition(" ")[2]
+    is_openai = "/v1/" in path and path.startswith(("/loops/samplers/", "/oai/"))
+    return is_openai or path.startswith(("/api/v1/", "/anthropic/"))
 
 
 def test_another_team_gets_nothing(other_team: httpx.Client, http: httpx.Client, ids: dict[str, str]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 import selfloop
 from selfloop.control.control import Control
@@ -24,6 +24,7 @@ from selfloop.server.metrics import router as metrics_router
 from selfloop.server.observe import Observed
 from selfloop.server.openai.routes import mount as mount_openai
 from selfloop.server.polls import Polls
+from selfloop.server.query_parameters import check_plain_routes, check_query
 from selfloop.server.settings import Settings
 from selfloop.server.tinker import futures
 from selfloop.server.tinker.routes import router as tinker_router
@@ -62,6 +63,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses=openapi.ERRORS,
+        dependencies=[Depends(check_query)],
     )
     app.state.settings = settings
     app.state.control = control
@@ -93,4 +95,5 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     mount_openai(app)
     app.include_router(anthropic_router)
     app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))
+    check_plain_routes(app)
     return app

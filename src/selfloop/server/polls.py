@@ -27,14 +27,14 @@ class Poll(NamedTuple):
 
 
 class Polls:
-    """Answers ``polls``; everything else goes on to the application."""
+    """Answers ``polls``; everything else goes on to the application, as does one with a query: it takes none."""
 
     def __init__(self, app: ASGIApp, polls: Sequence[Poll]) -> None:
         self._app = app
         self._polls = [(compile_path(poll.path)[0], poll) for poll in polls]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and not scope["query_string"]:
             for pattern, poll in self._polls:
                 if scope["method"] == poll.method and (ids := pattern.match(scope["path"])) is not None:
                     scope["route"] = poll

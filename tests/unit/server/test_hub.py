@@ -70,6 +70,20 @@ async def test_model_info_at_a_revision(client: httpx.AsyncClient, revision: str
     assert response.json()["sha"] == sha
 
 
+async def test_what_the_hub_client_asks_beside_a_path_is_obeyed(client: httpx.AsyncClient):
+    """``recursive`` and ``expand`` of a tree, ``blobs`` and ``expand`` of a model, ``download`` of a file."""
+    plain = (await client.get("/hf/api/models/org/tiny/tree/main")).json()
+    asked = {"recursive": "true", "expand": "true"}
+    assert (await client.get("/hf/api/models/org/tiny/tree/main", params=asked)).json() == plain
+    info = (await client.get("/hf/api/models/org/tiny", params={"blobs": "true", "securityStatus": "true"})).json()
+    assert [file["blobId"] for file in info["siblings"]] == [file["oid"] for file in plain]
+    for path in ("org/tiny", "org/tiny/revision/main"):
+        some = await client.get(f"/hf/api/models/{path}", params={"expand": ["sha", "tags"]})
+        assert some.json() == {"id": "org/tiny", "sha": info["sha"], "tags": []}
+    stored = await client.get("/hf/org/tiny/resolve/main/config.json", params={"download": "true"})
+    assert stored.headers["Content-Disposition"] == 'attachment; filename="config.json"'
+
+
 @pytest.mark.parametrize("model_id", ["org/tiny", "tiny"])
 async def test_resolve_head_then_get(client: httpx.AsyncClient, model_id: str, folder: Path):
     sha = await sha_of(client)

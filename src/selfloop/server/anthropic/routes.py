@@ -1,10 +1,10 @@
 """The whole server as an Anthropic server: below ``/anthropic/api``."""
 
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from selfloop.control.control import Control
@@ -26,6 +26,8 @@ from selfloop.server.served_models import target_of
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.sampling import SampleDelta, SampleResult
 
+# Sent by the client's methods for betas, which are the same routes; what a beta adds to a body is refused by its name.
+Beta = Annotated[bool, Query(include_in_schema=False)]
 B = TypeVar("B", bound=wire.PromptBody)
 _Parts = AsyncGenerator[SampleDelta | SampleResult]
 
@@ -37,7 +39,7 @@ router = APIRouter(
 
 
 @router.post("/messages", openapi_extra=json_body(wire.MessagesBody))
-async def messages(request: Request, caller: CallerOf, control: ControlOf) -> Response:
+async def messages(request: Request, caller: CallerOf, control: ControlOf, beta: Beta = False) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
     body = await _body(request, wire.MessagesBody)
     target = await target_of(request, body.model, caller, control)
@@ -62,7 +64,7 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf) -> Re
 
 
 @router.post("/messages/count_tokens", openapi_extra=json_body(wire.PromptBody))
-async def count_tokens(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, int]:
+async def count_tokens(request: Request, caller: CallerOf, control: ControlOf, beta: Beta = False) -> dict[str, int]:
     """How many tokens the conversation is in the model's own chat template."""
     body = await _body(request, wire.PromptBody)
     target = await target_of(request, body.model, caller, control)

@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from selfloop.server.openapi import ErrorV1
 from selfloop.types import model_folder
+from selfloop.types.errors import BadRequest
 
 _MAIN = "main"
 
@@ -56,6 +57,22 @@ class _Refused(Exception):
         return JSONResponse({"error": str(self)}, status_code=404, headers=headers)
 
 
+class _Asked(BaseModel):
+    """Of a model's information.
+
+    Args:
+        blobs: the hash of each file, too.
+        expand: only these properties.
+        securityStatus: what the hub's scan found; nothing is scanned here, so there is nothing more to tell.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    blobs: bool = False
+    expand: list[str] = []
+    securityStatus: bool = False
+
+
 class HubError(BaseModel):
     """The body of a refusal; hub clients read its cause from the ``X-Error-Code`` header."""
 
@@ -83,37 +100,41 @@ def router(models: HubModels) -> APIRouter:
     routes = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute, responses=errors)
 
     @routes.get("/api/models/{model_id:path}/tree/{revision}")
-    async def tree(model_id: str, revision: str) -> Response:
-        """The files of a model."""
+    async def tree(model_id: str, revision: str, recursive: bool = False, expand: bool = False) -> Response:
+        """The files of a model: all of them either way, as it has no folders, and all that is known of each."""
         snapshot = await _snapshot(models, model_id, revision)
         return JSONResponse(await asyncio.to_thread(_entries, snapshot), headers=snapshot.headers)
 
     @routes.get("/api/models/{model_id:path}/tree/{revision}/{folder:path}")
-    async def subtree(model_id: str, revision: str, folder: str) -> Response:
+    async def subtree(
+        model_id: str, revision: str, folder: str, recursive: bool = False, expand: bool = False
+    ) -> Response:
         """Always EntryNotFound: a served model has no folders."""
         snapshot = await _snapshot(models, model_id, revision)
         raise _Refused("EntryNotFound", "no such folder", snapshot.headers)
 
     @routes.get("/api/models/{model_id:path}/revision/{revision}")
-    async def model_at_revision(model_id: str, revision: str) -> Response:
+    async def model_at_revision(model_id: str, revision: str, asked: Annotated[_Asked, Query()]) -> Response:
         """What a model holds, at ``main`` or at its sha."""
         snapshot = await _snapshot(models, model_id, revision)
-        return JSONResponse(_model_info(model_id, snapshot), headers=snapshot.headers)
+        info = await asyncio.to_thread(_model_info, model_id, snapshot, asked.blobs)
+        return JSONResponse(_expanded(info, asked.expand), headers=snapshot.headers)
 
     @routes.get("/api/models/{model_id:path}")
-    async def model(model_id: str) -> Response:
+    async def model(model_id: str, asked: Annotated[_Asked, Query()]) -> Response:
         """What a model holds."""
-        return await model_at_revision(model_id, _MAIN)
+        return await model_at_revision(model_id, _MAIN, asked)
 
     @routes.head("/{model_id:path}/resolve/{revision}/{file:path}", include_in_schema=False)
     @routes.get("/{model_id:path}/resolve/{revision}/{file:path}")
-    async def resolve(model_id: str, revision: str, file: str) -> Response:
-        """One file of a model; ``Range`` is honoured."""
+    async def resolve(model_id: str, revision: str, file: str, download: bool = False) -> Response:
+        """One file of a model; ``Range`` is honoured. With ``download`` a browser stores it."""
         snapshot = await _snapshot(models, model_id, revision)
         if file not in snapshot.files:
             raise _Refused("EntryNotFound", "no such file", snapshot.headers)
         etag = await asyncio.to_thread(_etag, snapshot.folder / file)
-        return FileResponse(snapshot.folder / file, headers={**snapshot.headers, "ETag": f'"{etag}"'})
+        headers = {**snapshot.headers, "ETag": f'"{etag}"'}
+        return FileResponse(snapshot.folder / file, headers=headers, filename=Path(file).name if download else None)
 
     return routes
 
@@ -148,7 +169,10 @@ def _entries(snapshot: _Snapshot) -> list[dict[str, Any]]:
     ]
 
 
-def _model_info(model_id: str, snapshot: _Snapshot) -> dict[str, Any]:
+def _model_info(model_id: str, snapshot: _Snapshot, with_blobs: bool) -> dict[str, Any]:
+    siblings = [{"rfilename": name, "size": (snapshot.folder / name).stat().st_size} for name in snapshot.files]
+    if with_blobs:
+        siblings = [{**one, "blobId": _etag(snapshot.folder / str(one["rfilename"]))[:40]} for one in siblings]
     return {
         "id": model_id,
         "modelId": model_id,
@@ -159,5 +183,13 @@ def _model_info(model_id: str, snapshot: _Snapshot) -> dict[str, Any]:
         "tags": [],
         "downloads": 0,
         "likes": 0,
-        "siblings": [{"rfilename": name, "size": (snapshot.folder / name).stat().st_size} for name in snapshot.files],
+        "siblings": siblings,
     }
+
+
+def _expanded(info: dict[str, Any], properties: list[str]) -> dict[str, Any]:
+    """Only what ``expand`` names, where it names anything. Raises :class:`BadRequest` for what is not known here."""
+    unknown = [name for name in properties if name not in info]
+    if unknown:
+        raise BadRequest("expand", f"of {', '.join(sorted(info))}; got {unknown[0][:100]!r}")
+    return {name: info[name] for name in ("id", *properties)} if properties else info
