@@ -272,6 +272,31 @@ def test_forced_tools(client: OpenAI):
     assert call_of(client, tools=[WEATHER], tool_choice="required")["name"] == "weather"
 
 
+def test_strict_tools_that_the_model_may_call(client: OpenAI):
+    """As the Agents SDK sends them; beside a format, the answer is a call or of that format."""
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    asked: Json = {"model": MODEL, "messages": [{"role": "user", "content": "?"}], "tools": [strict, CLOCK]}
+    answer = client.chat.completions.create(**asked, seed=1, max_tokens=30)
+    assert answer.choices[0].message.content
+    schema = WEATHER["function"]["parameters"]
+    formatted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    asked |= {"n": 20, "max_tokens": 110, "seed": 2, "response_format": formatted}
+    whole = client.chat.completions.create(**asked).choices
+    called = [choice for choice in whole if choice.message.tool_calls]
+    answered = [choice for choice in whole if choice.finish_reason == "stop"]
+    assert len(called) > 0 < len(answered)
+    for choice in answered:
+        assert json.loads(choice.message.content)["city"] in ("Oslo", "Rome")
+    for call in (call for choice in called for call in choice.message.tool_calls):
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "clock" or arguments["city"] in ("Oslo", "Rome")
+    chunks = [c for chunk in client.chat.completions.create(**asked, stream=True) for c in chunk.choices]
+    streamed = [t.function for c in chunks for t in c.delta.tool_calls or []]
+    assert sorted((f.name, f.arguments) for f in streamed) == sorted(
+        (call.function.name, call.function.arguments) for choice in called for call in choice.message.tool_calls
+    )
+
+
 def test_tools_are_in_the_prompt(client: OpenAI):
     def num_prompt(**fields: object) -> int:
         asked: Json = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1} | fields
@@ -404,10 +429,14 @@ CHAT_REFUSALS: dict[str, tuple[Json, str]] = {
         "tool_choice.function.name",
     ),
     "strict tool": (
-        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-        "tools[0].function.strict",
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "string"}}}]},
+        "tools[0].function.parameters.type",
     ),
-    "tool and format": ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+    "strict tool of no schema": (
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"allOf": [3]}}}]},
+        "tools",
+    ),
+    "tool and structure": ({"tools": [TOOL], "guided_regex": "a"}, "tool_choice"),
     "store": ({"store": True}, "store"),
     "audio": ({"modalities": ["audio"]}, "modalities"),
     "functions": ({"functions": []}, "functions"),

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from selfloop.server.decode import to_json
+from selfloop.server.call_grammar import CLOSE, OPEN, Signature, calls_in_text, calls_or_json, one_call
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import StructuredOutput
@@ -15,20 +15,11 @@ CallForm = Literal["tags", "json"]
 """``tags``: ``<tool_call>{"name", "arguments"}</tool_call>`` anywhere in the text (Hermes, Qwen). ``json``: the
 whole text is ``{"name", "parameters"}`` (Llama)."""
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # A string may be cut off where the text ends.
 _STRING_OR_CLOSE = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|' + CLOSE, re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # A template that lists parameters by tag does not write JSON between its tags.
 _TAGGED_PARAMETERS = "<function="
-
-# As models were trained to write a call: nothing but a space after each separator.
-_SPACED = {
-    "whitespace_pattern": None,
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
 
 
 def call_form(template: str) -> CallForm | None:
@@ -91,19 +82,24 @@ class ToolUse:
 
     Args:
         names: the functions that may be called; empty when the answer is plain text.
-        form: how calls are written, unless ``forced``.
-        forced: the text is constrained to be one call.
-        at_most_one: the text ends with the first call.
+        form: how calls are written in the text; None where it is one call and nothing else.
+        structured: what keeps the calls in their functions' schemas.
+        own_stop: what ends the text with its first call, where nothing else does.
     """
 
     names: frozenset[str] = frozenset()
     form: CallForm | None = None
-    forced: StructuredOutput | None = None
-    at_most_one: bool = False
+    structured: StructuredOutput | None = None
+    own_stop: tuple[str, ...] = ()
 
 
-def tool_use(functions: list[Function], choice: Choice, template: str | None) -> ToolUse:
+def tool_use(
+    functions: list[Function], choice: Choice, template: str | None, answer: dict[str, Any] | None = None
+) -> ToolUse:
     """The checked tools of a request, of which there is at least one.
+
+    Args:
+        answer: JSON schema of a text that is no call; None for any text.
 
     Raises:
         BadRequest: an unfit name, a choice of an unknown function, or a template without tools.
@@ -119,21 +115,34 @@ def tool_use(functions: list[Function], choice: Choice, template: str | None) ->
     if choice.kind == "none":
         return ToolUse()
     if choice.kind == "auto":
-        for function in functions:
-            if function.strict:
-                raise BadRequest(
-                    f"{function.where}.strict",
-                    "false or null, or a tool_choice that forces a call: only then is it kept",
-                )
         form = call_form(template)
         if form is None:
             raise BadRequest("tool_choice", f"{choice.forcing}: calls of this model's template are not read from text")
-        return ToolUse(names, form, at_most_one=choice.at_most_one)
+        return _left_to_the_model(functions, choice, form, answer)
     if choice.name is not None:
         functions = [function for function in functions if function.name == choice.name]
         if not functions:
             raise BadRequest(choice.field, f"one of {', '.join(sorted(names))}")
-    return ToolUse(names, None, _one_call_of(functions))
+    return ToolUse(names, None, one_call([_signature(function) for function in functions]))
+
+
+def _left_to_the_model(
+    functions: list[Function], choice: Choice, form: CallForm, answer: dict[str, Any] | None
+) -> ToolUse:
+    names = frozenset(function.name for function in functions)
+    # Of those that are not strict only the form is kept: nobody relies on more, and their schemas may be of any kind.
+    signatures = [_signature(f) if f.strict else _signature(f)._replace(schema=None) for f in functions]
+    if answer is not None:
+        if form != "tags":
+            raise BadRequest("response_format", "null or text, or tool_choice none: a call does not match it")
+        return ToolUse(names, form, calls_or_json(signatures, answer, at_most_one=choice.at_most_one))
+    if any(function.strict for function in functions):
+        return ToolUse(names, form, calls_in_text(signatures, form, at_most_one=choice.at_most_one))
+    return ToolUse(names, form, own_stop=(CLOSE,) if choice.at_most_one and form == "tags" else ())
+
+
+def _signature(function: Function) -> Signature:
+    return Signature(function.name, function.parameters, f"{function.where}.{function.schema_field}")
 
 
 def template_tool(name: str, description: str | None, parameters: dict[str, Any] | None) -> dict[str, object]:
@@ -145,38 +154,6 @@ def template_tool(name: str, description: str | None, parameters: dict[str, Any]
 def template_call(id: str, name: str, arguments: dict[str, Any]) -> dict[str, object]:
     """A call of an assistant's message as chat templates read it."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _one_call_of(functions: list[Function]) -> StructuredOutput:
-    calls: list[dict[str, object]] = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": f.name}, "arguments": f.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for f in functions
-    ]
-    schema: dict[str, object] = {"anyOf": calls}
-    if len(calls) == 1:
-        schema = calls[0]
-    schema = _lifted(schema, functions) | {"x-guidance": _SPACED}
-    return StructuredOutput("json_schema", to_json(schema, "tools").decode())
-
-
-def _lifted(schema: dict[str, object], functions: list[Function]) -> dict[str, object]:
-    """``$defs`` of the parameters at the top, where their references look for them."""
-    definitions: dict[str, Any] = {}
-    for name in ("$defs", "definitions"):
-        merged: dict[str, Any] = {}
-        for function in functions:
-            for key, value in dict((function.parameters or {}).get(name) or {}).items():
-                if to_json(merged.setdefault(key, value), "tools") != to_json(value, "tools"):
-                    where = f"{function.where}.{function.schema_field}.{name}.{key}"
-                    raise BadRequest(where, "one meaning in all tools")
-        if merged:
-            definitions[name] = merged
-    return schema | definitions
 
 
 class Piece(NamedTuple):

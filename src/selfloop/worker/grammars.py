@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict
 
 import llguidance
+from tokenizers import Tokenizer
 
 from selfloop.engine.sample.grammar import GrammarState
 from selfloop.types.errors import BadRequest, OperationFailed
@@ -101,10 +102,51 @@ class GrammarCompiler:
     def _llguidance_tokens(self) -> llguidance.LLTokenizer:
         # Made for the first such request: it takes tens of megabytes.
         if self._tokens is None:
-            self._tokens = llguidance.LLTokenizer(
-                self._tokenizer.text, n_vocab=self._vocab_size, eos_token=self._end_tokens
-            )
+            tokens = _Tokens(self._tokenizer, self._vocab_size, self._end_tokens)
+            self._tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokens))
         return self._tokens
+
+
+class _Tokens:
+    """A model's tokens in the form that llguidance reads, its names included.
+
+    By itself it takes every added token that is written ``<...>`` for one that is no text. Models write their calls
+    and thoughts with tokens like that, so it is told here which are none.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: ModelTokenizer, vocab_size: int, end_tokens: list[int]) -> None:
+        ends = set(end_tokens)
+        raws = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        self.tokens = raws
+        self.eos_token_id = end_tokens[0] if end_tokens else None
+        self.special_token_ids = [i for i, raw in enumerate(raws) if i in ends or tokenizer.text_bytes(i) != raw]
+        self._within = _within_a_text(tokenizer.text)
+
+    def __call__(self, text: bytes) -> list[int]:
+        ids: list[int] = self._within.encode(text.decode(), add_special_tokens=False).ids
+        return ids
+
+
+def _within_a_text(tokenizer_json: str) -> Tokenizer:
+    """The tokenizer for what stands within a text: no space comes before it, and no name of a token stands for it."""
+    parts = json.loads(tokenizer_json)
+    normalizer = parts.get("normalizer") or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    left = [step for step in steps if step.get("type") not in (None, "Prepend")]
+    parts["normalizer"] = {"type": "Sequence", "normalizers": left} if left else None
+    before = parts.get("pre_tokenizer") or {}
+    for step in before["pretokenizers"] if before.get("type") == "Sequence" else [before]:
+        if step.get("type") == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = False
+    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(parts))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 class CompiledGrammar:

@@ -104,14 +104,16 @@ def test_tools_reach_the_template_unless_none_may_be_called():
 
 def test_tool_choice():
     use = prompt(tools=[TOOL]).tools
-    assert (use.names, use.form, use.forced) == ({"f"}, "tags", None)
-    assert prompt(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True}).tools.at_most_one
+    assert (use.names, use.form, use.structured) == ({"f"}, "tags", None)
+    assert prompt(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True}).tools.own_stop
     for choice in ({"type": "any"}, {"type": "tool", "name": "f"}):
-        forced = prompt(tools=[TOOL, TOOL | {"name": "g"}], tool_choice=choice).tools.forced
+        forced = prompt(tools=[TOOL, TOOL | {"name": "g"}], tool_choice=choice).tools.structured
         assert forced is not None
-        schema = json.loads(forced.spec)
-        names = [s["properties"]["name"]["const"] for s in schema.get("anyOf", [schema])]
+        names = [name for name in "fg" if rf"\"{name}\"" in forced.spec]
         assert names == (["f", "g"] if choice["type"] == "any" else ["f"])
+    strict = prompt(tools=[TOOL | {"strict": True}]).tools
+    assert strict.form == "tags"
+    assert strict.structured is not None
 
 
 def test_what_is_drawn():
@@ -165,7 +167,10 @@ REFUSALS: dict[str, tuple[dict[str, object], str]] = {
     "tool without schema": ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
     "tool of an unfit name": ({"tools": [TOOL | {"name": "a b"}]}, "tools[0].name"),
     "tool twice": ({"tools": [TOOL, TOOL]}, "tools"),
-    "strict": ({"tools": [TOOL | {"strict": True}]}, "tools[0].strict"),
+    "arguments that are no object": (
+        {"tools": [TOOL | {"strict": True, "input_schema": {"type": "array"}}]},
+        "tools[0].input_schema.type",
+    ),
     "deferred": ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
     "choice without tools": ({"tool_choice": {"type": "any"}}, "tool_choice"),
     "choice of an unknown": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice.name"),

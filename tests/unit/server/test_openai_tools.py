@@ -116,25 +116,31 @@ def test_choices():
     assert tool_use(chat(), None) == ToolUse()
     assert tool_use(chat(tools=tools, tool_choice="none"), QWEN) == ToolUse()
     assert tool_use(chat(tools=tools), QWEN) == TAGS
-    assert tool_use(chat(tools=tools, parallel_tool_calls=False), QWEN).at_most_one
-    forced = tool_use(chat(tools=tools, tool_choice="required"), "tools in some way").forced
+    assert tool_use(chat(tools=tools, parallel_tool_calls=False), QWEN).own_stop == ("</tool_call>",)
+    forced = tool_use(chat(tools=tools, tool_choice="required"), "tools in some way").structured
     assert forced is not None
-    assert [s["properties"]["name"] for s in json.loads(forced.spec)["anyOf"]] == [{"const": "f"}, {"const": "g"}]
-    named = tool_use(chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}}), QWEN).forced
+    assert [name in forced.spec for name in (r"\"f\"", r"\"g\"")] == [True, True]
+    named = tool_use(chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}}), QWEN).structured
     assert named is not None
-    assert json.loads(named.spec)["properties"]["name"] == {"const": "g"}
+    assert [name in named.spec for name in (r"\"f\"", r"\"g\"")] == [False, True]
 
 
-def test_definitions_move_to_where_references_look():
-    parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "integer"}}}
-    forced = tool_use(chat(tools=[tool("f", parameters=parameters)], tool_choice="required"), QWEN).forced
-    assert forced is not None
-    assert json.loads(forced.spec)["$defs"] == {"A": {"type": "integer"}}
-    other = parameters | {"$defs": {"A": {"type": "string"}}}
-    with pytest.raises(BadRequest, match="one meaning in all tools"):
-        tool_use(
-            chat(tools=[tool("f", parameters=parameters), tool("g", parameters=other)], tool_choice="required"), QWEN
-        )
+def test_strict_functions_are_kept_where_the_model_may_call():
+    tools = [tool("f", strict=True, parameters={"type": "object"}), tool("g")]
+    use = tool_use(chat(tools=tools), QWEN)
+    assert (use.names, use.form, use.own_stop) == ({"f", "g"}, "tags", ())
+    assert use.structured is not None
+    assert tool_use(chat(tools=tools), LLAMA).structured not in (None, use.structured)
+    assert tool_use(chat(tools=tools, parallel_tool_calls=False), QWEN).structured not in (None, use.structured)
+    with pytest.raises(BadRequest, match=r"tools\[0\].function.parameters.type: object"):
+        tool_use(chat(tools=[tool("f", strict=True, parameters={"type": "string"})]), QWEN)
+
+
+def test_an_answer_of_a_schema_beside_calls():
+    answer = {"type": "object"}
+    assert tool_use(chat(tools=[tool("f")]), QWEN, answer).structured is not None
+    with pytest.raises(BadRequest, match="response_format"):
+        tool_use(chat(tools=[tool("f")]), LLAMA, answer)
 
 
 @pytest.mark.parametrize("template", [None, "no such variable"])

@@ -12,7 +12,7 @@ from selfloop.server import tools
 from selfloop.server.anthropic import wire
 from selfloop.server.decode import convert, to_json
 from selfloop.server.sampling import check_ranges, room_for
-from selfloop.server.tools import CLOSE, Choice, Function, ToolUse, template_call, template_tool
+from selfloop.server.tools import Choice, Function, ToolUse, template_call, template_tool
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import SamplingParams
 
@@ -86,14 +86,13 @@ def draw_of(body: wire.MessagesBody, prompt: list[int], use: ToolUse, max_seq_le
     stop = body.stop_sequences or []
     if "" in stop:
         raise BadRequest("stop_sequences", "strings of at least one character")
-    own_stop = [CLOSE] if use.at_most_one and use.form == "tags" else []
     params = SamplingParams(
         max_tokens=min(body.max_tokens, room_for(prompt, "messages", max_seq_len)),
         temperature=temperature,
         top_k=max(top_k, 0),
         top_p=top_p,
-        stop=[*stop, *own_stop],
-        structured=use.forced,
+        stop=[*stop, *use.own_stop],
+        structured=use.structured,
     )
     return Draw(prompt, 1, params)
 

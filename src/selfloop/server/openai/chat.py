@@ -11,10 +11,9 @@ from selfloop.server.decode import to_json
 from selfloop.server.openai import wire
 from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved
 from selfloop.server.openai.tools import tool_use
-from selfloop.server.sampling import ANY_JSON_OBJECT, MAX_TOP_LOGPROBS, json_schema, within
-from selfloop.server.tools import CLOSE, ToolUse, template_call, template_tool
+from selfloop.server.sampling import MAX_TOP_LOGPROBS, json_schema, within
+from selfloop.server.tools import ToolUse, template_call, template_tool
 from selfloop.types.errors import BadRequest
-from selfloop.types.sampling import StructuredOutput
 
 # These the server sets itself.
 _OWN_VARIABLES = frozenset(
@@ -45,15 +44,17 @@ class ChatRequest:
 def chat_request(body: wire.ChatBody, template: str | None) -> ChatRequest:
     """Raises :class:`BadRequest` for any field that cannot be obeyed."""
     wanted = asked(body)
-    use = tool_use(body, template)
-    formatted = _formatted(body.response_format)
-    if formatted is not None and use.form is not None:
-        raise BadRequest("response_format", "null or text, or tool_choice none: a call does not match it")
-    by_field = {wanted.structured_by or "structured_outputs": wanted.structured}
-    structured, by = exactly_one_structure(**by_field, response_format=formatted, tool_choice=use.forced)
-    if structured is not None and use.form is not None:
+    answer = _answer_schema(body.response_format)
+    use = tool_use(body, template, answer)
+    if use.form is not None and wanted.structured is not None:
         raise BadRequest("tool_choice", "none, required or a function when the text is constrained")
-    stop = [*wanted.stop, CLOSE] if use.at_most_one and use.form == "tags" else wanted.stop
+    formatted = None
+    if answer is not None and use.form is None:
+        formatted = json_schema(answer, "response_format.json_schema.schema")
+    by_field = {wanted.structured_by or "structured_outputs": wanted.structured}
+    by_tools = "tool_choice" if use.form is None else "tools"
+    structured, by = exactly_one_structure(**by_field, response_format=formatted, **{by_tools: use.structured})
+    stop = [*wanted.stop, *use.own_stop]
     return ChatRequest(
         _chat(body, template),
         replace(wanted, structured=structured, structured_by=by, stop=stop),
@@ -81,15 +82,15 @@ def _top_logprobs(body: wire.ChatBody) -> int | None:
     return top
 
 
-def _formatted(given: wire.ResponseFormat | None) -> StructuredOutput | None:
+def _answer_schema(given: wire.ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema of the answer; None for any text. One that is not strict may be obeyed strictly."""
     if given is None:
         return None
     if (given.type == "json_schema") is not (given.json_schema is not None):
         raise BadRequest("response_format.json_schema", "an object with type json_schema, null with any other")
     if given.json_schema is not None:
-        # A schema that is not strict may be obeyed strictly.
-        return json_schema(given.json_schema.schema or {}, "response_format.json_schema.schema")
-    return ANY_JSON_OBJECT if given.type == "json_object" else None
+        return given.json_schema.schema or {}
+    return {"type": "object"} if given.type == "json_object" else None
 
 
 def _chat(body: wire.ChatBody, template: str | None) -> Chat:

@@ -1,5 +1,7 @@
 """The tools of a chat request."""
 
+from typing import Any
+
 from selfloop.server import tools
 from selfloop.server.openai import wire
 from selfloop.server.tools import Call, Choice, Function, ToolUse
@@ -8,8 +10,8 @@ from selfloop.types.errors import BadRequest
 _FORCING = "none, required or a function"
 
 
-def tool_use(body: wire.ChatBody, template: str | None) -> ToolUse:
-    """The checked tools of a request.
+def tool_use(body: wire.ChatBody, template: str | None, answer: dict[str, Any] | None = None) -> ToolUse:
+    """The checked tools of a request; ``answer`` is the schema of a text that is no call.
 
     Raises:
         BadRequest: a tool that is not a function, a choice of an unknown one, or a template without tools.
@@ -20,7 +22,7 @@ def tool_use(body: wire.ChatBody, template: str | None) -> ToolUse:
                 raise BadRequest(name, "null without tools")
         return ToolUse()
     functions = [_function(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]
-    return tools.tool_use(functions, _choice(body), template)
+    return tools.tool_use(functions, _choice(body), template, answer)
 
 
 def rendered(call: Call) -> dict[str, object]:
