@@ -40,7 +40,7 @@ class FakeHouse:
         self.scheduler = Scheduler(
             lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config)
         )
-        catalogue = Catalogue(self.db, folder / "models")
+        catalogue = Catalogue(self.db, folder)
         self.context = Context(
             self.db,
             self.blobs,

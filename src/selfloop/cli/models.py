@@ -20,7 +20,7 @@ def list_models(data_dir: local.DataDir = None) -> None:
             table = local.table("name", "source", "also served as", "files")
             for row in models:
                 names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
-                table.add_row(row.name, row.source, names, row.path or "prepared at first use")
+                table.add_row(row.name, row.source, names, data.catalogue.files_of(row))
             return table
 
     local.show(local.run(work))

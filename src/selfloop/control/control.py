@@ -117,7 +117,7 @@ class DataDirectory:
             migrate.upgrade(url)
         self._db = Database(url)
         self.access = Access(self._db, path / _REVOCATIONS_FILE)
-        self.catalogue = Catalogue(self._db, path / "models")
+        self.catalogue = Catalogue(self._db, path)
         self._store = checkpoint_store(path, store)
         self.exports = Exports(self._db, self._store, self.catalogue)
         self.imports = Imports(self._db, self._store, self.catalogue, self.access)
@@ -154,7 +154,7 @@ class Control:
         store = checkpoint_store(data_dir, config.store)
         journal = Journal(self.db, blobs)
         settlement = Settlement(self.db, store, journal)
-        self.catalogue = Catalogue(self.db, data_dir / "models")
+        self.catalogue = Catalogue(self.db, data_dir)
         settlement.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
         self.lifecycle = Lifecycle(self.db, pool)
@@ -197,6 +197,7 @@ class Control:
             self._claiming = asyncio.create_task(self._claim.keep(_end_at_once), name="keep-database")
         await self.catalogue.seed()
         await self._installation.check(self.db, self._context.store)
+        await self.catalogue.report_missing()
         made = await self.access.ensure_first_key(first_key)
         await self.access.start()
         await self.observations.start()
@@ -251,6 +252,7 @@ class Control:
                 kept_bytes=config.kept_bytes,
                 record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
                 linger_s=config.keep_loaded_s,
+                owner=self._installation.owner,
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

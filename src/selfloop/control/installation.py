@@ -4,9 +4,9 @@ The rows of one with the files of another would be taken for a crash's leftovers
 """
 
 import fcntl
+import logging
 import os
 from pathlib import Path
-from typing import IO
 
 import msgspec
 from sqlalchemy.engine import URL
@@ -19,7 +19,10 @@ from selfloop.storage.db.database import Database
 from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id
 
+log = logging.getLogger(__name__)
+
 _FILE = "installation.json"
+_LOCK_FILE = "gateway.lock"
 DATABASE_FILE = "selfloop.db"
 """Of a data directory whose rows are in no other database."""
 
@@ -72,6 +75,12 @@ class Installation:
         if self._earlier != now or not self._path.exists():
             self._remember(now)
 
+    @property
+    def owner(self) -> str:
+        """Tells this data directory from a copy of it: which one it is, and where it lies."""
+        assert self._earlier is not None, "checked"
+        return f"{self._earlier.id} {self._data_dir.resolve()}"
+
     def move_to(self, database: URL) -> None:
         """The rows lie in ``database`` from now on."""
         assert self._earlier is not None
@@ -94,23 +103,54 @@ def make_folder(data_dir: Path) -> None:
         raise BadRequest("--data-dir", f"a folder that we may write; {data_dir} is none")
 
 
-def hold(data_dir: Path) -> IO[str]:
-    """Hold the data directory until the file is closed; a second gateway on it is refused.
+class Hold:
+    """Of a data directory: until it is closed, or its process ends, a second one is refused.
 
-    Raises:
-        Conflict: another process holds it.
+    What is locked is the directory itself, so that it stays held whichever of its files are deleted, and wherever it is
+    moved. ``gateway.lock`` names the holder, and is locked for servers of earlier versions, which look at nothing else.
     """
-    file = open(data_dir / "gateway.lock", "a+")  # noqa: SIM115 - held as long as the gateway lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise Conflict(
-            f"another selfloop server (pid {holder}) is using {data_dir}; stop it or choose another --data-dir"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+
+    def __init__(self, data_dir: Path) -> None:
+        """Raises :class:`Conflict` when another process holds it."""
+        file = data_dir / _LOCK_FILE
+        self._descriptors: list[int] = []
+        try:
+            self._take(os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY), data_dir)
+            self._take(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), data_dir)
+        except BlockingIOError:
+            holder = file.read_text().strip() if file.is_file() else ""
+            self.close()
+            raise Conflict(
+                f"another selfloop server (pid {holder or 'unknown'}) is using {data_dir}; stop it or choose another "
+                "--data-dir"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        os.ftruncate(self._descriptors[-1], 0)
+        os.write(self._descriptors[-1], str(os.getpid()).encode())
+
+    def _take(self, descriptor: int, data_dir: Path) -> None:
+        self._descriptors.append(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            # As some network file systems do; one of the two is enough as long as nobody deletes it.
+            log.warning("%s is on a file system that cannot lock everything: %s", data_dir, error)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def hold(data_dir: Path) -> Hold:
+    """Hold the data directory; a second gateway on it is refused. Raises :class:`Conflict`."""
+    return Hold(data_dir)

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ import zmq
 import zmq.asyncio
 
 from selfloop.types.errors import OperationFailed, WorkerLost
-from selfloop.worker.host_client import WorkerHost, WorkerProcess, describe_exit
+from selfloop.worker.host_client import SILENCE_AT_START, WorkerHost, WorkerProcess, describe_exit
 from selfloop.worker.launch_local import WorkerCommand
+from selfloop.worker.local_process import make_socket_folder
 from selfloop.worker.protocol import (
     Call,
     Command,
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 20.0
 _LOOK_EVERY_S = 0.5
-# Before its first heartbeat a process only imports, which a busy machine can draw out.
-_SILENCE_AT_START = 5
 
 
 class WorkerClient:
@@ -70,8 +68,7 @@ class WorkerClient:
         Raises:
             WorkerLost: the host is gone.
         """
-        # Not in the data directory: a socket's path may not be longer than about 100 characters.
-        self._folder = Path(tempfile.mkdtemp(prefix="selfloop-"))
+        self._folder = make_socket_folder()
         address = f"ipc://{self._folder}/worker.sock"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -190,13 +187,13 @@ class WorkerClient:
         code = await asyncio.shield(process.ended)
         # Answers that were sent before the process ended are still on the socket.
         await asyncio.sleep(0.05)
-        self._lose("stopped" if self._stopping else self._dying or describe_exit(code))
+        self._lose("stopped" if self._stopping else self._dying or process.cause or describe_exit(code))
 
     async def _watch_pulse(self) -> None:
         """End the process when nothing is heard of it, or when it has been at one thing for too long."""
         command = self._command
         now = time.monotonic()
-        heard_at, busy_s = now + (_SILENCE_AT_START - 1) * command.silence_s, 0.0
+        heard_at, busy_s = now + (SILENCE_AT_START - 1) * command.silence_s, 0.0
         while True:
             while await self._pulse.poll(0):
                 heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._pulse.recv()).busy_s

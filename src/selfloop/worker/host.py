@@ -7,6 +7,7 @@ memory cannot be shared so: there each worker loads the model itself, and finds 
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -31,6 +32,8 @@ from selfloop.engine.device import pick_device
 from selfloop.engine.limits import EngineLimits
 from selfloop.types.logline import JsonFormatter
 from selfloop.worker.host_protocol import (
+    HEARTBEAT_S,
+    Alive,
     Exited,
     Forked,
     ForkWorker,
@@ -47,6 +50,10 @@ log = logging.getLogger("selfloop.worker")
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+# For one message to or from a gateway that has begun to send it, or has room for it.
+_MESSAGE_S = 60.0
+# A thread that was joined is still in the kernel's list for a moment.
+_THREAD_END_S = 5.0
 
 
 def call_this_process(name: str) -> None:
@@ -83,29 +90,42 @@ class Host:
         self._load = load
         self._num_threads = num_threads
         self._listener.settimeout(linger_s)
+        self._waiting: list[socket.socket] = []
+        """Connections of gateways that came while the model was loaded, the first one first."""
         self._worker: tuple[int, int] | None = None
         """Its process id, and a descriptor that is readable once it has ended."""
 
     def run(self) -> None:
         """Return when no gateway has come for so long."""
+        while (connection := self._next_gateway()) is not None:
+            with connection:
+                try:
+                    self._serve(connection)
+                except OSError as error:  # The gateway has died in the middle of a word, or does not listen.
+                    log.info("the gateway is gone: %s", error)
+                # Before the next gateway is heard: nothing of this worker may be written under the next one's.
+                self._end_worker()
+
+    def _next_gateway(self) -> socket.socket | None:
+        if self._waiting:
+            return self._waiting.pop(0)
         while True:
             try:
                 connection, _ = self._listener.accept()
             except (TimeoutError, BlockingIOError):
-                return
-            with connection:
-                if peer_user(connection) == os.getuid():
-                    try:
-                        self._serve(connection)
-                    except OSError as error:  # The gateway has died in the middle of a word.
-                        log.info("the gateway is gone: %s", error)
-                # Before the next gateway is heard: nothing of this worker may be written under the next one's.
-                self._end_worker()
+                return None
+            if peer_user(connection) == os.getuid():
+                return connection
+            connection.close()
 
     def hold(self) -> None:
         """Load the model here, for every worker to come."""
-        model = self._load()
-        model.engine.warm_up()
+        loading = _WhileLoading(self._listener)
+        try:
+            model = self._load()
+            model.engine.warm_up()
+        finally:
+            self._waiting = loading.end()
         self._load = lambda: model
         # Collected in a worker, it would be copied page by page.
         gc.collect()
@@ -119,18 +139,20 @@ class Host:
         shutil.rmtree(path.parent, ignore_errors=True)
 
     def refuse(self, cause: str) -> None:
-        """Tell the gateway that launched us why there is no model."""
-        connection, _ = self._listener.accept()
-        with connection:
-            _say(connection, HostFailed(cause))
+        """Tell the gateways that wait for us why there is no model."""
+        for connection in self._waiting:
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(_MESSAGE_S)
+                _say(connection, HostFailed(cause))
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(None)
+        connection.settimeout(_MESSAGE_S)
         _say(connection, HostReady(os.getpid()))
         inbox = connection.makefile("rb")
         while True:
             ended = [] if self._worker is None else [self._worker[1]]
-            readable, _, _ = select.select([connection, *ended], [], [])
+            readable, _, _ = select.select([connection, *ended], [], [], HEARTBEAT_S)
+            _beat(connection)
             if ended and ended[0] in readable:
                 _say(connection, self._bury())
             if connection in readable:
@@ -141,7 +163,7 @@ class Host:
                 _say(connection, Forked(self._fork(fork_decoder.decode(line), connection)))
 
     def _fork(self, order: ForkWorker, connection: socket.socket) -> int:
-        if sys.platform == "linux" and (num := len(os.listdir("/proc/self/task"))) > 1:
+        if sys.platform == "linux" and (num := _num_threads()) > 1:
             log.error("the host has %d threads: a worker may hang", num)
         host_pid = os.getpid()
         pid = os.fork()
@@ -155,7 +177,8 @@ class Host:
         try:
             call_this_process("selfloop-worker")
             self._listener.close()
-            connection.close()
+            for gateway in (connection, *self._waiting):
+                gateway.close()
             # The log may have been put aside since the host opened it.
             descriptor = os.open(order.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for standard in (1, 2):
@@ -184,6 +207,57 @@ class Host:
         if self._worker is not None:
             os.kill(self._worker[0], signal.SIGKILL)
             self._bury()
+
+
+class _WhileLoading:
+    """Lets gateways hear that we live while the model is loaded, in a thread that has ended before the first fork."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._connections: list[socket.socket] = []
+        self._over, self._end_it = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        is_over = False
+        while not is_over:
+            readable, _, _ = select.select([self._listener, self._over], [], [], HEARTBEAT_S)
+            is_over = self._over in readable
+            if self._listener in readable:
+                connection, _ = self._listener.accept()
+                if peer_user(connection) == os.getuid():
+                    connection.settimeout(0)
+                    self._connections.append(connection)
+                else:
+                    connection.close()
+            for connection in self._connections.copy():
+                try:
+                    _beat(connection)
+                except OSError:
+                    connection.close()
+                    self._connections.remove(connection)
+
+    def end(self) -> list[socket.socket]:
+        """End the thread; returns the connections that are still there."""
+        self._end_it.send(b"\0")
+        self._thread.join()
+        self._over.close()
+        self._end_it.close()
+        deadline = time.monotonic() + _THREAD_END_S
+        while sys.platform == "linux" and _num_threads() > 1 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self._connections
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _beat(connection: socket.socket) -> None:
+    """Send a heartbeat, unless what was sent before is still unread."""
+    if select.select([], [connection], [], 0)[1]:
+        connection.send(to_line(Alive()))
 
 
 def _say(connection: socket.socket, message: HostMessage) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -15,29 +15,50 @@ import msgspec
 import selfloop
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.host_protocol import (
+    Alive,
     Exited,
     Forked,
     ForkWorker,
     HostFailed,
+    HostMessage,
     HostReady,
     host_decoder,
     peer_user,
     to_line,
 )
 from selfloop.worker.launch_local import WorkerCommand, host_arguments, launch_host, put_aside_large_log
+from selfloop.worker.local_process import (
+    ProcessIdentity,
+    identify,
+    kill,
+    make_socket_folder,
+    open_exactly,
+    open_process,
+)
 
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 2**20
 _LEAST_LOAD_S = 60.0
 _NO_CODE = -signal.SIGKILL
+_LOOK_EVERY_S = 0.5
+_GONE = "the process that has the base model in memory is gone"
+
+SILENCE_AT_START = 5
+"""Times the usual limit: before its first heartbeat a process only imports, which a busy machine can draw out."""
 
 
 class HostRecord(msgspec.Struct, frozen=True):
-    """Where a host listens, and what it was loaded with: it is of use to who wants just that."""
+    """Where a host listens, whose it is, and what it was loaded with: it is of use to who wants just that.
+
+    Args:
+        owner: of the data directory, see :class:`WorkerCommand`. Another's host is neither spoken to nor ended.
+    """
 
     socket: str
     made_of: list[str]
+    owner: str
+    process: ProcessIdentity
 
 
 class WorkerProcess:
@@ -47,15 +68,18 @@ class WorkerProcess:
         self.pid = pid
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Its exit code; below zero the signal that ended it."""
-        self._descriptor: int | None = _open_process(pid)
+        self.cause: str | None = None
+        """Why it had to end, where its exit code does not tell."""
+        self._descriptor: int | None = open_process(pid)
 
     def kill(self) -> None:
         """``kill -9``, of this very process even if its number is another's by now."""
         if not self.ended.done():
-            _kill(self._descriptor)
+            kill(self._descriptor)
 
-    def end(self, code: int) -> None:
+    def end(self, code: int, cause: str | None = None) -> None:
         if not self.ended.done():
+            self.cause = cause
             self.ended.set_result(code)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -63,21 +87,39 @@ class WorkerProcess:
 
 
 class WorkerHost:
-    """One host process. Make it with :func:`find_or_launch`."""
+    """One host process. Make it with :func:`find_or_launch`.
+
+    It is watched from the first moment on: one that is silent for as long as a worker may be is ended, with its worker.
+    """
 
     def __init__(
-        self, command: WorkerCommand, folder: Path, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+        self,
+        command: WorkerCommand,
+        folder: Path,
+        connection: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        descriptor: int | None,
+        launched: asyncio.subprocess.Process | None = None,
     ) -> None:
+        """
+        Args:
+            folder: of its socket, which goes with it.
+            descriptor: of its process, which is ours to close.
+            launched: it, if it is our child.
+        """
         self._command = command
         self._made_of = made_of(command)
         self._folder = folder
         self._reader, self._writer = connection
-        self._descriptor: int | None = None
-        self._launched: asyncio.subprocess.Process | None = None
+        self._descriptor = descriptor
+        self._launched = launched
         self._worker: WorkerProcess | None = None
         self._forked: asyncio.Future[int] | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._heard_at = time.monotonic()
+        self._silence_s = command.silence_s * (1 if launched is None else SILENCE_AT_START)
         self.is_lost = False
+        self._reading = asyncio.create_task(self._read(), name="worker-host")
+        self._watching = asyncio.create_task(self._watch(), name="worker-host-heartbeat")
 
     def serves(self, command: WorkerCommand) -> bool:
         """Whether what ``command`` asks for is what lies in its memory."""
@@ -90,28 +132,13 @@ class WorkerHost:
             OperationFailed: it cannot be.
             WorkerLost: the host is gone.
         """
-        if self._reading is not None:
-            return
         # The shortest operations that somebody wants to wait for say nothing of a load.
         patience_s = max(self._command.stuck_s, _LEAST_LOAD_S)
         try:
-            first = await asyncio.wait_for(self._reader.readline(), patience_s)
+            await asyncio.wait_for(asyncio.shield(self._greeted), patience_s)
         except TimeoutError:
-            self.end()
-            raise WorkerLost(f"the base model was not loaded within {patience_s:g} s") from None
-        except OSError:
-            first = b""
-        if not first:
-            raise WorkerLost(await self._cause_of_end())
-        match host_decoder.decode(first):
-            case HostReady(pid):
-                self._descriptor = _open_process(pid)
-                self._reading = asyncio.create_task(self._read(), name="worker-host")
-            case HostFailed(cause):
-                self.end()
-                raise OperationFailed(cause, "LoadFailed")
-            case Forked() | Exited():
-                raise AssertionError("a host greets first")
+            self.end(f"the base model was not loaded within {patience_s:g} s")
+            await self._greeted
 
     async def fork(self, address: str, pulse_address: str, begun_path: Path) -> WorkerProcess:
         """A worker that connects to both addresses and dies with its host, or when we let go of that.
@@ -126,26 +153,26 @@ class WorkerHost:
         self._forked = asyncio.get_running_loop().create_future()
         try:
             if self.is_lost:
-                raise WorkerLost("the process that has the base model in memory is gone")
+                raise WorkerLost(_GONE)
             self._writer.write(to_line(order))
             self._worker = WorkerProcess(await asyncio.wait_for(self._forked, command.silence_s))
         except TimeoutError:
-            self.end()
-            cause = f"the process that has the base model in memory was silent for {command.silence_s:g} s"
+            cause = f"the process that has the base model in memory made no worker in {command.silence_s:g} s"
+            self.end(cause)
             raise WorkerLost(cause) from None
         finally:
             self._forked = None
         return self._worker
 
-    def end(self) -> None:
+    def end(self, cause: str = _GONE) -> None:
         """End the host and its worker at once, and forget where it was: the memory is free again."""
         if self.is_lost:
             return
         if self._launched is not None and self._launched.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._launched.kill()
-        _kill(self._descriptor)
-        self._lose()
+        kill(self._descriptor)
+        self._lose(cause)
         if self._command.record_path is not None:
             self._command.record_path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -157,45 +184,72 @@ class WorkerHost:
         if process is not None:
             await _ended(process)
             os.close(process)
-        if self._reading is not None:
-            await asyncio.gather(self._reading, return_exceptions=True)
+        await asyncio.gather(self._reading, self._watching, return_exceptions=True)
         if self._launched is not None:
             await self._launched.wait()
 
     async def _read(self) -> None:
         try:
             while line := await self._reader.readline():
-                match host_decoder.decode(line):
-                    case Forked(pid):
-                        if self._forked is not None and not self._forked.done():
-                            self._forked.set_result(pid)
-                    case Exited(pid, code):
-                        if self._worker is not None and self._worker.pid == pid:
-                            self._worker.end(code)
-                    case HostReady() | HostFailed():
-                        raise AssertionError("a host greets once")
-        except OSError as error:
+                self._hear(host_decoder.decode(line))
+        except (OSError, ValueError) as error:  # Also what is no message.
             log.warning("the host of %s: %s", self._command.model_dir, error)
-        self.end()
+        launched = None if self.is_lost else self._launched
+        if launched is None or self._greeted.done():
+            self.end()
+            return
+        # It has died while it loaded. Whoever waits for that is told how.
+        kill(self._descriptor)
+        code = await launched.wait()
+        self.end(f"{describe_exit(code)} ({self._command.log_path} may tell why)")
 
-    def _lose(self) -> None:
+    def _hear(self, message: HostMessage) -> None:
+        self._heard_at, self._silence_s = time.monotonic(), self._command.silence_s
+        match message:
+            case Alive():
+                pass
+            case HostReady():
+                if not self._greeted.done():
+                    self._greeted.set_result(None)
+            case HostFailed(cause):
+                if not self._greeted.done():
+                    self._greeted.set_exception(OperationFailed(cause, "LoadFailed"))
+                self.end()
+            case Forked(pid):
+                if self._forked is not None and not self._forked.done():
+                    self._forked.set_result(pid)
+            case Exited(pid, code):
+                if self._worker is not None and self._worker.pid == pid:
+                    self._worker.end(code)
+
+    async def _watch(self) -> None:
+        while not self.is_lost:
+            if time.monotonic() - self._heard_at > self._silence_s:
+                cause = f"the process that has the base model in memory gave no sign of life for {self._silence_s:g} s"
+                log.error("%s: ending it", cause)
+                self.end(cause)
+                return
+            before = time.monotonic()
+            await asyncio.sleep(_LOOK_EVERY_S)
+            # If it was we who stood still, what it said meanwhile is yet to be read.
+            self._heard_at += max(time.monotonic() - before - 2 * _LOOK_EVERY_S, 0.0)
+
+    def _lose(self, cause: str = _GONE) -> None:
         self.is_lost = True
+        if asyncio.current_task() is not self._watching:
+            self._watching.cancel()
         self._writer.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
         if self._worker is not None:
             # It dies with its host.
-            self._worker.end(_NO_CODE)
-        if self._forked is not None and not self._forked.done():
-            self._forked.set_exception(WorkerLost("the process that has the base model in memory is gone"))
-
-    async def _cause_of_end(self) -> str:
-        launched = self._launched
-        self.end()
-        if launched is None:
-            return "the process that loaded it is gone"
-        return f"{describe_exit(await launched.wait())} ({self._command.log_path} may tell why)"
+            self._worker.end(_NO_CODE, None if cause == _GONE else cause)
+        for awaited in (self._greeted, self._forked):
+            if awaited is not None and not awaited.done():
+                awaited.set_exception(WorkerLost(cause))
+        if not self._greeted.cancelled():
+            self._greeted.exception()  # Seen: there may be nobody who waits for it any more.
 
 
 async def find_or_launch(command: WorkerCommand) -> WorkerHost:
@@ -209,41 +263,50 @@ async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
         record = msgspec.json.decode(record_path.read_bytes(), type=HostRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+    if record.owner != command.owner:
+        log.info("%s came with a copy of another server's data directory: not ours", record_path)
+        return None
+    # Also of another boot or machine: there nothing of it is left, and its socket's name may be another's here.
+    descriptor = open_exactly(record.process)
+    if descriptor is None:
+        record_path.unlink(missing_ok=True)
+        return None
     folder = Path(record.socket).parent
     try:
-        reader, writer = await asyncio.open_unix_connection(record.socket, limit=_MAX_LINE_BYTES)
-    except OSError:
+        connection = await asyncio.open_unix_connection(record.socket, limit=_MAX_LINE_BYTES)
+    except OSError as error:
+        log.warning("the process that has %s in memory cannot be spoken to, and is ended: %s", command.model_dir, error)
+        kill(descriptor)
+        os.close(descriptor)
         record_path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    host = WorkerHost(command, folder, (reader, writer))
-    if peer_user(writer.get_extra_info("socket")) != os.getuid():
-        writer.close()
+    if peer_user(connection[1].get_extra_info("socket")) != os.getuid():
+        connection[1].close()
+        os.close(descriptor)
         return None
+    host = WorkerHost(command, folder, connection, descriptor)
     if record.made_of != host._made_of:
-        # Its own word tells which process it is.
-        with contextlib.suppress(OperationFailed, WorkerLost):
-            await host.ready()
-        host.end()
+        await host.stop()
         return None
     log.info("taking over the process that has %s in memory", command.model_dir)
     return host
 
 
 async def _launch(command: WorkerCommand) -> WorkerHost:
-    # Not in the data directory: a socket's path may not be longer than about 100 characters.
-    folder = Path(tempfile.mkdtemp(prefix="selfloop-"))
+    folder = make_socket_folder()
     path = folder / "host.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
+        # Before there is a host: if it dies at once, this connection ends, too.
+        connection = await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES)
         launched = await launch_host(command, listener)
-    host = WorkerHost(command, folder, await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES))
-    host._launched = launched
-    if command.record_path is not None:
+    host = WorkerHost(command, folder, connection, open_process(launched.pid), launched)
+    if command.record_path is not None and (process := identify(launched.pid)) is not None:
         command.record_path.parent.mkdir(parents=True, exist_ok=True)
         aside = command.record_path.with_suffix(".part")
-        aside.write_bytes(msgspec.json.encode(HostRecord(str(path), host._made_of)))
+        aside.write_bytes(msgspec.json.encode(HostRecord(str(path), host._made_of, command.owner, process)))
         aside.replace(command.record_path)
     return host
 
@@ -265,13 +328,6 @@ def describe_exit(code: int) -> str:
     return f"worker process exited with status {code}"
 
 
-def _open_process(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-
-
 async def _ended(descriptor: int) -> None:
     """Wait for a process that need not be our child."""
     loop = asyncio.get_running_loop()
@@ -281,9 +337,3 @@ async def _ended(descriptor: int) -> None:
         await over.wait()
     finally:
         loop.remove_reader(descriptor)
-
-
-def _kill(descriptor: int | None) -> None:
-    if descriptor is not None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)

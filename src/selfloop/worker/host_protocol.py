@@ -21,8 +21,12 @@ class ForkWorker(msgspec.Struct, frozen=True):
     training_share: float
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The host's heartbeat, also while it loads; nobody answers it."""
+
+
 class HostReady(msgspec.Struct, frozen=True, tag=True):
-    """Workers can be made; the first word to each gateway. ``pid`` is the host's own."""
+    """Workers can be made; the first word to each gateway but heartbeats. ``pid`` is the host's own."""
 
     pid: int
 
@@ -46,7 +50,10 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     code: int
 
 
-HostMessage = HostReady | HostFailed | Forked | Exited
+HostMessage = Alive | HostReady | HostFailed | Forked | Exited
+
+HEARTBEAT_S = 0.5
+"""How often a host sends one."""
 
 fork_decoder = msgspec.json.Decoder(ForkWorker)
 host_decoder: "msgspec.json.Decoder[HostMessage]" = msgspec.json.Decoder(HostMessage)

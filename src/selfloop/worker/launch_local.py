@@ -37,6 +37,7 @@ class WorkerCommand:
         kept_bytes: what forwards that wait for their backward may take; None leaves it to the engine.
         record_path: where the next gateway finds the loaded model if this one dies; None: it is loaded again.
         linger_s: how long it then waits in memory.
+        owner: the data directory that the loaded model is kept for: which one it is, and where it lies.
     """
 
     model_dir: Path
@@ -52,6 +53,7 @@ class WorkerCommand:
     kept_bytes: int | None = None
     record_path: Path | None = None
     linger_s: float = 0.0
+    owner: str = ""
 
 
 async def launch_host(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:

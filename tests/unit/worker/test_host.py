@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from gateway import is_gone
 from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.worker import host_client, launch_local
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.host_client import HostRecord, WorkerHost, find_or_launch
 from selfloop.worker.launch_local import WorkerCommand
@@ -146,5 +147,120 @@ async def test_a_model_that_cannot_be_loaded_says_why(command: WorkerCommand):
     (command.model_dir / "model.safetensors").write_bytes(b"nothing")
     host = await find_or_launch(command)
     with pytest.raises(OperationFailed, match=r"model\.safetensors"):
+        await host.ready()
+    await host.stop()
+
+
+@pytest.mark.parametrize("stop_at", ["importing", "loading", "ready", "worker"])
+async def test_a_stopped_host_is_noticed_and_replaced(
+    stop_at: str, command: WorkerCommand, monkeypatch: pytest.MonkeyPatch
+):
+    """By its silence; also while it imports or loads, and when there is only its worker's death to be told."""
+    monkeypatch.setattr(host_client, "SILENCE_AT_START", 1 if stop_at == "importing" else 60)
+    quick = replace(command, silence_s=1.0)
+    if stop_at != "importing":
+        # Long enough for what a busy machine does with a process that is well.
+        quick = replace(command, silence_s=3.0)
+    host = await find_or_launch(quick)
+    assert host._launched is not None
+    pid = host._launched.pid
+    if stop_at == "loading":
+        before = host._heard_at
+        while host._heard_at == before:  # noqa: ASYNC110 - until the first heartbeat, which comes before the load's end
+            await asyncio.sleep(0.001)
+        assert not host._greeted.done()
+    elif stop_at in ("ready", "worker"):
+        await host.ready()
+    client = await worker_of(host, quick) if stop_at == "worker" else None
+    os.kill(pid, signal.SIGSTOP)
+    if client is not None:
+        os.kill(client.pid, signal.SIGKILL)
+        await asyncio.wait_for(asyncio.shield(client.lost), 60)
+        await client.kill("over")
+    elif stop_at == "ready":
+        late = WorkerClient(quick, lambda stage: None)
+        with pytest.raises(WorkerLost, match=r"made no worker|no sign of life"):
+            await late.start(host)
+        await late.kill("over")
+    else:
+        with pytest.raises(WorkerLost, match="no sign of life"):
+            await asyncio.wait_for(host.ready(), 60)
+    await gone(pid)
+    await host.stop()
+    assert not host.serves(quick)
+    monkeypatch.setattr(host_client, "SILENCE_AT_START", 60)
+    other = await find_or_launch(command)
+    await (await worker_of(other, command)).kill("over")
+    await other.stop()
+
+
+async def test_a_stopped_host_that_a_gateway_left_is_ended(command: WorkerCommand):
+    """It does not greet, and its note says which process it is."""
+    quick = replace(command, silence_s=2.0)
+    host = await find_or_launch(quick)
+    await host.ready()
+    assert host._launched is not None
+    pid = host._launched.pid
+    os.kill(pid, signal.SIGSTOP)
+    vanish(host)
+    other = await find_or_launch(quick)
+    with pytest.raises(WorkerLost, match="no sign of life"):
+        await other.ready()
+    await gone(pid)
+    await other.stop()
+    await host.stop()
+
+
+async def test_a_gateway_that_comes_while_the_model_is_loaded_hears_of_it(command: WorkerCommand):
+    host = await find_or_launch(command)
+    vanish(host)
+    other = await find_or_launch(command)
+    before = other._heard_at
+    while other._heard_at == before:  # noqa: ASYNC110 - until the first heartbeat
+        await asyncio.sleep(0.001)
+    client = await worker_of(other, command)
+    assert process_of(client).num_threads() == 1
+    await client.kill("over")
+    await other.stop()
+    await host.stop()
+
+
+async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerCommand):
+    """As when a running server's directory is copied, with the notes in it."""
+    own = replace(command, owner="abc /data")
+    host = await find_or_launch(own)
+    client = await worker_of(host, own)
+    parent = process_of(client)
+    assert own.record_path is not None
+    record = own.record_path.read_bytes()
+    for owner in ("abc /copy", "def /data"):
+        other = await find_or_launch(replace(own, owner=owner))
+        assert other._launched is not None, "not taken over"
+        await other.stop()
+        own.record_path.write_bytes(record)
+    assert client.lost.done() is False
+    assert await client.call(Tokenize(["a"]))
+    # A note of another boot, or of a process whose number is another's now, leads nowhere, either.
+    vanish(host)
+    known = msgspec.json.decode(record, type=HostRecord)
+    for process in (
+        msgspec.structs.replace(known.process, boot="another"),
+        msgspec.structs.replace(known.process, started=known.process.started + 1),
+    ):
+        own.record_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(known, process=process)))
+        other = await find_or_launch(own)
+        assert other._launched is not None, "not taken over"
+        assert not is_gone(parent.pid)
+        assert Path(known.socket).exists()
+        await other.stop()
+    await client.kill("over")
+    parent.kill()
+    await host.stop()
+
+
+async def test_a_host_that_does_not_even_begin_says_so(command: WorkerCommand, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch_local, "host_arguments", lambda command: ["/bin/false"])
+    host = await find_or_launch(command)
+    with pytest.raises(WorkerLost, match="exited with status 1"):
         await host.ready()
     await host.stop()

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from selfloop.control.programs import run_program
+from selfloop.control.resources.model_paths import ModelPaths
 from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
@@ -42,17 +43,19 @@ class Model:
 class Catalogue:
     """Models by name; preparing (downloading, converting) happens once and in a process of its own."""
 
-    def __init__(self, db: Database, folder: Path) -> None:
+    def __init__(self, db: Database, data_dir: Path) -> None:
         self._db = db
-        self._folder = folder
+        self._paths = ModelPaths(data_dir)
         self._locks: dict[str, asyncio.Lock] = {}
         self._known: dict[str, ModelRow] = {}
 
     async def seed(self) -> None:
-        """Put the embedded model in a new catalogue."""
+        """Put the embedded model in a new catalogue; find the models of a data directory that was moved."""
         async with self._db.write() as session:
             if await queries_models.model(session, EMBEDDED_MODEL) is None:
                 session.add(ModelRow(name=EMBEDDED_MODEL, source="embedded", created_at=time.time()))
+            for row, stored in self._paths.outdated(await queries_models.models(session)):
+                await queries_models.set_path(session, row.name, stored)
 
     async def entries(self) -> tuple[Sequence[ModelRow], Sequence[AliasRow]]:
         async with self._db.read() as session:
@@ -61,7 +64,7 @@ class Catalogue:
     async def described(self) -> list[Model]:
         """Every name that can be used, aliases included, with what it stands for."""
         models, aliases = await self.entries()
-        by_name = {row.name: _describe_or_blank(row) for row in models}
+        by_name = {row.name: self._describe_or_blank(row) for row in models}
         named = [replace(by_name[row.model_name], name=row.alias) for row in aliases]
         return [*by_name.values(), *named]
 
@@ -87,7 +90,7 @@ class Catalogue:
             known = ", ".join([m.name for m in models] + [a.alias for a in aliases])
             hint = f"known here: {known}. Add one with `selfloop models add`, or serve one under this name too"
             raise NotFound(field, name, f"{hint}: `selfloop models add <name> --alias {name}`")
-        return _describe(row)
+        return self._describe(row)
 
     async def same_model(self, name: str, expected: str, field: str) -> None:
         """Check that both names mean one base model; raises :class:`BadRequest` for ``field`` otherwise."""
@@ -105,7 +108,21 @@ class Catalogue:
     async def stored_folder(self, name: str) -> Path | None:
         """Where the files of a name lie, as it was recorded; None before they are prepared, or for an unknown name."""
         row = await self._row(name)
-        return None if row is None or row.path is None else Path(row.path)
+        return None if row is None or row.path is None else self._paths.resolved(row.path)
+
+    async def report_missing(self) -> None:
+        """Put in the log which models cannot be loaded, and why."""
+        models, _ = await self.entries()
+        for model in map(self._describe_or_blank, models):
+            if (reason := self.missing(model)) is not None:
+                log.warning("%s cannot be loaded: %s", model.name, reason)
+
+    def files_of(self, row: ModelRow) -> str:
+        """Where a model's files are, in words."""
+        if row.path is None:
+            return "prepared at first use"
+        path = self._paths.resolved(row.path)
+        return str(path) if path.is_dir() else f"{path} (gone)"
 
     async def prepare(self, model_name: str, on_stage: Callable[[str], None]) -> Path:
         """Make sure the model's files are on disk, whole.
@@ -116,11 +133,12 @@ class Catalogue:
         async with self._locks.setdefault(model_name, asyncio.Lock()):
             row = await self._row(model_name)
             assert row is not None
-            if row.path is not None and Path(row.path).is_dir():
-                return Path(row.path)
+            stored = None if row.path is None else self._paths.resolved(row.path)
+            if stored is not None and stored.is_dir():
+                return stored
             if row.source == "folder":
-                raise OperationFailed(f"the folder of {model_name}, {row.path}, is gone", "ModelMissing")
-            target = self._folder / model_name.replace("/", "--")
+                raise OperationFailed(f"the folder of {model_name}, {stored}, is gone", "ModelMissing")
+            target = self._paths.target(model_name)
             if row.source == "embedded":
                 arguments = ["embedded", str(target)]
             else:
@@ -128,7 +146,7 @@ class Catalogue:
                 arguments += ["--revision", row.revision] if row.revision else []
             await run_prepare(arguments, _logged(model_name, on_stage))
             async with self._db.write() as session:
-                await queries_models.set_path(session, model_name, str(target))
+                await queries_models.set_path(session, model_name, self._paths.stored(target))
             return target
 
     async def prepare_embedded(self) -> None:
@@ -170,7 +188,7 @@ class Catalogue:
                     raise BadRequest("alias", f"a name that is free; {alias} already names another model")
                 if taken is None:
                     session.add(AliasRow(alias=alias, model_name=row.name))
-        return _describe(row)
+        return self._describe(row)
 
     async def _new_row(
         self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
@@ -179,16 +197,18 @@ class Catalogue:
         if path.is_dir():
             path = path.resolve()
             await run_prepare(["folder", str(path)], on_progress)
-            row = ModelRow(name=name or path.name, source="folder", path=str(path), created_at=time.time())
+            row = ModelRow(
+                name=name or path.name, source="folder", path=self._paths.stored(path), created_at=time.time()
+            )
         elif _NAME.fullmatch(source) and "/" in source:
-            target = self._folder / source.replace("/", "--")
+            target = self._paths.target(source)
             arguments = ["hub", source, str(target)] + (["--revision", revision] if revision else [])
             await run_prepare(arguments, on_progress)
             row = ModelRow(
                 name=name or source,
                 source=f"hub:{source}",
                 revision=revision,
-                path=str(target),
+                path=self._paths.stored(target),
                 created_at=time.time(),
             )
         else:
@@ -214,27 +234,25 @@ class Catalogue:
             self._known[name] = row
         return row
 
+    def _describe(self, row: ModelRow) -> Model:
+        if row.path is None:
+            assert row.source == "embedded", row.name
+            return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
+        facts = _facts(self._paths.resolved(row.path))
+        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
 
-def _describe(row: ModelRow) -> Model:
-    if row.path is None:
-        assert row.source == "embedded", row.name
-        return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
-    facts = _facts(row.path)
-    return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
-
-
-def _describe_or_blank(row: ModelRow) -> Model:
-    """As :func:`_describe`; a model whose folder is gone or broken has room for no token."""
-    try:
-        return _describe(row)
-    except BadRequest:
-        return Model(row.name, row.source, Path(row.path or ""), 0, 0)
+    def _describe_or_blank(self, row: ModelRow) -> Model:
+        """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""
+        try:
+            return self._describe(row)
+        except BadRequest:
+            return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0)
 
 
 @functools.cache
-def _facts(path: str) -> ModelFacts:
+def _facts(path: Path) -> ModelFacts:
     # Asked for with every operation, and a served folder does not change under a running server.
-    return read_facts(Path(path))
+    return read_facts(path)
 
 
 def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:
