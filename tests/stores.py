@@ -36,6 +36,7 @@ from selfloop.storage.db.backend import WRITER_LOCK
 
 PASSWORD = "correct-horse-battery-staple"
 BUCKET = "checkpoints"
+S3_SERVERS = ("nanio", "moto")
 ON_SERVERS = os.environ.get("SELFLOOP_TEST_STORES") == "postgres+s3"
 _TEMPLATE = "migrated"
 
@@ -162,7 +163,11 @@ def _postgres_programs() -> Path:
 
 
 class S3Server:
-    """A server of the S3 protocol over a real socket; it checks signatures."""
+    """A server of the S3 protocol over a real socket. This one checks signatures, and keeps objects as files."""
+
+    checks_signatures = True
+    survives = True
+    """What it has, it has after a restart."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="selfloop-s3-"))
@@ -183,11 +188,14 @@ class S3Server:
             "AWS_REGION": "us-east-1",
         }
 
-    def start(self) -> None:
+    def _command(self) -> list[str]:
         options = ["--data-dir", str(self.folder / "data"), "--host", "127.0.0.1", "--port", str(self.port)]
+        return ["nanio", "serve", *options, "--log-level", "warning", "--no-access-log"]
+
+    def start(self) -> None:
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanio", "serve", *options, "--log-level", "warning", "--no-access-log"],
+                [sys.executable, "-m", *self._command()],
                 env=os.environ | {"NANIO_ACCESS_KEY": self.key_id, "NANIO_SECRET_KEY": self.secret},
                 stdout=log,
                 stderr=log,
@@ -214,12 +222,27 @@ class S3Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class MotoServer(S3Server):
+    """The server that most projects test their S3 clients with. It keeps objects in memory, and takes any signature."""
+
+    checks_signatures = False
+    survives = False
+
+    def _command(self) -> list[str]:
+        return ["moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    def start(self) -> None:
+        super().start()
+        self.client().create_bucket(Bucket=BUCKET)
+
+
 class Servers:
-    """Both, each started when it is first asked for."""
+    """Each started when it is first asked for."""
 
     def __init__(self) -> None:
         self._postgres: PostgresServer | None = None
         self._s3: S3Server | None = None
+        self._moto: MotoServer | None = None
 
     @property
     def postgres(self) -> PostgresServer:
@@ -233,12 +256,22 @@ class Servers:
             self._s3 = S3Server()
         return self._s3
 
+    @property
+    def moto(self) -> MotoServer:
+        if self._moto is None:
+            self._moto = MotoServer()
+        return self._moto
+
+    def s3_named(self, name: str) -> S3Server:
+        """One of :data:`S3_SERVERS`."""
+        return {"nanio": lambda: self.s3, "moto": lambda: self.moto}[name]()
+
     def close(self) -> None:
         # The quick one first: whoever ends the tests may not wait for the other's files to be deleted.
-        for server in (self._s3, self._postgres):
+        for server in (self._s3, self._moto, self._postgres):
             if server is not None:
                 server.close()
-        self._postgres = self._s3 = None
+        self._postgres = self._s3 = self._moto = None
 
 
 servers = Servers()

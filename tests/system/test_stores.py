@@ -20,24 +20,34 @@ from gateway import KEY, MODEL, Gateway, Json, Run, create_run, datum, environme
 class StoreGateway(Gateway):
     """A gateway on the two servers, whatever the other tests keep their data in."""
 
-    def __init__(self, data_dir: Path, postgres: stores.PostgresServer) -> None:
+    def __init__(self, data_dir: Path, postgres: stores.PostgresServer, s3: stores.S3Server) -> None:
         super().__init__(data_dir)
         self.postgres = postgres
         name = stores.name_of(data_dir)
         self.options = {
             "SELFLOOP_DATABASE_URL": postgres.text(postgres.ensure(name)),
             "SELFLOOP_STORE": f"s3://{stores.BUCKET}/{name}",
-        } | stores.servers.s3.environment
+        } | s3.environment
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> stores.S3Server:
+    """The one that keeps what it has over a restart, unless a test names another."""
+    return stores.servers.s3_named(getattr(request, "param", stores.S3_SERVERS[0]))
 
 
 @pytest.fixture
 def start(
-    postgres: stores.PostgresServer, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: stores.PostgresServer,
+    s3: stores.S3Server,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[str], Gateway]]:
     started: list[Gateway] = []
 
     def start(name: str = "data") -> Gateway:
-        own = StoreGateway(tmp_path / name, postgres)
+        own = StoreGateway(tmp_path / name, postgres, s3)
         own.data_dir.mkdir()
         monkeypatch.setattr(stores, "environment", lambda _data_dir: own.options)
         from gateway import MODEL, selfloop
@@ -200,7 +210,10 @@ def _only(http: httpx.Client, run: Run) -> Json:
     return checkpoint
 
 
-def test_files_are_downloaded_from_the_bucket_in_parts(start: Callable[[], Gateway]) -> None:
+@pytest.mark.parametrize("s3", stores.S3_SERVERS, indirect=True)
+def test_checkpoints_lie_in_the_bucket_and_are_downloaded_in_parts(
+    start: Callable[[], Gateway], s3: stores.S3Server
+) -> None:
     own = start()
     http = own.http()
     run = Run.create(http).attached()
@@ -210,10 +223,18 @@ def test_files_are_downloaded_from_the_bucket_in_parts(start: Callable[[], Gatew
     listed = ok(http.get(f"/v1/loops/checkpoints/{checkpoint['id']}/files"))["presigned_urls"]
     assert sum(file["size_bytes"] for file in listed) == checkpoint["size_bytes"]
     for file in listed:
-        assert file["url"].startswith(stores.servers.s3.endpoint)
+        assert file["url"].startswith(s3.endpoint)
         whole = httpx.get(file["url"]).content
         rest = httpx.get(file["url"], headers={"Range": "bytes=10-"})
         assert (rest.status_code, rest.content) == (206, whole[10:])
+    # What is loaded after another server has taken the directory over comes from the bucket.
+    expected = run.logprobs()
+    run.train(2)
+    own.kill()
+    own.start()
+    stores.forget_cached(own.data_dir, checkpoint["id"])
+    run.do("load_state", path=path)
+    assert run.logprobs() == expected
     ok(http.delete(f"/v1/loops/checkpoints/{checkpoint['id']}"))
     until(lambda: httpx.get(listed[0]["url"]).status_code == 404, "the files are gone from the bucket")
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: a real server of the protocol, which checks signatures, is stopped, and loses objects."""
+"""Checkpoints in a bucket: the same promises on two servers of the protocol, which are stopped and lose objects."""
 
 import asyncio
 import importlib.util
@@ -11,17 +11,27 @@ import pytest
 from selfloop.storage.blobs import s3 as s3_module
 from selfloop.storage.blobs.s3 import S3Checkpoints
 from selfloop.types.errors import BadRequest, Conflict, OperationFailed, Unavailable
-from stores import BUCKET, S3Server, name_of, servers
+from stores import BUCKET, S3_SERVERS, S3Server, name_of, servers
 
 BIG = bytes(range(256)) * 80_000
 """More than one part of an upload."""
 
 
+@pytest.fixture(params=S3_SERVERS)
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    return _used(servers.s3_named(request.param), monkeypatch)
+
+
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    for name, value in servers.s3.environment.items():
+def strict_server(monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The one that checks signatures."""
+    return _used(servers.s3, monkeypatch)
+
+
+def _used(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    return servers.s3
+    return server
 
 
 @pytest.fixture
@@ -74,11 +84,22 @@ async def test_what_is_cached_is_on_disk_before_it_has_its_name(
 async def test_links_are_the_stores_own(store: S3Checkpoints) -> None:
     _stage(store, "one")
     await store.publish("one")
-    link = store.link("one", "deep/large", 2)
+    link = store.link("one", "deep/large", 60)
     assert link is not None
     async with httpx.AsyncClient() as http:
         part = await http.get(link, headers={"Range": "bytes=1000-"})
         assert (part.status_code, part.content) == (206, BIG[1000:])
+        assert (await http.get(link)).content == BIG
+
+
+async def test_links_are_for_one_file_and_a_while(strict_server: S3Server, address: str, tmp_path: Path) -> None:
+    store = S3Checkpoints(address, tmp_path / "own")
+    _stage(store, "one")
+    await store.publish("one")
+    link = store.link("one", "deep/large", 2)
+    assert link is not None
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(link)).status_code == 200
         assert (await http.get(link.replace("deep/large", "small"))).status_code == 403
         assert (await http.get(link.split("?")[0])).status_code == 403
         await asyncio.sleep(3)
@@ -91,7 +112,7 @@ async def test_links_may_name_another_endpoint(server: S3Server, address: str, t
 
 
 async def test_a_wrong_secret_is_told_and_not_shown(
-    server: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strict_server: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
     store = S3Checkpoints(address, tmp_path)
@@ -116,7 +137,8 @@ async def test_an_upload_that_breaks_off_is_nothing(
         await store.publish("one")
     monkeypatch.setattr(store._client, "upload_file", original)
     await asyncio.to_thread(server.start)
-    assert list((server.folder / "data").rglob("deep/large"))
+    uploaded = store._client.list_objects_v2(Bucket=BUCKET, Prefix=store._prefix).get("Contents", [])
+    assert [item["Key"] for item in uploaded] == ([store._key("one", "deep/large")] if server.survives else [])
     for reader in (store, elsewhere):
         with pytest.raises(FileNotFoundError):
             await reader.files("one")
