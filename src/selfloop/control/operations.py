@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from selfloop.control.context import Context
 from selfloop.control.journal import Submission, cancelled, first_missing
@@ -15,7 +16,7 @@ from selfloop.control.settle import Outcome
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
-from selfloop.types.errors import BadRequest, Conflict, NotFound, Unavailable
+from selfloop.types.errors import BadRequest, Conflict, NotFound, SelfloopError, Unavailable
 from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
@@ -27,6 +28,7 @@ _PURGE_EVERY_S = 60.0
 # Refused calls further ahead than this are not remembered: no client sends so many at a time.
 _LEFT_OUT_AHEAD = 1024
 _RECENT_COUNT = 128
+_REFUSALS_COUNT = 1024
 _RECENT_MAX_BYTES = 64 * 1024
 
 
@@ -45,12 +47,20 @@ class _Live:
         self.outcome: Outcome | None = None
 
 
+class Refusal(NamedTuple):
+    """What a call was answered that did not become an operation; ``digest`` tells a repetition of it."""
+
+    digest: str
+    error: SelfloopError
+
+
 class Operations:
     def __init__(self, context: Context) -> None:
         self._c = context
         self._live: dict[tuple[str, str], _Live] = {}
         self._left_out: dict[str, set[tuple[int, int]]] = {}
         self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, int], Refusal] = OrderedDict()
         self._closing = False
         self._purger: asyncio.Task[None] | None = None
         context.settlement.on_settled = self._settled
@@ -162,6 +172,15 @@ class Operations:
             if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD and (actor.run.epoch, seq) not in known:
                 await self._c.journal.leave_out(actor.run, seq)
                 await self._leave_out(actor, seq)
+
+    def remember_refusal(self, run_id: str, seq: int, digest: str, error: SelfloopError) -> None:
+        self._refused[run_id, seq] = Refusal(digest, error)
+        if len(self._refused) > _REFUSALS_COUNT:
+            self._refused.popitem(last=False)
+
+    def refusal(self, run_id: str, seq: int) -> Refusal | None:
+        """The last refusal of a call for this place, if it was not long ago."""
+        return self._refused.get((run_id, seq))
 
     async def _leave_out(self, actor: RunActor, seq: int) -> None:
         """Go on without ``seq``, of which the journal knows."""

@@ -12,6 +12,7 @@ import selfloop
 from selfloop.control.control import Control
 from selfloop.server import errors, openapi
 from selfloop.server.anthropic.routes import router as anthropic_router
+from selfloop.server.decode import json_is_text
 from selfloop.server.graphql import router as graphql_router
 from selfloop.server.guard import Guard, KeylessPaths
 from selfloop.server.headers import BrowserHeaders, LocalNames, is_local
@@ -87,10 +88,10 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.include_router(trainer.router)
     app.include_router(sampler.router)
     app.include_router(metrics_router)
-    app.include_router(management.router)
+    app.include_router(management.router, dependencies=[Depends(json_is_text)])
     app.include_router(management.public)
     app.include_router(management.public_archives)
-    app.include_router(graphql_router)
+    app.include_router(graphql_router, dependencies=[Depends(json_is_text)])
     app.include_router(tinker_router)
     mount_openai(app)
     app.include_router(anthropic_router)

@@ -4,7 +4,10 @@ import asyncio
 import socket
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from selfloop.server.errors import body_for
 
 HEAD_PATIENCE_S = 30.0
 """How long the head of a request may take to come, from the connection or from its first byte."""
@@ -35,6 +38,20 @@ class PatientConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_is_here()
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "not HTTP as RFC 9112 has it, or bytes other than ASCII in the request's line", "BAD_REQUEST")
+
+    def _refuse(self, status: int, message: str, reason: str) -> None:
+        """Answer what has not become a request, and close."""
+        path = getattr(self, "url", b"").partition(b"?")[0].decode("latin-1")
+        body = msgspec.json.encode(body_for(path, status, message, reason))
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+            "x-content-type-options: nosniff\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self.transport.close()
 
     def _await_head(self) -> None:
         if self._head_timer is None:

@@ -4,7 +4,9 @@ import re
 from typing import TypeVar
 
 import msgspec
+from fastapi import Request
 
+from selfloop.server.offload import off_loop
 from selfloop.types.errors import BadRequest
 
 T = TypeVar("T")
@@ -15,6 +17,7 @@ _NAMED = re.compile(r"Object (?:contains unknown|missing required) field `(.*?)`
 
 def decode(body: bytes, type_: type[T]) -> T:
     """Decode JSON; raises :class:`BadRequest` naming the field."""
+    check_utf8(body)
     try:
         return msgspec.json.decode(body or b"{}", type=type_)
     except msgspec.ValidationError as error:
@@ -32,6 +35,28 @@ def convert(value: object, type_: type[T], field: str) -> T:
         refusal = _refusal(str(error))
         below = "" if refusal.field == "body" else f".{refusal.field}"
         raise BadRequest(field + below, refusal.expected) from None
+
+
+def check_utf8(body: bytes) -> None:
+    """Raises :class:`BadRequest` for what is not text: also in a field that nobody reads, or that is handed on."""
+    if body.isascii():
+        return
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest("body", f"JSON in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def check_json(body: bytes) -> None:
+    """Raises :class:`BadRequest` for anything but JSON of UTF-8 text without half surrogates, NaN and infinity."""
+    check_utf8(body)
+    _check_syntax(body)
+
+
+async def json_is_text(request: Request) -> None:
+    """Of routes whose bodies the framework decodes: Python's own decoder takes halves of surrogates and more."""
+    if body := await request.body():
+        await off_loop(len(body), lambda: check_json(body))
 
 
 def to_json(value: object, field: str) -> bytes:

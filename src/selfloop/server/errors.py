@@ -151,13 +151,15 @@ def response_of(error: SelfloopError, path: str) -> Response:
     return JSONResponse(body_of(str(error), reason, field), status, headers)
 
 
-def _answer(request: Request, status: int, message: str, reason: str, headers: dict[str, str]) -> Response:
-    path = request.url.path
+def body_for(path: str, status: int, message: str, reason: str) -> dict[str, object]:
+    """The body of an error that has no class of ours, in the shape of the dialect that ``path`` belongs to."""
     if path.startswith(_ANTHROPIC_PREFIX):
-        return JSONResponse(anthropic_body(status, message), status, headers)
-    is_openai = _OPENAI_PATH.fullmatch(path)
-    body = openai_body(status, message, reason) if is_openai else body_of(message, reason)
-    return JSONResponse(body, status, headers)
+        return anthropic_body(status, message)
+    return openai_body(status, message, reason) if _OPENAI_PATH.fullmatch(path) else body_of(message, reason)
+
+
+def _answer(request: Request, status: int, message: str, reason: str, headers: dict[str, str]) -> Response:
+    return JSONResponse(body_for(request.url.path, status, message, reason), status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -181,6 +183,8 @@ def install(app: FastAPI) -> None:
         # What goes wrong while FastAPI reads a body comes as the cause of a plain 400.
         if isinstance(error.__cause__, SelfloopError):
             return response_of(error.__cause__, request.url.path)
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return response_of(BadRequest("body", f"JSON in UTF-8 ({error.__cause__.reason})"), request.url.path)
         if error.status_code == 400:
             return response_of(BadRequest("body", "JSON that is not nested too deeply"), request.url.path)
         reason = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "HTTP_ERROR")

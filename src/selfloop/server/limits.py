@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator
 
 import zstandard
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.server.offload import off_loop
@@ -25,6 +27,73 @@ def poll_hold_s() -> float:
     return random.uniform(*_POLL_HOLD_S)
 
 
+class RequestBody:
+    """One request's body as it comes: bounded for whoever reads it, whatever is done with it afterwards."""
+
+    def __init__(self, receive: Receive, declared: int) -> None:
+        self._raw_receive = receive
+        self._declared = declared
+        self._received = 0
+        self._is_whole = False
+        self._parts: list[bytes] = []
+        self._whole: bytes | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> "RequestBody":
+        return request.state.body
+
+    async def receive(self) -> Message:
+        """The next message of the server; see :class:`BodyLimit`."""
+        if self._declared > MAX_BODY_BYTES:
+            raise _too_large()
+        if self._is_whole:
+            return await self._raw_receive()  # Waits for the client to go.
+        message = await self._next()
+        if self._received > MAX_BODY_BYTES:
+            self._parts.append(message["body"])
+            raise _too_large()
+        return message
+
+    async def whole(self) -> bytes:
+        """All of it, as it was sent. Raises what :meth:`receive` raises."""
+        if self._whole is None:
+            while not self._is_whole:
+                message = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                self._parts.append(message.get("body", b""))
+            self._whole = b"".join(self._parts)
+            self._parts.clear()
+        return self._whole
+
+    async def parts(self) -> AsyncGenerator[bytes]:
+        """What has come, from the beginning, then what comes, beyond the limit too: none of it is kept.
+
+        Raises:
+            NotReady: nothing comes any more.
+        """
+        if self._whole is not None:
+            yield self._whole
+            return
+        for part in self._parts:
+            yield part
+        while not self._is_whole:
+            message = await self._next()
+            if message["type"] == "http.disconnect":
+                return
+            yield message.get("body", b"")
+
+    async def _next(self) -> Message:
+        try:
+            async with asyncio.timeout(BODY_PATIENCE_S):
+                message = await self._raw_receive()
+        except TimeoutError:
+            raise NotReady(f"nothing of the body came for {BODY_PATIENCE_S:g} s", 1.0) from None
+        self._is_whole = not message.get("more_body", False)
+        self._received += len(message.get("body", b""))
+        return message
+
+
 class BodyLimit:
     """Stops any request's body at the limit with :class:`TooLarge`, without reading on, whoever reads it.
 
@@ -39,33 +108,15 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         # The server has checked that it is a number, and ends a body that is longer.
-        declared = int(Headers(scope=scope).get("content-length", "0"))
-        received, is_whole = 0, False
-
-        async def bounded() -> Message:
-            nonlocal received, is_whole
-            if declared > MAX_BODY_BYTES:
-                raise _too_large()
-            if is_whole:
-                return await receive()  # Waits for the client to go.
-            try:
-                async with asyncio.timeout(BODY_PATIENCE_S):
-                    message = await receive()
-            except TimeoutError:
-                raise NotReady(f"nothing of the body came for {BODY_PATIENCE_S:g} s", 1.0) from None
-            is_whole = not message.get("more_body", False)
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise _too_large()
-            return message
-
-        await self._app(scope, bounded, send)
+        body = RequestBody(receive, int(Headers(scope=scope).get("content-length", "0")))
+        scope.setdefault("state", {})["body"] = body
+        await self._app(scope, body.receive, send)
 
 
 async def read_body(request: Request) -> bytes:
     """The whole body, decompressed. Raises :class:`TooLarge` as soon as the limit is passed."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
-    raw = await request.body()
+    raw = await RequestBody.of(request).whole()
     if coding == "identity":
         return raw
     if coding != "zstd":

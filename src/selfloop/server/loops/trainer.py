@@ -1,12 +1,10 @@
 """A run's data plane: operations in, long-polled results out."""
 
-from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
 
 from selfloop.control.control import Control
 from selfloop.control.journal import Submission
@@ -22,8 +20,9 @@ from selfloop.server.loops.results import render
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.polls import Poll
+from selfloop.server.refusals import OperationRoute, check_not_refused, json_place
 from selfloop.types.datum import Datum
-from selfloop.types.errors import BadRequest, Conflict, NotFound, TooLarge
+from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id
 from selfloop.types.operation import (
     Forward,
@@ -39,25 +38,15 @@ from selfloop.types.operation import (
 from selfloop.types.status import RunStatus
 
 
-class _RunRoute(APIRoute):
-    """Tells the queue of refused operations: the client has counted their ``seq_id`` and will never send it again."""
+class _RunRoute(OperationRoute):
+    """The run is the path's; what is below ``operations`` is about operations that have their place."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except (BadRequest, NotFound, Conflict, TooLarge):
-                run: Run | None = getattr(request.state, "run", None)
-                if run is not None and request.method == "POST":
-                    raw = await read_body(request)
-                    seq = await off_loop(len(raw), lambda: validate.seq_id_of(raw))
-                    if seq is not None:
-                        await control_of(request).operations.leave_out(run, seq)
-                raise
-
-        return handle
+    async def place(self, request: Request) -> tuple[Run, int] | None:
+        run: Run | None = getattr(request.state, "run", None)
+        if run is None or request.method != "POST" or "/operations/" in request.url.path:
+            return None
+        seq_id = (await json_place(request)).seq_id
+        return None if seq_id is None else (run, seq_id)
 
 
 router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"], route_class=_RunRoute)
@@ -217,6 +206,7 @@ async def _accept(
         await control.catalogue.same_model(body.model, run.base_model, "model")
     if body.seq_id is not None and not 1 <= body.seq_id < 2**63:
         raise BadRequest("seq_id", f"a positive number, got {body.seq_id}")
+    await check_not_refused(request, run, body.seq_id)
     submission = Submission(
         id=checked_operation_id(request.headers.get("idempotency-key") or new_id() + new_id()),
         kind=kind_of(operation),

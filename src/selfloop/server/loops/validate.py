@@ -5,8 +5,6 @@ import math
 from array import array
 from dataclasses import dataclass
 
-import msgspec
-
 from selfloop.server.decode import decode as decode
 from selfloop.server.loops import wire
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
@@ -21,18 +19,6 @@ _MAX_TOP_K = 20
 _MAX_CONFIG = 1e9
 _INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
 _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
-
-
-class _Place(msgspec.Struct):
-    seq_id: int | None = None
-
-
-def seq_id_of(body: bytes) -> int | None:
-    """The sequence id of a body whose other fields may be wrong."""
-    try:
-        return msgspec.json.decode(body, type=_Place).seq_id
-    except (msgspec.MsgspecError, RecursionError):
-        return None
 
 
 def fingerprint(operation: str, body: bytes) -> str:

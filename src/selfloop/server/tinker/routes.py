@@ -15,5 +15,8 @@ from selfloop.server.tinker import (
 )
 
 router = APIRouter()
-for _part in (service, training, custom_losses, sampling, futures, runs, checkpoints, sessions, account):
+router.include_router(service.router)
+router.include_router(training.router)
+router.include_router(training.operations)
+for _part in (custom_losses, sampling, futures, runs, checkpoints, sessions, account):
     router.include_router(_part.router)

@@ -3,11 +3,14 @@
 A field is ``number type``, where the type may be ``repeated`` or a ``map`` from strings; ``|`` names its oneof.
 """
 
+import contextlib
+from itertools import islice
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from selfloop.server.refusals import Place
 from selfloop.types.errors import BadRequest
 
 STOP, LENGTH = 0, 1
@@ -180,6 +183,22 @@ def _check_size(body: bytes) -> None:
                     break
         if left < 0:
             raise BadRequest("data", f"at most {_MAX_FIELDS} fields in one request; split the data over several calls")
+
+
+_MODEL_ID_FIELD, _SEQ_ID_FIELD = 1, 2
+
+
+def place_in(body: bytes) -> Place:
+    """What a ``ForwardBackwardRequest`` says of its place, as far as it can be read."""
+    data = memoryview(body)
+    seq_id, model_id = None, None
+    with contextlib.suppress(BadRequest):
+        for number, start, stop in islice(_fields(data, 0, len(data)), _MAX_FIELDS):
+            if number == _MODEL_ID_FIELD:
+                model_id = bytes(data[start:stop]).decode("utf-8", "replace")
+            elif number == _SEQ_ID_FIELD:
+                seq_id = _varint(data, start, stop)[0]
+    return Place(seq_id, model_id)
 
 
 def _fields(data: memoryview, at: int, end: int) -> "Any":

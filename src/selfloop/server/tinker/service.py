@@ -6,8 +6,9 @@ from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.decode import decode
+from selfloop.server.decode import check_json, decode
 from selfloop.server.limits import read_body
+from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body
 from selfloop.server.tinker import wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
@@ -114,7 +115,8 @@ async def finish(session_id: str, request: Request, caller: CallerOf, control: C
 @router.post("/telemetry")
 async def telemetry(request: Request, caller: CallerOf) -> dict[str, str]:
     """Taken and dropped: it may hold headers and tracebacks, and nobody here reads it."""
-    await read_body(request)
+    raw = await read_body(request)
+    await off_loop(len(raw), lambda: check_json(raw or b"{}"))
     return {"status": "accepted"}
 
 

@@ -11,11 +11,13 @@ from selfloop.control.control import Control
 from selfloop.control.journal import Submission
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run, RunRequest
-from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.decode import decode
+from selfloop.server.guard import caller_of
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body, protobuf_body
+from selfloop.server.refusals import OperationRoute, check_not_refused, json_place, plain_start
 from selfloop.server.tinker import custom_losses, data, futures, names, schema, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings
@@ -34,7 +36,22 @@ from selfloop.types.operation import (
     kind_of,
 )
 
+
+class _TinkerOperationRoute(TinkerRoute, OperationRoute):
+    """The run is the body's, which is JSON, or protobuf."""
+
+    async def place(self, request: Request) -> tuple[Run, int] | None:
+        raw = await plain_start(request) if request.url.path.endswith("/forward_backward") else b"{"
+        is_json = raw.lstrip().startswith(b"{")
+        place = await json_place(request) if is_json else await off_loop(len(raw), lambda: schema.place_in(raw))
+        seq_id, model_id = place
+        if seq_id is None or model_id is None:
+            return None
+        return await _run(caller_of(request), control_of(request), model_id), seq_id
+
+
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+operations = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=_TinkerOperationRoute, responses=ERRORS)
 
 Future = dict[str, str]
 
@@ -83,7 +100,7 @@ async def unload_model(request: Request, caller: CallerOf, control: ControlOf) -
     return futures.created(run.id, "unload_model")
 
 
-@router.post("/forward_backward", openapi_extra=protobuf_body("ForwardBackwardRequest"))
+@operations.post("/forward_backward", openapi_extra=protobuf_body("ForwardBackwardRequest"))
 async def forward_backward(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """Loss, logprobs and, unless ``forward_only``, gradients. The body is protobuf."""
     raw = await read_body(request)
@@ -101,10 +118,10 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
         return await off_loop(len(raw), lambda: data.operation(message, limits, loss))
 
     kind = "forward" if message.forward_only else "forward_backward"
-    return await _accept(control, _Call(run, message.seq_id, kind, raw), build)
+    return await _accept(request, _Call(run, message.seq_id, kind, raw), build)
 
 
-@router.post("/optim_step", openapi_extra=json_body(wire.OptimStep))
+@operations.post("/optim_step", openapi_extra=json_body(wire.OptimStep))
 async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """One step of AdamW over the gradients since the last one."""
     raw = await read_body(request)
@@ -114,10 +131,10 @@ async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> 
     async def build() -> OptimStep:
         return OptimStep(validate.adam_params(body))
 
-    return await _accept(control, _Call(run, body.seq_id, "optim_step", raw), build)
+    return await _accept(request, _Call(run, body.seq_id, "optim_step", raw), build)
 
 
-@router.post("/save_weights", openapi_extra=json_body(wire.SaveWeights))
+@operations.post("/save_weights", openapi_extra=json_body(wire.SaveWeights))
 async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to go on from."""
     raw = await read_body(request)
@@ -130,10 +147,10 @@ async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -
             await control.operations.check_name_is_free(run, name)
         return SaveState(new_id(), name, ttl, body.user_metadata)
 
-    return await _accept(control, _Call(run, body.seq_id, "save_state", raw), build)
+    return await _accept(request, _Call(run, body.seq_id, "save_state", raw), build)
 
 
-@router.post("/save_weights_for_sampler", openapi_extra=json_body(wire.SaveWeightsForSampler))
+@operations.post("/save_weights_for_sampler", openapi_extra=json_body(wire.SaveWeightsForSampler))
 async def save_weights_for_sampler(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to sample, under a name or for one sampling session alone."""
     raw = await read_body(request)
@@ -165,10 +182,10 @@ async def save_weights_for_sampler(request: Request, caller: CallerOf, control: 
             inflight=inflight,
         )
 
-    return await _accept(control, _Call(run, body.seq_id, "save_weights_for_sampler", raw), build)
+    return await _accept(request, _Call(run, body.seq_id, "save_weights_for_sampler", raw), build)
 
 
-@router.post("/save_weights_external", openapi_extra=json_body(wire.SaveWeightsExternal))
+@operations.post("/save_weights_external", openapi_extra=json_body(wire.SaveWeightsExternal))
 async def save_weights_external(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """The adapter as files to download, encrypted if there are recipients."""
     raw = await read_body(request)
@@ -180,10 +197,10 @@ async def save_weights_external(request: Request, caller: CallerOf, control: Con
         recipients = validate.age_recipients(body.age_encryption_recipients)
         return SaveWeightsExternal(new_id(), name, run.base_model, recipients, ttl)
 
-    return await _accept(control, _Call(run, body.seq_id, "save_weights_external", raw), build)
+    return await _accept(request, _Call(run, body.seq_id, "save_weights_external", raw), build)
 
 
-@router.post("/load_weights", openapi_extra=json_body(wire.LoadWeights))
+@operations.post("/load_weights", openapi_extra=json_body(wire.LoadWeights))
 async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint's weights into a model, or into a new one."""
     raw = await read_body(request)
@@ -202,7 +219,7 @@ async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -
             await control.operations.check_loadable(run, path, with_optimizer=body.optimizer, granted_team_id=granted)
         return LoadState(path, body.optimizer, granted)
 
-    return await _accept(control, _Call(run, body.seq_id, "load_state", raw), build)
+    return await _accept(request, _Call(run, body.seq_id, "load_state", raw), build)
 
 
 async def _create_from(body: wire.LoadWeights, caller: Caller, control: Control) -> Future:
@@ -246,11 +263,13 @@ class _Call:
     raw: bytes
 
 
-async def _accept(control: Control, call: _Call, build: Callable[[], Awaitable[Operation]]) -> Future:
+async def _accept(request: Request, call: _Call, build: Callable[[], Awaitable[Operation]]) -> Future:
     """Queue an operation. One that cannot be served keeps its place, and its future fails."""
     run, seq = call.run, call.seq
     if not 1 <= seq < 2**31:
         raise BadRequest("seq_id", f"1 to {2**31 - 1}, got {seq}")
+    await check_not_refused(request, run, seq)
+    control = control_of(request)
     operation_id = f"seq-{seq}"
     digest = await off_loop(len(call.raw), lambda: hashlib.sha256(call.kind.encode() + b"\0" + call.raw).hexdigest())
     try:
