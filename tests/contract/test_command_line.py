@@ -13,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import Result
+from test_tinker import Wire
 from typer.testing import CliRunner
 
 import stores
-from gateway import KEY, MODEL, Gateway, Run, environment, ok
+from gateway import KEY, MODEL, Gateway, Run, datum, environment, ok, words
 from selfloop.cli.main import app
 
 WIDTH = 100
@@ -190,28 +191,139 @@ def test_a_filter_before_the_command_is_not_lost(cli: Cli, trained: Run):
     assert "goes after `delete`" in said
 
 
+def said(output: str) -> tuple[str, str]:
+    """What `chat` printed: which weights answer, and their answer."""
+    first, _, rest = output.partition("\n")
+    return first.removeprefix("[weights: ").removesuffix("]"), rest
+
+
+ASK = ("--prompt", "Hi", "--max-tokens", "5", "--temperature", "0")
+
+
 def test_deploy_and_chat(cli: Cli, trained: Run, http: httpx.Client):
     one, two = (f"bt://loops:{trained.id}/sampler_weights/{name}" for name in ("one", "two"))
     made = cli.json("checkpoints", "deploy", one, two, "--name", "served")
     sampler = made["sampler"]["id"]
     assert {one, two} <= set(cli.json("samplers", "show", sampler)["models"])
-    ask = ("--prompt", "Hi", "--max-tokens", "5", "--temperature", "0")
-    said = cli.json("chat", sampler, *ask, "--model", "two")
-    assert 1 <= said["usage"]["completion_tokens"] <= 5
-    assert cli.text("chat", sampler, *ask, "--model", "two") == said["text"] + "\n"
+    answer = cli.json("chat", sampler, *ASK, "--model", "two")
+    assert 1 <= answer["usage"]["completion_tokens"] <= 5
+    assert cli.text("chat", sampler, *ASK, "--model", "two").endswith(f"]\n{answer['text']}\n")
     # The run's own sampler serves the same weights live, and so does one made for the checkpoint.
-    assert cli.json("chat", trained.id, *ask)["text"] == said["text"]
+    assert cli.json("chat", trained.id, *ASK)["text"] == answer["text"]
+    assert cli.json("chat", trained.resource["sampler"]["id"], *ASK)["weights"] == f"checkpoint {two}"
     before = {row["id"] for row in ok(http.get("/v1/loops/samplers"))["samplers"]}
-    assert cli.json("chat", two, *ask)["text"] == said["text"]
+    assert cli.json("chat", two, *ASK)["text"] == answer["text"]
     (own,) = [row for row in ok(http.get("/v1/loops/samplers"))["samplers"] if row["id"] not in before]
     assert own["status"]["name"] == "INACTIVE"
-    lines = cli.text("chat", sampler, "--max-tokens", "5", "--temperature", "0", "--model", "two", stdin="Hi\nHi\n\n")
-    assert lines.startswith(said["text"] + "\n")
-    assert cli.text("chat", sampler, *("--prompt", "-", *ask[2:]), "--model", "two", stdin="Hi") == said["text"] + "\n"
+    _, lines = said(cli.text("chat", sampler, *ASK[2:], "--model", "two", stdin="Hi\nHi\n\n"))
+    assert lines.startswith(answer["text"] + "\n")
+    _, piped = said(cli.text("chat", sampler, *("--prompt", "-", *ASK[2:]), "--model", "two", stdin="Hi"))
+    assert piped == answer["text"] + "\n"
     cli.run("samplers", "deactivate", sampler)
-    assert "INACTIVE" in cli.error("chat", sampler, *ask)
-    assert "no run or sampler" in cli.error("chat", "zzzzzzz", *ask)
+    assert "INACTIVE" in cli.error("chat", sampler, *ASK)
+    assert "no run, sampler or checkpoint" in cli.error("chat", "zzzzzzz", *ASK)
     assert "--prompt" in cli.run("chat", sampler, "--json", rc=2).stderr
+
+
+def far_trained(http: httpx.Client, name: str) -> Run:
+    """A run whose answers differ from the base model's."""
+    run = Run.create(http, name=name).attached()
+    for seed in (1, 2, 3):
+        run.forward_backward([datum(words(seed))])
+        run.step(learning_rate=0.5)
+    return run
+
+
+def test_chat_of_a_run_is_of_its_newest_weights(cli: Cli, http: httpx.Client):
+    """Nothing was published, so the run's sampler serves the base model still; what the run's client does goes on."""
+    run = far_trained(http, "chatty")
+    sampler = run.resource["sampler"]["id"]
+    weights, base = said(cli.text("chat", sampler, *ASK))
+    assert weights.startswith(f"the base model {MODEL}: run {run.id} has published none")
+    checkpoints = ok(http.get("/v1/loops/checkpoints", params={"run_id": run.id}))["checkpoints"]
+    weights, newest = said(cli.text("chat", run.id, *ASK))
+    assert weights == f"run {run.id} at step 3, as they are now"
+    assert newest != base
+    assert ok(http.get("/v1/loops/checkpoints", params={"run_id": run.id}))["checkpoints"] == checkpoints
+    # The sequence of the run's own client has no hole and no stranger in it, and nothing was published.
+    run.save("published", "save_weights_for_sampler")
+    assert said(cli.text("chat", sampler, *ASK)) == (
+        f"checkpoint {'bt://loops:' + run.id + '/sampler_weights/published'}",
+        newest,
+    )
+    run.step(learning_rate=0.0)
+    ok(http.post(f"/v1/loops/runs/{run.id}/deactivate", json={}))
+    weights, last = said(cli.text("chat", run.id, *ASK))
+    assert f"sampler_weights/published, the newest of run {run.id}, which has ended (step 3)" in weights
+    assert last == newest
+
+
+def test_a_sampler_of_the_newest_weights(http: httpx.Client, other_team: httpx.Client):
+    """What `chat` asks for: it is nobody's published weights, and only the run's team may have it."""
+    run = far_trained(http, "newest")
+    made = ok(http.post(f"/v1/loops/runs/{run.id}/newest_sampler"))
+    assert made["weights"] == {"run_id": run.id, "step": 3, "path": None}
+    sampler = Run(http, made["sampler"])
+    scored = {"prompt": words(99), "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0.0}
+    answer = ok(http.post(f"/loops/samplers/{sampler.id}/v1/completions", json={"model": MODEL} | scored))
+    told = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(words(99))]
+    assert told == pytest.approx(run.logprobs(words(99)), abs=1e-3)
+    assert other_team.post(f"/v1/loops/runs/{run.id}/newest_sampler").status_code == 404
+    ok(http.post(f"/v1/loops/samplers/{sampler.id}/deactivate", json={}))
+
+
+def test_chat_of_a_run_that_says_nothing_of_itself(cli: Cli, http: httpx.Client):
+    fresh = Run.create(http).attached()
+    assert "at step 0, untrained: it answers as the base model" in cli.json("chat", fresh.id, *ASK)["weights"]
+    ok(http.post(f"/v1/loops/runs/{fresh.id}/deactivate", json={}))
+    assert f"run {fresh.id} is INACTIVE and has no checkpoint to sample from" in cli.error("chat", fresh.id, *ASK)
+
+
+def test_chat_of_what_the_tinker_client_trained(cli: Cli, gateway: Gateway):
+    """Its runs have no sampler of their own: the newest weights answer, by every name that the client prints."""
+    wire = Wire(gateway)
+    model = wire.model(wire.session())
+    base = cli.json("chat", model, *ASK)["text"]
+    for seq in (1, 3, 5):
+        wire.loss(model, seq, seq)
+        wire.result(wire.step(model, seq + 1, learning_rate=0.5))
+    path = wire.result(wire.post("/api/v1/save_weights_for_sampler", model_id=model, path="kept", seq_id=7))["path"]
+    weights, newest = said(cli.text("chat", model, *ASK))
+    assert "at step 3, as they are now" in weights
+    assert newest.strip() != base.strip()
+    assert path.startswith("tinker://")
+    assert said(cli.text("chat", path, *ASK)) == (f"checkpoint {path} (step 3)", newest)
+    # The client's own order goes on as if nobody had asked.
+    wire.result(wire.step(model, 8))
+
+
+def test_every_name_that_a_client_prints(cli: Cli, gateway: Gateway, tmp_path: Path):
+    wire = Wire(gateway)
+    model = wire.model(wire.session())
+    path = wire.result(wire.post("/api/v1/save_weights", model_id=model, path="state", seq_id=1))["path"]
+    ours = cli.json("runs", "show", model)["id"]
+    assert (ours != model, path) == (True, f"tinker://{model}/weights/state")
+    (saved,) = cli.json("checkpoints", "--run", model)
+    bt = saved["path"]
+    for name in (ours, path, bt, f"bt://loops:{ours}"):
+        assert cli.json("runs", "show", name)["id"] == ours
+        assert cli.text("logs", name) == cli.text("logs", ours)
+        assert cli.json("checkpoints", "--run", name) == [saved]
+    env = {"SELFLOOP_URL": ""}
+    for i, name in enumerate((saved["id"], path, bt)):
+        cli.run("checkpoints", "download", name, str(tmp_path / f"down{i}"))
+        export = ("export", name, str(tmp_path / f"out{i}"), "--to", "peft", "--data-dir", str(gateway.data_dir))
+        cli.run(*export, **env)
+        assert cli.json("chat", name, *ASK)["weights"].startswith(f"checkpoint {name}")
+    asked = {"session_id": wire.session(), "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = wire.post("/api/v1/create_sampling_session", **asked)["sampling_session_id"]
+    shown = cli.json("samplers", "show", sampler)
+    assert shown["id"] != sampler
+    for name in (shown["id"], shown["model_id"], shown["deployment_id"]):
+        assert cli.json("samplers", "show", name)["id"] == shown["id"]
+    assert cli.json("chat", sampler, *ASK)["weights"] == f"the base model {MODEL}"
+    assert "of the form tinker://" in cli.error("chat", "tinker://nonsense", *ASK)
+    assert "not found" in cli.error("checkpoints", "download", f"tinker://{model}/weights/other", str(tmp_path))
 
 
 def test_logs(cli: Cli, http: httpx.Client):

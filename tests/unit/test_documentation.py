@@ -56,7 +56,7 @@ COMMANDS = {
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--bench", "--data-dir", "--model", "--port"],
-    "selfloop export": ["FOLDER", "URI", "--data-dir", "--dtype", "--to"],
+    "selfloop export": ["CHECKPOINT", "FOLDER", "--data-dir", "--dtype", "--to"],
     "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
     "selfloop logs": ["ID", "--data-dir", "--follow", "--json", "--level", "--limit", "--url"],
     "selfloop keys create": ["NAME", "--data-dir", "--expires-in", "--role", "--team"],

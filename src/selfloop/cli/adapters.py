@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local
+from selfloop.cli import local, names, remote
 from selfloop.control.resources.exports import Exported, ExportPlan
 from selfloop.control.resources.imports import Imported
 
@@ -24,7 +24,7 @@ class GgufDtype(StrEnum):
 
 
 def export(
-    uri: Annotated[str, typer.Argument(help="A trainer or sampler checkpoint: bt://loops:...")],
+    checkpoint: Annotated[str, typer.Argument(help=f"A trainer or sampler checkpoint: {names.FORMS_OF_A_CHECKPOINT}.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
     to: Annotated[
         ExportFormat,
@@ -37,6 +37,9 @@ def export(
     data_dir: local.DataDir = None,
 ) -> None:
     """Write a checkpoint as a folder for PEFT, Transformers or llama.cpp."""
+
+    with remote.failing_in_one_line():
+        uri = names.checkpoint(checkpoint)
 
     async def work() -> tuple[ExportPlan, Exported]:
         async with local.opened(data_dir) as data:

@@ -4,18 +4,22 @@ import json
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote
+from selfloop.cli import local, names, remote
 from selfloop.cli.samplers import wait_until_ready
 
 _READ_TIMEOUT_S = 600.0
 
 
 def chat(
-    target: Annotated[str, typer.Argument(help="A sampler, a run, or a checkpoint: bt://loops:...")],
+    target: Annotated[
+        str,
+        typer.Argument(help="A run (its newest weights), a sampler, or the path of a checkpoint (bt:// or tinker://)."),
+    ],
     prompt: Annotated[str | None, typer.Option(help="Ask this once and end; `-` reads it from standard input.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     model: Annotated[
@@ -30,14 +34,20 @@ def chat(
     data_dir: local.DataDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print the answer with its usage.")] = False,
 ) -> None:
-    """Chat with a sampler, with the sampler of a run, or with a checkpoint."""
+    """Chat with the newest weights of a run, with a sampler, or with a checkpoint.
+
+    The first line says which weights answer.
+    """
     if as_json and prompt is None:
         raise typer.BadParameter("needs --prompt", param_hint="--json")
-    with remote.server(url, data_dir) as server, _sampler(server, target) as sampler:
-        wait_until_ready(server, sampler)
-        asked: remote.Json = {"model": model or _model_of(server, sampler), "temperature": temperature}
+    with remote.server(url, data_dir) as server, _answering(server, target) as answering:
+        wait_until_ready(server, answering.sampler)
+        asked: remote.Json = {"model": model or answering.model, "temperature": temperature}
         asked |= {name: v for name, v in (("max_tokens", max_tokens), ("seed", seed)) if v is not None}
-        talk = _Talk(server, sampler["base_url"], asked, system)
+        weights = answering.weights if model is None else f"model {model} of sampler {answering.sampler['id']}"
+        talk = _Talk(server, answering.sampler["base_url"], asked, system, weights)
+        if not as_json:
+            typer.echo(f"[weights: {weights}]")
         try:
             if prompt is None:
                 _converse(talk, target)
@@ -47,10 +57,22 @@ def chat(
             raise typer.Exit(130) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """The sampler that is asked, for which of its models, and what weights these are, in words."""
+
+    sampler: remote.Json
+    model: str
+    weights: str
+
+
 class _Talk:
     """A conversation; every turn is sent whole, as the route remembers nothing."""
 
-    def __init__(self, server: remote.Server, base_url: str, asked: remote.Json, system: str | None) -> None:
+    def __init__(
+        self, server: remote.Server, base_url: str, asked: remote.Json, system: str | None, weights: str
+    ) -> None:
+        self.weights = weights
         self._server = server
         self._url = f"{base_url}/v1/chat/completions"
         self._asked = asked
@@ -98,7 +120,8 @@ def _once(talk: _Talk, prompt: str, as_json: bool) -> None:
         if not as_json:
             typer.echo(piece, nl=False)
     if as_json:
-        said = {"text": "".join(pieces), "finish_reason": talk.finish_reason, "usage": talk.usage}
+        said = {"weights": talk.weights, "text": "".join(pieces), "finish_reason": talk.finish_reason}
+        said |= {"usage": talk.usage}
         typer.echo(json.dumps(said, indent=2))
     else:
         typer.echo()
@@ -121,29 +144,50 @@ def _converse(talk: _Talk, target: str) -> None:
 
 
 @contextmanager
-def _sampler(server: remote.Server, target: str) -> Generator[remote.Json]:
-    """The sampler to ask. One made for a checkpoint ends with the chat."""
-    if target.startswith("bt://"):
+def _answering(server: remote.Server, target: str) -> Generator[_Answering]:
+    """Who is to be asked. A sampler that is made for it ends with the chat."""
+    checkpoint = names.find_checkpoint(server, target)
+    if checkpoint is not None:
         session = server.post("/v1/loops/sessions")["session"]["id"]
-        made = server.post("/v1/loops/samplers", {"session_id": session, "model_path": target})["sampler"]
-        try:
-            yield made
-        finally:
-            server.post(f"/v1/loops/samplers/{made['id']}/deactivate")
+        body = {"session_id": session, "model_path": checkpoint["path"]}
+        made = server.post("/v1/loops/samplers", body)["sampler"]
+        with _ended_after(server, made):
+            yield _Answering(made, made["base_model"], f"checkpoint {target} (step {checkpoint['step']})")
         return
-    run = server.find(f"/v1/loops/runs/{target}")
+    run = names.find_run(server, target)
     if run is not None:
-        body = {"session_id": run["run"]["session_id"], "run_id": target}
-        yield run["run"]["sampler"] or server.post("/v1/loops/samplers", body)["sampler"]
+        newest = server.post(f"/v1/loops/runs/{run['id']}/newest_sampler", timeout_s=_READ_TIMEOUT_S)
+        made = newest["sampler"]
+        with _ended_after(server, made):
+            yield _Answering(made, made["base_model"], _newest_in_words(newest["weights"]))
         return
-    sampler = server.find(f"/v1/loops/samplers/{target}")
+    sampler = names.find_sampler(server, target)
     if sampler is None:
-        raise remote.CommandFailed(f"no run or sampler {target!r} on this server")
-    yield sampler["sampler"]
-
-
-def _model_of(server: remote.Server, sampler: remote.Json) -> str:
-    """The first adapter that the sampler serves, else its base model."""
+        raise remote.CommandFailed(f"no run, sampler or checkpoint {target!r} on this server")
     models = server.get(f"{sampler['base_url']}/v1/models")["data"]
-    adapters = [entry["id"] for entry in models if entry.get("parent")]
-    return adapters[0] if adapters else models[0]["id"]
+    adapter = next((entry["id"] for entry in models if entry.get("parent")), None)
+    yield _Answering(sampler, adapter or models[0]["id"], _served_in_words(sampler, adapter))
+
+
+@contextmanager
+def _ended_after(server: remote.Server, sampler: remote.Json) -> Generator[None]:
+    try:
+        yield
+    finally:
+        server.post(f"/v1/loops/samplers/{sampler['id']}/deactivate")
+
+
+def _newest_in_words(weights: remote.Json) -> str:
+    run, step = weights["run_id"], weights["step"]
+    if weights["path"] is not None:
+        return f"checkpoint {weights['path']}, the newest of run {run}, which has ended (step {step})"
+    trained = "untrained: it answers as the base model" if step == 0 else "as they are now"
+    return f"run {run} at step {step}, {trained}"
+
+
+def _served_in_words(sampler: remote.Json, adapter: str | None) -> str:
+    if adapter is not None:
+        return f"checkpoint {adapter}"
+    run = sampler["run_id"]
+    unpublished = "" if run is None else f": run {run} has published none (`selfloop chat {run}` asks its newest)"
+    return f"the base model {sampler['base_model']}{unpublished}"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote
+from selfloop.cli import local, names, remote
 from selfloop.control.machine import INSTANCE_TYPE_ID
 
 app = typer.Typer(invoke_without_command=True)
@@ -20,8 +20,11 @@ class Purpose(StrEnum):
     sampler = "sampler"
 
 
-CheckpointRef = Annotated[str, typer.Argument(help="A checkpoint's id or its bt://loops:... path.")]
-OfRun = Annotated[str | None, typer.Option("--run", help="Only those of this run.")]
+CheckpointRef = Annotated[str, typer.Argument(help=f"A checkpoint: {names.FORMS_OF_A_CHECKPOINT}.")]
+OfRun = Annotated[
+    str | None,
+    typer.Option("--run", help=f"Only those of this run: {names.FORMS_OF_A_RUN}.", parser=names.run_id, metavar="RUN"),
+]
 Target = Annotated[Purpose | None, typer.Option(help="Only those to go on training from, or those to sample from.")]
 OfModel = Annotated[str | None, typer.Option("--model", help="Only those of this base model.")]
 
@@ -133,7 +136,10 @@ def _print_deleted(answer: remote.Json, as_json: bool) -> None:
 
 @app.command()
 def deploy(
-    checkpoint: Annotated[list[str], typer.Argument(help="Ids or bt://loops:... paths, all of one base model.")],
+    checkpoint: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoints of one base model, each by its id or its path (bt:// or tinker://)."),
+    ],
     name: Annotated[str, typer.Option(help="Name of the deployed model.")],
     url: remote.Url = None,
     data_dir: local.DataDir = None,
@@ -182,14 +188,11 @@ def download(
 
 
 def resolved(server: remote.Server, ref: str) -> remote.Json:
-    """A checkpoint by id or path."""
-    if ref.startswith("bt://"):
-        rows = server.get("/v1/loops/checkpoints", checkpoint_path=ref)["checkpoints"]
-    else:
-        rows = [row for row in _listed(server, None, None) if row["id"] == ref]
-    if not rows:
+    """A checkpoint by id or path. Raises :class:`CommandFailed` when there is none."""
+    found = names.find_checkpoint(server, ref)
+    if found is None:
         raise remote.CommandFailed(f"checkpoint {ref!r} not found; `selfloop checkpoints` lists them")
-    return rows[0]
+    return found
 
 
 def _files(server: remote.Server, id: str) -> Iterator[remote.Json]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote
+from selfloop.cli import local, names, remote
 
 _POLL_S = 1.0
 # Lines may be stored a little later than their own time; asking again from before drops none.
@@ -33,15 +33,14 @@ class _Source:
         self._server = server
         self.sampler: remote.Json | None = None
         self.deployment = id
-        run = server.find(f"/v1/loops/runs/{id}")
+        run = names.find_run(server, id)
         if run is not None:
-            self.deployment = _shown_id(run["run"]["deployment_id"])
+            self.deployment = _shown_id(run["deployment_id"])
             return
-        sampler = server.find(f"/v1/loops/samplers/{id}")
-        if sampler is not None:
-            self.sampler = sampler["sampler"]
-            _shown_id(sampler["sampler"]["model_id"])
-        elif server.find(f"/v1/loops/deployments/{id}") is None:
+        self.sampler = names.find_sampler(server, id)
+        if self.sampler is not None:
+            _shown_id(self.sampler["model_id"])
+        elif server.find(f"/v1/loops/deployments/{remote.segment(id)}") is None:
             raise remote.CommandFailed(f"no run, sampler or deployment {id!r} on this server")
 
     def lines(self, since_ms: int, level: Level | None, limit: int) -> list[remote.Json]:
@@ -69,7 +68,10 @@ class _Source:
 
 
 def logs(
-    id: Annotated[str, typer.Argument(help="A run (its trainer's log), a sampler or a deployment.")],
+    id: Annotated[
+        str,
+        typer.Argument(help="A run (its trainer's log), a sampler or a deployment."),
+    ],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended, or Ctrl-C.")] = False,
     level: Annotated[
         Level | None, typer.Option(help="Only lines of this level or above.", case_sensitive=False)

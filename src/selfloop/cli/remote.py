@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import typer
 
@@ -41,21 +41,28 @@ class Server:
     http: "httpx.Client"
 
     def get(self, path: str, **params: object) -> Json:
-        given = {name: str(value) for name, value in params.items() if value is not None}
-        return self._json(self.http.get(path, params=given))
+        return self._json(self._asked(path, params))
 
-    def post(self, path: str, body: Json | None = None) -> Json:
-        return self._json(self.http.post(path, json=body or {}))
+    def post(self, path: str, body: Json | None = None, timeout_s: float = _TIMEOUT_S) -> Json:
+        return self._json(self.http.post(path, json=body or {}, timeout=timeout_s))
 
-    def find(self, path: str) -> Json | None:
+    def find(self, path: str, **params: object) -> Json | None:
         """The answer of a route, None where it says that there is no such thing."""
-        answer = self.http.get(path)
+        answer = self._asked(path, params)
         return None if answer.status_code == 404 else self._json(answer)
+
+    def _asked(self, path: str, params: Mapping[str, object]) -> "httpx.Response":
+        return self.http.get(path, params={name: str(value) for name, value in params.items() if value is not None})
 
     def _json(self, answer: "httpx.Response") -> Json:
         if not answer.is_success:
             raise CommandFailed(refusal(answer))
         return answer.json()
+
+
+def segment(text: str) -> str:
+    """What a user typed, as one segment of a path."""
+    return quote(text, safe=":")
 
 
 def is_alone(context: typer.Context) -> bool:

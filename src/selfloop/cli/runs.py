@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote
+from selfloop.cli import local, names, remote
 
 app = typer.Typer(invoke_without_command=True)
 
-RunId = Annotated[str, typer.Argument(help="The run's id.")]
+RunId = Annotated[
+    str,
+    typer.Argument(help=f"The run: {names.FORMS_OF_A_RUN}.", parser=names.run_id, metavar="RUN"),
+]
 Everybody = Annotated[bool, typer.Option("--team", help="With a server: the whole team's, not only this key's.")]
 
 
@@ -65,11 +68,11 @@ def show_run(
 ) -> None:
     """Show one run of a server, with its trainer deployment and its optimizer steps."""
     with remote.server(url, data_dir) as server:
-        row = server.get(f"/v1/loops/runs/{run_id}")["run"]
+        row = server.get(f"/v1/loops/runs/{remote.segment(run_id)}")["run"]
         if row["deployment_id"] is not None:
             deployment = server.get(f"/v1/loops/deployments/{row['deployment_id']}")["deployment"]
             row["deployment"] = {"status": deployment["status"]}
-        row["steps"] = server.get(f"/loops/runs/{run_id}/policy_version")["policy_version"]
+        row["steps"] = server.get(f"/loops/runs/{remote.segment(run_id)}/policy_version")["policy_version"]
         remote.show_one(row, as_json)
 
 
@@ -77,7 +80,7 @@ def show_run(
 def deactivate(run_id: RunId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
     """End a run and its sampler; its checkpoints stay."""
     with remote.server(url, data_dir) as server:
-        server.post(f"/v1/loops/runs/{run_id}/deactivate")
+        server.post(f"/v1/loops/runs/{remote.segment(run_id)}/deactivate")
     typer.echo(f"deactivated {run_id}")
 
 

@@ -4,11 +4,13 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote
+from selfloop.cli import local, names, remote
 
 app = typer.Typer(invoke_without_command=True)
 
-SamplerId = Annotated[str, typer.Argument(help="The sampler's id.")]
+SamplerId = Annotated[
+    str, typer.Argument(help="The sampler: its id (also abc1234:sample:0), or that of its model or deployment.")
+]
 
 
 @app.callback()
@@ -48,9 +50,9 @@ def show_sampler(
 ) -> None:
     """Show one sampler, with the models that it answers for."""
     with remote.server(url, data_dir) as server:
-        row = server.get(f"/v1/loops/samplers/{sampler_id}")["sampler"]
+        row = names.sampler(server, sampler_id)
         if row["status"]["name"] != "INACTIVE":
-            row["models"] = [entry["id"] for entry in server.get(f"/loops/samplers/{sampler_id}/v1/models")["data"]]
+            row["models"] = [entry["id"] for entry in server.get(f"/loops/samplers/{row['id']}/v1/models")["data"]]
         remote.show_one(row, as_json)
 
 
@@ -58,17 +60,18 @@ def show_sampler(
 def deactivate(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
     """End a sampler; what it served stays."""
     with remote.server(url, data_dir) as server:
-        server.post(f"/v1/loops/samplers/{sampler_id}/deactivate")
-    typer.echo(f"deactivated {sampler_id}")
+        row = names.sampler(server, sampler_id)
+        server.post(f"/v1/loops/samplers/{row['id']}/deactivate")
+    typer.echo(f"deactivated {row['id']}")
 
 
 @app.command()
 def wake(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
     """Bring a sleeping sampler up, and wait until it serves."""
     with remote.server(url, data_dir) as server:
-        server.post(f"/loops/samplers/{sampler_id}/wake")
-        row = server.get(f"/v1/loops/samplers/{sampler_id}")["sampler"]
-        typer.echo(f"{sampler_id}: {wait_until_ready(server, row)}")
+        row = names.sampler(server, sampler_id)
+        server.post(f"/loops/samplers/{row['id']}/wake")
+        typer.echo(f"{row['id']}: {wait_until_ready(server, names.sampler(server, row['id']))}")
 
 
 def wait_until_ready(server: remote.Server, sampler: remote.Json) -> str:

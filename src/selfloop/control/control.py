@@ -33,6 +33,7 @@ from selfloop.control.resources.deploys import Deploys
 from selfloop.control.resources.exports import Exports
 from selfloop.control.resources.imports import Imports
 from selfloop.control.resources.listings import Listings
+from selfloop.control.resources.newest_weights import NewestWeights
 from selfloop.control.resources.runs import Runs
 from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import Sessions
@@ -171,6 +172,7 @@ class Control:
         self.user_configs = UserConfigs(self._context, config.device)
         self.runs = Runs(self._context, self.user_configs)
         self.samplers = Samplers(self._context, self.user_configs)
+        self.newest_weights = NewestWeights(self._context, self.user_configs, self.runs, self.samplers)
         self.shared_samplers = SharedSamplers(self._context, self.user_configs)
         self.cleanup = Cleanup(self._context)
         self.deploys = Deploys(self._context, self.user_configs)

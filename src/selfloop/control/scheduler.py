@@ -14,6 +14,7 @@ import msgspec
 from selfloop.control.journal import Failure, Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.recovery import reopen
+from selfloop.control.saves_beside import SavesBeside
 from selfloop.control.settle import Settlement
 from selfloop.control.snapshots import Position, RunSnapshots
 from selfloop.storage.blobs.local import LocalBlobs
@@ -95,6 +96,7 @@ class RunActor:
         self._last_reply_at = 0.0
         self._last_done: Position | None = None
         self._park_requests: list[asyncio.Future[None]] = []
+        self.saves_beside = SavesBeside(run, settlement, on_asked=self._wakeup.set)
         self._settling = asyncio.Lock()
         self._halted = False
         self._num_lost_reopening = 0
@@ -168,6 +170,7 @@ class RunActor:
         async with self._settling:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self.saves_beside.end()
 
     async def close(self) -> None:
         """Forget the run in the worker (it was deactivated)."""
@@ -203,6 +206,7 @@ class RunActor:
             await self._settle_failed()
             await self._snapshots.collect(self._is_settled)
             await self._fill()
+            await self._send_saves_beside()
             if self._in_flight:
                 await self._await_head()
             elif self._park_requests:
@@ -216,6 +220,7 @@ class RunActor:
         except OperationFailed as error:
             # The base model cannot be served, or the run's state cannot be brought back.
             self._failed += [Failure(row, str(error), error.error_class) for row in self.drain()]
+            self.saves_beside.refuse(error)
             self._wakeup.set()
 
     async def _settle_failed(self) -> None:
@@ -260,6 +265,14 @@ class RunActor:
             self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
             self._settlement.observer.begun(queued.row)
             await self._begin_snapshot()
+
+    async def _send_saves_beside(self) -> None:
+        if not self.saves_beside or self._halted:
+            return
+        if self._in_flight and (self._worker is None or self._worker.lost.done()):
+            return  # First what a lost worker still answered is settled, as for any operation.
+        with self._lifecycle.using(self.run.deployment_id):
+            await self.saves_beside.send(await self._open())
 
     async def _fail_queued(self, queued: _Queued, error: str, error_class: str) -> None:
         self.remove(queued.row.id)

@@ -149,6 +149,19 @@ class Settlement:
         if operation is not None:
             self.on_published()
 
+    async def saved_beside(self, run: RunRow, operation: SaveWeightsForSampler, body: bytes) -> CheckpointRow:
+        """Record what was saved beside the run's operations. Raises :class:`OperationFailed` when it is gone."""
+        result = result_decoder.decode(body)
+        assert isinstance(result, SaveResult)
+        try:
+            await self._store.publish(result.checkpoint_id)
+        except FileNotFoundError:
+            raise OperationFailed("what was saved is gone before it could be recorded", "CheckpointLost") from None
+        checkpoint = _checkpoint_row(run, operation, result)
+        async with self._db.write() as session:
+            session.add(checkpoint)
+        return checkpoint
+
     async def fail(self, *failures: Failure) -> None:
         """Store errors as the operations' outcomes: of all of them, or of none."""
         if not failures:

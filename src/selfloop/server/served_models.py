@@ -8,11 +8,10 @@ from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.sampling import check_identity
-from selfloop.server.tinker_paths import URI_FORM, checkpoint_path, our_path
+from selfloop.server.tinker_paths import URI_FORM, checkpoint_path, is_path, our_path
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.status import CheckpointTarget
 
-_SCHEMES = ("tinker://", "bt://")
 _HINT = f"a base model of this server, or {URI_FORM} (or bt://...) of a checkpoint of your team or a published one"
 _MAX_LISTED = 1000
 
@@ -91,7 +90,7 @@ async def listed(caller: Caller, control: Control) -> list[Listed]:
 
 
 def _parts(name: str) -> tuple[str | None, str | None]:
-    if name.startswith(_SCHEMES):
+    if is_path(name):
         return None, name
     base, separator, path = name.partition(";")
     return base, path if separator else None

@@ -26,8 +26,15 @@ _PLAIN = re.compile(r"[a-z0-9]{7}")
 _URI = re.compile(r"tinker://([^/]{1,64})/(weights|sampler_weights)/([^/]+)")
 _ANY_URI = re.compile(r"tinker://([^/]{1,64})/([^/]+)/([^/]+)")
 
+_SCHEMES = ("bt://", "tinker://")
+
 ANY_URI_FORM = "tinker://<training run>/(weights|sampler_weights|external_weights)/<name>"
 URI_FORM = "tinker://<training run>/(weights|sampler_weights)/<name>"
+
+
+def is_path(text: str) -> bool:
+    """Whether ``text`` is a path of a checkpoint in either dialect's form, well or badly made, and not an id."""
+    return text.startswith(_SCHEMES)
 
 
 def run_id(model_id: str) -> RunId:

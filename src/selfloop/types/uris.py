@@ -39,6 +39,11 @@ def is_checkpoint_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def snapshot_name(sampler_id: str) -> str:
+    """The name of a snapshot for one sampler alone; no caller can give such a name."""
+    return f".{sampler_id}"
+
+
 def parse_checkpoint_uri(text: str, field: str = "path") -> CheckpointUri:
     """Parse a URI; raises :class:`BadRequest` naming ``field`` when it is malformed."""
     match = _URI.fullmatch(text)

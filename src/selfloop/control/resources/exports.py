@@ -18,7 +18,7 @@ from selfloop.storage.db import queries_checkpoints
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
-from selfloop.types.ids import new_id
+from selfloop.types.ids import is_id, new_id
 from selfloop.types.lora_size import untied_numbers
 from selfloop.types.model_folder import read_facts, tokenizer_files
 from selfloop.types.uris import parse_checkpoint_uri
@@ -72,6 +72,7 @@ class Exports:
         """Check everything that can be checked before any work; a base model that was never used is prepared.
 
         Args:
+            uri: the checkpoint's ``bt://`` path, or its id.
             dtype: of a GGUF's matrices; the base's by default.
 
         Raises:
@@ -82,11 +83,7 @@ class Exports:
         """
         if dtype is not None and format != "gguf":
             raise BadRequest("dtype", "a GGUF's; a merged model keeps the dtype of its base, an adapter float32")
-        parsed = parse_checkpoint_uri(uri, "uri")
-        async with self._db.read() as session:
-            row = await queries_checkpoints.named(session, parsed.run_id, parsed.target, parsed.name)
-        if row is None:
-            raise NotFound("checkpoint", uri)
+        row = await self._row(uri)
         target = target.expanduser().absolute()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise Conflict(f"{target} exists already and is not an empty folder")
@@ -97,6 +94,17 @@ class Exports:
         if free < needed:
             raise OperationFailed(f"the export needs {needed:,} bytes; the disk of {target} has {free:,}")
         return ExportPlan(uri, row, model.name, model_dir, target, format, dtype, needed)
+
+    async def _row(self, uri: str) -> CheckpointRow:
+        async with self._db.read() as session:
+            if is_id(uri):
+                row = await queries_checkpoints.get(session, uri)
+            else:
+                parsed = parse_checkpoint_uri(uri, "uri")
+                row = await queries_checkpoints.named(session, parsed.run_id, parsed.target, parsed.name)
+        if row is None:
+            raise NotFound("checkpoint", uri)
+        return row
 
     async def write(self, plan: ExportPlan, on_progress: Callable[[str, float], None]) -> Exported:
         """Write and check the folder; it appears whole or not at all.

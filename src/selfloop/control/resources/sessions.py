@@ -214,22 +214,7 @@ class Sessions:
             if known.team_id != caller.team_id or known.model_name != run.model_name or not fits:
                 raise BadRequest("sampling_session_seq_id", f"a number not used before: {sampler_id} exists")
             return known
-        row = SamplerRow(
-            id=sampler_id,
-            session_id=run.session_id,
-            team_id=caller.team_id,
-            key_id=caller.key_id,
-            base_model=run.base_model,
-            model_name=run.model_name,
-            model_id=new_id(),
-            deployment_id=new_id(),
-            max_seq_len=run.max_seq_len,
-            scale_down_delay_s=_SAMPLER_DELAY_S,
-            status=SamplerStatus.SCALED_TO_ZERO,
-            created_at=time.time(),
-            checkpoint_id=new_id(),
-            follows=follows,
-        )
+        row = snapshot_sampler_row(caller, run, run.session_id, sampler_id, checkpoint_id=new_id(), follows=follows)
         async with self._c.db.write() as session:
             session.add(row)
             record_change(session, "sampler", row.id, row.status, f"made for a snapshot of run {run.id}")
@@ -240,3 +225,25 @@ class Sessions:
     def snapshot_life_s(self) -> int:
         """How long a snapshot is kept when its session never ends."""
         return _SNAPSHOT_LIFE_S
+
+
+def snapshot_sampler_row(
+    caller: Caller, run: RunRow, session_id: str, id: str, *, checkpoint_id: str, follows: str | None = None
+) -> SamplerRow:
+    """A sampler of one snapshot of a run, asleep until it is asked."""
+    return SamplerRow(
+        id=id,
+        session_id=session_id,
+        team_id=caller.team_id,
+        key_id=caller.key_id,
+        base_model=run.base_model,
+        model_name=run.model_name,
+        model_id=new_id(),
+        deployment_id=new_id(),
+        max_seq_len=run.max_seq_len,
+        scale_down_delay_s=_SAMPLER_DELAY_S,
+        status=SamplerStatus.SCALED_TO_ZERO,
+        created_at=time.time(),
+        checkpoint_id=checkpoint_id,
+        follows=follows,
+    )

@@ -13,6 +13,7 @@ from selfloop.server.tinker_paths import (
     their_id,
 )
 from selfloop.types.errors import BadRequest
+from selfloop.types.uris import snapshot_name
 
 __all__ = [
     "MAX_NUMBER",
@@ -49,11 +50,6 @@ def _number(number: int, field: str) -> int:
     if not 0 <= number <= MAX_NUMBER:
         raise BadRequest(field, f"0 to {MAX_NUMBER}, got {number}")
     return number
-
-
-def snapshot_name(sampler: str) -> str:
-    """The name of a snapshot for one sampler alone; no caller can give such a name."""
-    return f".{sampler}"
 
 
 def sampler_of_snapshot(name: str) -> str | None:

@@ -5,9 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 
+from selfloop.control.control import Control
+from selfloop.control.resources.access import Caller
+from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.cleanup import CheckpointFilter
 from selfloop.control.resources.deploys import DeployRequest
 from selfloop.control.resources.samplers import exactly_one
+from selfloop.server import tinker_paths
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.access import RenderOf, Scope
 from selfloop.server.management.schemas.checkpoints import (
@@ -23,6 +27,7 @@ from selfloop.server.management.schemas.checkpoints import (
     ValidateLoopsCheckpointRequestV1,
     ValidateLoopsCheckpointResponseV1,
 )
+from selfloop.types.ids import is_id
 from selfloop.types.status import CheckpointTarget
 
 router = APIRouter()
@@ -38,7 +43,10 @@ async def list_checkpoints(
     checkpoint_path: str | None = None,
     scope: Scope = None,
 ) -> ListLoopsCheckpointsResponseV1:
-    """Newest first. By base model those of the caller's own runs, with `scope=org` of the whole team's."""
+    """Newest first. By base model those of the caller's own runs, with `scope=org` of the whole team's.
+
+    `checkpoint_path` is a `bt://` or `tinker://` path, or an id.
+    """
     exactly_one(run_id=run_id, base_model=base_model, checkpoint_path=checkpoint_path)
     if run_id is not None:
         rows = await control.checkpoints.of_run(caller, run_id)
@@ -46,8 +54,16 @@ async def list_checkpoints(
         rows = await control.checkpoints.of_model(caller, base_model, whole_team=scope == "org")
     else:
         assert checkpoint_path is not None
-        rows = [await control.checkpoints.at_path(caller, checkpoint_path, "checkpoint_path")]
+        rows = [await _named(checkpoint_path, caller, control)]
     return ListLoopsCheckpointsResponseV1(checkpoints=[render.checkpoint(row) for row in rows])
+
+
+async def _named(name: str, caller: Caller, control: Control) -> Checkpoint:
+    """The checkpoint that a caller names as any client prints it."""
+    if is_id(name):
+        return await control.checkpoints.get(caller, name)
+    path = tinker_paths.our_path(name, "checkpoint_path") if tinker_paths.is_path(name) else name
+    return await control.checkpoints.at_path(caller, path, "checkpoint_path")
 
 
 @router.post("/loops/checkpoints/validate", summary="Check that a checkpoint can be used.")

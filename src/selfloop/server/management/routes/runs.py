@@ -21,6 +21,7 @@ from selfloop.server.management.schemas.runs import (
     ListLoopsRunsResponseV1,
     LoopsSessionV1,
 )
+from selfloop.server.management.schemas.samplers import NewestSamplerResponseV1, NewestWeightsV1
 from selfloop.server.openapi import code_samples
 
 router = APIRouter()
@@ -133,3 +134,16 @@ async def deactivate_run(
 ) -> DeactivateLoopsRunResponseV1:
     row = (await control.runs.deactivate(caller, run_id)).run
     return DeactivateLoopsRunResponseV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+
+
+@router.post("/loops/runs/{run_id}/newest_sampler", summary="Make a sampler of a run's newest weights.")
+async def newest_sampler(
+    run_id: str, caller: CallerOf, control: ControlOf, render: RenderOf
+) -> NewestSamplerResponseV1:
+    """A standalone one: of what a live run has by now (nothing is published), or of an ended run's last checkpoint.
+
+    Deactivate it after use.
+    """
+    made = await control.newest_weights.sampler(caller, run_id)
+    weights = NewestWeightsV1(run_id=run_id, step=made.step, path=made.path)
+    return NewestSamplerResponseV1(sampler=render.sampler(made.sampler), weights=weights)

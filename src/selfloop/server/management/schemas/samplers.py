@@ -66,3 +66,16 @@ class GetLoopsSamplerResponseV1(Answer):
 
 class ListLoopsSamplersResponseV1(Answer):
     samplers: list[LoopsSamplerV1]
+
+
+class NewestWeightsV1(Answer):
+    """Which weights a sampler of a run's newest ones serves."""
+
+    run_id: str
+    step: int = Field(description="Optimizer steps in them; 0 is an untrained run, which samples as its base model.")
+    path: str | None = Field(None, description="The checkpoint that an ended run left; null for a live run's own.")
+
+
+class NewestSamplerResponseV1(Answer):
+    sampler: LoopsSamplerV1
+    weights: NewestWeightsV1
