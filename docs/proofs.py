@@ -15,7 +15,7 @@ TESTS = ROOT / "tests"
 _RUN_HELPERS = {"do", "post", "submit"}  # of the tests' own client of a run: their first argument ends the path
 
 
-_WITH_SLASHES = {"{model_id}": ".+", "{name}": ".+", "{folder}": ".+", "{file}": ".+"}
+_WITH_SLASHES = {"{model_id}": ".+", "{name}": ".+", "{folder}": ".+", "{file}": ".+", "{path}": ".+"}
 
 
 @dataclass

@@ -42,6 +42,10 @@ class Ask:
     owner: int = 200
 
 
+HANDED_ON = {"GET /hf/{path}", "POST /hf/{path}"}
+"""Routes whose requests go to a hub as they are: their parameters and fields are the hub's."""
+
+
 def gone(json: Any = None, **more: Any) -> Ask:
     """A change, or work, on something of the owner's."""
     return Ask(json, foreign=404, **more)
@@ -284,6 +288,8 @@ ROUTES: dict[str, list[Ask]] = {
     "GET /hf/api/models/{model_id}/revision/{revision}": [PUBLIC],
     "GET /hf/api/models/{model_id}": [PUBLIC],
     "GET /hf/{model_id}/resolve/{revision}/{file}": [PUBLIC],
+    "GET /hf/{path}": [PUBLIC],
+    "POST /hf/{path}": [PUBLIC],
 }
 
 

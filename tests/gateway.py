@@ -27,7 +27,8 @@ def environment(**extra: str) -> dict[str, str]:
     """Our environment with the package importable, and without anything that points at another server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SELFLOOP_", "LOOPS_", "BASETEN_", "HF_"))}
     path = os.pathsep.join([str(REPO / "src"), *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | extra
+    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "SELFLOOP_HUB_URL": "off"}
+    return kept | own | extra
 
 
 def selfloop(*arguments: str, timeout: float = 120) -> str:

@@ -85,6 +85,7 @@ COMMANDS = {
         "--dtype",
         "--heartbeat-timeout",
         "--host",
+        "--hub-url",
         "--keep-loaded",
         "--kept-memory",
         "--key-mib-per-second",

@@ -54,6 +54,15 @@ def serve(
         str | None, typer.Option(help="Base of the URLs in answers, behind a proxy that hides it.")
     ] = None,
     serve_weights: Annotated[bool, typer.Option(help="Let /hf give out weight files too.")] = False,
+    hub_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SELFLOOP_HUB_URL",
+            show_envvar=False,
+            help="The hub that /hf asks for what is not served here, so that data sets load; off asks none. "
+            "Default: $SELFLOOP_HUB_URL, or https://huggingface.co unless $HF_HUB_OFFLINE is set.",
+        ),
+    ] = None,
     prepare: Annotated[bool, typer.Option(help="Prepare the embedded model at start, once.")] = True,
     capacity: Annotated[
         str,
@@ -166,6 +175,7 @@ def serve(
         dtype,
         public_url,
         serve_weights,
+        hub_url,
         prepare,
         capacity,
         log_format,

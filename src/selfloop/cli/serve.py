@@ -21,6 +21,7 @@ def serve_command(
     dtype: str,
     public_url: str | None,
     serve_weights: bool,
+    hub_url: str | None,
     prepare: bool,
     capacity: str,
     log_format: str,
@@ -44,6 +45,7 @@ def serve_command(
     key_limits: Limits,
     store: str | None,
 ) -> None:
+    from selfloop.server.hub import hub_url as hub_to_ask
     from selfloop.server.serve import serve
 
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
@@ -56,6 +58,11 @@ def serve_command(
             sys.exit(2)
     for problem in _tls_problems(tls_cert, tls_key):
         local.complain(problem)
+        sys.exit(2)
+    try:
+        hub = hub_to_ask(hub_url, os.environ)
+    except ValueError as error:
+        local.complain(f"--hub-url: {error}")
         sys.exit(2)
     if missing := engine_libraries.missing():
         local.complain(
@@ -71,6 +78,7 @@ def serve_command(
         dtype=dtype,
         public_url=public_url,
         serve_weights=serve_weights,
+        hub_url=hub,
         prepare=prepare,
         capacity="serverless" if capacity == "serverless" else "dedicated",
         log_format="json" if log_format == "json" else "text",

@@ -16,7 +16,8 @@ from selfloop.server.decode import json_is_text
 from selfloop.server.graphql import router as graphql_router
 from selfloop.server.guard import Guard, KeylessPaths
 from selfloop.server.headers import BrowserHeaders, LocalNames, is_local
-from selfloop.server.hub.routes import router as hub_router
+from selfloop.server.hub import RealHub
+from selfloop.server.hub import router as hub_router
 from selfloop.server.key_limits import KeyLimits
 from selfloop.server.limits import BodyLimit
 from selfloop.server.loops import sampler, trainer
@@ -45,11 +46,14 @@ class _CatalogueForHub:
 def make_app(settings: Settings, control: Control) -> FastAPI:
     """The application over a control that is started and stopped with it."""
 
+    hub = RealHub(settings.hub_url)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         try:
             yield
         finally:
+            await hub.close()
             await control.stop()
 
     app = FastAPI(
@@ -95,6 +99,6 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.include_router(tinker_router)
     mount_openai(app)
     app.include_router(anthropic_router)
-    app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights)))
+    app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights), hub))
     check_plain_routes(app)
     return app

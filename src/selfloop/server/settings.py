@@ -39,6 +39,7 @@ class Settings:
             sampling is queued).
         prepare: whether to prepare the embedded model at start, if its package is installed.
         serve_weights: whether ``/hf`` also gives out weight files.
+        hub_url: the hub that ``/hf`` hands on to what is not served here; None for none.
         log_format: of standard error; the file in the data directory is always JSON lines.
         metrics_public: whether ``/metrics`` needs no key.
         usd_per_million_tokens: price that Tinker's usage reports are made at; nobody is charged.
@@ -67,6 +68,7 @@ class Settings:
     dtype: str = "auto"
     public_url: str | None = None
     serve_weights: bool = False
+    hub_url: str | None = None
     prepare: bool = True
     capacity: Capacity = "dedicated"
     log_format: LogFormat = "text"

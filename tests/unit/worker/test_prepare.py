@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from selfloop.server.hub import router
+from selfloop.server.hub import RealHub, router
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.worker import prepare
@@ -56,7 +56,7 @@ class Hub:
 @pytest.fixture
 def hub(folder: Path) -> Iterator[str]:
     app = FastAPI()
-    app.include_router(router(Hub(folder)))
+    app.include_router(router(Hub(folder), RealHub(None)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
+from selfloop.server.hub.real_hub import HubUnavailable, RealHub, served_ids
 from selfloop.server.openapi import ErrorV1
 from selfloop.types import model_folder
 from selfloop.types.errors import BadRequest
@@ -45,16 +46,19 @@ class _Snapshot:
 
 
 class _Refused(Exception):
-    """Ends a request with the hub's own 404."""
+    """Ends a request as the hub does, mostly with a 404."""
 
-    def __init__(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, code: str, message: str, headers: dict[str, str] | None = None, *, status: int = 404) -> None:
         super().__init__(message)
         self.code = code
         self.headers = headers or {}
+        self.status = status
 
     def response(self) -> Response:
-        headers = {"X-Error-Code": self.code, "X-Error-Message": str(self), **self.headers}
-        return JSONResponse({"error": str(self)}, status_code=404, headers=headers)
+        # Header values are Latin-1, and what was asked for may stand in the message.
+        message = str(self).encode("latin-1", "replace").decode("latin-1")
+        headers = {"X-Error-Code": self.code, "X-Error-Message": message, **self.headers}
+        return JSONResponse({"error": str(self)}, status_code=self.status, headers=headers)
 
 
 class _Asked(BaseModel):
@@ -79,25 +83,35 @@ class HubError(BaseModel):
     error: str
 
 
-class _HubRoute(APIRoute):
-    """Turns :class:`_Refused` into its response, for this dialect only."""
+def router(models: HubModels, hub: RealHub) -> APIRouter:
+    """The hub's routes, over ``models``; what is not of these is asked of ``hub``. An id has one segment or more."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+    class HubRoute(APIRoute):
+        """Hands on what is not served here, and turns this dialect's refusals into their responses."""
 
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except _Refused as refused:
-                return refused.response()
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
 
-        return handle
+            async def handle(request: Request) -> Response:
+                try:
+                    # Before the parameters are looked at, which are then the hub's own.
+                    if await is_served(request):
+                        return await handler(request)
+                    return await hub.forward(request)
+                except _Refused as refused:
+                    return refused.response()
+                except HubUnavailable as error:
+                    return _Refused(error.code, str(error), status=error.status).response()
 
+            return handle
 
-def router(models: HubModels) -> APIRouter:
-    """The hub's routes, over ``models``. A model id may have one segment or more."""
+    async def is_served(request: Request) -> bool:
+        own = request.path_params.get("model_id")
+        ids = served_ids(request.path_params["path"]) if own is None else [own]
+        return any([await models.folder(id) is not None for id in ids])
+
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": HubError | ErrorV1, "description": "Not served"}}
-    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute, responses=errors)
+    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=HubRoute, responses=errors)
 
     @routes.get("/api/models/{model_id:path}/tree/{revision}")
     async def tree(model_id: str, revision: str, recursive: bool = False, expand: bool = False) -> Response:
@@ -135,6 +149,13 @@ def router(models: HubModels) -> APIRouter:
         etag = await asyncio.to_thread(_etag, snapshot.folder / file)
         headers = {**snapshot.headers, "ETag": f'"{etag}"'}
         return FileResponse(snapshot.folder / file, headers=headers, filename=Path(file).name if download else None)
+
+    @routes.head("/{path:path}", include_in_schema=False)
+    @routes.get("/{path:path}", summary="Anything else of the real hub.")
+    @routes.post("/{path:path}", summary="Anything else of the real hub.")
+    async def rest(path: str) -> Response:
+        """Handed on to the hub that `--hub-url` names, unless it is about a model that is served here."""
+        raise _Refused("EntryNotFound", f"/{path}: of a served model there are its information, its tree and its files")
 
     return routes
 
