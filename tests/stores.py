@@ -325,14 +325,28 @@ def forget_cached(data_dir: Path, checkpoint_id: str) -> None:
 
 def damage(data_dir: Path, checkpoint_id: str, name: str) -> None:
     """Cut the end off a checkpoint's file."""
+    _change(data_dir, checkpoint_id, name, lambda content: content[:-10])
+
+
+def flip(data_dir: Path, checkpoint_id: str, name: str) -> None:
+    """Flip a high bit of an exponent in the middle of a checkpoint's file."""
+
+    def flipped(content: bytes) -> bytes:
+        place = len(content) // 8 * 4 - 1
+        return content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :]
+
+    _change(data_dir, checkpoint_id, name, flipped)
+
+
+def _change(data_dir: Path, checkpoint_id: str, name: str, change: Callable[[bytes], bytes]) -> None:
     path = checkpoints(data_dir) / checkpoint_id / name
-    cut = path.read_bytes()[:-10]
+    content = change(path.read_bytes())
     if not ON_SERVERS:
-        path.write_bytes(cut)
+        path.write_bytes(content)
         return
     # By the bucket's own protocol: its server knows how long each file is.
     key = path.relative_to(servers.s3.folder / "data" / BUCKET)
-    servers.s3.client().put_object(Bucket=BUCKET, Key=str(key), Body=cut)
+    servers.s3.client().put_object(Bucket=BUCKET, Key=str(key), Body=content)
     forget_cached(data_dir, checkpoint_id)
 
 

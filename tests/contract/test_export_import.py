@@ -169,7 +169,7 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
     torn = trained.save("torn")
     (checkpoint,) = ok(trained.http.get("/v1/loops/checkpoints", params={"checkpoint_path": torn}))["checkpoints"]
     stores.damage(gateway.data_dir, checkpoint["id"], "adapter_model.safetensors")
-    assert "cannot be read" in refused("export", torn, "--to", "merged", str(out), *where)
+    assert "adapter_model.safetensors" in refused("export", torn, "--to", "merged", str(out), *where)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,6 +44,7 @@ from selfloop.engine.train.run import Run
 from selfloop.engine.train.step import advance, fitting
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
+from selfloop.types.digests import check_folder
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed, SelfloopError
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
@@ -388,6 +389,7 @@ class Engine:
 
     def load_adapter(self, checkpoint_id: str, directory: Path) -> None:
         """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""
+        check_folder(directory)
         loaded = read_peft(directory, self._config)
         theta_P = loaded.theta_P.to(self._decoder.device, self._decoder.dtype)
         adapter = loaded.shape.adapter(theta_P, loaded.alpha)

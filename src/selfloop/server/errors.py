@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from selfloop.control.outages import OUTAGES, not_ready
 from selfloop.types.errors import (
     BadRequest,
+    CheckpointDamaged,
     Conflict,
     Denied,
     Forbidden,
@@ -61,6 +62,7 @@ _STATUS: dict[type[SelfloopError], int] = {
     Unavailable: 503,
     RateLimited: 429,
     OperationFailed: 500,
+    CheckpointDamaged: 409,
     WorkerLost: 500,
 }
 
@@ -138,7 +140,7 @@ def response_of(error: SelfloopError, path: str) -> Response:
     elif path.startswith(_DATA_PLANE_PREFIX) and status < 500:
         headers |= _FINAL | {"X-Baseten-Error-Code": reason.lower()}
     # These clients repeat a conflict unless they are told not to.
-    again = {"x-should-retry": "false"} if isinstance(error, Conflict) else {}
+    again = {"x-should-retry": "false"} if isinstance(error, Conflict | CheckpointDamaged) else {}
     if path.startswith(_ANTHROPIC_PREFIX):
         return JSONResponse(anthropic_body_of(error), _anthropic_status(error), headers | again)
     if _OPENAI_PATH.fullmatch(path):

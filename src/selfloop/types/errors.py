@@ -11,6 +11,7 @@ SelfloopError
 │   ├── Unavailable                  what the server keeps its data in cannot be reached
 │   └── RateLimited                  because the key asks for too much at once
 ├── OperationFailed(cause)           an accepted operation ended in an error
+│   └── CheckpointDamaged(file)      because a file of a checkpoint is not what was written
 └── WorkerLost                       the process that computed it died
 """
 
@@ -99,6 +100,13 @@ class OperationFailed(SelfloopError):
         super().__init__(cause)
         self.error_class = error_class
         self.state_lost = state_lost
+
+
+class CheckpointDamaged(OperationFailed):
+    """A stored file changed on the disk, or is gone; the cause names it. Nothing of it was used."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause, "CheckpointDamaged")
 
 
 class WorkerLost(SelfloopError):

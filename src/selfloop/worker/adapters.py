@@ -28,8 +28,9 @@ from selfloop.engine.files.compare import ModelOnDisk, compare, model_in
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
 from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.train.run import Run
+from selfloop.types.digests import check_folder
 from selfloop.types.errors import OperationFailed, SelfloopError
 from selfloop.types.model_folder import tokenizer_files
 from selfloop.worker.gguf_read import GgufSource
@@ -53,7 +54,7 @@ def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str
     """The adapter alone, as ``PeftModel.from_pretrained`` reads it."""
     report("read", 0.0)
     config = read_config(model_dir)
-    loaded = read_peft(checkpoint, config)
+    loaded = _read(checkpoint, config)
     report("write", _READ)
     writer = DirectoryWriter(target)
     write_peft(writer, loaded.shape, loaded.theta_P, loaded.alpha, config, base_model)
@@ -69,7 +70,7 @@ def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str
 def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
     """The base model with the adapter in its weights, as ``AutoModelForCausalLM.from_pretrained`` reads it."""
     report("read", 0.0)
-    loaded = read_peft(checkpoint, read_config(model_dir))
+    loaded = _read(checkpoint, read_config(model_dir))
     writer = DirectoryWriter(target)
     for name in tokenizer_files(model_dir):
         if name != MODEL_CONFIG_FILE:
@@ -87,7 +88,7 @@ def export_gguf(
     """The merged model as one file, as llama.cpp reads it; matrices in ``dtype``, by default that of the base."""
     report("read", 0.0)
     config = read_config(model_dir)
-    loaded = read_peft(checkpoint, config)
+    loaded = _read(checkpoint, config)
     stored = _gguf_dtype(model_dir) if dtype is None else _GGUF_DTYPES[dtype]
     writer = DirectoryWriter(target)
     path = writer.file(GGUF_FILE)
@@ -105,10 +106,16 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     if not any(adapter.glob("*.safetensors")) and any(adapter.glob("*.bin")):
         raise OperationFailed(f"{adapter} has only pickled weights, which are never loaded; save safetensors")
     config = read_config(model_dir)
-    loaded = read_peft(adapter, config)
+    loaded = _read(adapter, config)
     report("write", _WRITTEN)
     size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P), config)
     return {"size_bytes": size_bytes, "lora_rank": loaded.shape.rank, "lora_alpha": loaded.alpha}
+
+
+def _read(folder: Path, config: ModelConfig) -> LoadedAdapter:
+    """An adapter whose bytes are those that were written, where that can be told."""
+    check_folder(folder)
+    return read_peft(folder, config)
 
 
 def _progress(model_dir: Path, report: Report) -> Callable[[int], None]:

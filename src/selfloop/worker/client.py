@@ -12,7 +12,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
 from selfloop.worker.host_client import SILENCE_AT_START, WorkerHost, WorkerProcess, describe_exit
 from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.local_process import make_socket_folder
@@ -161,7 +161,7 @@ class WorkerClient:
                 case Reply(ticket):
                     self._settle(ticket, lambda future, body=frames[1]: future.set_result(body))
                 case ReplyError(ticket, error, error_class, state_lost):
-                    failure = OperationFailed(error, error_class, state_lost=state_lost)
+                    failure = _failure(error, error_class, state_lost=state_lost)
                     self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
                 case Partial(ticket):
                     if ticket in self._streams:
@@ -232,6 +232,13 @@ def _read_begun(path: Path) -> set[int]:
         return {int(ticket) for ticket in path.read_bytes().partition(b"\n")[0].split()}
     except FileNotFoundError:
         return set()  # It died before it had opened it.
+
+
+def _failure(error: str, error_class: str, *, state_lost: bool) -> OperationFailed:
+    """The worker's refusal, as the class that it was raised as."""
+    if error_class == "CheckpointDamaged":
+        return CheckpointDamaged(error)
+    return OperationFailed(error, error_class, state_lost=state_lost)
 
 
 def _retrieve(future: asyncio.Future[bytes]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pyrage
 
+from selfloop.types.digests import MANIFEST_FILE, seal
+
 # The extension module comes without types.
 _age: Any = pyrage
 SUFFIX = ".age"
@@ -18,12 +20,14 @@ def encrypt_folder(folder: Path, recipients: list[str]) -> int:
     """
     keys = [_age.x25519.Recipient.from_str(recipient) for recipient in recipients]
     size_bytes = 0
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     for plain in sorted(path for path in folder.rglob("*") if path.is_file()):
         encrypted = plain.with_name(plain.name + SUFFIX)
         _age.encrypt_file(str(plain), str(encrypted), keys)
         _sync(encrypted)
         size_bytes += encrypted.stat().st_size
         plain.unlink()
+    seal(folder)
     _sync(folder)
     return size_bytes
 

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 import msgspec
 
+from selfloop.types.digests import seal
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.folders import check_links
 from selfloop.types.model_folder import ModelFacts, read_facts
@@ -71,6 +72,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> ModelFacts:
             staging.mkdir(exist_ok=True)
             build(staging)
             read_facts(staging)
+            seal(staging)
             _fsync_tree(staging)
             staging.rename(target)
             _fsync(target.parent)

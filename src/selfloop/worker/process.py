@@ -10,6 +10,7 @@ import zmq
 from selfloop.engine.engine import Engine
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.models.config import read_config
+from selfloop.types.digests import check_folder
 from selfloop.worker.background import Pulse
 from selfloop.worker.chat import ChatTemplate
 from selfloop.worker.drawing import SamplingDesk
@@ -41,7 +42,8 @@ def load_model(
     deterministic: bool,
     limits: EngineLimits,
 ) -> Model:
-    """Read a prepared model folder; see :meth:`Engine.load`."""
+    """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
+    check_folder(model_dir)
     tokenizer = ModelTokenizer.load(model_dir)
     chat = ChatTemplate.load(model_dir, tokenizer)
     config = read_config(model_dir)

@@ -1,6 +1,7 @@
 """Runs: accumulation, normalisation, failures that change nothing, files."""
 
 import json
+import random
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,8 @@ from selfloop.engine.files import checkpoint
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
-from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.digests import MANIFEST_FILE
+from selfloop.types.errors import BadRequest, CheckpointDamaged, NotFound, OperationFailed
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
 
@@ -265,6 +267,7 @@ def test_a_snapshot_of_a_version_before_is_read(trained, load, tmp_path):
     scalars = json.loads((folder / "selfloop.json").read_text())
     scalars["accumulated"] = {"num_tokens": run.accumulated.num_tokens, "normalised": True, "num_pairs": None}
     (folder / "selfloop.json").write_text(json.dumps(scalars))
+    (folder / MANIFEST_FILE).unlink()
     restored = load()
     restored.restore("run", folder)
     assert same(state(trained), state(restored))
@@ -314,9 +317,46 @@ def test_existing_directory_is_not_written_into(trained, tmp_path):
         trained.save_sampler_checkpoint("run", tmp_path)
 
 
+def test_no_flipped_bit_of_what_was_written_is_read(trained, tmp_path):
+    """Of any file, also of those that a load of weights alone would not need."""
+    trained.forward_backward("run", some_data(seed=50), "cross_entropy", {})
+    trained.save_trainer_checkpoint("run", tmp_path / "checkpoint")
+    trained.snapshot("run", tmp_path / "snapshot")
+    readers = {
+        "checkpoint": [
+            lambda folder: trained.load_checkpoint("run", folder, with_optimizer=True),
+            lambda folder: trained.load_checkpoint("run", folder, with_optimizer=False),
+            lambda folder: trained.load_adapter("c", folder),
+            lambda folder: trained.init_run("run", rank=4, seed=1, initial=folder),
+        ],
+        "snapshot": [lambda folder: trained.restore("run", folder)],
+    }
+    before, rng = state(trained), random.Random(5)
+    for name, reads in readers.items():
+        for path in sorted((tmp_path / name).iterdir()):
+            content = path.read_bytes()
+            for _ in range(20):
+                bit = rng.randrange(len(content) * 8)
+                changed = bytearray(content)
+                changed[bit // 8] ^= 1 << bit % 8
+                path.write_bytes(changed)
+                for read in reads:
+                    with pytest.raises(CheckpointDamaged, match=f"{name}/{path.name} is damaged"):
+                        read(tmp_path / name)
+            path.write_bytes(content)
+    assert same(before, state(trained))
+
+
+def test_a_snapshot_that_is_gone_is_told_in_words(trained, tmp_path):
+    with pytest.raises(CheckpointDamaged, match="run0001/1-7 is damaged: the folder is gone"):
+        trained.restore("run", tmp_path / "snapshots" / "run0001" / "1-7")
+
+
 @pytest.fixture
 def adapter_dir(trained, tmp_path):
+    """An adapter as another program might have written it: without digests of ours."""
     trained.save_sampler_checkpoint("run", tmp_path / "adapter")
+    (tmp_path / "adapter" / MANIFEST_FILE).unlink()
     return tmp_path / "adapter"
 
 

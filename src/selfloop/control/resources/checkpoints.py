@@ -14,6 +14,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.storage.blobs.checkpoints import StoredFile
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.lora import LoraTargets
 from selfloop.types.status import CheckpointTarget
@@ -93,6 +94,7 @@ class Checkpoints:
             BadRequest: malformed, or it does not fit the run: another base model or other adapted parts.
             NotFound: there is no such checkpoint.
             Conflict: its files are not whole.
+            CheckpointDamaged: a file is not what was written.
         """
         row = await self.at_path(caller, path, "checkpoint_path")
         if run is not None:
@@ -107,6 +109,7 @@ class Checkpoints:
         names = {file.name for file in await self.files(caller, row.id)}
         if missing := _ADAPTER_FILES - names:
             raise Conflict(f"{path} lacks {', '.join(sorted(missing))}", reason="CHECKPOINT_DAMAGED")
+        await self._c.store.check(row.id)
 
     async def files(self, caller: Caller, id: str) -> list[StoredFile]:
         """The checkpoint's files in a stable order."""
@@ -132,7 +135,13 @@ class Checkpoints:
         return self._c.store.link(id, name, LINK_LIFE_S) or own, signed.expires
 
     async def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
-        """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
+        """The file behind a link.
+
+        Raises:
+            Denied: a bad or old link.
+            NotFound: it is gone.
+            CheckpointDamaged: it is not what was written.
+        """
         self._links.check("checkpoint", id, name, expires, signature)
         try:
             folder = (await self._c.store.folder(id)).resolve()
@@ -141,6 +150,7 @@ class Checkpoints:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise NotFound("file", f"{id}/{name}")
+        await asyncio.to_thread(check_file, folder, name)
         return path
 
     async def _expire(self) -> None:

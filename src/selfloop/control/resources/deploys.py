@@ -90,13 +90,14 @@ class Deploys:
             BadRequest: see :meth:`check`.
             NotFound: see :meth:`check`.
             Conflict: see :meth:`check`.
+            CheckpointDamaged: a file of a checkpoint is not what was written.
         """
         rows = await self.check(caller, request)
         model = await self._c.catalogue.resolve(rows[0].base_model)
         now = time.time()
         for row in rows:
             # Before the transaction, in which nobody else can write: they may come from far.
-            await self._c.store.folder(row.id)
+            await self._c.store.check(row.id)
         async with self._c.db.write() as session:
             rows = [await _checkpoint(session, caller, row.id) for row in rows]
             named = await queries_models_deployed.models(session, caller.team_id, request.model_name)

@@ -113,6 +113,7 @@ class Exports:
             OperationFailed: with the cause; nothing is left behind.
         """
         aside = plan.target.with_name(f".{plan.target.name}.{new_id()}.partial")
+        await self._store.check(plan.checkpoint.id)
         source = await self._store.folder(plan.checkpoint.id)
         try:
             await asyncio.to_thread(plan.target.parent.mkdir, parents=True, exist_ok=True)

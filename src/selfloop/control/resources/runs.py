@@ -308,6 +308,7 @@ class Runs:
         if checkpoint is None:
             return None
         key = f"initial/{run_id}"
+        await self._c.store.check(checkpoint.id)
         source, target = await self._c.store.folder(checkpoint.id), self._c.blobs.path(key)
         await asyncio.to_thread(_copy_folder, source, target)
         return key

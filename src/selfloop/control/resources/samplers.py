@@ -100,7 +100,7 @@ class Samplers:
         )
         if checkpoint is not None:
             # Before the transaction, in which nobody else can write: it may come from far.
-            await self._c.store.folder(checkpoint.id)
+            await self._c.store.check(checkpoint.id)
         async with self._c.db.write() as session:
             session.add(row)
             record_change(session, "sampler", row.id, row.status, "created")

@@ -73,7 +73,16 @@ class Sharing:
         return await self.readable(caller, Address(uri.run_id, uri.target, uri.name, path), granted_team_id)
 
     async def set_public(self, caller: Caller, address: Address, public: bool) -> None:
-        """Let every team read it, or only its own; what others made of it meanwhile stays theirs."""
+        """Let every team read it, or only its own; what others made of it meanwhile stays theirs.
+
+        Raises:
+            NotFound: no such checkpoint of the team.
+            CheckpointDamaged: to be read by all, and a file of it is not what was written.
+        """
+        if public:
+            async with self._c.db.read() as session:
+                found = await _own(session, caller, address)
+            await self._c.store.check(found.id)
         async with self._c.db.write() as session:
             row = await _own(session, caller, address)
             if row.public != public:
@@ -107,7 +116,9 @@ class Sharing:
         Raises:
             NotFound: no such checkpoint or session that the caller may use.
             BadRequest: the request's key or the run's id was used for something else.
+            CheckpointDamaged: a file of the source is not what was written.
         """
+        await self._check_source(caller, request)
         key = None if request.request_key is None else _digest(caller, request.request_key)
         async with self._c.db.write() as session:
             known = None if key is None else await queries_listings.run_of_copy(session, caller.team_id, key)
@@ -127,6 +138,15 @@ class Sharing:
             # Within the transaction: a server that starts clears away folders without a row.
             await self._c.store.copy(source.id, copy.id)
         return copy
+
+    async def _check_source(self, caller: Caller, request: CopyRequest) -> None:
+        """Before the transaction, in which nobody else can write; a source that is gone is told there."""
+        async with self._c.db.read() as session:
+            try:
+                source = await _readable(session, caller, request.source, request.granted_team_id)
+            except NotFound:
+                return
+        await self._c.store.check(source.id)
 
     @staticmethod
     def _add_session(session: AsyncSession, caller: Caller, request: CopyRequest) -> str:

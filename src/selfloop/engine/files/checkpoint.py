@@ -17,6 +17,7 @@ from selfloop.engine.files.peft import read_peft, write_peft
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.train.run import Accumulated, Moments, Run
+from selfloop.types.digests import check_folder, damaged
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
 
@@ -52,14 +53,14 @@ def write_sampler(directory: Path, run: Run, config: ModelConfig) -> int:
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha, config)
     writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, targets=str(run.shape.targets)))
-    return writer.close()
+    return writer.seal()
 
 
 def write_external(directory: Path, run: Run, config: ModelConfig, base_model: str) -> int:
     """The adapter alone, as PEFT reads it, with the name of its base model; returns bytes written."""
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha, config, base_model)
-    return writer.close()
+    return writer.seal()
 
 
 def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
@@ -68,7 +69,7 @@ def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
     write_peft(writer, run.shape, run.theta_P, run.alpha, config)
     state = RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run), targets=str(run.shape.targets))
     writer.json(STATE_FILE, state)
-    return writer.close()
+    return writer.seal()
 
 
 def write_snapshot(directory: Path, run: Run) -> int:
@@ -89,11 +90,17 @@ def write_snapshot(directory: Path, run: Run) -> int:
         targets=str(run.shape.targets),
     )
     writer.json(STATE_FILE, state)
-    return writer.close()
+    return writer.seal()
 
 
 def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> Run:
-    """A run that starts from a checkpoint's weights: step 0, no moments, no gradients."""
+    """A run that starts from a checkpoint's weights: step 0, no moments, no gradients.
+
+    Raises:
+        CheckpointDamaged: a file is not what was written.
+        OperationFailed: files are missing or do not fit the model.
+    """
+    check_folder(directory)
     path = directory / STATE_FILE
     # An adapter of another program has no such file: it may adapt anything.
     stored = _decode_state(path).targets if path.is_file() else None
@@ -121,7 +128,14 @@ def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> 
 
 
 def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
-    """The run as it was when :func:`write_snapshot` wrote it."""
+    """The run as it was when :func:`write_snapshot` wrote it.
+
+    Raises:
+        CheckpointDamaged: it is gone, or a file of it is not what was written.
+    """
+    if not directory.is_dir():
+        raise damaged(directory, "the folder is gone")
+    check_folder(directory)
     if not (directory / SNAPSHOT_FILE).is_file():
         return _read_named_snapshot(directory, config, device)
     state = _decode_state(directory / STATE_FILE)

@@ -8,6 +8,8 @@ import msgspec
 import safetensors.torch
 from torch import Tensor
 
+from selfloop.types.digests import seal
+
 
 class DirectoryWriter:
     """Creates ``directory``, which must not exist; ``close`` returns only when all is on disk.
@@ -47,6 +49,11 @@ class DirectoryWriter:
         path = self._directory / name
         self._paths.append(path)
         return path
+
+    def seal(self) -> int:
+        """As :meth:`close`, with a manifest of digests that readers check; it does not count as bytes written."""
+        seal(self._directory)
+        return self.close()
 
     def close(self) -> int:
         """Fsync every file and the directory; returns the bytes written."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from selfloop.server.hub.real_hub import HubUnavailable, RealHub, served_ids
 from selfloop.server.openapi import ErrorV1
 from selfloop.types import model_folder
+from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest
 
 _MAIN = "main"
@@ -146,6 +147,7 @@ def router(models: HubModels, hub: RealHub) -> APIRouter:
         snapshot = await _snapshot(models, model_id, revision)
         if file not in snapshot.files:
             raise _Refused("EntryNotFound", "no such file", snapshot.headers)
+        await asyncio.to_thread(check_file, snapshot.folder, file)
         etag = await asyncio.to_thread(_etag, snapshot.folder / file)
         headers = {**snapshot.headers, "ETag": f'"{etag}"'}
         return FileResponse(snapshot.folder / file, headers=headers, filename=Path(file).name if download else None)

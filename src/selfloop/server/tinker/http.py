@@ -13,6 +13,7 @@ from selfloop.server.guard import authenticated_key
 from selfloop.server.openapi import ErrorV1
 from selfloop.types.errors import (
     BadRequest,
+    CheckpointDamaged,
     Conflict,
     Denied,
     Forbidden,
@@ -38,6 +39,7 @@ _STATUS: dict[type[SelfloopError], int] = {
     Unavailable: 503,
     RateLimited: 429,
     OperationFailed: 400,
+    CheckpointDamaged: 400,
     WorkerLost: 503,
 }
 

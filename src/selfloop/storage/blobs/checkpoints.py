@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.types.digests import MANIFEST_FILE, check_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,17 @@ class CheckpointStore(Protocol):
         """Whether ``folder`` answers from the local disk; what is at hand stays so for the hour."""
         ...
 
+    async def check(self, id: str) -> None:
+        """Check every file against its digest; files of before there were any are taken as they are.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointDamaged: a file is not what was stored.
+        """
+        ...
+
     async def files(self, id: str) -> list[StoredFile]:
-        """In a stable order. Raises :class:`FileNotFoundError`."""
+        """In a stable order, less their manifest. Raises :class:`FileNotFoundError`."""
         ...
 
     def link(self, id: str, name: str, life_s: int) -> str | None:
@@ -115,6 +125,9 @@ class LocalCheckpoints:
     def is_at_hand(self, id: str) -> bool:
         return self._blobs.exists(_key(id))
 
+    async def check(self, id: str) -> None:
+        await asyncio.to_thread(check_folder, await self.folder(id))
+
     async def files(self, id: str) -> list[StoredFile]:
         return await asyncio.to_thread(list_files, await self.folder(id))
 
@@ -138,8 +151,9 @@ def _key(id: str) -> str:
 
 
 def list_files(folder: Path) -> list[StoredFile]:
+    """The files of a checkpoint; their manifest of digests is ours alone."""
     files: list[StoredFile] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE):
         stat = path.stat()
         files.append(StoredFile(str(path.relative_to(folder)), stat.st_size, stat.st_mtime))
     return files

@@ -21,7 +21,8 @@ import msgspec
 
 from selfloop.storage.blobs.checkpoints import StoredFile, list_files
 from selfloop.storage.blobs.local import sync_directory
-from selfloop.types.errors import BadRequest, Conflict, OperationFailed, Unavailable
+from selfloop.types.digests import check_folder, seal
+from selfloop.types.errors import BadRequest, CheckpointDamaged, Conflict, Unavailable
 
 log = logging.getLogger(__name__)
 # It tells at each start where it found credentials.
@@ -88,6 +89,7 @@ class S3Checkpoints:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="s3")
         self._fetching: dict[str, asyncio.Lock] = {}
         self._uploaded: set[str] = set()
+        self._checked_at: dict[str, float] = {}
 
     async def claim(self, owner: str) -> None:
         await self._call(lambda: self._claim(owner))
@@ -132,6 +134,8 @@ class S3Checkpoints:
         config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES)
         if not self._part(id).is_dir():
             raise FileNotFoundError(f"what was staged as {id} is gone")
+        # What is stored under a digest of the bucket must be what the worker wrote.
+        check_folder(self._part(id))
         files: list[_File] = []
         for file in list_files(self._part(id)):
             path = self._part(id) / file.name
@@ -176,10 +180,28 @@ class S3Checkpoints:
     async def folder(self, id: str) -> Path:
         cached = self._cache / id
         async with self._fetching.setdefault(id, asyncio.Lock()):
+            if self.is_at_hand(id) and not await asyncio.to_thread(self._is_sound, id):
+                log.warning("the cached copy of checkpoint %s is damaged: it is fetched again", id)
+                await asyncio.to_thread(shutil.rmtree, cached, ignore_errors=True)
             if not self.is_at_hand(id):
                 await self._call(lambda: self._fetch(id, cached))
         self._fetching.pop(id, None)
         return cached
+
+    async def check(self, id: str) -> None:
+        self._checked_at.pop(id, None)
+        await self.folder(id)
+
+    def _is_sound(self, id: str) -> bool:
+        """Whether the cached copy is what was fetched; one that was looked at just now is not looked at again."""
+        if time.monotonic() - self._checked_at.get(id, float("-inf")) < _TRUSTED_S:
+            return True
+        try:
+            check_folder(self._cache / id)
+        except CheckpointDamaged:
+            return False
+        self._checked_at[id] = time.monotonic()
+        return True
 
     def is_at_hand(self, id: str) -> bool:
         try:
@@ -197,6 +219,7 @@ class S3Checkpoints:
                 path = aside / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._fetch_file(id, file, path)
+            seal(aside)
             for folder in {aside, *(path for path in aside.rglob("*") if path.is_dir())}:
                 sync_directory(folder)
             aside.rename(cached)
@@ -208,8 +231,10 @@ class S3Checkpoints:
         for _ in range(_MAX_FETCHES):
             if self._download(self._key(id, file.name), path) == (file.size_bytes, file.sha256):
                 return
-        damaged = f"{self.address}: {id}/{file.name} cannot be read: it is not what was stored"
-        raise OperationFailed(damaged, "CheckpointDamaged")
+        raise CheckpointDamaged(
+            f"checkpoints/{id}/{file.name} in {self.address} is damaged: its bytes are not those that were stored. "
+            "Nothing of it was used"
+        )
 
     def _download(self, key: str, path: Path) -> tuple[int, str]:
         """Returns size and SHA-256 of what came."""
@@ -234,6 +259,7 @@ class S3Checkpoints:
     # -- what goes ------------------------------------------------------------------------------------
 
     async def delete(self, id: str) -> None:
+        self._checked_at.pop(id, None)
         await asyncio.to_thread(shutil.rmtree, self._cache / id, ignore_errors=True)
         try:
             await self._call(lambda: self._delete(id))
