@@ -11,6 +11,7 @@ from selfloop.control.context import Context
 from selfloop.control.journal import Journal, Submission
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.operations import Operations
+from selfloop.control.recovery import identity
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
@@ -112,7 +113,7 @@ def _deployment(now: float) -> DeploymentRow:
 
 
 def _run(now: float) -> RunRow:
-    return RunRow(
+    run = RunRow(
         id=RUN_ID,
         session_id="session",
         team_id="team",
@@ -127,4 +128,7 @@ def _run(now: float) -> RunRow:
         seed=1,
         status="ACTIVE",
         created_at=now,
+        num_changes=0,
     )
+    run.digest = identity(run)
+    return run

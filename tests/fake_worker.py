@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from selfloop.types.digests import check_folder, damaged, seal
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.operation import (
     Forward,
@@ -74,9 +75,13 @@ class FakeState:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps(vars(self)))
+        seal(folder)
 
     @classmethod
     def load(cls, folder: Path) -> "FakeState":
+        if not folder.is_dir():
+            raise damaged(folder, "the folder is gone")
+        check_folder(folder)
         return cls(**json.loads((folder / "state.json").read_text()))
 
 

@@ -13,6 +13,8 @@ from selfloop.types.lora_size import save_bytes
 
 # Left for the database and the journal, which must go on when a save is refused.
 SPARE_BYTES = 64 * 2**20
+# Files and folders likewise: a save makes up to six.
+SPARE_FILES = 16
 # Left for the outcomes of what was accepted, when nothing new is.
 OUTCOME_BYTES = 32 * 2**20
 _RETRY_S = 10.0
@@ -35,6 +37,13 @@ class DiskRoom:
 
     async def check_save(self, run: RunRow, *, with_optimizer: bool) -> None:
         """Raises :class:`OperationFailed` (``DiskFull``) when what the save writes does not fit."""
+        free_files = await asyncio.to_thread(self._blobs.free_files)
+        if free_files is not None and free_files < SPARE_FILES:
+            raise OperationFailed(
+                f"the disk of {self._blobs.root} takes {free_files} more files (it is out of inodes), and "
+                f"{SPARE_FILES} must stay free. Nothing was written: delete files, and save again",
+                "DiskFull",
+            )
         folder = await self._catalogue.stored_folder(run.model_name)
         if folder is None:
             return  # The worker that holds the run has the model; its size is not known any more.

@@ -10,11 +10,14 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Update
 from sqlalchemy.exc import IntegrityError
 
+from selfloop.control.outages import is_passing
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_operations, queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
-from selfloop.types.errors import Conflict
+from selfloop.types.digests import digest_of
+from selfloop.types.disk_full import disk_full
+from selfloop.types.errors import Conflict, OperationFailed
 from selfloop.types.logline import current
 from selfloop.types.operation import CHANGES_STATE
 from selfloop.types.status import OperationState
@@ -104,6 +107,7 @@ class Journal:
             payload_key=payload_key,
             key_id=current().key_id or None,
         )
+        row.payload_digest = _payload_digest(row, submission.payload)
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
@@ -178,15 +182,30 @@ class Journal:
         run.next_seq = next_seq
 
     async def payload(self, row: OperationRow) -> bytes:
-        if row.payload_key is not None:
-            return await asyncio.to_thread(self._blobs.get, row.payload_key)
-        assert row.payload is not None, (row.run_id, row.id)
-        return row.payload
+        """What was accepted, bit for bit.
 
-    async def store_result(self, row: OperationRow, result: bytes) -> tuple[bytes | None, str | None]:
-        """Put a large result aside; returns (inline bytes, blob key), one of them None."""
-        key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
-        return (None, key) if key else (result, None)
+        Raises:
+            OperationFailed: it is gone, or is not what was accepted (``RecoveryFailed``); the operation is named.
+        """
+        try:
+            payload = await stored_bytes(self._blobs, row.payload, row.payload_key)
+        except FileNotFoundError as error:
+            raise _unreadable(row, str(error)) from error
+        if row.payload_digest not in (None, _payload_digest(row, payload)):
+            raise _unreadable(row, f"{row.payload_key or 'its row'} is damaged: that is not what was accepted")
+        return payload
+
+    async def store_result(self, row: OperationRow, result: bytes) -> "StoredResult":
+        """Put a large result aside."""
+        digest = _result_digest(row, result)
+        try:
+            key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
+        except OSError as error:
+            if disk_full(error) is None:
+                raise
+            # A disk may be out of files and not of bytes: then the row takes it.
+            key = None
+        return StoredResult(None if key else result, key, digest)
 
     async def clear_leftovers(self) -> None:
         """Remove files that a crash left without a row."""
@@ -197,10 +216,20 @@ class Journal:
             await self._delete([key for name in names if (key := f"journal/{run_id}/{name}") not in kept])
 
     async def result(self, row: OperationRow) -> bytes | None:
-        """The stored result, or None once it has expired."""
-        if row.result_key is not None:
-            return await asyncio.to_thread(self._blobs.get, row.result_key)
-        return row.result
+        """The stored result, or None once it has expired.
+
+        Raises:
+            OperationFailed: it is not what was stored, or its file is gone (``ResultLost``).
+        """
+        if row.result_key is None and row.result is None:
+            return None
+        try:
+            result = await stored_bytes(self._blobs, row.result, row.result_key)
+        except FileNotFoundError as error:
+            raise _result_lost(row, str(error)) from error
+        if row.result_digest not in (None, _result_digest(row, result)):
+            raise _result_lost(row, f"{row.result_key or 'its row'} is damaged")
+        return result
 
     async def fail(self, failures: Sequence[Failure]) -> list[Failure]:
         """Settle queued operations without a result, all at once; returns those that were not settled before."""
@@ -221,12 +250,10 @@ class Journal:
         async with self._db.read() as session:
             return await queries_operations.in_state(session, OperationState.QUEUED)
 
-    async def to_replay(self, run: RunRow) -> Sequence[OperationRow]:
-        """What must be done again on top of the run's last snapshot to get back its state."""
+    async def to_replay(self, run: RunRow, position: tuple[int, int]) -> Sequence[OperationRow]:
+        """What must be done again on top of the state at ``position`` to get back the run's."""
         async with self._db.read() as session:
-            return await queries_operations.done_after(
-                session, run.id, (run.snapshot_epoch, run.snapshot_seq), CHANGES_STATE
-            )
+            return await queries_operations.done_after(session, run.id, position, CHANGES_STATE)
 
     async def forget_payloads(self, run_id: str, position: tuple[int, int]) -> None:
         """Drop the payloads that a snapshot at ``position`` makes superfluous."""
@@ -257,6 +284,49 @@ class Journal:
         for key in keys:
             if key is not None:
                 await asyncio.to_thread(self._blobs.delete, key)
+
+
+class StoredResult(NamedTuple):
+    """Where a result lies: in the row or in a file of that key; and its digest."""
+
+    inline: bytes | None
+    key: str | None
+    digest: str
+
+
+async def stored_bytes(blobs: LocalBlobs, inline: bytes | None, key: str | None) -> bytes:
+    """What a row keeps in itself or in a file. Raises :class:`FileNotFoundError`, in words, where it is gone."""
+    if key is None:
+        if inline is None:
+            raise FileNotFoundError("its row has lost it")
+        return inline
+    try:
+        return await asyncio.to_thread(blobs.get, key)
+    except OSError as error:
+        if is_passing(error):
+            raise
+        gone = isinstance(error, FileNotFoundError)
+        raise FileNotFoundError(f"{key} {'is gone' if gone else f'cannot be read: {error.strerror}'}") from error
+
+
+def _payload_digest(row: OperationRow, payload: bytes) -> str:
+    # With its place: what lies under another operation's name is not what was accepted as this one.
+    place = f"{row.run_id}\0{row.id}\0{row.epoch}\0{row.seq}\0{row.kind}\0"
+    return digest_of(place.encode(), payload)
+
+
+def _result_digest(row: OperationRow, result: bytes) -> str:
+    return digest_of(f"{row.run_id}\0{row.id}\0".encode(), result)
+
+
+def _unreadable(row: OperationRow, how: str) -> OperationFailed:
+    return OperationFailed(f"{row.kind} (seq_id {row.seq}, operation {row.id}) cannot be read: {how}", "RecoveryFailed")
+
+
+def _result_lost(row: OperationRow, how: str) -> OperationFailed:
+    return OperationFailed(
+        f"{row.kind} (seq_id {row.seq}) was carried out, and its result cannot be read: {how}", "ResultLost"
+    )
 
 
 def cancelled(row: OperationRow, why: str) -> Failure:

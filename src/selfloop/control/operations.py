@@ -16,7 +16,7 @@ from selfloop.control.settle import Outcome
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
-from selfloop.types.errors import BadRequest, Conflict, NotFound, SelfloopError, Unavailable
+from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
@@ -276,7 +276,10 @@ class Operations:
         row = await self._row(run_id, operation_id)
         if row.state != OperationState.DONE:
             return Outcome(None, row.error, row.error_class)
-        result = await self._c.journal.result(row)
+        try:
+            result = await self._c.journal.result(row)
+        except OperationFailed as error:
+            return Outcome(None, str(error), error.error_class)
         if result is None:
             raise NotFound("operation", operation_id, f"its result was kept for {RESULT_KEPT_S:.0f} s")
         return Outcome(result)

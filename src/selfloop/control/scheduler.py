@@ -13,12 +13,15 @@ import msgspec
 
 from selfloop.control.journal import Failure, Journal
 from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.outages import Setbacks, in_words
 from selfloop.control.recovery import reopen
 from selfloop.control.saves_beside import SavesBeside
 from selfloop.control.settle import Settlement
-from selfloop.control.snapshots import Position, RunSnapshots
+from selfloop.control.snapshots import RunSnapshots
+from selfloop.control.stored_states import Position
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.lora import LoraTargets
@@ -100,6 +103,7 @@ class RunActor:
         self._settling = asyncio.Lock()
         self._halted = False
         self._num_lost_reopening = 0
+        self._setbacks = Setbacks(f"run {run.id}")
         self._task = asyncio.create_task(self._drive(), name=f"run-{run.id}")
 
     # -- from outside ---------------------------------------------------------------------------------
@@ -197,9 +201,29 @@ class RunActor:
             self._wakeup.clear()
             try:
                 await self._turn()
-            except Exception:  # The actor's edge: a full disk or a locked database must not end the run.
-                log.exception("run %s: trying again in %g s", self.run.id, _RETRY_S)
-                await asyncio.sleep(_RETRY_S)
+            except Exception as error:  # The actor's edge: a full disk or a locked database must not end the run.
+                await self._pause(error)
+            else:
+                self._setbacks.over()
+
+    async def _pause(self, error: Exception) -> None:
+        """After an error of our own: what passes is waited for; any other ends what was accepted, with its cause."""
+        if self._setbacks.met(error):
+            cause = f"the server cannot carry this on: {type(error).__name__}: {in_words(error)}"
+            self._failed += [Failure(row, cause, "InternalError") for row in self._let_go()]
+        await asyncio.sleep(_RETRY_S)
+
+    def _let_go(self) -> list[OperationRow]:
+        """Everything without an outcome; the worker may have gone on meanwhile, so the run is opened anew."""
+        for flight in self._in_flight:
+            flight.reply.add_done_callback(_seen)
+        worker, self._worker = self._worker, None
+        if worker is not None and not worker.lost.done():
+            worker.call(CloseRun(self.run.id)).add_done_callback(_seen)
+        kept, self._failed = self._failed, []
+        rows = self.drain()
+        self._failed = kept
+        return rows
 
     async def _turn(self) -> None:
         try:
@@ -251,8 +275,8 @@ class RunActor:
                 await self._journal.note_attempts(queued.row, queued.num_attempts)
             with self._lifecycle.using(self.run.deployment_id):
                 worker = await self._open()
-                payload = await self._journal.payload(queued.row)
                 try:
+                    payload = await self._journal.payload(queued.row)
                     # A suspect of the worker's death gets no company, so that only the culprit can be blamed again.
                     command = await self._command(queued.row, payload, alone=queued.num_attempts > 0)
                 except OperationFailed as error:
@@ -324,7 +348,11 @@ class RunActor:
         if row.kind in _SAVES:
             operation = operation_decoder.decode(payload)
             assert isinstance(operation, Save)
-            return msgspec.structs.replace(context, write_to=await self._settlement.write_to(self.run, operation))
+            try:
+                write_to = await self._settlement.write_to(self.run, operation)
+            except OSError as error:
+                raise disk_full(error) or error from error
+            return msgspec.structs.replace(context, write_to=write_to)
         return context
 
     def _folder(self, key: str | None) -> str | None:
@@ -372,7 +400,7 @@ class RunActor:
         row = flight.queued.row
         assert self._worker is not None
         try:
-            await self._snapshots.take(self._worker, (row.epoch, row.seq))
+            await self._snapshots.take_twice(self._worker, (row.epoch, row.seq))
         except OperationFailed as error:
             # What cannot be kept was not loaded: the run goes back to its state before.
             self._in_flight.popleft()

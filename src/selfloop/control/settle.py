@@ -14,6 +14,7 @@ from selfloop.control.journal import Failure, Journal
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.usage import Usage, counts_of, operation_key
 from selfloop.control.readable import may_read
+from selfloop.control.stored_states import Position, StoredState, older_state
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db import (
     queries_audit,
@@ -24,8 +25,16 @@ from selfloop.storage.db import (
 )
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
+from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed
-from selfloop.types.operation import LoadState, Save, SaveState, SaveWeightsForSampler, operation_decoder
+from selfloop.types.operation import (
+    CHANGES_STATE,
+    LoadState,
+    Save,
+    SaveState,
+    SaveWeightsForSampler,
+    operation_decoder,
+)
 from selfloop.types.result import InitResult, LoadResult, SaveResult, StepResult, result_decoder
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
@@ -77,7 +86,10 @@ class Settlement:
 
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""
-        operation = operation_decoder.decode(await self._journal.payload(row))
+        try:
+            operation = operation_decoder.decode(await self._journal.payload(row))
+        except OperationFailed:
+            return  # What it was to write can no longer be told; the next start clears it away.
         if isinstance(operation, Save):
             await self._store.discard(operation.checkpoint_id)
 
@@ -88,21 +100,27 @@ class Settlement:
         gone: list[str] = []
         operation: Save | None = None
         if isinstance(result, SaveResult):
-            decoded = operation_decoder.decode(await self._journal.payload(row))
-            assert isinstance(decoded, Save)
-            operation = decoded
             try:
-                await self._store.publish(result.checkpoint_id)
-            except FileNotFoundError:
-                await self.fail(Failure(row, "what was saved is gone before it could be recorded", "CheckpointLost"))
+                operation = await self._published(row, result)
+            except OperationFailed as error:
+                await self._store.discard(result.checkpoint_id)
+                await self.fail(Failure(row, str(error), error.error_class))
                 return
-        inline, result_key = await self._journal.store_result(row, body)
+        stored = await self._journal.store_result(row, body)
+        counted = _one_more(run, row)
         async with self._db.write() as session:
             finishing = queries_operations.finishing(
-                row, state=OperationState.DONE, at=time.time(), result=inline, result_key=result_key
+                row,
+                state=OperationState.DONE,
+                at=time.time(),
+                result=stored.inline,
+                result_key=stored.key,
+                result_digest=stored.digest,
             )
             settled = queries_operations.is_changed(await session.execute(finishing))
             if settled:
+                if counted:
+                    await queries_resources.update_run(session, run.id, **counted)
                 # In this transaction: what is replayed or settled twice counts once.
                 account = operation_key(run, row, time.time())
                 await queries_observations.add_usage(session, account, counts)
@@ -144,6 +162,8 @@ class Settlement:
         for id in gone:
             await self._store.delete(id)
         if settled:
+            for name, value in counted.items():
+                setattr(run, name, value)
             self.observer.finished(row, result, counts)
             self.on_settled(row, Outcome(body))
         if operation is not None:
@@ -153,14 +173,29 @@ class Settlement:
         """Record what was saved beside the run's operations. Raises :class:`OperationFailed` when it is gone."""
         result = result_decoder.decode(body)
         assert isinstance(result, SaveResult)
-        try:
-            await self._store.publish(result.checkpoint_id)
-        except FileNotFoundError:
-            raise OperationFailed("what was saved is gone before it could be recorded", "CheckpointLost") from None
+        await self._publish(result.checkpoint_id)
         checkpoint = _checkpoint_row(run, operation, result)
         async with self._db.write() as session:
             session.add(checkpoint)
         return checkpoint
+
+    async def _published(self, row: OperationRow, result: SaveResult) -> Save:
+        """The save whose files have their name now. Raises :class:`OperationFailed`."""
+        operation = operation_decoder.decode(await self._journal.payload(row))
+        assert isinstance(operation, Save)
+        await self._publish(result.checkpoint_id)
+        return operation
+
+    async def _publish(self, checkpoint_id: str) -> None:
+        try:
+            await self._store.publish(checkpoint_id)
+        except FileNotFoundError:
+            raise OperationFailed("what was saved is gone before it could be recorded", "CheckpointLost") from None
+        except OSError as error:
+            told = disk_full(error)
+            if told is None:
+                raise
+            raise told from error
 
     async def fail(self, *failures: Failure) -> None:
         """Store errors as the operations' outcomes: of all of them, or of none."""
@@ -170,12 +205,57 @@ class Settlement:
             self.observer.failed(row, error, error_class, state)
             self.on_settled(row, Outcome(None, error, error_class))
 
-    async def snapshot_taken(self, run: RunRow, key: str, position: tuple[int, int]) -> None:
-        run.snapshot_key, run.snapshot_epoch, run.snapshot_seq = key, *position
+    async def snapshot_taken(self, run: RunRow, key: str, position: Position, older: StoredState) -> None:
+        """Record the newest stored state of a run, and the one to go back to if it is damaged."""
         async with self._db.write() as session:
-            await queries_resources.update_run(
-                session, run.id, snapshot_key=key, snapshot_epoch=position[0], snapshot_seq=position[1]
-            )
+            after = await queries_operations.num_done_after(session, run.id, position, CHANGES_STATE)
+            changes = None if run.num_changes is None else run.num_changes - after
+            # A second copy holds what the first does.
+            older_changes = changes if older.position == position else older.num_changes
+            changed: dict[str, str | int | None] = {
+                "snapshot_key": key,
+                "snapshot_epoch": position[0],
+                "snapshot_seq": position[1],
+                "snapshot_changes": changes,
+                "older_key": older.key,
+                "older_epoch": older.position[0],
+                "older_seq": older.position[1],
+                "older_changes": older_changes,
+            }
+            await queries_resources.update_run(session, run.id, **changed)
+        for name, value in changed.items():
+            setattr(run, name, value)
+
+    async def fell_back(self, run: RunRow, older: StoredState) -> None:
+        """Record that the newest stored state was damaged, and the older one is all there is."""
+        changed: dict[str, str | int | None] = {
+            "snapshot_key": older.key,
+            "snapshot_epoch": older.position[0],
+            "snapshot_seq": older.position[1],
+            "snapshot_changes": older.num_changes,
+            "older_key": None,
+            "older_epoch": None,
+            "older_seq": None,
+            "older_changes": None,
+        }
+        async with self._db.write() as session:
+            await queries_resources.update_run(session, run.id, **changed)
+        for name, value in changed.items():
+            setattr(run, name, value)
+
+
+def _one_more(run: RunRow, row: OperationRow) -> dict[str, int]:
+    """The run's counts of operations that changed it, with this one; none where it does not, or nothing is counted."""
+    if run.num_changes is None or row.kind not in CHANGES_STATE:
+        return {}
+    counts, position = {"num_changes": run.num_changes + 1}, (row.epoch, row.seq)
+    # A load is in its stored states before it has its outcome.
+    if run.snapshot_changes is not None and position <= (run.snapshot_epoch, run.snapshot_seq):
+        counts["snapshot_changes"] = run.snapshot_changes + 1
+    older = older_state(run)
+    if older is not None and older.num_changes is not None and position <= older.position:
+        counts["older_changes"] = older.num_changes + 1
+    return counts
 
 
 async def _lead_followers(session: AsyncSession, run: RunRow, checkpoint: CheckpointRow) -> list[str]:

@@ -1,4 +1,8 @@
-"""When a run's state is stored: beside its work, and never ahead of what is settled."""
+"""When a run's state is stored: beside its work, and never ahead of what is settled.
+
+Two stored states are kept, so that a damaged one is not the end: the newest, and the one before it (at first, the run's
+start) with the payloads of all operations after it. A load of a checkpoint, which is never done again, is stored twice.
+"""
 
 import asyncio
 import logging
@@ -10,21 +14,22 @@ import msgspec
 
 from selfloop.control.journal import Journal
 from selfloop.control.settle import Settlement
+from selfloop.control.stored_states import Position, StoredState, newest_state
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
+from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.protocol import Snapshot, Written
 
 log = logging.getLogger(__name__)
 
-Position = tuple[int, int]
-"""Of an operation in its run: epoch and sequence id."""
-
 # A snapshot that costs a second comes after at least fifty seconds of work.
 MAX_SHARE = 0.02
 # When another run's is being written just then.
 _AGAIN_AFTER_S = 1.0
+# The end of the name of a second copy.
+_SECOND = "-second"
 
 _written_decoder = msgspec.msgpack.Decoder(Written)
 
@@ -116,7 +121,7 @@ class RunSnapshots:
                 self._failed(error)
             await self.drop()
         else:
-            await self._record(pending.position)
+            await self._record(pending.position, newest_state(self._run))
             self._pending = None
             self._work_s, self._cost_s = 0.0, written.stall_s + written.cpu_s
 
@@ -140,25 +145,49 @@ class RunSnapshots:
         """
         assert self._pending is None
         if position != self._recorded:
-            aside = _key(self._run, position) + ".part"
-            await asyncio.to_thread(self._blobs.prepare_folder, aside)
-            await worker.call(Snapshot(self._run.id, str(self._blobs.path(aside))))
-            await self._record(position)
+            await self._write(worker, _key(self._run, position))
+            await self._record(position, newest_state(self._run))
         self._work_s = 0.0
+
+    async def take_twice(self, worker: WorkerClient, position: Position) -> None:
+        """Store the state now, in two copies: nothing before the operation at ``position`` leads to it.
+
+        Raises:
+            OperationFailed: it could not be stored.
+        """
+        assert self._pending is None
+        key = _key(self._run, position)
+        await self._write(worker, key)
+        await self._write(worker, key + _SECOND)
+        await asyncio.to_thread(self._blobs.publish_folder, key + _SECOND + ".part", key + _SECOND)
+        await self._record(position, StoredState(key + _SECOND, position, None))
+        self._work_s = 0.0
+
+    async def _write(self, worker: WorkerClient, key: str) -> None:
+        try:
+            await asyncio.to_thread(self._blobs.prepare_folder, key + ".part")
+        except OSError as error:
+            told = disk_full(error)
+            if told is None:
+                raise
+            raise told from error
+        await worker.call(Snapshot(self._run.id, str(self._blobs.path(key + ".part"))))
 
     @property
     def _recorded(self) -> Position:
         return self._run.snapshot_epoch, self._run.snapshot_seq
 
-    async def _record(self, position: Position) -> None:
-        key, previous = _key(self._run, position), self._run.snapshot_key
+    async def _record(self, position: Position, older: StoredState) -> None:
+        """Make it the newest, and ``older`` the one to go back to."""
+        key, known = _key(self._run, position), {self._run.snapshot_key, self._run.older_key}
         # Where an error ended an earlier try of this, it lies there already.
         if self._blobs.exists(key + ".part"):
             await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
-        await self._settlement.snapshot_taken(self._run, key, position)
-        if previous is not None and previous != key:
-            await asyncio.to_thread(self._blobs.delete, previous)
-        await self._journal.forget_payloads(self._run.id, position)
+        await self._settlement.snapshot_taken(self._run, key, position, older)
+        for gone in known - {None, key, older.key}:
+            assert gone is not None
+            await asyncio.to_thread(self._blobs.delete, gone)
+        await self._journal.forget_payloads(self._run.id, older.position)
 
     def _failed(self, error: Exception) -> None:
         # It only shortens recovery: without it the journal has everything still.

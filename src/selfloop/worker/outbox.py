@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import zmq
 
+from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.worker.protocol import Event, Reply, ReplyError, encode
 
@@ -50,6 +51,10 @@ class Outbox:
             return
         if is_device_lost(error):
             raise error
+        if isinstance(error, OSError) and (full := disk_full(error)) is not None:
+            log.warning("call %d: %s", ticket, full)
+            self.send(ReplyError(ticket, str(full), full.error_class))
+            return
         log.error("call %d failed", ticket, exc_info=error)
         self.send(ReplyError(ticket, f"{type(error).__name__}: {error}", type(error).__name__))
 

@@ -180,17 +180,17 @@ async def test_snapshots_follow_the_work_and_payloads_go(tmp_path: Path) -> None
     house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=0.0))
     for seq in range(1, 6):
         await house.submit(forward_backward(seq), seq, f"op{seq}")
-    await result(house, "op5")
+        await result(house, f"op{seq}")
     for _ in range(1000):
-        row = await house.journal.get(RUN_ID, "op5")
-        if row is None or row.payload is None:
+        run = await house.run()
+        kept = [row.id for seq in range(1, 6) if (row := await house.journal.get(RUN_ID, f"op{seq}")) and row.payload]
+        if run.snapshot_seq == 5 and kept == [f"op{seq}" for seq in range((run.older_seq or 0) + 1, 6)]:
             break
         await asyncio.sleep(0.01)
-    assert (await house.run()).snapshot_seq == 5
-    assert [child.name for child in (tmp_path / "snapshots" / RUN_ID).iterdir()] == ["0-5"]
-    row = await house.journal.get(RUN_ID, "op3")
-    assert row is not None
-    assert row.payload is None
+    else:
+        raise AssertionError("the payloads after the older snapshot are kept, and no others")
+    assert run.older_seq
+    assert sorted(f.name for f in (tmp_path / "snapshots" / RUN_ID).iterdir()) == [f"0-{run.older_seq}", "0-5"]
     await house.crash()
 
 
@@ -227,6 +227,10 @@ async def test_large_payloads_and_results_go_to_files(house: FakeHouse, tmp_path
     await house.submit(big, 1, "op1")
     assert isinstance(await result(house, "op1"), LossResult)
     assert len(list((tmp_path / "journal" / RUN_ID).glob("op1-*.op"))) == 1
+    await house.scheduler.park("deploy")
+    assert len(list((tmp_path / "journal" / RUN_ID).glob("op1-*.op"))) == 1, "until there are two snapshots behind it"
+    await house.submit(STEP, 2, "op2")
+    await result(house, "op2")
     await house.scheduler.park("deploy")
     assert list((tmp_path / "journal" / RUN_ID).glob("op1-*.op")) == []
 

@@ -15,6 +15,7 @@ from selfloop.control.context import Context
 from selfloop.control.journal import END_OF_TIME, cancelled
 from selfloop.control.lifecycle import record_change
 from selfloop.control.readable import may_read
+from selfloop.control.recovery import identity
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs
@@ -164,7 +165,9 @@ class Runs:
                 user_metadata=None
                 if request.user_metadata is None
                 else msgspec.json.encode(request.user_metadata).decode(),
+                num_changes=0,
             )
+            run.digest = identity(run)
             session.add(run)
             record_change(session, "run", run.id, RunStatus.ACTIVE, "created")
             await session.flush()

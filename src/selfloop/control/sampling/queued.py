@@ -12,12 +12,15 @@ import msgspec
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from selfloop.control.context import Context
+from selfloop.control.journal import stored_bytes
 from selfloop.control.operations import RESULT_KEPT_S, Pending
-from selfloop.control.outages import Ages, tried
+from selfloop.control.outages import Ages, is_passing, tried
 from selfloop.control.sampling.draw import Draw, Sampling, Weights
 from selfloop.control.waiters import Waiters
 from selfloop.storage.db import queries_resources, queries_samples
 from selfloop.storage.db.tables import QueuedSampleRow, SamplerRow
+from selfloop.types.digests import digest_of
+from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import AdapterRef, SampleResult
@@ -167,6 +170,7 @@ class QueuedSamples:
                 state=OperationState.QUEUED,
                 created_at=time.time(),
                 payload=None if len(payload) > _INLINE_BYTES else payload,
+                payload_digest=_digest(sampler.id, id, payload),
             )
             # A name of its own: a repeated request, whose seed is another, must not touch the payload that is there.
             stored = row.payload_key = await self._store(sampler.id, f"{id}-{new_id()}.sample", payload)
@@ -263,15 +267,21 @@ class QueuedSamples:
                 return
 
     async def _draw(self, sampler: SamplerRow, id: str, live: _Live) -> tuple[OperationState, _Stored]:
-        payload = await self._payload(await self._row(sampler.id, id))
-        request = _payload_decoder.decode(payload)
         try:
+            payload = await self._payload(await self._row(sampler.id, id))
+            request = _payload_decoder.decode(payload)
             await self._c.lifecycle.wake(sampler.id)
             live.is_taken = True
             weights = Weights(await self._adapter(request), request.policy_version)
             result = await self._sampling.draw(sampler, weights, request.draw)
         except Unavailable:
             raise
+        except OSError as error:
+            if is_passing(error):
+                raise
+            live.is_taken = True
+            log.exception("sampler %s: sample %s cannot be drawn", sampler.id, id)
+            return OperationState.ERROR, _Stored(error=f"it cannot be read: {error}", error_class="RecoveryFailed")
         except SelfloopError as error:
             live.is_taken = True
             log.info("sampler %s: sample %s failed: %s", sampler.id, id, error)
@@ -293,7 +303,7 @@ class QueuedSamples:
         """Make an outcome durable, then wake who waits for it."""
         sampler_id, id = key
         result = stored.result
-        result_key = None if result is None else await self._store(sampler_id, f"{id}.result", result)
+        result_key = None if result is None else await self._store_result(sampler_id, f"{id}.result", result)
         await self._c.db.write_grouped(
             lambda connection: queries_samples.finish(
                 connection,
@@ -303,6 +313,7 @@ class QueuedSamples:
                 at=time.time(),
                 result=None if result_key else result,
                 result_key=result_key,
+                result_digest=None if result is None else _digest(sampler_id, id, result),
                 error=stored.error or None,
                 error_class=stored.error_class or None,
             )
@@ -335,14 +346,33 @@ class QueuedSamples:
     async def _load(self, row: QueuedSampleRow) -> _Stored:
         if row.state != OperationState.DONE:
             return _Stored(error=row.error or "", error_class=row.error_class or "")
-        result = row.result if row.result_key is None else await asyncio.to_thread(self._c.blobs.get, row.result_key)
-        return _Stored(await self._payload(row), result)
+        try:
+            result = await self._read(row, row.result, row.result_key, row.result_digest)
+            return _Stored(await self._payload(row), result)
+        except OperationFailed as error:
+            return _Stored(error=f"the sample was drawn, and cannot be given out: {error}", error_class="ResultLost")
 
     async def _payload(self, row: QueuedSampleRow) -> bytes:
-        if row.payload_key is not None:
-            return await asyncio.to_thread(self._c.blobs.get, row.payload_key)
-        assert row.payload is not None, (row.sampler_id, row.id)
-        return row.payload
+        return await self._read(row, row.payload, row.payload_key, row.payload_digest)
+
+    async def _read(self, row: QueuedSampleRow, inline: bytes | None, key: str | None, digest: str | None) -> bytes:
+        """What was stored, bit for bit. Raises :class:`OperationFailed` (``RecoveryFailed``)."""
+        try:
+            content = await stored_bytes(self._c.blobs, inline, key)
+        except FileNotFoundError as error:
+            raise OperationFailed(f"sample {row.id} cannot be read: {error}", "RecoveryFailed") from error
+        if digest not in (None, _digest(row.sampler_id, row.id, content)):
+            raise OperationFailed(f"sample {row.id} cannot be read: {key or 'its row'} is damaged", "RecoveryFailed")
+        return content
+
+    async def _store_result(self, sampler_id: str, name: str, data: bytes) -> str | None:
+        try:
+            return await self._store(sampler_id, name, data)
+        except OSError as error:
+            if disk_full(error) is None:
+                raise
+            # A disk may be out of files and not of bytes: then the row takes it.
+            return None
 
     async def _store(self, sampler_id: str, name: str, data: bytes) -> str | None:
         """Put large bytes aside; returns their key, None for those that may lie in the row."""
@@ -365,6 +395,10 @@ class QueuedSamples:
             keys = await queries_samples.remove_finished(session, before)
         for key in keys:
             await asyncio.to_thread(self._c.blobs.delete, key)
+
+
+def _digest(sampler_id: str, id: str, content: bytes) -> str:
+    return digest_of(f"{sampler_id}\0{id}\0".encode(), content)
 
 
 def _settled_request(weights: Weights, draw: Draw, with_logprobs: bool) -> AcceptedSample:

@@ -1,11 +1,15 @@
 """Write a set of files into a new directory and make them durable."""
 
 import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from selfloop.types.digests import seal
@@ -26,13 +30,15 @@ class DirectoryWriter:
         """A safetensors file; tensors are copied off their device and out of shared storage."""
         path = self._directory / name
         owned = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-        safetensors.torch.save_file(owned, path, metadata={"format": "pt"})
+        with _as_system_error(path):
+            safetensors.torch.save_file(owned, path, metadata={"format": "pt"})
         self._paths.append(path)
 
     def whole_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """A safetensors file of tensors that share no storage: nothing is copied but what is on another device."""
         path = self._directory / name
-        safetensors.torch.save_file({key: value.detach().cpu() for key, value in tensors.items()}, path)
+        with _as_system_error(path):
+            safetensors.torch.save_file({key: value.detach().cpu() for key, value in tensors.items()}, path)
         self._paths.append(path)
 
     def json(self, name: str, value: Any) -> None:
@@ -60,6 +66,17 @@ class DirectoryWriter:
         for path in (*self._paths, self._directory):
             _fsync(path)
         return sum(path.stat().st_size for path in self._paths)
+
+
+@contextmanager
+def _as_system_error(path: Path) -> Generator[None]:
+    """The library puts the system's errors, as of a full disk, into words of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _fsync(path: Path) -> None:

@@ -83,6 +83,11 @@ class LocalBlobs:
         """What the disk has left for us."""
         return shutil.disk_usage(self.root).free
 
+    def free_files(self) -> int | None:
+        """How many more files and folders the disk takes; None where it has no such limit."""
+        found = os.statvfs(self.root)
+        return found.f_favail if found.f_files else None
+
     def children(self, key: str) -> Iterator[str]:
         """Names directly under ``key``."""
         folder = self.path(key)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Result, Update, delete, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Result, Update, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
@@ -95,6 +95,21 @@ async def done_after(
     return rows.all()
 
 
+async def num_done_after(session: AsyncSession, run_id: str, position: tuple[int, int], kinds: frozenset[str]) -> int:
+    """How many operations of ``kinds`` after ``position`` have finished."""
+    found = await session.scalar(
+        select(func.count())
+        .select_from(OperationRow)
+        .where(
+            OperationRow.run_id == run_id,
+            OperationRow.state == "done",
+            OperationRow.kind.in_(kinds),
+            tuple_(OperationRow.epoch, OperationRow.seq) > position,
+        )
+    )
+    return found or 0
+
+
 def finishing(
     row: OperationRow,
     *,
@@ -102,6 +117,7 @@ def finishing(
     at: float,
     result: bytes | None = None,
     result_key: str | None = None,
+    result_digest: str | None = None,
     error: str | None = None,
     error_class: str | None = None,
 ) -> Update:
@@ -115,6 +131,7 @@ def finishing(
             finished_at=at,
             result=result,
             result_key=result_key,
+            result_digest=result_digest,
             error=error,
             error_class=error_class,
         )

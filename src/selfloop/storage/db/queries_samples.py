@@ -23,6 +23,7 @@ def finish(
     at: float,
     result: bytes | None = None,
     result_key: str | None = None,
+    result_digest: str | None = None,
     error: str | None = None,
     error_class: str | None = None,
 ) -> bool:
@@ -30,7 +31,15 @@ def finish(
     changed = connection.execute(
         update(QueuedSampleRow)
         .where(QueuedSampleRow.sampler_id == sampler_id, QueuedSampleRow.id == id, QueuedSampleRow.state == "queued")
-        .values(state=state, finished_at=at, result=result, result_key=result_key, error=error, error_class=error_class)
+        .values(
+            state=state,
+            finished_at=at,
+            result=result,
+            result_key=result_key,
+            result_digest=result_digest,
+            error=error,
+            error_class=error_class,
+        )
     )
     return changed.rowcount == 1
 

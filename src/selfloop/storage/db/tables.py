@@ -125,6 +125,11 @@ class RunRow(Base):
     the run starts with that checkpoint's moments and step, too. ``targets`` names the adapted parts of the model,
     null for the usual ones; ``user_metadata`` is a JSON object of strings. ``copy_key`` names the request that
     a run was made by to hold a copy of a checkpoint, so that the request sent again finds it.
+
+    ``older_key`` is the stored state before the last one, up to ``(older_epoch, older_seq)``: null with a place is the
+    run's start, null without one is nothing. ``num_changes`` counts the finished operations that changed the run's
+    state, ``snapshot_changes`` and ``older_changes`` those of them that a stored state covers; null in runs of before
+    these were counted. ``digest`` is that of what never changes and decides what is computed.
     """
 
     __tablename__ = "runs"
@@ -162,6 +167,13 @@ class RunRow(Base):
     reused_from: Mapped[str | None] = mapped_column(default=None)
     capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
     copy_key: Mapped[str | None] = mapped_column(default=None)
+    older_key: Mapped[str | None] = mapped_column(default=None)
+    older_epoch: Mapped[int | None] = mapped_column(default=None)
+    older_seq: Mapped[int | None] = mapped_column(default=None)
+    num_changes: Mapped[int | None] = mapped_column(default=None)
+    snapshot_changes: Mapped[int | None] = mapped_column(default=None)
+    older_changes: Mapped[int | None] = mapped_column(default=None)
+    digest: Mapped[str | None] = mapped_column(default=None)
 
 
 class SamplerRow(Base):
@@ -276,7 +288,8 @@ class CheckpointRow(Base):
 class OperationRow(Base):
     """One accepted operation. Payload and result lie in the row when small, else in a blob of that key.
 
-    ``key_id`` is the key that sent it; ``num_attempts`` counts the workers that died at it.
+    ``key_id`` is the key that sent it; ``num_attempts`` counts the workers that died at it. ``payload_digest`` covers
+    the payload, its kind and its place; it and ``result_digest`` are null in rows of before there were digests.
     """
 
     __tablename__ = "operations"
@@ -303,6 +316,8 @@ class OperationRow(Base):
     finished_at: Mapped[float | None] = mapped_column(default=None)
     key_id: Mapped[str | None] = mapped_column(default=None)
     num_attempts: Mapped[int] = mapped_column(default=0, server_default="0")
+    payload_digest: Mapped[str | None] = mapped_column(default=None)
+    result_digest: Mapped[str | None] = mapped_column(default=None)
 
 
 class LeftOutRow(Base):
@@ -336,6 +351,8 @@ class QueuedSampleRow(Base):
     error: Mapped[str | None] = mapped_column(default=None)
     error_class: Mapped[str | None] = mapped_column(default=None)
     finished_at: Mapped[float | None] = mapped_column(default=None)
+    payload_digest: Mapped[str | None] = mapped_column(default=None)
+    result_digest: Mapped[str | None] = mapped_column(default=None)
 
 
 class StatusChangeRow(Base):
