@@ -152,7 +152,7 @@ async def test_what_changed_in_the_bucket_is_not_read(
     _stage(store, "one")
     await store.publish("one")
     store._client.put_object(Bucket=BUCKET, Key=store._key("one", "small"), Body=b"xyz")
-    with pytest.raises(OperationFailed, match="one/small in .* is damaged: its bytes are not those that were stored"):
+    with pytest.raises(OperationFailed, match=r"one/small in .* is damaged: its bytes are not those that were stored"):
         await elsewhere.folder("one")
     assert not (elsewhere._cache / "one").exists()
 
