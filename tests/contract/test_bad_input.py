@@ -478,3 +478,16 @@ def test_a_step_that_blows_up_leaves_the_worker_standing(gateway: Gateway, http:
     assert run.do("load_state_with_optimizer", path=good) == {"step": 1}
     run.train(2)
     assert gateway.worker_pid() == worker
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2/loops/runs", "/loops/runs", "/api/v1/nothing", "/oai/api/v1/chat", "/anthropic/api/v1/models/x/y", "/"],
+)
+def test_a_path_that_is_not_there_says_what_is(http: httpx.Client, path: str):
+    response = http.post(path, json={})
+    assert response.status_code == 404
+    body = response.json()
+    message = body["error"]["message"] if "error" in body else body["message"]
+    for base in ("/v1/loops", "/api/v1", "/oai/api/v1", "/anthropic/api/v1", "/openapi.json"):
+        assert base in message

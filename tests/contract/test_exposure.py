@@ -311,12 +311,24 @@ def test_browsers_are_told_to_keep_out(exposed: Gateway):
         ("127.0.0.1.evil.example", 421),
         ("localhost.evil.example:8000", 421),
         ("10.0.0.1", 421),
+        ("localhost, evil.example", 421),
+        ("localhost@evil.example", 421),
+        ("[2001:db8::1]:80", 421),
     ],
 )
 def test_a_page_cannot_call_a_local_server_by_a_name_of_its_own(exposed: Gateway, host: str, status: int):
     keyless = exposed.http(None)
     for path in ("/healthz", f"/hf/api/models/{MODEL}", "/openapi.json"):
         assert keyless.get(path, headers={"Host": host}).status_code == status
+        for given in (
+            {"Authorization": "x"},
+            {"Authorization": "Bearer slk-no"},
+            {"X-API-Key": "x"},
+            {"Upgrade": "websocket", "Connection": "Upgrade"},
+        ):
+            for method in ("GET", "HEAD", "OPTIONS"):
+                answer = keyless.request(method, path, headers={"Host": host} | given)
+                assert (answer.status_code == 421) == (status == 421), f"{method} {path} {given}"
     assert exposed.http(KEY).get("/v1/teams", headers={"Host": host}).status_code == 200
 
 

@@ -80,7 +80,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), keyless=keyless)
     if is_local(settings.host):
         names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]
-        app.add_middleware(LocalNames, names=names)
+        app.add_middleware(LocalNames, control=control, names=names)
     app.add_middleware(Observed, control=control)
     app.add_middleware(BrowserHeaders)
 

@@ -48,6 +48,11 @@ _ANTHROPIC_KINDS = {
 }
 # Here a refusal before the query is read has GraphQL's.
 GRAPHQL_PATH = "/graphql/"
+_BASES = (
+    "/v1/loops and /v1 (management), /loops/runs and /loops/samplers (Loops), /api/v1 (Tinker), /oai/api/v1 and "
+    "/loops/samplers/<id>/v1 (OpenAI), /anthropic/api/v1 (Anthropic), /graphql/ (truss), /hf (tokenizers), /healthz, "
+    "/metrics; /openapi.json has every route"
+)
 # Nobody reads it; the status that proxies log when a client goes away.
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -190,7 +195,9 @@ def install(app: FastAPI) -> None:
         if error.status_code == 400:
             return response_of(BadRequest("body", "JSON that is not nested too deeply"), request.url.path)
         reason = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "HTTP_ERROR")
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        if error.status_code == 404:
+            message += f"; there is {_BASES}"
         headers = dict(error.headers or {})
         if request.url.path.startswith(_DATA_PLANE_PREFIX):
             headers |= _FINAL | {"X-Baseten-Error-Code": reason.lower()}

@@ -1,13 +1,17 @@
 """What every answer says to browsers, and which name a server of this machine alone may be called by."""
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfloop.server.errors import body_of
+from selfloop.control.control import Control
+from selfloop.server.errors import body_for
+from selfloop.server.guard import authenticated_key, given_key
+from selfloop.types.errors import Denied
 
 # No page may frame, guess the type of, or pass on the address (a signed link) of what is here; no page may run here.
 _HEADERS = {
@@ -36,33 +40,50 @@ class BrowserHeaders:
 
 
 class LocalNames:
-    """Refuses requests without a key that call a server of this machine by a stranger's name.
+    """Refuses requests without a valid key that call a server of this machine by a stranger's name.
 
-    A web page can have a name of its own resolve to 127.0.0.1, and then reads what needs no key as its own. It has
-    no key, so the others are not asked. ``names`` are allowed beside those of this machine.
+    A web page can have a name of its own resolve to 127.0.0.1, and then reads what needs no key as its own. It may
+    send headers as it likes, but it has no key. ``names`` are allowed beside those of this machine.
     """
 
-    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, control: Control, names: Iterable[str]) -> None:
         self._app = app
+        self._control = control
         self._names = {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             headers = Headers(scope=scope)
-            is_keyless = "authorization" not in headers and "x-api-key" not in headers
-            name = host_name(headers.get("host", ""))
-            if is_keyless and name not in self._names and not is_local(name):
-                message = f"this server is of its own machine alone, not {name[:100]!r}; see --public-url"
-                await JSONResponse(body_of(message, "MISDIRECTED"), 421)(scope, receive, send)
+            host = headers.get("host", "")
+            name = host_name(host)
+            is_ours = name is not None and (name in self._names or is_local(name))
+            if not is_ours and not await self._has_key(headers):
+                message = f"this server is of its own machine alone, not {host[:100]!r}; see --public-url"
+                body = body_for(scope["path"], 421, message, "MISDIRECTED")
+                await JSONResponse(body, 421)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
+    async def _has_key(self, headers: Headers) -> bool:
+        given = given_key(headers)
+        if not given:
+            return False
+        try:
+            await authenticated_key(self._control.access, given)
+        except Denied:
+            return False
+        return True
 
-def host_name(host: str) -> str:
-    """A Host header without its port, in lower case."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower().removesuffix(".")
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]@/\\,]*))(?::\d*)?")
+
+
+def host_name(host: str) -> str | None:
+    """A Host header without its port and the root's dot, in lower case; None for what is no host."""
+    parts = _HOST.fullmatch(host)
+    if parts is None:
+        return None
+    return (parts[1] or parts[2]).lower().removesuffix(".")
 
 
 def is_local(name: str) -> bool:
@@ -70,6 +91,8 @@ def is_local(name: str) -> bool:
     if name in ("", "localhost") or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (address if mapped is None else mapped).is_loopback

@@ -78,6 +78,8 @@ async def _run(
     config = uvicorn.Config(
         app,
         http=PatientConnection,
+        # There is no route for them; an upgrade that is not offered is a request like any other.
+        ws="none",
         log_level="warning",
         server_header=False,
         access_log=False,
