@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import selfloop
-from selfloop.cli import adapters, chat, checkpoints, database, keys, logs, models, runs, samplers, usage
+from selfloop.cli import adapters, backup, chat, checkpoints, database, keys, logs, models, runs, samplers, usage
 
 app = typer.Typer(
     name="selfloop",
@@ -23,6 +23,8 @@ app.add_typer(runs.app, name="runs", help="Runs: list, show, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
 app.command("migrate-database")(database.migrate_database)
+app.command("backup")(backup.make)
+app.command("restore")(backup.restore)
 app.command("logs")(logs.logs)
 app.command("chat")(chat.chat)
 app.command("usage")(usage.usage)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy.engine import URL
 
-from selfloop.control import held
+from selfloop.control import backup, held
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
 from selfloop.control.installation import DATABASE_FILE, Installation, hold, make_folder
@@ -47,9 +47,9 @@ from selfloop.control.sampling.queued import QueuedSamples
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
-from selfloop.storage.blobs.checkpoints import CheckpointStore, LocalCheckpoints
+from selfloop.storage.blobs.checkpoints import LOCAL, CheckpointStore, LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.storage.blobs.s3 import S3Checkpoints
+from selfloop.storage.blobs.s3 import S3Checkpoints, bucket_address
 from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.database import Database
@@ -101,6 +101,11 @@ def database_url(data_dir: Path, given: str | None) -> URL:
 def checkpoint_store(data_dir: Path, given: str | None) -> CheckpointStore:
     """Where checkpoints are: in what was given, else in folders of the data directory. Raises :class:`BadRequest`."""
     return LocalCheckpoints(LocalBlobs(data_dir)) if given is None else S3Checkpoints(given, data_dir)
+
+
+def store_address(given: str | None) -> str:
+    """Of :func:`checkpoint_store`, for people and comparisons. Raises :class:`BadRequest`."""
+    return LOCAL if given is None else bucket_address(given)
 
 
 class DataDirectory:
@@ -204,6 +209,7 @@ class Control:
         await self.access.start()
         await self.observations.start()
         await self.lifecycle.start()
+        await asyncio.to_thread(backup.clear_leftovers, self.config.data_dir)
         await held.clear_leftovers(self.db, self._context.blobs)
         await self.checkpoints.start()
         await self.operations.start()

@@ -75,6 +75,25 @@ class Installation:
         if self._earlier != now or not self._path.exists():
             self._remember(now)
 
+    def check_parts(self, database: URL, store: str) -> None:
+        """Check that what a command was given is what the data directory has; nothing is changed.
+
+        Raises:
+            Conflict: it is not, or there is no data directory.
+        """
+        if self._earlier is None:
+            raise Conflict(f"{self._data_dir} is no data directory: it has no {_FILE}")
+        rows = DATABASE_FILE if is_sqlite(database) else shown(database)
+        for kind, ours, theirs in (("rows", self._earlier.database, rows), ("checkpoints", self._earlier.store, store)):
+            if ours != theirs:
+                raise Conflict(f"the {kind} of {self._data_dir} are in {ours}, not in {theirs}: name that one")
+
+    def restored(self, store: str, *, is_same: bool) -> None:
+        """Of a copy whose rows are in its file; the server that it was made of goes on beside it unless ``is_same``."""
+        assert self._earlier is not None
+        id = self._earlier.id if is_same else new_id()
+        self._remember(_Parts(id, DATABASE_FILE, store))
+
     @property
     def owner(self) -> str:
         """Tells this data directory from a copy of it: which one it is, and where it lies."""

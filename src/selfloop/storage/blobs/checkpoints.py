@@ -8,6 +8,9 @@ from typing import Protocol
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.digests import MANIFEST_FILE, check_folder
 
+LOCAL = "local"
+"""The address of the store in the data directory."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -94,7 +97,7 @@ class LocalCheckpoints:
 
     def __init__(self, blobs: LocalBlobs) -> None:
         self._blobs = blobs
-        self.address = "local"
+        self.address = LOCAL
 
     async def claim(self, owner: str) -> None:
         pass

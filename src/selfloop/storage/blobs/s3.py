@@ -70,14 +70,12 @@ class S3Checkpoints:
         Raises:
             BadRequest: no such address, or boto3 is not installed.
         """
-        parts = urlsplit(address)
-        if parts.scheme != "s3" or not parts.netloc:
-            raise BadRequest("--store", "s3://bucket/prefix")
+        self.address = bucket_address(address)
         if importlib.util.find_spec("boto3") is None:
             raise BadRequest("--store", "an S3 store needs boto3, which is not installed: pip install 'selfloop[s3]'")
+        parts = urlsplit(address)
         self._bucket = parts.netloc
         self._prefix = "/".join(filter(None, [parts.path.strip("/"), "checkpoints"])) + "/"
-        self.address = f"s3://{self._bucket}/{parts.path.strip('/')}".rstrip("/")
         public = parse_qs(parts.query).get("public", [None])[0]
         session = _session()
         self._client = _client(session, None)
@@ -336,6 +334,14 @@ class S3Checkpoints:
             raise Unavailable(f"{self.address} cannot be used: {error}", _RETRY_AFTER_S) from error
         self._reached_at = time.monotonic()
         return answer
+
+
+def bucket_address(given: str) -> str:
+    """What tells one store from another of what the user gave. Raises :class:`BadRequest`."""
+    parts = urlsplit(given)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise BadRequest("--store", "s3://bucket/prefix")
+    return f"s3://{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
 
 
 def _session() -> Any:

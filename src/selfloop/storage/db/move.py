@@ -58,7 +58,7 @@ def copy_rows(source: Database, target: Database, on_table: OnTable) -> int:
         filled = _filled_table(into, shown(target.url))
         with engine.connect().execution_options(**{IMMEDIATE: True}) as rows, rows.begin():
             if filled is None:
-                return _each_table(lambda table: _copy_table(rows, into, table), on_table)
+                return _each_table(lambda table: copy_table(rows, into, table), on_table)
             if all(_digests(rows, table) == _digests(into, table) for table in Base.metadata.sorted_tables):
                 return _each_table(lambda table: _num_rows(rows, table), on_table)
         raise _not_empty(target, filled)
@@ -106,13 +106,14 @@ def _num_rows(connection: Connection, table: Table) -> int:
     return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
 
-def _copy_table(source: Connection, target: Connection, table: Table) -> int:
+def copy_table(source: Connection, target: Connection, table: Table) -> int:
+    """Copy all rows of a table to one that is empty; returns how many there are."""
     num_rows = 0
     for chunk in source.execution_options(yield_per=_CHUNK_ROWS).execute(select(table)).mappings().partitions():
         target.execute(insert(table), [dict(row) for row in chunk])
         num_rows += len(chunk)
     counted = table.autoincrement_column
-    if counted is not None and num_rows:
+    if counted is not None and num_rows and target.dialect.name == "postgresql":
         # New rows are counted on from here.
         counter = func.pg_get_serial_sequence(table.name, counted.name)
         target.execute(select(func.setval(counter, select(func.max(counted)).scalar_subquery())))
