@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
 from selfloop.types.errors import OperationFailed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
@@ -34,13 +35,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         if name not in _DTYPES:
             raise OperationFailed(f"dtype {name!r} is not supported; known: {sorted(_DTYPES)}")
         return _DTYPES[name]
-    if device.type == "cuda" or _cpu_has_bfloat16():
+    if device.type == "cuda" or has_avx512_bfloat16() or has_bfloat16_tiles():
         return torch.bfloat16
     return torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def default_train_budget(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import Decoder, num_parameters
-from selfloop.engine.models.linear import best_layout
+from selfloop.engine.models.linear import Layout, best_layout
 from selfloop.engine.sample.bank import AdapterBank
 from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.passes import cache_passes
@@ -61,7 +61,10 @@ _WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu"."""
+    """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
+
+    ``layout`` is how its weights lie, which says what multiplies by them.
+    """
 
     vocab_size: int
     max_position_embeddings: int
@@ -69,6 +72,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
+    layout: Layout
 
 
 class SavedState(NamedTuple):
@@ -132,6 +136,7 @@ class Engine:
             eos_token_ids=config.eos_token_ids,
             device=str(decoder.device),
             dtype=str(decoder.dtype).removeprefix("torch."),
+            layout=decoder.weights.head.layout,
         )
         log.info(
             "passes of up to %d tokens; sequences of up to %d at rank %d fit %d MiB of activations, "

@@ -1,16 +1,17 @@
 """What this machine can compute, and what the engine makes of it: ``python -m selfloop.engine.speed [MODEL_DIR]``.
 
-Prints one JSON object, a :class:`Speed`. Without a folder the model is one of SmolLM2-135M's shape with random weights,
-which cost as much as trained ones.
+Prints a JSON object after each measurement, the :class:`Speed` as far as it is known. Without a folder the model is one
+of SmolLM2-135M's shape with random weights, which cost as much as trained ones.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import msgspec
 import torch
+from msgspec.structs import replace
 
 from selfloop.engine.device import pick_device, pick_dtype
 from selfloop.engine.engine import Engine
@@ -23,7 +24,7 @@ from selfloop.engine.models.linear import best_layout
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
-from selfloop.types.speed import Speed
+from selfloop.types.speed import Rate, Speed
 
 _SHAPE = {
     "model_type": "llama",
@@ -39,47 +40,73 @@ _SHAPE = {
 _NAME = "SmolLM2-135M's shape, random weights"
 _RUN, _RANK = "speed", 32
 _NUM_SEQUENCES, _LENGTH = 8, 256
-_PROMPT_TOKENS, _NEW_TOKENS = 64, 32
+_SMALLEST_LENGTH = 16
+_PROMPT_TOKENS, _NEW_TOKENS = 16, 128
 # Beyond any cache.
 _READ_BYTES = 256 * 2**20
+_FEW_ROWS, _MOST_CALLS = 16, 20
+# Of the time for all, what each measure has.
+_PRODUCT_SHARE, _MEMORY_SHARE, _TRAIN_SHARE, _DECODE_SHARE = 0.05, 0.05, 0.45, 0.2
 
 
-def measure(model_dir: Path | None, tries: int) -> Speed:
+def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
+    """Takes about so many seconds, once the model is there; on a slow machine less is computed for it.
+
+    What is known so far comes after each measurement, as a large model may take longer for the least of them.
+    """
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    float32, bfloat16 = (_gflops(device, kind, tries) for kind in (torch.float32, torch.bfloat16))
-    memory = _gb_per_s(device, tries)
     engine, config = _engine(model_dir, device, dtype)
-    engine.init_run(_RUN, rank=_RANK, seed=0)
-    data = [_datum(index, config.vocab_size) for index in range(_NUM_SEQUENCES)]
-
-    def train() -> None:
-        engine.forward_backward(_RUN, data, "cross_entropy", {})
-        engine.optim_step(_RUN, AdamParams(learning_rate=1e-5))
-
-    trained = _NUM_SEQUENCES * _LENGTH * _per_second(train, device, tries)
-    engine.publish(_RUN, _RUN)
-    alone, batched = (
-        num * _NEW_TOKENS * _per_second(lambda num=num: _sample(engine, num), device, tries) for num in (1, 32)
-    )
-    weights = _linear_weights(config)
-    gflops = (float32 if dtype == torch.float32 else bfloat16) * 1e9
-    steps = memory * 1e9 / (weights * dtype.itemsize)
-    return Speed(
+    speed = Speed(
         model=_NAME if model_dir is None else str(model_dir),
         device=engine.info.device,
         dtype=engine.info.dtype,
+        layout=engine.info.layout,
         num_threads=torch.get_num_threads(),
-        float32_gflops=float32,
-        bfloat16_gflops=bfloat16,
-        memory_gb_per_s=memory,
-        train_tokens_per_s=trained,
-        train_roof=gflops / (4 * weights),
-        decode_1_tokens_per_s=alone,
-        decode_1_roof=min(steps, gflops / (2 * weights)),
-        decode_32_tokens_per_s=batched,
-        decode_32_roof=min(32 * steps, gflops / (2 * weights)),
     )
+    # Products in what the engine computes in, and nothing else: those of a type that a CPU has no instructions for can
+    # take a thousand times as long.
+    gflops = float32 = _gflops(device, torch.float32, _PRODUCT_SHARE * seconds)
+    speed = replace(speed, float32_gflops=float32)
+    if dtype == torch.bfloat16:
+        gflops = _gflops(device, torch.bfloat16, _PRODUCT_SHARE * seconds)
+        speed = replace(speed, bfloat16_gflops=gflops)
+    memory = _gb_per_s(device, _MEMORY_SHARE * seconds)
+    yield (speed := replace(speed, memory_gb_per_s=memory))
+    weights = _linear_weights(config)
+    products = gflops * 1e9 / (2 * weights)
+    steps = memory * 1e9 / (weights * dtype.itemsize)
+    engine.init_run(_RUN, rank=_RANK, seed=0)
+    engine.publish(_RUN, _RUN)
+    for num in (1, 32):
+        decoded = Rate(num, _decode(engine, num, _DECODE_SHARE * seconds), min(num * steps, products))
+        speed = replace(speed, decode_1=decoded) if num == 1 else replace(speed, decode_32=decoded)
+        yield speed
+    num_tokens, rate = _train(engine, config, device, _TRAIN_SHARE * seconds)
+    yield replace(speed, train=Rate(num_tokens, rate, products / 2))
+
+
+def _train(engine: Engine, config: ModelConfig, device: torch.device, seconds: float) -> tuple[int, float]:
+    """Tokens of a step, up to eight sequences of 256 and as many as fit the time a few times, and tokens a second."""
+
+    def step(num_sequences: int, length: int) -> Callable[[], None]:
+        data = [_datum(index, length, config.vocab_size) for index in range(num_sequences)]
+
+        def train() -> None:
+            engine.forward_backward(_RUN, data, "cross_entropy", {})
+            engine.optim_step(_RUN, AdamParams(learning_rate=1e-5))
+
+        return train
+
+    most = min(_LENGTH, config.max_position_embeddings)
+    end, length = time.perf_counter() + seconds, min(_SMALLEST_LENGTH, most)
+    _elapsed(step(1, length), device)  # lays out what only training needs
+    took = _elapsed(step(1, length), device)
+    affordable = int((end - time.perf_counter()) / 3 / took * length)
+    num_sequences = max(1, min(_NUM_SEQUENCES, affordable // most))
+    length = max(length, min(most, affordable))
+    rate = _per_second(step(num_sequences, length), device, end - time.perf_counter())
+    return num_sequences * length, num_sequences * length * rate
 
 
 def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Engine, ModelConfig]:
@@ -90,8 +117,8 @@ def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) ->
     return Engine(decoder, limits=EngineLimits(max_adapters=1)), config
 
 
-def _datum(index: int, vocab_size: int) -> Datum:
-    ids = _ids(_LENGTH + 1, vocab_size, index)
+def _datum(index: int, length: int, vocab_size: int) -> Datum:
+    ids = _ids(length + 1, vocab_size, index)
     return Datum(Tensor.of(ids[:-1], "int64"), {"target_tokens": Tensor.of(ids[1:], "int64")})
 
 
@@ -99,13 +126,25 @@ def _ids(num: int, vocab_size: int, seed: int) -> list[int]:
     return torch.randint(vocab_size, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _sample(engine: Engine, num: int) -> None:
+def _decode(engine: Engine, num: int, seconds: float) -> float:
+    """Tokens a second of the fastest step in which all streams grew, once their prompts are read."""
+    end = time.perf_counter() + seconds
+    prompt_tokens = min(_PROMPT_TOKENS, engine.info.max_position_embeddings // 2)
+    new_tokens = min(_NEW_TOKENS, engine.info.max_position_embeddings - prompt_tokens)
     for index in range(num):
-        params = SamplingParams(max_tokens=_NEW_TOKENS, seed=index)
-        prompt = _ids(_PROMPT_TOKENS, engine.info.vocab_size, index)
-        engine.submit_sample(SampleRequest(str(index), prompt, 1, params, AdapterRef(_RUN, "")))
-    while engine.num_sampling:
+        params = SamplingParams(max_tokens=new_tokens, seed=index)
+        prompt = _ids(prompt_tokens, engine.info.vocab_size, index)
+        engine.submit_sample(SampleRequest(str(index), prompt, 1, params, AdapterRef(_RUN, "")), stream=True)
+    fastest = 0.0
+    while engine.num_sampling and (time.perf_counter() < end or fastest == 0.0):
+        start = time.perf_counter()
         engine.sample_step()
+        took = time.perf_counter() - start
+        grown = sum(len(delta.tokens) for deltas in engine.take_sample_deltas().values() for delta in deltas)
+        fastest = max(fastest, grown / took)
+    for index in range(num):
+        engine.cancel_sample(str(index))
+    return fastest
 
 
 def _linear_weights(config: ModelConfig) -> int:
@@ -113,35 +152,49 @@ def _linear_weights(config: ModelConfig) -> int:
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
-def _gflops(device: torch.device, dtype: torch.dtype, tries: int) -> float:
+def _gflops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     rows, inner, columns = 2048, 1024, 4096
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
-    return 2e-9 * rows * inner * columns * _per_second(lambda: a @ b, device, 5 * tries)
+    end = time.perf_counter() + seconds
+    # A few rows first, which tell how many fit the time.
+    b = torch.randn(inner, columns, device=device).to(dtype)
+    few = torch.randn(_FEW_ROWS, inner, device=device).to(dtype)
+    took = min(_elapsed(lambda: few @ b, device) for _ in range(2))
+    rows = max(_FEW_ROWS, min(rows, int(_FEW_ROWS * seconds / 3 / took)))
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    return 2e-9 * rows * inner * columns * _per_second(lambda: a @ b, device, end - time.perf_counter())
 
 
-def _gb_per_s(device: torch.device, tries: int) -> float:
+def _gb_per_s(device: torch.device, seconds: float) -> float:
     read = torch.ones(_READ_BYTES // 4, device=device)
-    return 1e-9 * _READ_BYTES * _per_second(lambda: torch.dot(read, read), device, 5 * tries)
+    return 1e-9 * _READ_BYTES * _per_second(lambda: torch.dot(read, read), device, seconds)
 
 
-def _per_second(call: Callable[[], object], device: torch.device, tries: int) -> float:
-    """Calls a second by the fastest of ``tries``, after one to warm up."""
+def _per_second(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Calls a second by the fastest of as many as the time allows, after one to warm up where it allows two."""
+    end = time.perf_counter() + seconds
+    first = took = _elapsed(call, device)
     times: list[float] = []
-    for _ in range(tries + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1 / min(times[1:])
+    while len(times) < _MOST_CALLS and time.perf_counter() + took < end:
+        took = _elapsed(call, device)
+        times.append(took)
+    return 1 / min(times, default=first)
+
+
+def _elapsed(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?")
-    parser.add_argument("--tries", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=14)
     args = parser.parse_args()
-    print(msgspec.json.encode(measure(args.model_dir, args.tries)).decode())
+    for speed in measure(args.model_dir, args.seconds):
+        print(msgspec.json.encode(speed).decode(), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,33 @@
 import msgspec
 
 
-class Speed(msgspec.Struct, frozen=True):
-    """Rates of the fastest of a few tries; a roof is what the machine's limit would give, all else free.
+class Rate(msgspec.Struct, frozen=True):
+    """Tokens a second, of ``num`` tokens a step or streams at once; ``roof`` is what the machine's limit would give.
 
     A token costs two operations a weight of the linear layers forward and as many backward; a step of decoding reads
     every weight once.
     """
 
+    num: int
+    tokens_per_s: float
+    roof: float
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """Rates of the fastest of a few tries; None where there was no time, or nothing to measure.
+
+    ``layout`` is how the weights lie, which says what multiplies by them: our kernels by "panels", oneDNN by "blocked",
+    PyTorch by "plain". Bfloat16 products are measured where the engine computes in it.
+    """
+
     model: str
     device: str
     dtype: str
+    layout: str
     num_threads: int
-    float32_gflops: float
-    bfloat16_gflops: float
-    memory_gb_per_s: float
-    train_tokens_per_s: float
-    train_roof: float
-    decode_1_tokens_per_s: float
-    decode_1_roof: float
-    decode_32_tokens_per_s: float
-    decode_32_roof: float
+    float32_gflops: float | None = None
+    bfloat16_gflops: float | None = None
+    memory_gb_per_s: float | None = None
+    decode_1: Rate | None = None
+    decode_32: Rate | None = None
+    train: Rate | None = None

@@ -2,6 +2,7 @@
 
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from selfloop.cli.doctor import Verdict
 from selfloop.cli.main import app
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
+from selfloop.types.speed import Speed
 from selfloop.worker import smollm2
 
 
@@ -199,5 +202,35 @@ def test_the_speed_of_a_model_folder(model: bool, tmp_path: Path):
         assert "holds no config.json" in result.output
         return
     assert result.exit_code == 0, result.output
-    for word in ("GFLOP/s", "GB/s", "training, 8 x 256", "decoding, 32 streams", "%"):
+    for word in ("product, float32", "GFLOP/s", "GB/s", "tokens a step, rank 32", "decoding, 32 streams", "%"):
         assert word in result.output
+
+
+def test_products_are_measured_in_what_the_engine_computes_in(tmp_path: Path):
+    """Bfloat16 on a CPU without instructions for it takes minutes."""
+    folder = tiny_models.save("llama", tmp_path / "model")
+    as_avx2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(folder)], env={"COLUMNS": "120", **as_avx2})
+    assert result.exit_code == 0, result.output
+    assert "float32 on cpu" in result.output
+    assert "PyTorch's operators" in result.output
+    assert "product, bfloat16" not in result.output
+
+
+def test_a_bench_that_takes_too_long_shows_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A large model on a slow machine: the process is ended, and what was not reached is said."""
+    known = Speed("big", "cpu", "float32", "plain", 2, float32_gflops=30.0, memory_gb_per_s=10.0)
+    line = msgspec.json.encode(known).decode()
+    slow = f"print({line!r}, flush=True); print('{{\"cut', end='', flush=True); import time; time.sleep(600)"
+    monkeypatch.setattr(doctor, "_BENCH_LIMIT_S", 2)
+    monkeypatch.setattr(doctor, "_bench_command", lambda model_dir: [sys.executable, "-c", slow])
+    result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(tmp_path)], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "30.0 GFLOP/s" in result.output
+    assert result.output.count("not within 2 s") == 3
+    monkeypatch.setattr(
+        doctor, "_bench_command", lambda model_dir: [sys.executable, "-c", "import time; time.sleep(600)"]
+    )
+    result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(tmp_path)], env={"COLUMNS": "120"})
+    assert result.exit_code == 1
+    assert "took more than 2 s to load" in result.output

@@ -140,6 +140,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 slope_CD = head.input_grad(weights_CV.to(h_ND.dtype))
                 slope_ND[chunk] = slope_CD.float() / -sum_C1
             logprobs_N[chunk] = (chosen_C1 - normaliser_C1).squeeze(1)
+            del logits_CV, weights_CV  # before the next chunk's are there
         if slope_ND is not None:
             ctx.save_for_backward(slope_ND)
         return logprobs_N, *tops.outputs(ctx)
@@ -192,6 +193,7 @@ class _ManyTargetLogprobs(torch.autograd.Function):
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
             tops.take(chunk, logits_CV, normaliser_N1[chunk])
+            del logits_CV  # before the next chunk's are there
         ctx.head = head
         ctx.save_for_backward(h_ND, targets_NK, normaliser_N1)
         return logprobs_NK, *tops.outputs(ctx)
@@ -209,6 +211,7 @@ class _ManyTargetLogprobs(torch.autograd.Function):
             for k in range(targets_NK.shape[1]):
                 slope_CV.scatter_add_(1, targets_NK[chunk, k, None], grad_NK[chunk, k, None])
             grad_ND[chunk] = head.input_grad(slope_CV.to(h_ND.dtype))
+            del slope_CV  # before the next chunk's is there
         return grad_ND, None, None, None
 
 
@@ -234,6 +237,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
             tops.take(chunk, logits_CV, normaliser_N1[chunk])
+            del logits_CV  # before the next chunk's are there
         ctx.scaling = scaling
         ctx.head = head
         ctx.save_for_backward(h_ND, u_NR, b_VR, targets_NK, normaliser_N1)
@@ -255,6 +259,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
             grad_ND[chunk] = head.input_grad(slope_CV)
             grad_NR[chunk] = (slope_CV @ b_VR).mul_(ctx.scaling)
             grad_VR.add_((slope_CV.t() @ u_NR[chunk]).float(), alpha=ctx.scaling)
+            del slope_CV  # before the next chunk's is there
         return grad_ND, grad_NR, None, grad_VR.to(b_VR.dtype), None, None, None
 
 

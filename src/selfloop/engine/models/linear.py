@@ -52,6 +52,20 @@ class FrozenLinear:
     def num_parameters(self) -> int:
         return self.out_features * (self.in_features + (self.bias_O is not None))
 
+    @property
+    def layout(self) -> Layout:
+        if self.panels is not None:
+            return "panels"
+        return "plain" if self._blocked_OI is None else "blocked"
+
+    @property
+    def float32_copy_bytes(self) -> int:
+        """What :meth:`in_float32` takes at a time of float32 copies of the weight."""
+        plain_OI = self._plain_OI
+        if plain_OI is None or plain_OI.dtype == torch.float32 or plain_OI.device.type == "cuda":
+            return 0
+        return _copy_rows(plain_OI) * self.in_features * torch.float32.itemsize
+
     def lay_out(self, layout: Layout, *, shared: bool = False) -> None:
         """Bring the weight into ``layout``, and let go of the plain one unless it is ``shared`` with an embedding."""
         if layout == "plain":
@@ -115,11 +129,11 @@ class FrozenLinear:
             y_TO = self.panels.multiply(x_TI)
             return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
         if self._blocked_OI is not None:
-            rounded_TO = _product(x_TI, self._blocked_OI, self.bias_O)
+            negative_TO = _product(x_TI, self._blocked_OI, self.bias_O).neg_()
             rest_TO = _mkldnn._linear_pointwise.binary(
-                x_TI.contiguous(), rounded_TO.neg(), self._blocked_OI, self.bias_O, "add"
+                x_TI.contiguous(), negative_TO, self._blocked_OI, self.bias_O, "add"
             )
-            return rounded_TO.float().add_(rest_TO)
+            return rest_TO.float().sub_(negative_TO)
         assert self._plain_OI is not None
         y_TO = _plain_in_float32(x_TI, self._plain_OI)
         return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
@@ -176,5 +190,8 @@ def _plain_in_float32(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     if x_TI.device.type == "cuda":
         return torch.mm(x_TI, weight_OI.t(), out_dtype=torch.float32)
     x_TI = x_TI.float()
-    rows = max(1, _MAX_COPY_ELEMENTS // weight_OI.shape[1])
-    return torch.cat([F.linear(x_TI, part_OI.float()) for part_OI in weight_OI.split(rows)], dim=1)
+    return torch.cat([F.linear(x_TI, part_OI.float()) for part_OI in weight_OI.split(_copy_rows(weight_OI))], dim=1)
+
+
+def _copy_rows(weight_OI: Tensor) -> int:
+    return min(weight_OI.shape[0], max(1, _MAX_COPY_ELEMENTS // weight_OI.shape[1]))

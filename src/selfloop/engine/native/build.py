@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from selfloop.engine.native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
 from selfloop.engine.native.library import VERSION, Kernels
 
 log = logging.getLogger("selfloop.engine")
@@ -51,9 +50,9 @@ def kernels() -> Kernels | None:
 
 def look() -> Kernels | Lacking:
     """The library, or why it cannot be had."""
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not has_avx512_bfloat16():
         return Lacking("this CPU has no bfloat16 instructions of AVX-512")
-    if torch.cpu._is_amx_tile_supported():
+    if has_bfloat16_tiles():
         return Lacking("this CPU multiplies tiles (AMX), which they do not use")
     try:
         path = _built()

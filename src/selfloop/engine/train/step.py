@@ -79,7 +79,7 @@ def _forward(
             positions_of(lengths, decoder.device),
             attention,
             AdapterBatch.apart(rows) if deterministic else AdapterBatch.of(rows),
-            recompute=with_graph and memory.recomputes(sum(sizes), widest),
+            recompute=with_graph and memory.recomputes(sum(sizes), widest, num_runs=len(jobs)),
         )
         head = decoder.weights.head
         scored = [
