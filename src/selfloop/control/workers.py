@@ -45,6 +45,7 @@ class WorkerSlot:
         self._client: WorkerClient | None = None
         self._lock = asyncio.Lock()
         self._failed_at = float("-inf")
+        self._failure = "LoadFailed"
         self._crashed_at: list[float] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -65,11 +66,11 @@ class WorkerSlot:
                     return self._client
                 await self._crashed(self._client.lost.result())
             if self.state == "failed" and time.monotonic() - self._failed_at < _RETRY_FAILED_S:
-                raise OperationFailed(self.reason, "LoadFailed")
+                raise OperationFailed(self.reason, self._failure)
             try:
                 return await self._start()
             except OperationFailed as error:
-                self._failed_at = time.monotonic()
+                self._failed_at, self._failure = time.monotonic(), error.error_class
                 await self._set("failed", str(error))
                 raise
 

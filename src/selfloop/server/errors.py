@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from selfloop.control.outages import OUTAGES, not_ready
 from selfloop.types.errors import (
+    MODEL_INVALID,
     BadRequest,
     CheckpointDamaged,
     Conflict,
@@ -53,6 +54,9 @@ _BASES = (
     "/loops/samplers/<id>/v1 (OpenAI), /anthropic/api/v1 (Anthropic), /graphql/ (truss), /hf (tokenizers), /healthz, "
     "/metrics; /openapi.json has every route"
 )
+# By then whoever keeps the model's memory may have ended, and the load is tried again.
+_LOAD_AGAIN_S = 10
+_NO_MODEL_NOW = frozenset({"LoadFailed", "ModelMissing", "PrepareFailed"})
 # Nobody reads it; the status that proxies log when a client goes away.
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -70,6 +74,20 @@ _STATUS: dict[type[SelfloopError], int] = {
     CheckpointDamaged: 409,
     WorkerLost: 500,
 }
+
+
+def _as_seen(error: SelfloopError) -> SelfloopError:
+    """A model that can never be loaded is a wrong one to ask for: no client should try it again."""
+    if isinstance(error, OperationFailed) and error.error_class == MODEL_INVALID:
+        return BadRequest("model", f"one that can be loaded: {error}", reason="MODEL_INVALID")
+    return error
+
+
+def _as_seen_by_chat_clients(error: SelfloopError) -> SelfloopError:
+    """So is, to a client that has no run to look at, one that cannot be had now no fault inside the server."""
+    if isinstance(error, OperationFailed) and error.error_class in _NO_MODEL_NOW:
+        return Unavailable(str(error), retry_s=_LOAD_AGAIN_S)
+    return _as_seen(error)
 
 
 def reason_of(error: SelfloopError) -> str:
@@ -96,6 +114,7 @@ def openai_body(status: int, message: str, reason: str, field: str | None = None
 
 def openai_body_of(error: SelfloopError) -> dict[str, object]:
     """The error in OpenAI's shape, as a body or as an event of a stream that has begun."""
+    error = _as_seen_by_chat_clients(error)
     reason, field = reason_of(error), None
     if isinstance(error, BadRequest):
         field = error.field
@@ -114,6 +133,7 @@ def anthropic_body(status: int, message: str) -> dict[str, object]:
 
 def anthropic_body_of(error: SelfloopError) -> dict[str, object]:
     """The error in Anthropic's shape, as a body or as an event of a stream that has begun."""
+    error = _as_seen_by_chat_clients(error)
     return anthropic_body(_anthropic_status(error), str(error))
 
 
@@ -131,6 +151,8 @@ def graphql_extensions(error: SelfloopError) -> dict[str, object]:
 
 def response_of(error: SelfloopError, path: str) -> Response:
     """The error in the shape of the dialect that ``path`` belongs to."""
+    is_chat = path.startswith(_ANTHROPIC_PREFIX) or _OPENAI_PATH.fullmatch(path)
+    error = _as_seen_by_chat_clients(error) if is_chat else _as_seen(error)
     status = _STATUS[type(error)]
     is_sampled_openly = _OPENAI_PATH.fullmatch(path) and isinstance(error, RateLimited)
     if isinstance(error, Unavailable | RateLimited) and path.startswith(_DATA_PLANE_PREFIX) and not is_sampled_openly:

@@ -48,8 +48,9 @@ def file_digest(path: Path, name: str) -> FileDigest:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of all files in ``folder``, durably. Raises :class:`OSError`."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Write the manifest of all files in ``folder``, durably; what is linked to is not ours. Raises :class:`OSError`."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    names = sorted(str(path.relative_to(folder)) for path in files)
     lines = msgspec.json.encode([file_digest(folder / name, name) for name in names if name != MANIFEST_FILE])
     with open(folder / MANIFEST_FILE, "wb") as file:
         file.write(lines + b"\n" + digest_of(lines).encode() + b"\n")

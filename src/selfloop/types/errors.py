@@ -115,3 +115,12 @@ class WorkerLost(SelfloopError):
     def __init__(self, reason: str, *, begun: bool = False) -> None:
         super().__init__(reason)
         self.begun = begun
+
+
+MODEL_INVALID = "ModelInvalid"
+"""``error_class`` of a model folder that cannot be loaded, however often it is tried."""
+
+
+def model_invalid(cause: str) -> OperationFailed:
+    """The error of a folder that holds no model that can be loaded."""
+    return OperationFailed(cause, MODEL_INVALID)

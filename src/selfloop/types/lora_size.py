@@ -20,7 +20,6 @@ class _Shape(msgspec.Struct):
     vocab_size: int
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    tie_word_embeddings: bool = False
 
 
 def save_bytes(model_dir: Path, rank: int, targets: LoraTargets, *, with_optimizer: bool) -> int:
@@ -46,12 +45,6 @@ def parameters_per_rank(model_dir: Path, targets: LoraTargets) -> int:
     in_layer = (attn if targets.attn else 0) + (mlp if targets.mlp else 0)
     unembed = hidden + shape.vocab_size if targets.unembed else 0
     return shape.num_hidden_layers * in_layer + unembed
-
-
-def untied_numbers(model_dir: Path) -> int:
-    """Numbers that a merged model has more than its base, when the adapter changes an output layer that is tied."""
-    shape = _read(model_dir / "config.json")
-    return shape.hidden_size * shape.vocab_size if shape.tie_word_embeddings else 0
 
 
 @lru_cache(maxsize=64)

@@ -1,12 +1,8 @@
 """What a served model folder holds, read from its config and its safetensors headers alone."""
 
 import hashlib
-import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +10,7 @@ import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.folders import is_own_file
+from selfloop.types.model_weights import read_weights, weight_paths
 
 T = TypeVar("T")
 
@@ -35,10 +32,9 @@ PUBLIC_FILES = frozenset(
 )
 """Names a client needs for tokenizing; whoever reaches the server may read them."""
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
-_PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_TOKENIZER_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_MAX_HEADER_BYTES = 100_000_000
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
+_TOKENIZER_SOURCES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +43,7 @@ class ModelFacts:
 
     Args:
         num_parameters: distinct parameters: a tied output layer counts once.
+        num_tied: those that the embedding and the output layer share; 0 where each has its own.
         size_bytes: of the weight files.
         eos_token_ids: every id that ends a sample, ascending.
     """
@@ -56,6 +53,7 @@ class ModelFacts:
     vocab_size: int
     max_position_embeddings: int
     num_parameters: int
+    num_tied: int
     size_bytes: int
     eos_token_ids: tuple[int, ...]
 
@@ -85,14 +83,6 @@ class _TokenizerConfig(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | None = None
 
 
-class _WeightsIndex(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-class _TensorInfo(msgspec.Struct):
-    shape: list[int] = []
-
-
 def read_facts(path: Path) -> ModelFacts:
     """Facts of the model in ``path``.
 
@@ -105,14 +95,15 @@ def read_facts(path: Path) -> ModelFacts:
     config = _read_config(path)
     if not any((path / name).is_file() for name in _TOKENIZER_SOURCES):
         raise _refusal(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_SOURCES)})")
-    files = _checked_weight_files(path)
+    weights = read_weights(path, tie=config.tie_word_embeddings)
     return ModelFacts(
         path=path,
         model_type=config.model_type,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
-        num_parameters=sum(_num_parameters(file, config.tie_word_embeddings) for file in files),
-        size_bytes=sum(file.stat().st_size for file in files),
+        num_parameters=weights.num_parameters,
+        num_tied=weights.num_tied,
+        size_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(path, config),
     )
 
@@ -128,14 +119,18 @@ def tokenizer_files(path: Path) -> list[str]:
 
 
 def weight_files(path: Path) -> list[str]:
-    """Names of the safetensors files of ``path`` and their index, sorted."""
-    names = [file.name for file in path.glob("*.safetensors") if is_own_file(path, file.name)]
-    return sorted([*names, WEIGHTS_INDEX] if (path / WEIGHTS_INDEX).is_file() else names)
+    """Names of the files that hold the weights of ``path`` and of their index, sorted; none if that is not clear."""
+    try:
+        files, index = weight_paths(path)
+    except BadRequest:
+        return []
+    names = [file.name for file in files] + ([] if index is None else [index.name])
+    return sorted(name for name in names if is_own_file(path, name))
 
 
 def read_chat_template(path: Path) -> str | None:
     """The text of the folder's chat template, as its tokenizer would choose it when tools are given."""
-    for file in (path / "additional_chat_templates" / "tool_use.jinja", path / "chat_template.jinja"):
+    for file in (path / CHAT_TEMPLATES_FOLDER / "tool_use.jinja", path / "chat_template.jinja"):
         if file.is_file():
             return file.read_text(encoding="utf-8")
     config = path / "tokenizer_config.json"
@@ -187,46 +182,6 @@ def _read_config(path: Path) -> _Config:
     if config.vocab_size < 1 or config.max_position_embeddings < 1:
         raise _refusal(f"{file} gives no vocab_size or no max_position_embeddings")
     return config
-
-
-def _checked_weight_files(path: Path) -> list[Path]:
-    index = path / WEIGHTS_INDEX
-    if index.is_file():
-        files = [path / name for name in sorted(set(_decode(index, _WeightsIndex).weight_map.values()))]
-        for file in files:
-            if file.parent != path or not file.is_file():
-                raise _refusal(f"{index} names {file.name!r}, which is not in the folder")
-        return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    if files:
-        return files
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
-    if pickled:
-        names = ", ".join(pickled)
-        raise _refusal(f"{path} has only pickled weights ({names}), which are never loaded; save safetensors")
-    raise _refusal(f"{path} has no safetensors weights")
-
-
-def _num_parameters(file: Path, tied: bool) -> int:
-    return sum(prod(info.shape) for name, info in _tensors(file) if not (tied and name == "lm_head.weight"))
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, _TensorInfo]]:
-    with file.open("rb") as stream:
-        length_bytes = stream.read(8)
-        if len(length_bytes) != 8:
-            raise _refusal(f"{file} is not a safetensors file")
-        (length,) = struct.unpack("<Q", length_bytes)
-        if length > min(_MAX_HEADER_BYTES, os.fstat(stream.fileno()).st_size - 8):
-            raise _refusal(f"{file} is not a safetensors file, or it is cut short")
-        header = stream.read(length)
-    try:
-        tensors = msgspec.json.decode(header, type=dict[str, _TensorInfo])
-    except msgspec.MsgspecError as error:
-        raise _refusal(f"{file} has a broken header: {error}") from error
-    yield from ((name, info) for name, info in tensors.items() if name != "__metadata__")
 
 
 def _eos_token_ids(path: Path, config: _Config) -> tuple[int, ...]:

@@ -20,9 +20,8 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from safetensors import safe_open
 
-from selfloop.engine.files.base_weights import weight_files
+from selfloop.engine.files.base_weights import DTYPES, stored_weights
 from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
 from selfloop.engine.files.compare import ModelOnDisk, compare, model_in
 from selfloop.engine.files.directory import DirectoryWriter
@@ -120,7 +119,7 @@ def _read(folder: Path, config: ModelConfig) -> LoadedAdapter:
 
 def _progress(model_dir: Path, report: Report) -> Callable[[int], None]:
     """Reports how much of the base's weights is merged; called with the size of each tensor."""
-    total = sum(path.stat().st_size for path in weight_files(model_dir))
+    total = stored_weights(model_dir, read_config(model_dir)).size_bytes
     written = 0
 
     def on_bytes(size: int) -> None:
@@ -148,14 +147,15 @@ def _gguf_dtype(model_dir: Path) -> torch.dtype:
     return torch.float32 if stored == torch.float64 else stored
 
 
+def _stored_dtypes(model_dir: Path) -> set[torch.dtype]:
+    weights = stored_weights(model_dir, read_config(model_dir))
+    return {DTYPES[stored.dtype] for stored in weights.tensors.values()}
+
+
 def _stored_dtype(model_dir: Path) -> torch.dtype:
     """The coarsest dtype among the weights."""
-    order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    found: set[torch.dtype] = set()
-    for path in weight_files(model_dir):
-        with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name)[:1].dtype for name in file.keys()}  # noqa: SIM118 - no mapping
-    return next(dtype for dtype in order if dtype in found)
+    found = _stored_dtypes(model_dir)
+    return next(dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) if dtype in found)
 
 
 def _step(checkpoint: Path) -> int:

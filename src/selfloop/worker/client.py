@@ -173,9 +173,9 @@ class WorkerClient:
                 case Ready(info):
                     if not self.ready.done():
                         self.ready.set_result(info)
-                case LoadFailed(cause):
+                case LoadFailed(cause, error_class):
                     if not self.ready.done():
-                        self.ready.set_exception(OperationFailed(cause, "LoadFailed"))
+                        self.ready.set_exception(OperationFailed(cause, error_class))
                         self.ready.exception()
 
     def _settle(self, ticket: int, settle: Callable[[asyncio.Future[bytes]], None]) -> None:

@@ -19,10 +19,10 @@ from selfloop.engine.files.peft import LoadedAdapter
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.rope import RopeConfig, inverse_frequencies
 from selfloop.types.errors import OperationFailed
+from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.worker.gguf_names import architecture, gguf_name, heads_of, interleaved
 from selfloop.worker.gguf_tokenizer import add_tokenizer
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROPE_FREQS = "rope_freqs.weight"
 
 _STORED = {
@@ -48,13 +48,11 @@ def write_gguf(
         OperationFailed: the format cannot say this model, or a value does not fit ``dtype``.
     """
     config = read_config(model_dir)
-    source = SafetensorsSource(model_dir)
+    source = SafetensorsSource(model_dir, config)
     deltas = Deltas(adapter)
-    stored = {name: name for name in sorted(source.names()) if gguf_name(name, config) is not None}
-    if config.tie_word_embeddings:
-        stored.pop(_HEAD, None)
-        if _HEAD in deltas:
-            stored[_HEAD] = _EMBEDDING
+    stored = {name: name for name in sorted(source.names())}
+    if config.tie_word_embeddings and HEAD in deltas:
+        stored[HEAD] = EMBEDDING
     with _opened(path, config) as writer:
         _add_shape(writer, config)
         add_tokenizer(writer, model_dir, config.vocab_size, config.eos_token_ids)

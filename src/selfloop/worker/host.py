@@ -44,7 +44,7 @@ from selfloop.worker.host_protocol import (
     peer_user,
     to_line,
 )
-from selfloop.worker.process import Model, load_model, run_worker
+from selfloop.worker.process import Model, load_failure, load_model, run_worker
 
 log = logging.getLogger("selfloop.worker")
 
@@ -138,12 +138,12 @@ class Host:
             record.unlink(missing_ok=True)
         shutil.rmtree(path.parent, ignore_errors=True)
 
-    def refuse(self, cause: str) -> None:
+    def refuse(self, cause: str, error_class: str) -> None:
         """Tell the gateways that wait for us why there is no model."""
         for connection in self._waiting:
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(_MESSAGE_S)
-                _say(connection, HostFailed(cause))
+                _say(connection, HostFailed(cause, error_class))
 
     def _serve(self, connection: socket.socket) -> None:
         connection.settimeout(_MESSAGE_S)
@@ -300,7 +300,7 @@ def main() -> None:
             host.hold()
         except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
             log.exception("cannot load %s", options.model_dir)
-            host.refuse(f"{type(error).__name__}: {error}")
+            host.refuse(*load_failure(error))
             raise SystemExit(1) from error
     host.run()
     host.leave(options.record)

@@ -211,9 +211,9 @@ class WorkerHost:
             case HostReady():
                 if not self._greeted.done():
                     self._greeted.set_result(None)
-            case HostFailed(cause):
+            case HostFailed(cause, error_class):
                 if not self._greeted.done():
-                    self._greeted.set_exception(OperationFailed(cause, "LoadFailed"))
+                    self._greeted.set_exception(OperationFailed(cause, error_class))
                 self.end()
             case Forked(pid):
                 if self._forked is not None and not self._forked.done():

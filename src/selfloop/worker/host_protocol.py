@@ -32,9 +32,10 @@ class HostReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class HostFailed(msgspec.Struct, frozen=True, tag=True):
-    """The base model cannot be loaded; the host exits."""
+    """The base model cannot be loaded; the host exits. ``error_class`` tells whether it ever can."""
 
     cause: str
+    error_class: str = "LoadFailed"
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # the HTTP library differs between its releases
 
 from selfloop.types.errors import BadRequest, Denied, NotFound, NotReady
-from selfloop.types.model_folder import PUBLIC_FILES, WEIGHTS_INDEX, check_config
+from selfloop.types.model_folder import PUBLIC_FILES, check_config
+from selfloop.types.model_weights import WEIGHTS_FILE, WEIGHTS_INDEX, weight_names
 
 Report = Callable[[str, float], None]
 
@@ -59,22 +60,15 @@ def download(repo_id: str, revision: str | None, folder: Path, report: Report) -
 def _download(repo_id: str, revision: str | None, folder: Path, report: Report) -> None:
     info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    small = [name for name in sizes if name in PUBLIC_FILES]
-    weights = _weight_names(sizes)
-    if not weights:
+    if WEIGHTS_FILE not in sizes and WEIGHTS_INDEX not in sizes:
         raise BadRequest("base_model", f"{repo_id} has no safetensors weights; pickled ones are never loaded")
+    small = [name for name in sizes if name in PUBLIC_FILES or name == WEIGHTS_INDEX]
     snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=small)
     check_config(folder)
+    weights = weight_names(folder, sizes)
     with _progress(folder, sum(sizes[name] for name in [*small, *weights]), report):
         snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=weights)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def _weight_names(names: dict[str, int]) -> list[str]:
-    """The top-level safetensors, without the ``consolidated`` twins that some repositories carry."""
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    own = [name for name in found if name.startswith("model")] or found
-    return own + [name for name in names if name == WEIGHTS_INDEX]
 
 
 @contextmanager

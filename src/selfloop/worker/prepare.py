@@ -2,17 +2,21 @@
 
     python -m selfloop.worker.prepare embedded TARGET
     python -m selfloop.worker.prepare hub ORG/NAME TARGET [--revision REV]
-    python -m selfloop.worker.prepare folder PATH
+    python -m selfloop.worker.prepare folder PATH [--converted-into FOLDER]
 
 Stdout is JSON lines: ``{"stage": "weights", "fraction": 0.4}`` while it runs, and last either
 ``{"stage": "done", "fraction": 1.0, "facts": {...}}`` (exit 0) or ``{"error": "..."}`` (exit 1).
 
 ``TARGET`` appears only when it is whole. The work happens in a sibling, under a lock that ends with the
 process; whoever comes second waits and finds the folder there.
+
+Nothing is served that the worker could not load: its own code looks at configuration, headers and tokenizer here. A
+tokenizer that is not in the form of ``tokenizer.json`` is converted to it, as transformers does.
 """
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -25,9 +29,18 @@ from typing import NoReturn
 import msgspec
 
 from selfloop.types.digests import seal
-from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.errors import BadRequest, OperationFailed, SelfloopError
 from selfloop.types.folders import check_links
-from selfloop.types.model_folder import ModelFacts, read_facts
+from selfloop.types.model_folder import (
+    CHAT_TEMPLATES_FOLDER,
+    TOKENIZER_FILE,
+    ModelFacts,
+    read_facts,
+    snapshot_sha,
+    tokenizer_files,
+    weight_files,
+)
+from selfloop.worker.slow_tokenizer import check_tokenizer, convert_tokenizer
 
 Report = Callable[[str, float], None]
 """Called with a stage and the fraction of the whole that is done."""
@@ -53,14 +66,35 @@ def prepare_hub(repo_id: str, revision: str | None, target: Path, report: Report
     return _build(target, lambda staging: download(repo_id, revision, staging, report))
 
 
-def prepare_folder(path: Path, report: Report) -> ModelFacts:
-    """A local model, served where it lies: checked, never copied."""
+def prepare_folder(path: Path, converted_into: Path | None, report: Report) -> ModelFacts:
+    """A local model, served where it lies: checked, never copied or written to.
+
+    One whose tokenizer must be converted gets a folder of its own in ``converted_into``: the tokenizer, copies of the
+    other small files, and links to the weights.
+    """
     report("check", 0.0)
     facts = read_facts(path)
     check_links(facts.path, "base_model")
-    if not (facts.path / "tokenizer.json").is_file():
-        _check_tokenizer_converts(facts.path)
-    return facts
+    _check_model(facts.path)
+    if (facts.path / TOKENIZER_FILE).is_file():
+        check_tokenizer(facts.path)
+        return facts
+    if converted_into is None:
+        raise BadRequest("base_model", f"{facts.path} has no {TOKENIZER_FILE}")
+    report("convert", 0.0)
+    tag = hashlib.sha256(f"{facts.path}\0{snapshot_sha(facts.path)}".encode()).hexdigest()[:12]
+    return _build(converted_into / f"{facts.path.name}.{tag}", lambda staging: _link(facts.path, staging))
+
+
+def _link(source: Path, staging: Path) -> None:
+    shutil.rmtree(staging)
+    staging.mkdir()
+    for name in tokenizer_files(source):
+        shutil.copyfile(source / name, staging / name)
+    if (templates := source / CHAT_TEMPLATES_FOLDER).is_dir():
+        shutil.copytree(templates, staging / CHAT_TEMPLATES_FOLDER)
+    for name in weight_files(source):
+        (staging / name).symlink_to(source / name)
 
 
 def _build(target: Path, build: Callable[[Path], None]) -> ModelFacts:
@@ -72,6 +106,10 @@ def _build(target: Path, build: Callable[[Path], None]) -> ModelFacts:
             staging.mkdir(exist_ok=True)
             build(staging)
             read_facts(staging)
+            _check_model(staging)
+            if not (staging / TOKENIZER_FILE).is_file():
+                convert_tokenizer(staging)
+            check_tokenizer(staging)
             seal(staging)
             _fsync_tree(staging)
             staging.rename(target)
@@ -100,13 +138,15 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_tokenizer_converts(path: Path) -> None:
-    from transformers import AutoTokenizer
+def _check_model(path: Path) -> None:
+    """Refuse what the engine would refuse to load."""
+    # More than a second of imports, for which a download need not wait.
+    from selfloop.engine.files.base_weights import check_model
 
     try:
-        AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:
-        raise BadRequest("base_model", f"the tokenizer of {path} cannot be read: {error}") from error
+        check_model(path)
+    except OperationFailed as error:
+        raise BadRequest("base_model", str(error)) from error
 
 
 def _print_progress(stage: str, fraction: float) -> None:
@@ -124,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     hub.add_argument("--revision")
     folder = sources.add_parser("folder")
     folder.add_argument("path", type=Path)
+    folder.add_argument("--converted-into", type=Path)
     return parser
 
 
@@ -132,7 +173,7 @@ def _prepare(args: argparse.Namespace) -> ModelFacts:
         return prepare_embedded(args.target, _print_progress)
     if args.source == "hub":
         return prepare_hub(args.repo_id, args.revision, args.target, _print_progress)
-    return prepare_folder(args.path, _print_progress)
+    return prepare_folder(args.path, args.converted_into, _print_progress)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ from selfloop.engine.engine import Engine
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.models.config import read_config
 from selfloop.types.digests import check_folder
+from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
 from selfloop.worker.background import Pulse
 from selfloop.worker.chat import ChatTemplate
 from selfloop.worker.drawing import SamplingDesk
@@ -44,7 +45,10 @@ def load_model(
 ) -> Model:
     """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
     check_folder(model_dir)
-    tokenizer = ModelTokenizer.load(model_dir)
+    try:
+        tokenizer = ModelTokenizer.load(model_dir)
+    except Exception as error:  # The library raises the base class for every file that it cannot read.
+        raise model_invalid(f"the tokenizer of {model_dir} cannot be read: {error}") from error
     chat = ChatTemplate.load(model_dir, tokenizer)
     config = read_config(model_dir)
     engine = Engine.load(
@@ -60,6 +64,13 @@ def load_model(
     return Model(engine, tokenizer, chat)
 
 
+def load_failure(error: Exception) -> tuple[str, str]:
+    """Why a model could not be loaded, and the kind of error: its folder's, or one that may pass."""
+    if isinstance(error, OperationFailed) and error.error_class == MODEL_INVALID:
+        return str(error), MODEL_INVALID
+    return f"{type(error).__name__}: {error}", "LoadFailed"
+
+
 def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
     """Serve the gateway at ``order``'s addresses to the end; raises SystemExit when the model cannot be loaded."""
     pulse = Pulse(order.pulse_address)
@@ -73,7 +84,7 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
         engine, tokenizer, chat = load()
     except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
         log.exception("cannot load the model")
-        outbox.send(LoadFailed(f"{type(error).__name__}: {error}"))
+        outbox.send(LoadFailed(*load_failure(error)))
         socket.close(linger=2000)
         zmq.Context.instance().term()
         raise SystemExit(1) from error

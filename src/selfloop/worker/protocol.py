@@ -159,9 +159,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """The base model cannot be served; the worker exits."""
+    """The base model cannot be served; the worker exits. ``error_class`` tells whether it ever can."""
 
     cause: str
+    error_class: str = "LoadFailed"
 
 
 class Partial(msgspec.Struct, frozen=True, tag=True):

@@ -8,7 +8,7 @@ import pytest
 
 from selfloop.control import workers
 from selfloop.control.workers import WorkerSlot
-from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.errors import OperationFailed, WorkerLost, model_invalid
 from selfloop.worker.client import WorkerClient
 from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.protocol import ModelInfo
@@ -77,6 +77,21 @@ def slot_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> WorkerSlot:
 
     monkeypatch.setattr(workers, "find_or_launch", launched)
     return WorkerSlot("tiny", prepare, lambda _name, _folder: cast(WorkerCommand, None), on_state)
+
+
+class UnloadableHost(Host):
+    """One whose model can never be loaded."""
+
+    async def ready(self) -> None:
+        raise model_invalid("hidden_act 'gelu' is not supported")
+
+
+async def test_whoever_asks_soon_after_hears_the_same_kind_of_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = slot_on(UnloadableHost(), monkeypatch)
+    for _ in range(2):
+        with pytest.raises(OperationFailed, match="gelu") as failed:
+            await slot.acquire()
+        assert failed.value.error_class == "ModelInvalid"
 
 
 @pytest.mark.parametrize(

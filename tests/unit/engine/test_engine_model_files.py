@@ -64,8 +64,9 @@ def test_unsupported_models_are_refused_by_name(changes, message):
 
 
 def test_a_window_that_is_never_in_force_is_fine():
-    parse_config(RAW | {"model_type": "mistral", "sliding_window": 64}, {})
-    parse_config(RAW | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, {})
+    raw = RAW | {"num_key_value_heads": 2}
+    parse_config(raw | {"model_type": "mistral", "sliding_window": 64}, {})
+    parse_config(raw | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, {})
 
 
 def test_missing_fields_are_named():

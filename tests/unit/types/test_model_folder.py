@@ -9,6 +9,7 @@ import pytest
 
 from selfloop.types import model_folder
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_weights import WEIGHTS_INDEX
 
 CONFIG = {"model_type": "llama", "vocab_size": 16, "max_position_embeddings": 64, "eos_token_id": 2}
 SHAPES = {"model.embed_tokens.weight": [16, 4], "model.norm.weight": [4]}
@@ -66,16 +67,18 @@ def test_shards_are_those_of_the_index(folder: Path):
     (folder / "model.safetensors").unlink()
     write_safetensors(folder / "a.safetensors", {"model.norm.weight": [4]})
     write_safetensors(folder / "consolidated.safetensors", SHAPES)
-    index = folder / model_folder.WEIGHTS_INDEX
+    index = folder / WEIGHTS_INDEX
     index.write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
     assert model_folder.read_facts(folder).num_parameters == 4
+    assert model_folder.weight_files(folder) == ["a.safetensors", WEIGHTS_INDEX]
     index.write_text('{"weight_map": {"model.norm.weight": "b.safetensors"}}')
     assert "'b.safetensors', which is not in the folder" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", ".."])
 def test_an_index_cannot_point_outside(folder: Path, name: str):
-    (folder / model_folder.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
+    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
     assert "not in the folder" in refused(folder)
 
 

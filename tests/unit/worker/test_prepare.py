@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,17 +10,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
 
+import served_model
 from selfloop.server.hub import RealHub, router
 from selfloop.types.errors import BadRequest
-from selfloop.types.model_folder import ModelFacts, read_facts
+from selfloop.types.model_folder import ModelFacts, read_facts, tokenizer_files
+from selfloop.types.model_weights import weight_names
 from selfloop.worker import prepare
+from selfloop.worker.chat import ChatTemplate
+from selfloop.worker.tokens import ModelTokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -31,16 +35,8 @@ def run(*args: str, **env: str) -> tuple[int, list[dict]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    config = {"model_type": "qwen2", "vocab_size": 3, "max_position_embeddings": 8, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file({"model.norm.weight": np.zeros(4, np.float32)}, folder / "model.safetensors")
-    return folder
+def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_model_folder, tmp_path / "tiny")
 
 
 class Hub:
@@ -73,7 +69,7 @@ def test_a_local_folder_is_served_where_it_lies(folder: Path):
     assert code == 0
     assert lines[-1]["stage"] == "done"
     assert lines[-1]["facts"]["path"] == str(folder)
-    assert lines[-1]["facts"]["num_parameters"] == 4
+    assert lines[-1]["facts"]["vocab_size"] == served_model.VOCAB_SIZE
     assert sorted(folder.iterdir()) == before
 
 
@@ -88,7 +84,106 @@ def test_a_tokenizer_that_cannot_be_converted_is_refused(folder: Path):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"nothing of the kind")
     with pytest.raises(BadRequest, match="tokenizer"):
-        prepare.prepare_folder(folder, lambda stage, fraction: None)
+        prepare.prepare_folder(folder, folder.parent / "models", lambda stage, fraction: None)
+
+
+def slow_tokenizer(folder: Path) -> Tokenizer:
+    """Leave only vocabulary and merges, as older folders have them; gives what they mean to transformers."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in raw["model"]["merges"]))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def merging(folder: Path) -> Path:
+    """The tiny model with a tokenizer that merges."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"] |= {"he": 259, "Ġt": 260, "Ġthe": 261, "th": 262}
+    raw["model"]["merges"] = [["h", "e"], ["Ġ", "t"], ["Ġt", "he"], ["t", "h"]]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return folder
+
+
+TEXT = "  The cat, the\n\thearth 12 <|im_start|>user žluťoučký 🦜<|endoftext|>"
+
+
+def test_a_slow_tokenizer_is_converted_beside_the_folder(merging: Path, tmp_path: Path):
+    expected = slow_tokenizer(merging)
+    (merging / "additional_chat_templates").mkdir()
+    (merging / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    before = {file.name: file.read_bytes() for file in merging.iterdir() if file.is_file()}
+    code, lines = run("folder", str(merging), "--converted-into", str(tmp_path / "models"))
+    assert code == 0, lines
+    served = Path(lines[-1]["facts"]["path"])
+    assert served.parent == tmp_path / "models"
+    assert {file.name: file.read_bytes() for file in merging.iterdir() if file.is_file()} == before
+    assert ModelTokenizer.load(served).encode(TEXT, add_special_tokens=False) == expected.encode(TEXT)
+    assert AutoTokenizer.from_pretrained(served).encode(TEXT) == expected.encode(TEXT)
+    assert 261 in expected.encode(TEXT)
+    assert (served / "model.safetensors").resolve() == merging / "model.safetensors"
+    assert ChatTemplate.load(served, ModelTokenizer.load(served))._templates["tool_use"] == "with tools"
+    assert "tokenizer.json" in tokenizer_files(served)
+    # The same folder again is the same model; another state of it is another.
+    assert run("folder", str(merging), "--converted-into", str(tmp_path / "models"))[1][-1] == lines[-1]
+    (merging / "chat_template.jinja").write_text("another")
+    again = run("folder", str(merging), "--converted-into", str(tmp_path / "models"))[1][-1]["facts"]["path"]
+    assert (Path(again) / "chat_template.jinja").read_text() == "another"
+
+
+def test_a_slow_tokenizer_from_a_hub_is_converted(hub: str, merging: Path, tmp_path: Path):
+    expected = slow_tokenizer(merging)
+    target = tmp_path / "models" / "org--tiny"
+    code, lines = run("hub", "org/tiny", str(target), HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "home"))
+    assert code == 0, lines
+    assert ModelTokenizer.load(target).encode(TEXT, add_special_tokens=False) == expected.encode(TEXT)
+
+
+def test_the_weights_that_a_converted_folder_links_to_may_go(merging: Path, tmp_path: Path):
+    slow_tokenizer(merging)
+    served = prepare.prepare_folder(merging, tmp_path / "models", lambda stage, fraction: None).path
+    shutil.rmtree(merging)
+    with pytest.raises(BadRequest, match=r"link to .*tiny/model\.safetensors, which is gone"):
+        read_facts(served)
+
+
+def test_a_tokenizer_that_the_worker_cannot_read_is_refused(folder: Path, tmp_path: Path):
+    (folder / "tokenizer.json").write_text("{}")
+    assert "the tokenizer of" in run("folder", str(folder), "--converted-into", str(tmp_path))[1][-1]["error"]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "have no known bytes" in run("folder", str(folder), "--converted-into", str(tmp_path))[1][-1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope scaling 'dynamic'"),
+        ({"model_type": "mistral", "sliding_window": 32}, "sliding window attention"),
+        ({"num_hidden_layers": 3}, "lacks 9 tensors"),
+    ],
+)
+def test_what_the_engine_cannot_load_is_refused(change: dict, reason: str, folder: Path, tmp_path: Path):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    code, lines = run("folder", str(folder), "--converted-into", str(tmp_path / "models"))
+    assert code == 1
+    assert reason in lines[-1]["error"]
+
+
+def test_a_hub_repository_with_two_models_is_refused_before_its_weights_come(hub: str, folder: Path, tmp_path: Path):
+    shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    names = {file.name: file.stat().st_size for file in folder.iterdir()}
+    with pytest.raises(BadRequest, match="has both"):
+        weight_names(folder, names)
+    del names["model.safetensors"]
+    assert weight_names(folder, names) == ["model-00001-of-00001.safetensors"]
 
 
 def test_download_from_a_hub(hub: str, folder: Path, tmp_path: Path):
@@ -96,7 +191,7 @@ def test_download_from_a_hub(hub: str, folder: Path, tmp_path: Path):
     code, lines = run("hub", "org/tiny", str(target), HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "home"))
     assert code == 0, lines
     assert sorted(file.name for file in target.iterdir()) == sorted(file.name for file in folder.iterdir())
-    assert lines[-1]["facts"]["model_type"] == "qwen2"
+    assert lines[-1]["facts"]["model_type"] == "llama"
     assert [file.name for file in target.parent.iterdir() if file.name != ".org--tiny.lock"] == ["org--tiny"]
 
 

@@ -1,7 +1,6 @@
 """The model catalogue: which base models may be named here, and where their files lie."""
 
 import asyncio
-import functools
 import logging
 import re
 import time
@@ -9,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+
+import msgspec
 
 from selfloop.control.programs import run_program
 from selfloop.control.resources.model_paths import ModelPaths
@@ -48,6 +49,7 @@ class Catalogue:
         self._paths = ModelPaths(data_dir)
         self._locks: dict[str, asyncio.Lock] = {}
         self._known: dict[str, ModelRow] = {}
+        self._facts: dict[str, ModelFacts] = {}
 
     async def seed(self) -> None:
         """Put the embedded model in a new catalogue; find the models of a data directory that was moved."""
@@ -64,7 +66,7 @@ class Catalogue:
     async def described(self) -> list[Model]:
         """Every name that can be used, aliases included, with what it stands for."""
         models, aliases = await self.entries()
-        by_name = {row.name: self._describe_or_blank(row) for row in models}
+        by_name = {row.name: await self._describe_or_blank(row) for row in models}
         named = [replace(by_name[row.model_name], name=row.alias) for row in aliases]
         return [*by_name.values(), *named]
 
@@ -90,7 +92,7 @@ class Catalogue:
             known = ", ".join([m.name for m in models] + [a.alias for a in aliases])
             hint = f"known here: {known}. Add one with `selfloop models add`, or serve one under this name too"
             raise NotFound(field, name, f"{hint}: `selfloop models add <name> --alias {name}`")
-        return self._describe(row)
+        return await self._describe(row)
 
     async def same_model(self, name: str, expected: str, field: str) -> None:
         """Check that both names mean one base model; raises :class:`BadRequest` for ``field`` otherwise."""
@@ -113,7 +115,8 @@ class Catalogue:
     async def report_missing(self) -> None:
         """Put in the log which models cannot be loaded, and why."""
         models, _ = await self.entries()
-        for model in map(self._describe_or_blank, models):
+        for row in models:
+            model = await self._describe_or_blank(row)
             if (reason := self.missing(model)) is not None:
                 log.warning("%s cannot be loaded: %s", model.name, reason)
 
@@ -188,7 +191,7 @@ class Catalogue:
                     raise BadRequest("alias", f"a name that is free; {alias} already names another model")
                 if taken is None:
                     session.add(AliasRow(alias=alias, model_name=row.name))
-        return self._describe(row)
+        return await self._describe(row)
 
     async def _new_row(
         self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
@@ -196,9 +199,9 @@ class Catalogue:
         path = Path(source).expanduser()
         if path.is_dir():
             path = path.resolve()
-            await run_prepare(["folder", str(path)], on_progress)
+            found = await run_prepare(["folder", str(path), "--converted-into", str(self._paths.folder)], on_progress)
             row = ModelRow(
-                name=name or path.name, source="folder", path=self._paths.stored(path), created_at=time.time()
+                name=name or path.name, source="folder", path=self._paths.stored(Path(found)), created_at=time.time()
             )
         elif _NAME.fullmatch(source) and "/" in source:
             target = self._paths.target(source)
@@ -221,6 +224,23 @@ class Catalogue:
             session.add(row)
         return row
 
+    async def _describe(self, row: ModelRow) -> Model:
+        if row.path is None:
+            assert row.source == "embedded", row.name
+            return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
+        facts = self._facts.get(row.path)
+        if facts is None:
+            # Asked for with every operation, and a served folder does not change under a running server.
+            facts = self._facts[row.path] = await asyncio.to_thread(read_facts, self._paths.resolved(row.path))
+        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
+
+    async def _describe_or_blank(self, row: ModelRow) -> Model:
+        """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""
+        try:
+            return await self._describe(row)
+        except BadRequest:
+            return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0)
+
     async def _row(self, name: str) -> ModelRow | None:
         if (known := self._known.get(name)) is not None:
             return known
@@ -233,26 +253,6 @@ class Catalogue:
             # Asked for with every operation; a name keeps its meaning, and a model its folder once it has one.
             self._known[name] = row
         return row
-
-    def _describe(self, row: ModelRow) -> Model:
-        if row.path is None:
-            assert row.source == "embedded", row.name
-            return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
-        facts = _facts(self._paths.resolved(row.path))
-        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
-
-    def _describe_or_blank(self, row: ModelRow) -> Model:
-        """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""
-        try:
-            return self._describe(row)
-        except BadRequest:
-            return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0)
-
-
-@functools.cache
-def _facts(path: Path) -> ModelFacts:
-    # Asked for with every operation, and a served folder does not change under a running server.
-    return read_facts(path)
 
 
 def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:
@@ -268,10 +268,19 @@ def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, 
     return report
 
 
-async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, float], None]) -> None:
-    """Run the preparing program to its end. Raises :class:`OperationFailed` with what it said."""
+class _Prepared(msgspec.Struct):
+    path: str
+
+
+async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, float], None]) -> str:
+    """Run the preparing program to its end; gives the folder that is served.
+
+    Raises:
+        OperationFailed: with what it said.
+    """
     try:
-        await run_program(await launch_prepare(*arguments), on_progress)
+        facts = await run_program(await launch_prepare(*arguments), on_progress)
+        return msgspec.json.decode(facts, type=_Prepared).path
     except OperationFailed as error:
         log.warning("preparing %s failed", " ".join(arguments))
         raise OperationFailed(f"the model's files could not be prepared: {error}", "PrepareFailed") from error

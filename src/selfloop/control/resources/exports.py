@@ -19,7 +19,6 @@ from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
 from selfloop.types.ids import is_id, new_id
-from selfloop.types.lora_size import untied_numbers
 from selfloop.types.model_folder import read_facts, tokenizer_files
 from selfloop.types.uris import parse_checkpoint_uri
 from selfloop.worker.launch_local import launch_adapters
@@ -157,7 +156,7 @@ def _needed(folder: Path, model_dir: Path, format: Format, dtype: GgufDtype | No
     if format != "peft":
         others = sum((model_dir / name).stat().st_size for name in tokenizer_files(model_dir))
         facts = read_facts(model_dir)
-        numbers = facts.num_parameters + (untied_numbers(model_dir) if _changes_head(folder) else 0)
+        numbers = facts.num_parameters + (facts.num_tied if _changes_head(folder) else 0)
         stored_bytes = facts.size_bytes * numbers // facts.num_parameters
         return others + (stored_bytes if dtype is None else numbers * _DTYPE_BYTES[dtype])
     return sum(path.stat().st_size for path in folder.glob("adapter_*"))

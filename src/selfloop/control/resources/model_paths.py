@@ -17,9 +17,14 @@ class ModelPaths:
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
 
+    @property
+    def folder(self) -> Path:
+        """Where the models are that we prepare ourselves."""
+        return self._data_dir / _FOLDER
+
     def target(self, model_name: str) -> Path:
         """Where we put the files of a model that we prepare ourselves."""
-        return self._data_dir / _FOLDER / model_name.replace("/", "--")
+        return self.folder / model_name.replace("/", "--")
 
     def stored(self, path: Path) -> str:
         """An absolute path as a row has it."""

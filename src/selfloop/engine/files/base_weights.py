@@ -1,22 +1,26 @@
-"""Read a Hugging Face model folder into the decoder's layout, one tensor at a time."""
+"""Read a Hugging Face model folder into the decoder's layout, one tensor at a time.
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+Which files and tensors it means is read by :mod:`selfloop.types.model_weights`; here they become the decoder's.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfloop.engine.lora.targets import LinearGroup, linear_groups
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.models.decoder import BaseWeights, LayerWeights
 from selfloop.engine.models.linear import FrozenLinear, Layout
-from selfloop.types.errors import OperationFailed
+from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
+from selfloop.types.model_weights import EMBEDDING, HEAD, ModelWeights, read_weights
+from selfloop.types.safetensors_header import StoredTensor
 
-INDEX_FILE = "model.safetensors.index.json"
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What base weights may be stored in."""
 
 
 class _Destinations:
@@ -42,25 +46,79 @@ class _Destinations:
 def load_base_weights(
     model_dir: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, layout: Layout = "plain"
 ) -> BaseWeights:
-    """Load ``*.safetensors`` (with or without an index) in ``dtype``, laid out as ``layout`` says.
+    """Load a model folder's weights in ``dtype``, laid out as ``layout`` says.
 
     Raises:
         OperationFailed: files or tensors are missing, unexpected, misshapen or unreadable.
     """
+    source = SafetensorsSource(model_dir, config)
     places = _Destinations(device, dtype)
     weights = _allocate(config, places)
-    remaining = dict(places.slots)
-    unexpected: list[str] = []
-    for path in weight_files(model_dir):
-        unexpected += _fill_from(path, remaining)
-    if config.tie_word_embeddings:
-        unexpected = [name for name in unexpected if name != "lm_head.weight"]
-    if remaining:
-        raise OperationFailed(f"{model_dir} lacks {len(remaining)} tensors, e.g. {sorted(remaining)[:3]}")
-    if unexpected:
-        raise OperationFailed(f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}")
+    _fill(places, source)
     _finish(config, weights, layout)
     return weights
+
+
+def check_model(model_dir: Path) -> ModelConfig:
+    """Refuse, by configuration and headers alone, what :func:`load_base_weights` would.
+
+    Raises:
+        OperationFailed: as when the model is loaded.
+    """
+    config = read_config(model_dir)
+    stored_weights(model_dir, config)
+    return config
+
+
+def stored_weights(model_dir: Path, config: ModelConfig) -> ModelWeights:
+    """Where the folder's weights lie: every tensor of ``config`` is there in its shape, and no other.
+
+    Raises:
+        OperationFailed: they are not the weights of this model.
+    """
+    try:
+        weights = read_weights(model_dir, tie=config.tie_word_embeddings)
+    except BadRequest as error:
+        raise model_invalid(error.expected) from error
+    if config.num_layers > len(weights.tensors):
+        raise model_invalid(f"{model_dir} has {len(weights.tensors)} tensors for {config.num_layers} layers")
+    shapes = _expected_shapes(config)
+    absent = sorted(shapes.keys() - weights.tensors.keys())
+    if absent:
+        raise model_invalid(f"{model_dir} lacks {len(absent)} tensors, e.g. {absent[:3]}{_hint(absent, weights)}")
+    unexpected = sorted(weights.tensors.keys() - shapes.keys())
+    if unexpected:
+        files = sorted({weights.tensors[name].file.name for name in unexpected})
+        raise model_invalid(
+            f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}, in {', '.join(files[:3])}"
+        )
+    for name, shape in shapes.items():
+        _check_stored(weights.tensors[name], name, shape)
+    return weights
+
+
+def _check_stored(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise model_invalid(f"{name} has shape {list(stored.shape)}, expected {list(shape)} ({stored.file.name})")
+    if stored.dtype not in DTYPES:
+        raise model_invalid(
+            f"{name} is {stored.dtype}; quantized base weights are not supported, only {', '.join(DTYPES)}"
+        )
+
+
+def _hint(absent: list[str], weights: ModelWeights) -> str:
+    if all(name.removeprefix("model.") in weights.tensors for name in absent):
+        return "; its names lack the prefix 'model.': save the whole causal language model, not its decoder alone"
+    if absent == [HEAD]:
+        return "; tie_word_embeddings is false in its config.json, so it needs an output layer of its own"
+    return ""
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by name, as Hugging Face checkpoints have it."""
+    places = _Destinations(torch.device("meta"), torch.float32)
+    _allocate(config, places)
+    return {name: tuple(place.shape) for name, place in places.slots.items()}
 
 
 def random_base_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> BaseWeights:
@@ -92,24 +150,27 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The weight files of a model folder."""
+    """The weights of a model folder, checked against its config."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self._files = {name: path for path in weight_files(model_dir) for name in _names(path)}
+    def __init__(self, model_dir: Path, config: ModelConfig) -> None:
+        self.weights = stored_weights(model_dir, config)
 
     def names(self) -> Collection[str]:
-        return self._files.keys()
+        return self.weights.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self.weights.tensors[name].shape
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for path in sorted({self._files[name] for name in names}):
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if self._files[name] == path:
-                        yield name, file.get_tensor(name)
+        wanted: Mapping[str, StoredTensor] = {name: self.weights.tensors[name] for name in names}
+        for path in self.weights.files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name, stored in wanted.items():
+                        if stored.file == path:
+                            yield name, file.get_tensor(stored.name)
+            except SafetensorError as error:
+                raise model_invalid(f"{path} cannot be read: {error}") from error
 
 
 def open_base_weights(source: TensorSource, config: ModelConfig, dtype: torch.dtype) -> BaseWeights:
@@ -119,7 +180,7 @@ def open_base_weights(source: TensorSource, config: ModelConfig, dtype: torch.dt
     """
     places = _Destinations(torch.device("cpu"), dtype)
     vocab_hidden = config.vocab_size, config.hidden_size
-    embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
+    embedding_VD = places.alone(EMBEDDING, *vocab_hidden)
     weights = BaseWeights(
         embedding_VD=embedding_VD,
         layers=_LayersOnDisk(config, source, dtype),
@@ -162,14 +223,6 @@ class _LayersOnDisk(Sequence[LayerWeights]):
         return layer
 
 
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise OperationFailed(f"{path} cannot be read: {error}") from error
-
-
 def _fill(places: _Destinations, source: TensorSource) -> None:
     """Copy each place's tensor out of the source."""
     absent = sorted(places.slots.keys() - set(source.names()))
@@ -181,7 +234,7 @@ def _fill(places: _Destinations, source: TensorSource) -> None:
 
 def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:
     vocab_hidden = config.vocab_size, config.hidden_size
-    embedding_VD = places.alone("model.embed_tokens.weight", *vocab_hidden)
+    embedding_VD = places.alone(EMBEDDING, *vocab_hidden)
     return BaseWeights(
         embedding_VD=embedding_VD,
         layers=[_allocate_layer(config, f"model.layers.{i}", places) for i in range(config.num_layers)],
@@ -194,7 +247,7 @@ def _allocate(config: ModelConfig, places: _Destinations) -> BaseWeights:
 def _allocate_head(config: ModelConfig, embedding_VD: Tensor, places: _Destinations) -> FrozenLinear:
     if config.tie_word_embeddings:
         return FrozenLinear(embedding_VD)
-    return FrozenLinear(places.alone("lm_head.weight", config.vocab_size, config.hidden_size))
+    return FrozenLinear(places.alone(HEAD, config.vocab_size, config.hidden_size))
 
 
 def _allocate_layer(config: ModelConfig, prefix: str, places: _Destinations) -> LayerWeights:
@@ -232,38 +285,6 @@ def _spread_qk_norm(config: ModelConfig, layer: LayerWeights) -> None:
         q_Hd, k_Gd = layer.qk_norm_Hd.split([config.num_heads, config.num_kv_heads])
         q_Hd[1:] = q_Hd[0].clone()
         k_Gd[1:] = k_Gd[0].clone()
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The files that hold the weights: those of the index, or without one every ``*.safetensors``."""
-    index = model_dir / INDEX_FILE
-    if not index.is_file():
-        paths = sorted(model_dir.glob("*.safetensors"))
-        if not paths:
-            raise OperationFailed(f"{model_dir} holds no *.safetensors")
-        return paths
-    raw: dict[str, Any] = json.loads(index.read_text())
-    paths = [model_dir / name for name in sorted(set(raw["weight_map"].values()))]
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent:
-        raise OperationFailed(f"{INDEX_FILE} names files that are not there: {absent[:3]}")
-    return paths
-
-
-def _fill_from(path: Path, remaining: dict[str, Tensor]) -> list[str]:
-    """Copy the file's tensors into their places, which leave ``remaining``; returns names without one."""
-    unexpected: list[str] = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
-                place = remaining.pop(name, None)
-                if place is not None:
-                    _copy(name, file.get_tensor(name), place)
-                elif not name.endswith(_IGNORED_SUFFIX):
-                    unexpected.append(name)
-    except SafetensorError as error:
-        raise OperationFailed(f"{path} cannot be read: {error}") from error
-    return unexpected
 
 
 def _copy(name: str, source: Tensor, place: Tensor) -> None:

@@ -59,7 +59,8 @@ def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: ModelOnDisk, stor
 
 def model_in(folder: Path) -> ModelOnDisk:
     """The model of a Hugging Face folder."""
-    return ModelOnDisk(read_config(folder), SafetensorsSource(folder))
+    config = read_config(folder)
+    return ModelOnDisk(config, SafetensorsSource(folder, config))
 
 
 def _logits(model: ModelOnDisk, adapter: Adapter | None) -> Tensor:

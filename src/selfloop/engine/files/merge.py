@@ -1,12 +1,12 @@
 """A base model's weights with an adapter added to them: W + scaling * B A.
 
-Written files are those of the base, header for header: same names, same shards, same dtypes. Only the bytes of the
-projections that the adapter changes are others, so one tensor is in memory at a time. An output layer that the base
-ties to its embedding becomes a tensor of its own when the adapter changes it, last in the embedding's file.
+Written files are those of the base: same shards, same dtypes, same order. Only the bytes of the projections that the
+adapter changes are others, so one tensor is in memory at a time. An output layer that the base ties to its embedding
+becomes a tensor of its own when the adapter changes it, last in the embedding's file. Names are the model's own, and
+the configuration that is written says whether the two are tied, also where that of the base does not.
 """
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from io import BufferedReader, BufferedWriter
@@ -17,28 +17,17 @@ import msgspec
 import torch
 from torch import Tensor
 
-from selfloop.engine.files.base_weights import INDEX_FILE, weight_files
+from selfloop.engine.files.base_weights import DTYPES, stored_weights
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import LoadedAdapter
-from selfloop.engine.lora.targets import HEAD
+from selfloop.engine.lora.targets import HEAD as HEAD_MODULE
+from selfloop.engine.models.config import read_config
 from selfloop.types.errors import OperationFailed
+from selfloop.types.model_weights import EMBEDDING, HEAD
+from selfloop.types.safetensors_header import StoredTensor, read_metadata
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _CHUNK_BYTES = 16 * 2**20
 MODEL_CONFIG_FILE = "config.json"
-_HEAD, _EMBEDDING = f"{HEAD}.weight", "model.embed_tokens.weight"
-
-
-class _Stored(msgspec.Struct):
-    """Where a tensor lies in a safetensors file; offsets count from the end of the header."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
-
-    @property
-    def size(self) -> int:
-        return self.data_offsets[1] - self.data_offsets[0]
 
 
 class _Delta(NamedTuple):
@@ -81,6 +70,13 @@ class Deltas:
             raise OperationFailed(f"{model_dir} lacks {len(self._left)} tensors, e.g. {sorted(self._left)[:3]}")
 
 
+class _Written(NamedTuple):
+    """A tensor of the merged model, and the one of the base that it is made of."""
+
+    name: str
+    base: StoredTensor
+
+
 def write_merged(
     writer: DirectoryWriter, model_dir: Path, adapter: LoadedAdapter, on_bytes: Callable[[int], None]
 ) -> None:
@@ -93,69 +89,60 @@ def write_merged(
         OperationFailed: a file cannot be read, or a merged value does not fit the dtype.
     """
     deltas = Deltas(adapter)
-    config: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
-    untie = bool(config.get("tie_word_embeddings")) and _HEAD in deltas
-    added: tuple[str, int] | None = None
-    for path in weight_files(model_dir):
-        added_bytes = _write_file(path, writer.file(path.name), deltas, untie, on_bytes)
-        if added_bytes > 0:
-            added = path.name, added_bytes
-    deltas.check_used(model_dir)
-    if (model_dir / INDEX_FILE).is_file():
-        _write_index(writer, model_dir, added)
+    config = read_config(model_dir)
+    weights = stored_weights(model_dir, config)
+    written = [_Written(name, stored) for name, stored in weights.tensors.items()]
+    untie = config.tie_word_embeddings and HEAD in deltas
     if untie:
-        writer.json(MODEL_CONFIG_FILE, config | {"tie_word_embeddings": False})
+        written.append(_Written(HEAD, weights.tensors[EMBEDDING]))
+    for path in weights.files:
+        own = [tensor for tensor in written if tensor.base.file == path]
+        # A header says offsets in the order of its tensors; the head, which may share the embedding's bytes, is last.
+        own.sort(key=lambda tensor: (untie and tensor.name == HEAD, tensor.base.start))
+        _write_file(path, writer.file(path.name), own, deltas, on_bytes)
+    deltas.check_used(model_dir)
+    if weights.index is not None:
+        _write_index(writer, weights.index, written)
+    raw: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
+    tied = config.tie_word_embeddings and not untie
+    if bool(raw.get("tie_word_embeddings", False)) == tied:
+        writer.file(MODEL_CONFIG_FILE).write_bytes((model_dir / MODEL_CONFIG_FILE).read_bytes())
     else:
-        shutil.copyfile(model_dir / MODEL_CONFIG_FILE, writer.file(MODEL_CONFIG_FILE))
+        writer.json(MODEL_CONFIG_FILE, raw | {"tie_word_embeddings": tied})
 
 
-def _write_index(writer: DirectoryWriter, model_dir: Path, added: tuple[str, int] | None) -> None:
-    """``added`` is the file that got an output layer, and its bytes."""
-    if added is None:
-        shutil.copyfile(model_dir / INDEX_FILE, writer.file(INDEX_FILE))
-        return
-    index: dict[str, Any] = json.loads((model_dir / INDEX_FILE).read_bytes())
-    index["weight_map"][_HEAD] = added[0]
-    if "total_size" in index.get("metadata", {}):
-        index["metadata"]["total_size"] += added[1]
-    writer.json(INDEX_FILE, index)
+def _write_index(writer: DirectoryWriter, base_index: Path, written: list[_Written]) -> None:
+    raw: dict[str, Any] = json.loads(base_index.read_bytes())
+    metadata = raw.get("metadata")
+    sizes = {"total_size": sum(tensor.base.size for tensor in written)}
+    weight_map = {tensor.name: tensor.base.file.name for tensor in sorted(written)}
+    kept: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+    writer.json(base_index.name, {"metadata": kept | sizes, "weight_map": weight_map})
 
 
-def _write_file(path: Path, target_path: Path, deltas: Deltas, untie: bool, on_bytes: Callable[[int], None]) -> int:
-    """One weight file, merged; gives the bytes of an output layer that was added to it."""
+def _write_file(
+    path: Path, target_path: Path, tensors: list[_Written], deltas: Deltas, on_bytes: Callable[[int], None]
+) -> None:
     with path.open("rb") as source, target_path.open("wb") as target:
-        header = _read_header(path, source)
-        tensors: dict[str, Any] = json.loads(header)
-        metadata: Any = tensors.pop("__metadata__", None)
-        stored = msgspec.convert(tensors, dict[str, _Stored])
-        # What a tied model keeps under the head's name is never read.
-        kept = {name: place for name, place in stored.items() if not (untie and name == _HEAD)}
-        tied = kept.get(_EMBEDDING) if untie else None
-        if tied is not None or len(kept) < len(stored):
-            header = _header(kept if tied is None else {**kept, _HEAD: tied}, metadata)
+        header = _header(tensors, read_metadata(path))
         target.write(struct.pack("<Q", len(header)) + header)
-        start = source.tell()
-        for name, place in sorted(kept.items(), key=lambda item: item[1].data_offsets):
-            source.seek(start + place.data_offsets[0])
+        for name, base in tensors:
+            source.seek(base.start)
             if name in deltas:
-                target.write(_merged(name, _read(source, place.size), place, deltas))
+                target.write(_merged(name, _read(source, base.size), base, deltas))
             else:
-                _copy(source, target, place.size)
-            on_bytes(place.size)
-        if tied is None:
-            return 0
-        source.seek(start + tied.data_offsets[0])
-        target.write(_merged(_HEAD, _read(source, tied.size), tied, deltas))
-        return tied.size
+                _copy(source, target, base.size)
+            on_bytes(base.size)
 
 
-def _header(places: dict[str, _Stored], metadata: object) -> bytes:
-    """The header of a file with these tensors one after another: in the order of their offsets, the head last."""
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+def _header(tensors: list[_Written], metadata: dict[str, str]) -> bytes:
+    """The header of a file with these tensors one after another."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
-    for name, place in sorted(places.items(), key=lambda item: (item[0] == _HEAD, item[1].data_offsets)):
-        header[name] = _Stored(place.dtype, place.shape, (end, end + place.size))
-        end += place.size
+    for name, base in tensors:
+        offsets = (end, end + base.size)
+        header[name] = {"dtype": base.dtype, "shape": base.shape, "data_offsets": offsets}
+        end += base.size
     data = msgspec.json.encode(header)
     return data + b" " * (-len(data) % 8)
 
@@ -165,16 +152,9 @@ def _pairs(adapter: LoadedAdapter) -> dict[str, _Delta]:
     pairs: dict[str, dict[str, Tensor]] = {}
     for parameter in adapter.shape.named(adapter.theta_P):
         module = parameter.name.removesuffix("." + parameter.kind)
-        weight = f"{module if module == HEAD else 'model.' + module}.weight"
+        weight = f"{module if module == HEAD_MODULE else 'model.' + module}.weight"
         pairs.setdefault(weight, {})[parameter.kind] = parameter.view
     return {name: _Delta(pair["lora_A"], pair["lora_B"]) for name, pair in pairs.items()}
-
-
-def _read_header(path: Path, file: BufferedReader) -> bytearray:
-    (length,) = struct.unpack("<Q", _read(file, 8))
-    if length > path.stat().st_size - 8:
-        raise OperationFailed(f"{path} cannot be read: it is cut short")
-    return _read(file, length)
 
 
 def _read(file: BufferedReader, size: int) -> bytearray:
@@ -190,9 +170,7 @@ def _copy(source: BufferedReader, target: BufferedWriter, size: int) -> None:
         size -= _CHUNK_BYTES
 
 
-def _merged(name: str, data: bytearray, place: _Stored, deltas: Deltas) -> memoryview:
-    if place.dtype not in _DTYPES:
-        raise OperationFailed(f"{name} is {place.dtype}; only {sorted(_DTYPES)} can be merged")
-    dtype = _DTYPES[place.dtype]
-    merged_OI = deltas.added(name, torch.frombuffer(data, dtype=dtype).view(place.shape), dtype)
+def _merged(name: str, data: bytearray, base: StoredTensor, deltas: Deltas) -> memoryview:
+    dtype = DTYPES[base.dtype]
+    merged_OI = deltas.added(name, torch.frombuffer(data, dtype=dtype).view(base.shape), dtype)
     return merged_OI.view(torch.uint8).numpy().data

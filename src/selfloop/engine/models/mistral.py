@@ -8,4 +8,4 @@ from selfloop.engine.models.traits import FamilyTraits
 
 def traits(raw: Mapping[str, Any]) -> FamilyTraits:
     # An absent key means 4096 to transformers; null means none.
-    return FamilyTraits(sliding_window=raw.get("sliding_window", 4096))
+    return FamilyTraits(sliding_window=raw.get("sliding_window", 4096), num_kv_heads=8)

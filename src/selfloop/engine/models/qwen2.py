@@ -7,4 +7,4 @@ from selfloop.engine.models.traits import FamilyTraits, qwen_sliding_window
 
 
 def traits(raw: Mapping[str, Any]) -> FamilyTraits:
-    return FamilyTraits(qkv_bias=True, sliding_window=qwen_sliding_window(raw))
+    return FamilyTraits(qkv_bias=True, sliding_window=qwen_sliding_window(raw), num_kv_heads=32)

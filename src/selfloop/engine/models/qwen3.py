@@ -13,4 +13,6 @@ def traits(raw: Mapping[str, Any]) -> FamilyTraits:
         o_bias=attention_bias,
         qk_norm=True,
         sliding_window=qwen_sliding_window(raw),
+        num_kv_heads=32,
+        head_dim=128,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfloop.types.errors import OperationFailed
+from selfloop.types.errors import model_invalid
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     params: dict[str, Any] = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = str(params.get("rope_type", params.get("type", "default")))
     if kind not in _INVERSE_FREQUENCIES:
-        raise OperationFailed(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")
+        raise model_invalid(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")
     if params.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise OperationFailed("partial_rotary_factor other than 1 is not supported")
+        raise model_invalid("partial_rotary_factor other than 1 is not supported")
     max_position = raw["max_position_embeddings"]
     original = (
         raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings") or max_position

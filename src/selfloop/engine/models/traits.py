@@ -7,13 +7,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FamilyTraits:
-    """Differences between families; ``sliding_window`` is None when every layer sees the whole context."""
+    """Differences between families; ``sliding_window`` is None when every layer sees the whole context.
+
+    ``num_kv_heads`` and ``head_dim`` are what transformers takes where the config has no such key; None: what follows
+    from the other sizes.
+    """
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
 
 
 def qwen_sliding_window(raw: Mapping[str, Any]) -> int | None:

@@ -39,6 +39,7 @@ _USER_ERRORS = {
     "Cancelled",
     "CheckpointInvalid",
     "Conflict",
+    "ModelInvalid",
     "NonFiniteGradient",
     "NonFiniteLogits",
     "NonFiniteLoss",
