@@ -48,7 +48,7 @@ def file_digest(path: Path, name: str) -> FileDigest:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of all files in ``folder``, durably; what is linked to is not ours. Raises :class:`OSError`."""
+    """Write the manifest of all files in ``folder``, durably; links lead to what is not ours. Raises OSError."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     names = sorted(str(path.relative_to(folder)) for path in files)
     lines = msgspec.json.encode([file_digest(folder / name, name) for name in names if name != MANIFEST_FILE])

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import served_model
 from selfloop.server.hub import RealHub, router
+from selfloop.types.digests import read_manifest
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import ModelFacts, read_facts, tokenizer_files
 from selfloop.types.model_weights import weight_names
@@ -127,6 +128,11 @@ def test_a_slow_tokenizer_is_converted_beside_the_folder(merging: Path, tmp_path
     assert (served / "model.safetensors").resolve() == merging / "model.safetensors"
     assert ChatTemplate.load(served, ModelTokenizer.load(served))._templates["tool_use"] == "with tools"
     assert "tokenizer.json" in tokenizer_files(served)
+    # The weights are the user's, who may change them.
+    manifest = read_manifest(served)
+    assert manifest is not None
+    assert "tokenizer.json" in manifest
+    assert "model.safetensors" not in manifest
     # The same folder again is the same model; another state of it is another.
     assert run("folder", str(merging), "--converted-into", str(tmp_path / "models"))[1][-1] == lines[-1]
     (merging / "chat_template.jinja").write_text("another")
