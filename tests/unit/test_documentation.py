@@ -55,7 +55,7 @@ COMMANDS = {
     "selfloop checkpoints list": ["--data-dir", "--json", "--model", "--run", "--target", "--url"],
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
-    "selfloop doctor": ["--bench", "--data-dir", "--model", "--port"],
+    "selfloop doctor": ["--bench", "--data-dir", "--model", "--port", "--store", "--verify"],
     "selfloop export": ["CHECKPOINT", "FOLDER", "--data-dir", "--dtype", "--to"],
     "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
     "selfloop logs": ["ID", "--data-dir", "--follow", "--json", "--level", "--limit", "--url"],

@@ -211,10 +211,18 @@ def doctor(
     model: Annotated[
         Path | None, typer.Option(help="With --bench: a Hugging Face model folder, not a small model's shape.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare a data directory (and bucket) with its digests instead.")
+    ] = False,
+    store: Annotated[str | None, typer.Option(help="With --verify: s3://bucket/prefix of its checkpoints.")] = None,
 ) -> None:
-    """Explain what is missing on this machine."""
+    """Explain what is missing on this machine, or what is damaged in a data directory."""
     from selfloop.cli.doctor import run_bench, run_doctor
 
+    if verify:
+        from selfloop.cli.verify import run_verify
+
+        raise typer.Exit(run_verify(data_dir, store))
     if bench:
         raise typer.Exit(run_bench(model))
     raise typer.Exit(run_doctor(data_dir, port))

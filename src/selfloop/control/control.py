@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DatabaseError
 
 from selfloop.control import backup, held
 from selfloop.control.context import Context
@@ -24,6 +25,7 @@ from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
+from selfloop.control.outages import in_words
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
@@ -46,14 +48,16 @@ from selfloop.control.sampling.once import SampledOnce
 from selfloop.control.sampling.queued import QueuedSamples
 from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
 from selfloop.control.settle import Settlement
+from selfloop.control.verify import Report, Verification
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
 from selfloop.storage.blobs.checkpoints import LOCAL, CheckpointStore, LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.blobs.s3 import S3Checkpoints, bucket_address
 from selfloop.storage.db import migrate, queries_resources
-from selfloop.storage.db.address import parse_database_url, sqlite_url
+from selfloop.storage.db.address import parse_database_url, shown, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
+from selfloop.types.errors import BadRequest
 from selfloop.worker.launch_local import DEFAULT_KEEP_LOADED_S, DEFAULT_TRAINING_SHARE, WorkerCommand
 
 log = logging.getLogger(__name__)
@@ -142,6 +146,29 @@ class DataDirectory:
 
     async def close(self) -> None:
         await self._db.close()
+
+
+async def verify(path: Path, database: str | None = None, store: str | None = None) -> Report:
+    """Compare a data directory with what was written; changes nothing in it, so it takes this version's schema only.
+
+    Raises:
+        BadRequest: no data directory, or one whose database has another schema.
+        Unavailable: the database or the bucket cannot be reached.
+    """
+    url = database_url(path, database)
+    try:
+        schema = migrate.schema_of(url)
+    except DatabaseError as error:
+        report = Report()
+        report.note("database", "damaged", "database", in_words(error))
+        return report
+    if schema != "current":
+        raise BadRequest("--data-dir", f"one that this version has started on; the schema of {shown(url)} is {schema}")
+    db = Database(url)
+    try:
+        return await Verification(path, db, checkpoint_store(path, store)).run()
+    finally:
+        await db.close()
 
 
 class Control:

@@ -107,7 +107,7 @@ class Journal:
             payload_key=payload_key,
             key_id=current().key_id or None,
         )
-        row.payload_digest = _payload_digest(row, submission.payload)
+        row.payload_digest = payload_digest(row, submission.payload)
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
@@ -191,13 +191,13 @@ class Journal:
             payload = await stored_bytes(self._blobs, row.payload, row.payload_key)
         except FileNotFoundError as error:
             raise _unreadable(row, str(error)) from error
-        if row.payload_digest not in (None, _payload_digest(row, payload)):
+        if row.payload_digest not in (None, payload_digest(row, payload)):
             raise _unreadable(row, f"{row.payload_key or 'its row'} is damaged: that is not what was accepted")
         return payload
 
     async def store_result(self, row: OperationRow, result: bytes) -> "StoredResult":
         """Put a large result aside."""
-        digest = _result_digest(row, result)
+        digest = result_digest(row, result)
         try:
             key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
         except OSError as error:
@@ -227,7 +227,7 @@ class Journal:
             result = await stored_bytes(self._blobs, row.result, row.result_key)
         except FileNotFoundError as error:
             raise _result_lost(row, str(error)) from error
-        if row.result_digest not in (None, _result_digest(row, result)):
+        if row.result_digest not in (None, result_digest(row, result)):
             raise _result_lost(row, f"{row.result_key or 'its row'} is damaged")
         return result
 
@@ -309,13 +309,15 @@ async def stored_bytes(blobs: LocalBlobs, inline: bytes | None, key: str | None)
         raise FileNotFoundError(f"{key} {'is gone' if gone else f'cannot be read: {error.strerror}'}") from error
 
 
-def _payload_digest(row: OperationRow, payload: bytes) -> str:
+def payload_digest(row: OperationRow, payload: bytes) -> str:
+    """Of a payload as that of this operation."""
     # With its place: what lies under another operation's name is not what was accepted as this one.
     place = f"{row.run_id}\0{row.id}\0{row.epoch}\0{row.seq}\0{row.kind}\0"
     return digest_of(place.encode(), payload)
 
 
-def _result_digest(row: OperationRow, result: bytes) -> str:
+def result_digest(row: OperationRow, result: bytes) -> str:
+    """Of a result as that of this operation."""
     return digest_of(f"{row.run_id}\0{row.id}\0".encode(), result)
 
 

@@ -170,7 +170,7 @@ class QueuedSamples:
                 state=OperationState.QUEUED,
                 created_at=time.time(),
                 payload=None if len(payload) > _INLINE_BYTES else payload,
-                payload_digest=_digest(sampler.id, id, payload),
+                payload_digest=sample_digest(sampler.id, id, payload),
             )
             # A name of its own: a repeated request, whose seed is another, must not touch the payload that is there.
             stored = row.payload_key = await self._store(sampler.id, f"{id}-{new_id()}.sample", payload)
@@ -313,7 +313,7 @@ class QueuedSamples:
                 at=time.time(),
                 result=None if result_key else result,
                 result_key=result_key,
-                result_digest=None if result is None else _digest(sampler_id, id, result),
+                result_digest=None if result is None else sample_digest(sampler_id, id, result),
                 error=stored.error or None,
                 error_class=stored.error_class or None,
             )
@@ -361,7 +361,7 @@ class QueuedSamples:
             content = await stored_bytes(self._c.blobs, inline, key)
         except FileNotFoundError as error:
             raise OperationFailed(f"sample {row.id} cannot be read: {error}", "RecoveryFailed") from error
-        if digest not in (None, _digest(row.sampler_id, row.id, content)):
+        if digest not in (None, sample_digest(row.sampler_id, row.id, content)):
             raise OperationFailed(f"sample {row.id} cannot be read: {key or 'its row'} is damaged", "RecoveryFailed")
         return content
 
@@ -397,7 +397,8 @@ class QueuedSamples:
             await asyncio.to_thread(self._c.blobs.delete, key)
 
 
-def _digest(sampler_id: str, id: str, content: bytes) -> str:
+def sample_digest(sampler_id: str, id: str, content: bytes) -> str:
+    """Of a payload or result as that of this sample."""
     return digest_of(f"{sampler_id}\0{id}\0".encode(), content)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.types.digests import MANIFEST_FILE, check_folder
+from selfloop.types.digests import MANIFEST_FILE, check_folder, damaged
+from selfloop.types.safetensors_header import BadSafetensors, read_header
 
 LOCAL = "local"
 """The address of the store in the data directory."""
@@ -71,6 +72,19 @@ class CheckpointStore(Protocol):
         """
         ...
 
+    async def verify(self, id: str) -> bool:
+        """Read everything of it, where it lies; False where it has no digests, and its structure alone is sound.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointDamaged: a file is not what was stored, or no safetensors file inside.
+        """
+        ...
+
+    async def strays(self, recorded: set[str]) -> list[str]:
+        """Names of what lies there and is of no ``recorded`` checkpoint; nothing where the data directory tells."""
+        ...
+
     async def files(self, id: str) -> list[StoredFile]:
         """In a stable order, less their manifest. Raises :class:`FileNotFoundError`."""
         ...
@@ -131,6 +145,12 @@ class LocalCheckpoints:
     async def check(self, id: str) -> None:
         await asyncio.to_thread(check_folder, await self.folder(id))
 
+    async def verify(self, id: str) -> bool:
+        return await asyncio.to_thread(check_whole, await self.folder(id))
+
+    async def strays(self, recorded: set[str]) -> list[str]:
+        return []
+
     async def files(self, id: str) -> list[StoredFile]:
         return await asyncio.to_thread(list_files, await self.folder(id))
 
@@ -151,6 +171,21 @@ class LocalCheckpoints:
 
 def _key(id: str) -> str:
     return f"checkpoints/{id}"
+
+
+def check_whole(folder: Path) -> bool:
+    """Check digests, and the structure of safetensors files; False where there are no digests.
+
+    Raises:
+        CheckpointDamaged: with the file's name.
+    """
+    has_digests = check_folder(folder)
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            read_header(path)
+        except (BadSafetensors, OSError) as error:
+            raise damaged(path, str(error)) from error
+    return has_digests
 
 
 def list_files(folder: Path) -> list[StoredFile]:

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
-from selfloop.storage.blobs.checkpoints import StoredFile, list_files
+from selfloop.storage.blobs.checkpoints import StoredFile, check_whole, list_files
 from selfloop.storage.blobs.local import sync_directory
 from selfloop.types.digests import check_folder, seal
 from selfloop.types.errors import BadRequest, CheckpointDamaged, Conflict, Unavailable
@@ -189,6 +190,28 @@ class S3Checkpoints:
     async def check(self, id: str) -> None:
         self._checked_at.pop(id, None)
         await self.folder(id)
+
+    async def verify(self, id: str) -> bool:
+        await self._call(lambda: self._verify(id))
+        return True
+
+    def _verify(self, id: str) -> None:
+        with tempfile.TemporaryDirectory(prefix=f"{id}.verified-", dir=self._cache) as folder:
+            for file in self._manifest(id).files:
+                path = Path(folder) / Path(file.name).name
+                self._fetch_file(id, file, path)
+                if path.suffix == ".safetensors":
+                    check_whole(path.parent)
+                path.unlink()
+
+    async def strays(self, recorded: set[str]) -> list[str]:
+        return await self._call(lambda: self._strays(recorded))
+
+    def _strays(self, recorded: set[str]) -> list[str]:
+        names = (item["Key"].removeprefix(self._prefix) for item in self._objects(self._prefix))
+        return sorted(
+            {f"{self.address}/checkpoints/{id}" for name in names if (id := name.split("/")[0]) not in recorded}
+        )
 
     def _is_sound(self, id: str) -> bool:
         """Whether the cached copy is what was fetched; one that was looked at just now is not looked at again."""

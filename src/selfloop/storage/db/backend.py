@@ -142,6 +142,8 @@ class Sqlite:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # A page whose cells cannot be is an error, instead of rows that never were.
+            "cell_size_check=ON",
             f"busy_timeout={_BUSY_TIMEOUT_S * 1000}",
         ):
             cursor.execute(f"PRAGMA {pragma}")
