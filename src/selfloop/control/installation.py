@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from sqlalchemy.engine import URL
 
-from selfloop.storage.blobs.checkpoints import CheckpointStore
+from selfloop.storage.blobs.checkpoints import LOCAL, CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_access, queries_checkpoints
 from selfloop.storage.db.address import is_sqlite, shown
@@ -28,9 +28,12 @@ DATABASE_FILE = "selfloop.db"
 
 
 class _Parts(msgspec.Struct, frozen=True):
+    """``data_dir`` is where the directory lay at the last start; empty before there was one that noted it."""
+
     id: str
     database: str
     store: str
+    data_dir: str = ""
 
 
 class Installation:
@@ -45,7 +48,7 @@ class Installation:
             return msgspec.json.decode(self._path.read_bytes(), type=_Parts)
         if (self._data_dir / DATABASE_FILE).exists():
             # Made before there was another place for either.
-            return _Parts(new_id(), DATABASE_FILE, "local")
+            return _Parts(new_id(), DATABASE_FILE, LOCAL)
         return None
 
     async def check(self, db: Database, store: CheckpointStore) -> None:
@@ -53,10 +56,12 @@ class Installation:
 
         Raises:
             Conflict: the database is a new one while this directory's rows are in another, or the file that they were
-                in before; or checkpoints are recorded that lie in another store.
+                in before; or checkpoints are recorded that lie in another store; or this is a copy of a directory that
+                is still there, and both would keep their checkpoints in one bucket.
         """
         id = new_id() if self._earlier is None else self._earlier.id
-        now = _Parts(id, DATABASE_FILE if is_sqlite(db.url) else shown(db.url), store.address)
+        rows = DATABASE_FILE if is_sqlite(db.url) else shown(db.url)
+        now = _Parts(id, rows, store.address, str(self._data_dir.resolve()))
         earlier = self._earlier or now
         async with db.read() as session:
             is_new = not await queries_access.teams(session)
@@ -71,9 +76,25 @@ class Installation:
                 f"the {num_checkpoints} checkpoints of this server are in {earlier.store}, not in {now.store}: start "
                 "with the --store that it had; docs/deploy.md tells how to move them"
             )
+        if store.address != LOCAL and (original := self._original()) is not None:
+            raise Conflict(
+                f"{self._data_dir} is a copy of {original}, and each would clear away the other's checkpoints in "
+                f"{store.address}. `selfloop backup` and `selfloop restore` make a copy that goes on beside the "
+                "original; where this one is to take its place, delete the original first"
+            )
         await store.claim(id)
         if self._earlier != now or not self._path.exists():
             self._remember(now)
+
+    def _original(self) -> Path | None:
+        """The directory that this one is a copy of, if that is still there: it was not moved."""
+        if self._earlier is None or not self._earlier.data_dir:
+            return None
+        place = Path(self._earlier.data_dir)
+        if not (place / _FILE).is_file() or place.samefile(self._data_dir):
+            return None
+        theirs = msgspec.json.decode((place / _FILE).read_bytes(), type=_Parts)
+        return place if theirs.id == self._earlier.id else None
 
     def check_parts(self, database: URL, store: str) -> None:
         """Check that what a command was given is what the data directory has; nothing is changed.

@@ -29,6 +29,7 @@ from selfloop.worker.host_protocol import (
 from selfloop.worker.launch_local import WorkerCommand, host_arguments, launch_host, put_aside_large_log
 from selfloop.worker.local_process import (
     ProcessIdentity,
+    boot_id,
     identify,
     kill,
     make_socket_folder,
@@ -266,12 +267,14 @@ async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
     if record.owner != command.owner:
         log.info("%s came with a copy of another server's data directory: not ours", record_path)
         return None
-    # Also of another boot or machine: there nothing of it is left, and its socket's name may be another's here.
+    folder = Path(record.socket).parent
     descriptor = open_exactly(record.process)
     if descriptor is None:
         record_path.unlink(missing_ok=True)
+        # Of another boot or machine the folder's name may be somebody else's here.
+        if record.process.boot == boot_id():
+            shutil.rmtree(folder, ignore_errors=True)
         return None
-    folder = Path(record.socket).parent
     try:
         connection = await asyncio.open_unix_connection(record.socket, limit=_MAX_LINE_BYTES)
     except OSError as error:

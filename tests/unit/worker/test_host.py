@@ -243,15 +243,15 @@ async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerC
     # A note of another boot, or of a process whose number is another's now, leads nowhere, either.
     vanish(host)
     known = msgspec.json.decode(record, type=HostRecord)
-    for process in (
-        msgspec.structs.replace(known.process, boot="another"),
-        msgspec.structs.replace(known.process, started=known.process.started + 1),
-    ):
+    for boot, started in (("another", 0), (known.process.boot, 1)):
+        process = msgspec.structs.replace(known.process, boot=boot, started=known.process.started + started)
         own.record_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(known, process=process)))
         other = await find_or_launch(own)
         assert other._launched is not None, "not taken over"
         assert not is_gone(parent.pid)
-        assert Path(known.socket).exists()
+        assert Path(known.socket).exists() == (boot == "another"), (
+            "what a process has left that is gone is cleared away"
+        )
         await other.stop()
     await client.kill("over")
     parent.kill()
