@@ -12,7 +12,7 @@ from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow
 from selfloop.types.ids import RunId
-from selfloop.types.status import CheckpointTarget, SamplerStatus
+from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
 
 _ROOT = "held"
@@ -60,7 +60,7 @@ async def release(db: Database, blobs: LocalBlobs, sampler_id: str) -> None:
 async def clear_leftovers(db: Database, blobs: LocalBlobs) -> None:
     """Remove what a crash left: folders without a row, and what samplers that have ended held."""
     async with db.read() as session:
-        ended = {row.id for row in await queries_resources.samplers(session) if row.status == SamplerStatus.INACTIVE}
         holders = await queries.holders(session)
-    for sampler_id in {*holders & ended, *(set(blobs.children(_ROOT)) - holders)}:
+        live = await queries_resources.live_among(session, holders)
+    for sampler_id in {*(holders - live), *(set(blobs.children(_ROOT)) - holders)}:
         await release(db, blobs, sampler_id)

@@ -65,7 +65,7 @@ class Installation:
         earlier = self._earlier or now
         async with db.read() as session:
             is_new = not await queries_access.teams(session)
-            num_checkpoints = len(await queries_checkpoints.all_ids(session))
+            num_checkpoints = await queries_checkpoints.count(session)
         if earlier.database != now.database and (is_new or is_sqlite(db.url)):
             raise Conflict(
                 f"{self._data_dir} belongs to the rows in {earlier.database}, not to {now.database}: "

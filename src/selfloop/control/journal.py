@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Below this a payload or result lies in its row: one write instead of two.
 _INLINE_BYTES = 16 * 1024
+_PURGED_AT_ONCE = 500
 _STARTS_EPOCH = "init_trainer_server"
 
 END_OF_TIME = (2**62, 2**62)
@@ -209,10 +210,10 @@ class Journal:
 
     async def clear_leftovers(self) -> None:
         """Remove files that a crash left without a row."""
-        async with self._db.read() as session:
-            kept = await queries_operations.blob_keys(session)
         for run_id in list(self._blobs.children("journal")):
             names = list(self._blobs.children(f"journal/{run_id}"))
+            async with self._db.read() as session:
+                kept = await queries_operations.blob_keys(session, run_id) if names else set[str]()
             await self._delete([key for name in names if (key := f"journal/{run_id}/{name}") not in kept])
 
     async def result(self, row: OperationRow) -> bytes | None:
@@ -264,15 +265,19 @@ class Journal:
         await self._delete(keys)
 
     async def purge(self, before: float) -> None:
-        """Let go of results finished ``before``, and of rows that recovery no longer needs."""
+        """Let go of results finished ``before``, and of rows that recovery no longer needs.
+
+        A few at a time: however many there are, nobody else waits long for its turn to write.
+        """
+        for purge_some in (queries_operations.purge_rows, queries_operations.purge_results):
+            while True:
+                async with self._db.write() as session:
+                    purged = await purge_some(session, before, _PURGED_AT_ONCE)
+                await self._delete(purged.result_keys)
+                if purged.num_rows < _PURGED_AT_ONCE:
+                    break
         async with self._db.write() as session:
-            stale = await queries_operations.stale_results(session, before)
-            keys = [row.result_key for row in stale]
-            await queries_operations.drop_results(session, stale)
-            gone = await queries_operations.expired(session, before)
-            await queries_operations.remove(session, gone)
             await queries_operations.forget_left_out(session)
-        await self._delete(keys)
 
     async def _store(self, key: str, data: bytes) -> str | None:
         if len(data) <= _INLINE_BYTES:

@@ -111,17 +111,16 @@ class Lifecycle:
     async def start(self) -> None:
         """Take up what the database knows; whatever was awake sleeps until it is needed again, save what stands."""
         async with self._db.read() as session:
-            deployments = await queries_resources.deployments(session)
-            samplers = await queries_resources.samplers(session)
-            runs = {run.id: run for run in await queries_resources.runs(session)}
+            deployments = await queries_resources.live_deployments(session)
+            samplers = await queries_resources.live_samplers(session)
+            run_ids = {row.run_id for row in samplers if row.run_id is not None}
+            deployment_of = await queries_resources.deployments_of_runs(session, run_ids)
         for row in deployments:
-            if row.status not in _ENDED:
-                self.add("deployment", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
+            self.add("deployment", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         for row in samplers:
-            if row.status not in _ENDED:
-                key = runs[row.run_id].deployment_id if row.run_id else row.id
-                delay_s = math.inf if row.standing else row.scale_down_delay_s
-                self.add("sampler", row.id, key, row.model_name, delay_s, row.status)
+            key = deployment_of[row.run_id] if row.run_id else row.id
+            delay_s = math.inf if row.standing else row.scale_down_delay_s
+            self.add("sampler", row.id, key, row.model_name, delay_s, row.status)
             if row.status == SamplerStatus.DEACTIVATING:
                 await self.end(row.id, "deactivated before the server was restarted")
         for group in list(self._groups.values()):

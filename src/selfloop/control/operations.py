@@ -67,11 +67,11 @@ class Operations:
 
     async def start(self) -> None:
         """Take up every operation that was accepted before a restart, and clear away what it left half-done."""
-        async with self._c.db.read() as session:
-            runs = {run.id: run for run in await queries_resources.runs(session)}
-        await clear_leftovers(runs.values(), self._c.blobs)
+        await clear_leftovers(self._c.db, self._c.blobs)
         await self._c.journal.clear_leftovers()
         queued = await self._c.journal.queued()
+        async with self._c.db.read() as session:
+            runs = await queries_resources.runs_named(session, {row.run_id for row in queued})
         for row in queued:
             run = runs[row.run_id]
             if run.status != RunStatus.ACTIVE:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -14,6 +14,8 @@ from selfloop.control.outages import in_words, is_passing
 from selfloop.control.settle import Settlement
 from selfloop.control.stored_states import Position, StoredState, newest_state, older_state
 from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import queries_resources
+from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.digests import digest_of
 from selfloop.types.errors import OperationFailed
@@ -139,8 +141,11 @@ def _shown(position: Position) -> str:
     return f"seq_id {seq}" if epoch == 0 else f"seq_id {seq} of client {epoch}"
 
 
-async def clear_leftovers(runs: Iterable[RunRow], blobs: LocalBlobs) -> None:
+async def clear_leftovers(db: Database, blobs: LocalBlobs) -> None:
     """Remove snapshots and starting weights that a crash left half-written, unrecorded or without a run."""
+    async with db.read() as session:
+        there = {*blobs.children("snapshots"), *blobs.children("initial")}
+        runs = (await queries_resources.runs_named(session, there)).values()
     active = [run for run in runs if run.status == RunStatus.ACTIVE]
     kept = {key for run in active for key in (run.snapshot_key, run.older_key, run.initial_key)}
     for run_id in list(blobs.children("snapshots")):

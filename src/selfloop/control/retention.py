@@ -13,7 +13,7 @@ from selfloop.storage.db import (
 )
 from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.operation import LoadState, operation_decoder
-from selfloop.types.status import OperationState, SamplerStatus
+from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
 
 
@@ -33,9 +33,7 @@ async def needs(session: AsyncSession) -> Needs:
     """What live samplers serve from the original files, and what queued operations will load."""
     by_id: dict[str, str] = {}
     holders = await queries_models_deployed.holders(session)
-    for sampler in await queries_resources.samplers(session):
-        if sampler.status == SamplerStatus.INACTIVE:
-            continue
+    for sampler in await queries_resources.live_samplers(session):
         pinned = None if sampler.id in holders else sampler.checkpoint_id
         for id in (sampler.live_checkpoint_id, pinned):
             if id is not None:

@@ -123,8 +123,8 @@ class Observations:
 
     async def deployment_logs(self, caller: Caller, id: str, window: LogWindow) -> list[LogLine]:
         """Lines about a trainer deployment, its runs and its worker. Raises :class:`NotFound`."""
-        row, views = await self._runs.deployment(caller, id)
-        ids = frozenset([id, *(view.run.id for view in views)])
+        row, run_ids = await self._runs.runs_on(caller, id)
+        ids = frozenset([id, *run_ids])
         return await self._read(_query(caller, ids, row.model_name, row.created_at, window))
 
     async def sampler_logs(self, caller: Caller, model_id: str, deployment_id: str, window: LogWindow) -> list[LogLine]:
@@ -215,18 +215,18 @@ class Observations:
 
     async def archive(self, caller: Caller, id: str, archive_id: str | None) -> tuple[str, list[ArchiveFile]]:
         """The files of a debug archive: a new one, or that of an earlier page."""
-        row, views = await self._runs.deployment(caller, id)
+        row, run_ids = await self._runs.runs_on(caller, id)
         if archive_id is None:
-            archive_id = await self.archives.make(await self._source(caller, row, [view.run.id for view in views]))
+            archive_id = await self.archives.make(await self._source(caller, row, run_ids))
         return archive_id, await self.archives.files(id, archive_id)
 
     def open_archive_link(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
         return self.archives.open_link(archive_id, name, expires, signature)
 
-    async def _source(self, caller: Caller, row: Deployment, run_ids: list[str]) -> ArchiveSource:
+    async def _source(self, caller: Caller, row: Deployment, run_ids: Sequence[str]) -> ArchiveSource:
         async with self._c.db.read() as session:
-            samplers = [s for run_id in run_ids for s in await queries_resources.samplers(session, run_id=run_id)]
-            ids = frozenset([row.id, *run_ids, *(sampler.id for sampler in samplers)])
+            samplers = await queries_resources.sampler_ids_of_runs(session, run_ids)
+            ids = frozenset([row.id, *run_ids, *samplers])
             changes = await queries_observations.status_changes(session, ids)
         now_ms = int(time.time() * 1000)
         window = LogWindow(now_ms - 7 * 86_400_000, now_ms, limit=20_000)

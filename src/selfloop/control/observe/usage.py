@@ -135,7 +135,7 @@ class Usage:
         lines = [
             UsageLine(id, labels.get(id, ""), totals.get(id, Counts()), stored.get(id, 0)) for id in {*totals, *stored}
         ]
-        return sorted(lines, key=lambda line: (-line.counts.compute_s, line.id))
+        return sorted(lines, key=lambda line: (line.counts.compute_s, line.id), reverse=True)
 
 
 def as_rows(lines: Sequence[UsageLine], group_by: GroupBy) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
 from selfloop.storage.blobs.checkpoints import StoredFile
 from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest, Conflict, NotFound
@@ -46,18 +47,21 @@ class Checkpoints:
             self._expirer.cancel()
             await asyncio.gather(self._expirer, return_exceptions=True)
 
-    async def of_run(self, caller: Caller, run_id: str) -> Sequence[CheckpointRow]:
-        async with self._c.db.look_up() as session:
+    async def of_run(self, caller: Caller, run_id: str, cut: Cut) -> Part[CheckpointRow]:
+        """Checkpoints of a run of the team, newest first. Raises :class:`NotFound`."""
+        async with self._c.db.read() as session:
             run = await queries_resources.run(session, run_id)
             if run is None or run.team_id != caller.team_id:
                 raise NotFound("run", run_id)
-            return await queries_checkpoints.matching(session, caller.team_id, run_id=run_id)
+            return await queries_checkpoints.matching_part(session, cut, caller.team_id, run_id=run_id)
 
-    async def of_model(self, caller: Caller, base_model: str, *, whole_team: bool) -> Sequence[CheckpointRow]:
-        """Checkpoints of the caller's own runs of a base model, or of the whole team's."""
+    async def of_model(self, caller: Caller, base_model: str, cut: Cut, *, whole_team: bool) -> Part[CheckpointRow]:
+        """Checkpoints of the caller's own runs of a base model, or of the whole team's, newest first."""
+        key_id = None if whole_team else caller.key_id
         async with self._c.db.read() as session:
-            key_id = None if whole_team else caller.key_id
-            return await queries_checkpoints.matching(session, caller.team_id, base_model=base_model, key_id=key_id)
+            return await queries_checkpoints.matching_part(
+                session, cut, caller.team_id, base_model=base_model, key_id=key_id
+            )
 
     async def newest(self, caller: Caller, target: CheckpointTarget, limit: int) -> Sequence[CheckpointRow]:
         """The newest of the caller's team for one purpose."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,6 +14,7 @@ from selfloop.control.machine import INSTANCE_TYPE_ID
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
+from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
@@ -36,21 +37,34 @@ class DeployRequest:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One deployment of a model; what was not made by a deploy has no ``record``."""
+    """One deployment of a model.
 
+    Args:
+        record: what was said with the deploy; None for what was not made by one.
+        checkpoints: URIs of what it serves, the default first.
+    """
+
+    model_name: str
     sampler: SamplerRow
     record: ModelVersionRow | None
     is_newest: bool
+    checkpoints: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """A model with its deployments, newest first; the model under a plain sampler is named after it."""
+    """A model; the one under a plain sampler is named after it.
+
+    Args:
+        num_deployments: those that have ended, too.
+        live_deployment_id: the newest that has not ended.
+    """
 
     id: str
     name: str
     created_at: float
-    versions: Sequence[Version]
+    num_deployments: int
+    live_deployment_id: str | None
 
 
 class Deploys:
@@ -136,36 +150,77 @@ class Deploys:
         self._c.lifecycle.wake_soon(sampler.id)
         return sampler
 
-    async def models(self, caller: Caller, name: str | None) -> list[ModelView]:
+    async def models(self, caller: Caller, cut: Cut, name: str | None) -> Part[ModelView]:
         """The team's deployed models, newest first."""
         async with self._c.db.read() as session:
-            rows = await queries_models_deployed.models(session, caller.team_id, name)
-        return [await self.model(caller, row.id) for row in rows]
+            part = await queries_models_deployed.models_part(session, cut, caller.team_id, name)
+            views = await _model_views(session, {row.id: (row.name, row.created_at) for row in part.rows})
+        return Part(views, part.next)
 
     async def model(self, caller: Caller, id: str) -> ModelView:
         """A deployed model, or the one under a sampler. Raises :class:`NotFound`."""
         async with self._c.db.read() as session:
-            row = await queries_models_deployed.model(session, id)
-            samplers = await queries_resources.samplers(session, team_id=caller.team_id, model_id=id)
-            records = {v.sampler_id: v for v in await queries_models_deployed.versions(session, id)}
-        if not samplers:
-            raise NotFound("model", id)
-        newest = {samplers[0].deployment_id}
-        versions = [Version(s, records.get(s.id), s.deployment_id in newest) for s in samplers]
-        if row is None:
-            return ModelView(id, f"loops-sampler-{samplers[-1].id}", samplers[-1].created_at, versions)
-        return ModelView(id, row.name, row.created_at, versions)
+            named = await _named(session, caller.team_id, id)
+            return (await _model_views(session, {id: named}))[0]
+
+    async def versions(self, caller: Caller, model_id: str, cut: Cut) -> Part[Version]:
+        """A model's deployments, newest first. Raises :class:`NotFound`."""
+        async with self._c.db.read() as session:
+            name, _created_at = await _named(session, caller.team_id, model_id)
+            part = await queries_resources.samplers_part(session, cut, team_id=caller.team_id, model_id=model_id)
+            return Part(await _versions(session, name, part.rows), part.next)
 
     async def version(self, caller: Caller, model_id: str, deployment_id: str) -> Version:
         """The newest live sampler behind a deployment, or its last. Raises :class:`NotFound`."""
-        try:
-            view = await self.model(caller, model_id)
-        except NotFound:
-            raise NotFound("deployment", f"{model_id}/{deployment_id}") from None
-        found = [v for v in view.versions if v.sampler.deployment_id == deployment_id]
-        if not found:
-            raise NotFound("deployment", f"{model_id}/{deployment_id}")
-        return next((v for v in found if v.sampler.status != SamplerStatus.INACTIVE), found[0])
+        async with self._c.db.read() as session:
+            asked = (session, caller.team_id, model_id, deployment_id)
+            sampler = await queries_resources.newest_of_model(*asked, live=True)
+            sampler = sampler or await queries_resources.newest_of_model(*asked)
+            if sampler is None:
+                raise NotFound("deployment", f"{model_id}/{deployment_id}")
+            name, _created_at = await _named(session, caller.team_id, model_id)
+            return (await _versions(session, name, [sampler]))[0]
+
+
+async def _named(session: AsyncSession, team_id: str, model_id: str) -> tuple[str, float]:
+    """Name and making of a model that has samplers. Raises :class:`NotFound`."""
+    oldest = await queries_resources.oldest_of_model(session, team_id, model_id)
+    if oldest is None:
+        raise NotFound("model", model_id)
+    row = await queries_models_deployed.model(session, model_id)
+    return (f"loops-sampler-{oldest.id}", oldest.created_at) if row is None else (row.name, row.created_at)
+
+
+async def _model_views(session: AsyncSession, models: Mapping[str, tuple[str, float]]) -> list[ModelView]:
+    counts = await queries_resources.count_deployments(session, models)
+    live = await queries_resources.live_deployment_of(session, models)
+    return [
+        ModelView(id, name, created_at, counts.get(id, 0), live.get(id)) for id, (name, created_at) in models.items()
+    ]
+
+
+async def _versions(session: AsyncSession, model_name: str, samplers: Sequence[SamplerRow]) -> list[Version]:
+    """Of samplers of one model."""
+    if not samplers:
+        return []
+    ids = [row.id for row in samplers]
+    records = await queries_models_deployed.versions(session, ids)
+    held_rows = await queries_models_deployed.held_by(session, ids)
+    wanted = {row.checkpoint_id or row.live_checkpoint_id for row in samplers if row.id not in held_rows} - {None}
+    served = await queries_checkpoints.named_by_id(session, [id for id in wanted if id is not None])
+    newest = await queries_resources.newest_of_model(session, samplers[0].team_id, samplers[0].model_id)
+    assert newest is not None
+
+    def paths(sampler: SamplerRow) -> list[str]:
+        if sampler.id in held_rows:
+            return [held.uri_of(row) for row in held_rows[sampler.id]]
+        live = served.get(sampler.checkpoint_id or sampler.live_checkpoint_id or "")
+        return [] if live is None else [held.uri_of(live)]
+
+    return [
+        Version(model_name, row, records.get(row.id), row.deployment_id == newest.deployment_id, paths(row))
+        for row in samplers
+    ]
 
 
 def _check_text(field: str, text: str) -> None:

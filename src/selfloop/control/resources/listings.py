@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
+from selfloop.storage.db import keyset, queries_resources
 from selfloop.storage.db import queries_listings as queries
-from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import CheckpointRow, RunRow, SessionRow
 from selfloop.types.errors import NotFound
 from selfloop.types.status import CheckpointTarget
 
+Cut = keyset.Cut
+Part = keyset.Part
+Place = keyset.Place
+part_of = keyset.part_of
+part_of_sorted = keyset.part_of_sorted
 Page = queries.Page
 SessionSearch = queries.SessionSearch
 SessionTotals = queries.SessionTotals
@@ -66,15 +71,17 @@ class Listings:
             (described,) = await self._described(caller, [row])
             if described.is_own or described.last_checkpoint or described.last_sampler_checkpoint:
                 return described
-            if any(c.public for c in await self._checkpoints_of([id])):
+            async with self._c.db.read() as session:
+                published = await queries.checkpoints_of(session, id, keyset.Cut(1), public_only=True)
+            if published.rows:
                 return described
         raise NotFound("run", id)
 
-    async def checkpoints_of(self, caller: Caller, run_id: str) -> Sequence[CheckpointRow]:
+    async def checkpoints_of(self, caller: Caller, run_id: str, cut: keyset.Cut) -> keyset.Part[CheckpointRow]:
         """The checkpoints of a run, newest first; of another team's the published ones. Raises :class:`NotFound`."""
         run = await self.run(caller, run_id, accessible=True)
-        rows = await self._checkpoints_of([run_id])
-        return [row for row in rows if run.is_own or row.public]
+        async with self._c.db.read() as session:
+            return await queries.checkpoints_of(session, run_id, cut, public_only=not run.is_own)
 
     async def checkpoints(self, caller: Caller, page: Page) -> tuple[Sequence[CheckpointRow], int]:
         """A page of the checkpoints of the runs of the caller's key, and how many there are."""
@@ -99,20 +106,13 @@ class Listings:
             totals = await queries.session_totals(session, [row.id for row in rows])
         return [FoundSession(row, totals.get(row.id, SessionTotals(0, 0))) for row in rows]
 
-    async def _checkpoints_of(self, run_ids: Sequence[str]) -> Sequence[CheckpointRow]:
-        async with self._c.db.read() as session:
-            return await queries.checkpoints_of(session, run_ids)
-
     async def _described(self, caller: Caller, rows: Sequence[RunRow]) -> list[ListedRun]:
         ids = [row.id for row in rows]
         async with self._c.db.read() as session:
-            checkpoints = await queries.checkpoints_of(session, ids)
+            checkpoints = await queries.last_checkpoints(session, ids, caller.team_id)
             requested = await queries.last_requests(session, ids)
         own = {row.id for row in rows if row.team_id == caller.team_id}
-        last: dict[tuple[str, str], CheckpointRow] = {}
-        for checkpoint in checkpoints:
-            if checkpoint.run_id in own or checkpoint.public:
-                last.setdefault((checkpoint.run_id, checkpoint.target), checkpoint)
+        last = {(checkpoint.run_id, checkpoint.target): checkpoint for checkpoint in checkpoints}
         return [
             ListedRun(
                 run=row,

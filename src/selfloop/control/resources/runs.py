@@ -20,6 +20,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
@@ -78,6 +79,15 @@ class RunView:
     """A run with what an answer about it needs."""
 
     run: RunRow
+    sampler: SamplerRow | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentView:
+    """A trainer deployment with its newest active run, and the sampler of the newest run that has one."""
+
+    deployment: DeploymentRow
+    active_run_id: str | None
     sampler: SamplerRow | None
 
 
@@ -207,19 +217,20 @@ class Runs:
         return actor.run
 
     async def list(
-        self, caller: Caller, *, run_id: str | None, base_model: str | None, whole_team: bool
-    ) -> list[RunView]:
+        self, caller: Caller, cut: Cut, *, run_id: str | None, base_model: str | None, whole_team: bool
+    ) -> Part[RunView]:
+        """Runs that match, newest first."""
         async with self._c.db.read() as session:
-            runs = await queries_resources.runs(
+            part = await queries_resources.runs_part(
                 session,
+                cut,
                 team_id=caller.team_id,
                 key_id=None if whole_team else caller.key_id,
                 run_id=run_id,
                 base_model=base_model,
             )
-            samplers = await queries_resources.samplers(session, team_id=caller.team_id)
-        by_run = {sampler.run_id: sampler for sampler in reversed(samplers) if sampler.run_id}
-        return [RunView(run, by_run.get(run.id)) for run in runs]
+            samplers = await queries_resources.samplers_of_runs(session, [run.id for run in part.rows])
+        return part.map(lambda run: RunView(run, samplers.get(run.id)))
 
     async def deactivate(self, caller: Caller, id: str, reason: str = "deactivated by request") -> RunView:
         """End a run and its paired sampler; its checkpoints stay. Doing it twice is fine."""
@@ -245,26 +256,34 @@ class Runs:
 
     # -- deployments ----------------------------------------------------------------------------------
 
-    async def deployment(self, caller: Caller, id: str) -> tuple[DeploymentRow, Sequence[RunView]]:
-        """A deployment and its runs, newest first."""
-        async with self._c.db.look_up() as session:
+    async def deployment(self, caller: Caller, id: str) -> DeploymentView:
+        async with self._c.db.read() as session:
             row = await queries_resources.deployment(session, id)
             if row is None or row.team_id != caller.team_id:
                 raise NotFound("deployment", id)
-            runs = await queries_resources.runs(session, deployment_id=id)
-        return row, [await self.get(caller, run.id) for run in runs]
+            return (await _deployment_views(session, [row]))[0]
 
-    async def deployments(self, caller: Caller, *, whole_team: bool) -> Sequence[DeploymentRow]:
+    async def runs_on(self, caller: Caller, deployment_id: str) -> tuple[DeploymentRow, Sequence[str]]:
+        """A deployment, and the ids of every run that it has had, newest first."""
+        view = await self.deployment(caller, deployment_id)
         async with self._c.db.read() as session:
-            return await queries_resources.deployments(
-                session, team_id=caller.team_id, key_id=None if whole_team else caller.key_id
+            return view.deployment, await queries_resources.run_ids_on(session, deployment_id)
+
+    async def deployments(self, caller: Caller, cut: Cut, *, whole_team: bool) -> Part[DeploymentView]:
+        """Newest first."""
+        async with self._c.db.read() as session:
+            part = await queries_resources.deployments_part(
+                session, cut, team_id=caller.team_id, key_id=None if whole_team else caller.key_id
             )
+            return Part(await _deployment_views(session, part.rows), part.next)
 
     async def deactivate_deployment(self, caller: Caller, id: str) -> None:
         """End every run on the deployment, and the deployment."""
-        _row, views = await self.deployment(caller, id)
-        for view in views:
-            await self.deactivate(caller, view.run.id, f"deployment {id} was deactivated")
+        await self.deployment(caller, id)
+        async with self._c.db.read() as session:
+            active = await queries_resources.runs(session, deployment_id=id, status=RunStatus.ACTIVE)
+        for run in active:
+            await self.deactivate(caller, run.id, f"deployment {id} was deactivated")
         await self._c.lifecycle.end(id, "deactivated by request")
 
     # -- parts ----------------------------------------------------------------------------------------
@@ -355,6 +374,13 @@ class _Reusable:
     run_id: str
     deployment: DeploymentRow
     sampler: SamplerRow | None
+
+
+async def _deployment_views(session: AsyncSession, rows: Sequence[DeploymentRow]) -> list[DeploymentView]:
+    ids = [row.id for row in rows]
+    active = await queries_resources.active_runs_on(session, ids)
+    samplers = await queries_resources.newest_samplers_on(session, ids)
+    return [DeploymentView(row, active.get(row.id), samplers.get(row.id)) for row in rows]
 
 
 def paired_sampler_row(run: RunRow, delay_s: int, reused: SamplerRow | None) -> SamplerRow:

@@ -11,6 +11,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
+from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
@@ -124,11 +125,11 @@ class Samplers:
         if self._teams.get(id) != caller.team_id:
             self._teams[id] = (await self.get(caller, id)).team_id
 
-    async def list(self, caller: Caller, *, whole_team: bool) -> Sequence[SamplerRow]:
+    async def list(self, caller: Caller, cut: Cut, *, whole_team: bool) -> Part[SamplerRow]:
+        """Newest first."""
         async with self._c.db.read() as session:
-            return await queries_resources.samplers(
-                session, team_id=caller.team_id, key_id=None if whole_team else caller.key_id
-            )
+            key_id = None if whole_team else caller.key_id
+            return await queries_resources.samplers_part(session, cut, team_id=caller.team_id, key_id=key_id)
 
     async def deactivate(self, caller: Caller, id: str) -> SamplerRow:
         await self.get(caller, id)
@@ -148,16 +149,6 @@ class Samplers:
         for row in live:
             await self.deactivate(caller, row.id)
         return bool(live)
-
-    async def by_deployment(self, caller: Caller, model_id: str, deployment_id: str) -> SamplerRow:
-        """The newest live sampler behind the ids that the readiness poll names."""
-        async with self._c.db.read() as session:
-            rows = await queries_resources.samplers(
-                session, team_id=caller.team_id, model_id=model_id, deployment_id=deployment_id
-            )
-        if not rows:
-            raise NotFound("deployment", f"{model_id}/{deployment_id}")
-        return next((row for row in rows if row.status != SamplerStatus.INACTIVE), rows[0])
 
     def check_live(self, sampler: Sampler) -> None:
         """Raises :class:`Conflict` for a sampler that was deactivated."""

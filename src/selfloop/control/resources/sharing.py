@@ -16,6 +16,7 @@ from selfloop.control.resources.checkpoints import Checkpoints, StoredFile
 from selfloop.control.resources.cleanup import Cleanup
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_listings, queries_resources
+from selfloop.storage.db.keyset import Cut
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
@@ -184,7 +185,7 @@ async def _own(session: AsyncSession, caller: Caller, address: Address) -> Check
 async def _earlier(session: AsyncSession, caller: Caller, run: RunRow, request: CopyRequest) -> CheckpointRow:
     """What an earlier sending of the request made."""
     source = request.source
-    rows = await queries_listings.checkpoints_of(session, [run.id])
+    rows = (await queries_listings.checkpoints_of(session, run.id, Cut(1))).rows
     is_same = run.path == source.written and run.team_id == caller.team_id and run.copy_key is not None
     if not is_same:
         raise BadRequest("X-Idempotency-Key", "one not used before for another copy")

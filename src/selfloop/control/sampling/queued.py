@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # As many as a worker's batch holds, and some that wait there so that it never idles; the rest can be cancelled.
 _MAX_IN_WORKER = 256
 _INLINE_BYTES = 16 * 1024
+_PURGED_AT_ONCE = 500
 _PURGE_EVERY_S = 60.0
 _RETRY_S = 1.0
 _RECENT_COUNT = 256
@@ -119,9 +120,10 @@ class QueuedSamples:
         """Take up every sample that was accepted before a restart, and clear away what it left half-done."""
         async with self._c.db.read() as session:
             queued = await queries_samples.queued(session)
-            kept = await queries_samples.blob_keys(session)
-            samplers = {row.id: row for row in await queries_resources.samplers(session)}
+            samplers = await queries_resources.samplers_named(session, {sampler_id for sampler_id, _id in queued})
         for sampler_id in list(self._c.blobs.children(_BLOBS)):
+            async with self._c.db.read() as session:
+                kept = await queries_samples.blob_keys(session, sampler_id)
             for name in list(self._c.blobs.children(f"{_BLOBS}/{sampler_id}")):
                 if (key := f"{_BLOBS}/{sampler_id}/{name}") not in kept:
                     await asyncio.to_thread(self._c.blobs.delete, key)
@@ -390,11 +392,14 @@ class QueuedSamples:
                 await self.purge(ages.old())
 
     async def purge(self, before: float) -> None:
-        """Let go of everything finished ``before``."""
-        async with self._c.db.write() as session:
-            keys = await queries_samples.remove_finished(session, before)
-        for key in keys:
-            await asyncio.to_thread(self._c.blobs.delete, key)
+        """Let go of everything finished ``before``, a few at a time."""
+        while True:
+            async with self._c.db.write() as session:
+                removed = await queries_samples.remove_finished(session, before, _PURGED_AT_ONCE)
+            for key in removed.blob_keys:
+                await asyncio.to_thread(self._c.blobs.delete, key)
+            if removed.num_rows < _PURGED_AT_ONCE:
+                break
 
 
 def sample_digest(sampler_id: str, id: str, content: bytes) -> str:

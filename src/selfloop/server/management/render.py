@@ -1,6 +1,5 @@
 """Rows as the answers show them."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from fastapi import Request
@@ -9,7 +8,7 @@ from selfloop.control.control import Control
 from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
 from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.deploys import ModelView, Version
-from selfloop.control.resources.runs import Deployment, Run, RunView
+from selfloop.control.resources.runs import DeploymentView, Run, RunView
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.auth import control_of, public_base
 from selfloop.server.management.schemas.checkpoints import CheckpointFileV1, LoopsCheckpointV1, LoraAdapterConfigV1
@@ -77,13 +76,13 @@ class Renderer:
     def user(self, key_id: str) -> UserV1:
         return UserV1(email=self._control.access.name_of(key_id))
 
-    def model_deployment(self, model: ModelView, version: Version, checkpoints: Sequence[str]) -> DeploymentV1:
+    def model_deployment(self, version: Version) -> DeploymentV1:
         row, record = version.sampler, version.record
         status = self._control.lifecycle.status(row.id) or row.status
         return DeploymentV1(
             id=row.deployment_id,
             created_at=iso(row.created_at),
-            name=model.name if record is None else f"{model.name}-{record.number}",
+            name=version.model_name if record is None else f"{version.model_name}-{record.number}",
             model_id=row.model_id,
             is_production=version.is_newest,
             status=DeploymentStatusV1(status),
@@ -99,17 +98,16 @@ class Renderer:
             labels=None if record is None else {"hf_secret_name": record.hf_secret_name},
             sampler_id=row.id,
             base_url=f"{self._base}/loops/samplers/{row.id}",
-            checkpoints=list(checkpoints),
+            checkpoints=list(version.checkpoints),
         )
 
     def model(self, view: ModelView, team_name: str) -> ModelV1:
-        live = [v for v in view.versions if v.sampler.status != SamplerStatus.INACTIVE]
         return ModelV1(
             id=view.id,
             created_at=iso(view.created_at),
             name=view.name,
-            deployments_count=len({v.sampler.deployment_id for v in view.versions}),
-            production_deployment_id=live[0].sampler.deployment_id if live else None,
+            deployments_count=view.num_deployments,
+            production_deployment_id=view.live_deployment_id,
             instance_type_name=_MACHINE_NAME,
             team_name=team_name,
         )
@@ -141,11 +139,9 @@ class Renderer:
             capacity=capacity(row),
         )
 
-    def deployment(self, row: Deployment, runs: list[RunView]) -> LoopsDeploymentV1:
-        """``runs`` are the deployment's, newest first."""
-        active = next((view.run.id for view in runs if view.run.status == RunStatus.ACTIVE), None)
+    def deployment(self, view: DeploymentView) -> LoopsDeploymentV1:
+        row, active, sampler = view.deployment, view.active_run_id, view.sampler
         status = self._control.lifecycle.status(row.id) or row.status
-        sampler = next((view.sampler for view in runs if view.sampler is not None), None)
         return LoopsDeploymentV1(
             id=row.id,
             active_run_id=active,

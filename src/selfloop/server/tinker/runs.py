@@ -4,11 +4,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 
 from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.listings import ListedRun, Page
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import page_of, streamed
 from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.status import CheckpointTarget
@@ -36,12 +37,16 @@ async def list_training_runs(
     offset: Offset = 0,
     access_scope: AccessScope = "owned",
     project_id: str | None = None,
-) -> Json:
+) -> Response:
     """Runs of the caller's key, newest first; `accessible` adds those of the team, and what other teams published."""
     page = Page(limit, offset)
     listed = await control.listings.runs(caller, page, accessible=access_scope == "accessible", project_id=project_id)
-    runs = [training_run(run, control.access.name_of(run.run.key_id)) for run in listed.runs]
-    return {"training_runs": runs, "cursor": _cursor(page, listed.total)}
+    return await page_of(
+        "training_runs",
+        listed.runs,
+        lambda run: training_run(run, control.access.name_of(run.run.key_id)),
+        _cursor(page, listed.total),
+    )
 
 
 @router.get("/training_runs/{run_id}")
@@ -54,18 +59,23 @@ async def get_training_run(
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
-async def list_run_checkpoints(run_id: str, caller: CallerOf, control: ControlOf) -> Json:
+async def list_run_checkpoints(run_id: str, caller: CallerOf, control: ControlOf) -> Response:
     """All checkpoints of a run, newest first; of another team's run those that it published."""
-    rows = await control.listings.checkpoints_of(caller, names.run_id(run_id))
-    return {"checkpoints": [checkpoint(row) for row in rows], "cursor": _cursor(Page(len(rows), 0), len(rows))}
+    id = names.run_id(run_id)
+    return await streamed(
+        b'{"checkpoints":[',
+        lambda cut: control.listings.checkpoints_of(caller, id, cut),
+        lambda row: msgspec.json.encode(checkpoint(row)),
+        lambda num: b'],"cursor":' + msgspec.json.encode(_cursor(Page(num, 0), num)) + b"}",
+    )
 
 
 @router.get("/checkpoints")
-async def list_checkpoints(caller: CallerOf, control: ControlOf, limit: Limit = 100, offset: Offset = 0) -> Json:
+async def list_checkpoints(caller: CallerOf, control: ControlOf, limit: Limit = 100, offset: Offset = 0) -> Response:
     """Checkpoints of all runs of the caller's key, newest first."""
     page = Page(limit, offset)
     rows, total = await control.listings.checkpoints(caller, page)
-    return {"checkpoints": [checkpoint(row) for row in rows], "cursor": _cursor(page, total)}
+    return await page_of("checkpoints", rows, checkpoint, _cursor(page, total))
 
 
 def training_run(listed: ListedRun, key_name: str | None) -> Json:

@@ -1,6 +1,7 @@
 """Expressions that each database writes in its own way."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import BigInteger, ColumnElement, Connection, Integer, cast, func, literal
@@ -11,6 +12,10 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from selfloop.storage.db.column_types import Text
+
+T = TypeVar("T")
+
+_MAX_NAMED = 500
 
 SQLITE_JSON_TEXT = "selfloop_json_text"
 """Our own :func:`member` on connections to SQLite, whose ``->>`` takes some keys for paths, and fails on others."""
@@ -54,3 +59,9 @@ def insert_or_update(session: AsyncSession | Connection, table: Any) -> Any:
     """An ``INSERT`` that takes ``on_conflict_do_update`` and ``_nothing``; both databases write it alike."""
     dialect = session.dialect if isinstance(session, Connection) else session.get_bind().dialect
     return postgresql.insert(table) if dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def batched(values: Sequence[T]) -> Iterator[list[T]]:
+    """As many of them at a time as a query may name."""
+    for first in range(0, len(values), _MAX_NAMED):
+        yield list(values[first : first + _MAX_NAMED])

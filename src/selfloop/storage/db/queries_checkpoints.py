@@ -1,12 +1,13 @@
 """Rows of checkpoints. One whose time has come is as good as deleted, also before its files are."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, delete, or_, select
+from sqlalchemy import ColumnElement, Select, delete, exists, func, or_, select
 from sqlalchemy import update as update_rows
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.status import CheckpointTarget
 
@@ -17,6 +18,12 @@ def _not_expired() -> ColumnElement[bool]:
 
 async def get(session: AsyncSession, id: str) -> CheckpointRow | None:
     return await session.scalar(select(CheckpointRow).where(CheckpointRow.id == id, _not_expired()))
+
+
+async def named_by_id(session: AsyncSession, ids: Collection[str]) -> dict[str, CheckpointRow]:
+    """Those of the ids that are there."""
+    rows = await session.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(list(ids)), _not_expired()))
+    return {row.id: row for row in rows}
 
 
 async def stored(session: AsyncSession, id: str) -> CheckpointRow | None:
@@ -42,18 +49,37 @@ async def matching(
     base_model: str | None = None,
     key_id: str | None = None,
 ) -> Sequence[CheckpointRow]:
-    """A team's checkpoints (of the runs of one key), newest first.
+    """A team's checkpoints (of the runs of one key), newest first; see :func:`matching_part`."""
+    query = _matching(team_id, run_id, base_model, key_id)
+    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc()))).all()
+
+
+async def matching_part(
+    session: AsyncSession,
+    cut: Cut,
+    team_id: str,
+    *,
+    run_id: str | None = None,
+    base_model: str | None = None,
+    key_id: str | None = None,
+) -> Part[CheckpointRow]:
+    """A team's checkpoints (of the runs of one key).
 
     Not the snapshots that belong to one sampler, nor what was saved only to be downloaded.
     """
+    return await part(session, _matching(team_id, run_id, base_model, key_id), CheckpointRow, cut)
+
+
+def _matching(team_id: str, run_id: str | None, base_model: str | None, key_id: str | None) -> "Select[CheckpointRow]":
     filters = {"run_id": run_id, "base_model": base_model}
     query = select(CheckpointRow).filter_by(
         team_id=team_id, sampler_id=None, **{k: v for k, v in filters.items() if v is not None}
     )
-    query = query.where(CheckpointRow.target != CheckpointTarget.EXTERNAL)
+    query = query.where(CheckpointRow.target != CheckpointTarget.EXTERNAL, _not_expired())
     if key_id is not None:
-        query = query.where(CheckpointRow.run_id.in_(select(RunRow.id).where(RunRow.key_id == key_id)))
-    return (await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()))).all()
+        # Asked of each row: the list's own order is not left for the runs' one.
+        query = query.where(exists().where(RunRow.id == CheckpointRow.run_id, RunRow.key_id == key_id))
+    return query
 
 
 async def newest(session: AsyncSession, team_id: str, target: str, limit: int) -> Sequence[CheckpointRow]:
@@ -71,6 +97,10 @@ async def of_samplers(session: AsyncSession, sampler_ids: Sequence[str]) -> Sequ
 
 async def all_ids(session: AsyncSession) -> set[str]:
     return set((await session.scalars(select(CheckpointRow.id))).all())
+
+
+async def count(session: AsyncSession) -> int:
+    return int(await session.scalar(select(func.count()).select_from(CheckpointRow)) or 0)
 
 
 async def expired(session: AsyncSession, now: float) -> Sequence[CheckpointRow]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import BigInteger, ColumnElement, Select, and_, cast, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.portable import json_text, total
+from selfloop.storage.db.keyset import Cut, Part, part
+from selfloop.storage.db.portable import batched, json_text, total
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow
 
 NO_PROJECT = "default"
@@ -95,16 +96,38 @@ async def checkpoints(session: AsyncSession, owner: Owner, page: Page) -> tuple[
     return await _page(session, query, (CheckpointRow.created_at.desc(), CheckpointRow.id), page)
 
 
-async def checkpoints_of(session: AsyncSession, run_ids: Collection[str]) -> Sequence[CheckpointRow]:
-    """The checkpoints of these runs, newest first."""
-    query = select(CheckpointRow).where(CheckpointRow.run_id.in_(list(run_ids)), _stored_now())
-    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id))).all()
+async def checkpoints_of(
+    session: AsyncSession, run_id: str, cut: Cut, *, public_only: bool = False
+) -> Part[CheckpointRow]:
+    """The checkpoints of a run, newest first."""
+    query = select(CheckpointRow).where(CheckpointRow.run_id == run_id, _stored_now())
+    return await part(session, query.where(CheckpointRow.public) if public_only else query, CheckpointRow, cut)
+
+
+async def last_checkpoints(session: AsyncSession, run_ids: Collection[str], team_id: str) -> Sequence[CheckpointRow]:
+    """The newest checkpoint of each run for each target; of other teams' runs of what they published."""
+    found: list[CheckpointRow] = []
+    for ids in batched(sorted(run_ids)):
+        place = func.row_number().over(
+            partition_by=(CheckpointRow.run_id, CheckpointRow.target),
+            order_by=(CheckpointRow.created_at.desc(), CheckpointRow.id.desc()),
+        )
+        seen = or_(CheckpointRow.team_id == team_id, CheckpointRow.public)
+        ranked = select(CheckpointRow.id, place.label("place"))
+        ranked = ranked.where(CheckpointRow.run_id.in_(ids), seen, _stored_now()).subquery()
+        first = select(ranked.c.id).where(ranked.c.place == 1)
+        found += (await session.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(first)))).all()
+    return found
 
 
 async def last_requests(session: AsyncSession, run_ids: Collection[str]) -> dict[str, float]:
     """When each run last took an operation; runs that never did are left out."""
-    query = select(OperationRow.run_id, func.max(OperationRow.created_at)).where(OperationRow.run_id.in_(list(run_ids)))
-    return {row[0]: float(row[1]) for row in await session.execute(query.group_by(OperationRow.run_id))}
+    found: dict[str, float] = {}
+    for ids in batched(sorted(run_ids)):
+        query = select(OperationRow.run_id, func.max(OperationRow.created_at)).where(OperationRow.run_id.in_(ids))
+        rows = await session.execute(query.group_by(OperationRow.run_id))
+        found |= {row[0]: float(row[1]) for row in rows}
+    return found
 
 
 async def sessions(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[SessionRow], int]:

@@ -1,10 +1,11 @@
 """Rows of deployed models, their versions, and the checkpoints that samplers hold."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.tables import DeployedModelRow, HeldCheckpointRow, ModelVersionRow
 
 
@@ -20,14 +21,15 @@ async def model(session: AsyncSession, id: str) -> DeployedModelRow | None:
     return await session.get(DeployedModelRow, id)
 
 
-async def versions(session: AsyncSession, model_id: str) -> Sequence[ModelVersionRow]:
-    """A model's versions, newest first."""
-    query = select(ModelVersionRow).filter_by(model_id=model_id)
-    return (await session.scalars(query.order_by(ModelVersionRow.number.desc()))).all()
+async def models_part(session: AsyncSession, cut: Cut, team_id: str, name: str | None) -> Part[DeployedModelRow]:
+    query = select(DeployedModelRow).filter_by(team_id=team_id, **({} if name is None else {"name": name}))
+    return await part(session, query, DeployedModelRow, cut)
 
 
-async def version_of(session: AsyncSession, sampler_id: str) -> ModelVersionRow | None:
-    return await session.get(ModelVersionRow, sampler_id)
+async def versions(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, ModelVersionRow]:
+    """What was said with each deploy, by its sampler; other samplers are absent."""
+    rows = await session.scalars(select(ModelVersionRow).where(ModelVersionRow.sampler_id.in_(list(sampler_ids))))
+    return {row.sampler_id: row for row in rows}
 
 
 async def next_number(session: AsyncSession, model_id: str) -> int:
@@ -39,6 +41,15 @@ async def held(session: AsyncSession, sampler_id: str) -> Sequence[HeldCheckpoin
     """What a sampler holds, its default first."""
     query = select(HeldCheckpointRow).filter_by(sampler_id=sampler_id).order_by(HeldCheckpointRow.position)
     return (await session.scalars(query)).all()
+
+
+async def held_by(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, list[HeldCheckpointRow]]:
+    """What each sampler holds, its default first; samplers that hold nothing are absent."""
+    query = select(HeldCheckpointRow).where(HeldCheckpointRow.sampler_id.in_(list(sampler_ids)))
+    found: dict[str, list[HeldCheckpointRow]] = {}
+    for row in await session.scalars(query.order_by(HeldCheckpointRow.sampler_id, HeldCheckpointRow.position)):
+        found.setdefault(row.sampler_id, []).append(row)
+    return found
 
 
 async def held_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> HeldCheckpointRow | None:

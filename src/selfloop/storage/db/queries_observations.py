@@ -7,7 +7,7 @@ import msgspec
 from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.portable import insert_or_update, total
+from selfloop.storage.db.portable import batched, insert_or_update, total
 from selfloop.storage.db.tables import (
     CheckpointRow,
     DeploymentMinuteRow,
@@ -112,9 +112,8 @@ async def labels(
     """Names by id."""
     kind = {"run": RunRow, "key": KeyRow, "team": TeamRow}[group_by]
     found: dict[str, str] = {}
-    wanted = sorted(ids)
-    for first in range(0, len(wanted), 500):
-        rows = await session.execute(select(kind.id, kind.name).where(kind.id.in_(wanted[first : first + 500])))
+    for some in batched(sorted(ids)):
+        rows = await session.execute(select(kind.id, kind.name).where(kind.id.in_(some)))
         found |= {row[0]: row[1] for row in rows}
     return found
 
@@ -150,7 +149,7 @@ async def forget_minutes(session: AsyncSession, before: int) -> None:
 
 async def status_changes(session: AsyncSession, ids: Collection[str]) -> Sequence[StatusChangeRow]:
     """Every transition of these resources, oldest first."""
-    rows = await session.scalars(
-        select(StatusChangeRow).where(StatusChangeRow.resource_id.in_(list(ids))).order_by(StatusChangeRow.id)
-    )
-    return rows.all()
+    found: list[StatusChangeRow] = []
+    for some in batched(sorted(ids)):
+        found += (await session.scalars(select(StatusChangeRow).where(StatusChangeRow.resource_id.in_(some)))).all()
+    return sorted(found, key=lambda row: row.id)

@@ -1,9 +1,9 @@
 """Rows of the journal."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Result, Update, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Result, Row, Update, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
@@ -72,10 +72,10 @@ def _passed() -> ColumnElement[bool]:
     return or_(is_behind, RunRow.status != RunStatus.ACTIVE)
 
 
-async def blob_keys(session: AsyncSession) -> set[str]:
-    """Keys of every payload and result that lies in a blob."""
-    rows = await session.execute(select(OperationRow.payload_key, OperationRow.result_key))
-    return {key for row in rows for key in row if key is not None}
+async def blob_keys(session: AsyncSession, run_id: str) -> set[str]:
+    """Keys of every payload and result of a run that lies in a blob."""
+    query = select(OperationRow.payload_key, OperationRow.result_key).where(OperationRow.run_id == run_id)
+    return {key for row in await session.execute(query) for key in row if key is not None}
 
 
 async def done_after(
@@ -164,38 +164,39 @@ async def drop_payloads(session: AsyncSession, run_id: str, ids: Sequence[str]) 
     )
 
 
-async def expired(session: AsyncSession, before: float) -> Sequence[OperationRow]:
-    """Operations finished ``before`` that recovery no longer needs: their payload is gone already."""
-    rows = await session.scalars(
-        select(OperationRow).where(
-            OperationRow.finished_at < before,
-            OperationRow.payload.is_(None),
-            OperationRow.payload_key.is_(None),
-        )
-    )
-    return rows.all()
+class Purged(NamedTuple):
+    """How many rows were changed, and the blobs of the results that they had."""
+
+    num_rows: int
+    result_keys: list[str]
 
 
-async def stale_results(session: AsyncSession, before: float) -> Sequence[OperationRow]:
-    """Operations finished ``before`` whose result is still kept."""
-    rows = await session.scalars(
-        select(OperationRow).where(
-            OperationRow.finished_at < before,
-            or_(OperationRow.result.is_not(None), OperationRow.result_key.is_not(None)),
-        )
-    )
-    return rows.all()
+async def purge_rows(session: AsyncSession, before: float, limit: int) -> Purged:
+    """Remove operations finished ``before`` that recovery no longer needs: their payload is gone already."""
+    gone = OperationRow.payload.is_(None), OperationRow.payload_key.is_(None)
+    found = await _finished(session, before, limit, *gone)
+    await session.execute(delete(OperationRow).where(_places(found)))
+    return _purged(found)
 
 
-async def drop_results(session: AsyncSession, rows: Sequence[OperationRow]) -> None:
-    for row in rows:
-        await session.execute(
-            update(OperationRow)
-            .where(OperationRow.run_id == row.run_id, OperationRow.id == row.id)
-            .values(result=None, result_key=None)
-        )
+async def purge_results(session: AsyncSession, before: float, limit: int) -> Purged:
+    """Let go of the results of operations finished ``before``."""
+    kept = or_(OperationRow.result.is_not(None), OperationRow.result_key.is_not(None))
+    found = await _finished(session, before, limit, kept)
+    await session.execute(update(OperationRow).where(_places(found)).values(result=None, result_key=None))
+    return _purged(found)
 
 
-async def remove(session: AsyncSession, rows: Sequence[OperationRow]) -> None:
-    for row in rows:
-        await session.execute(delete(OperationRow).where(OperationRow.run_id == row.run_id, OperationRow.id == row.id))
+async def _finished(
+    session: AsyncSession, before: float, limit: int, *conditions: ColumnElement[bool]
+) -> Sequence[Row[str, str, str | None]]:
+    query = select(OperationRow.run_id, OperationRow.id, OperationRow.result_key)
+    return (await session.execute(query.where(OperationRow.finished_at < before, *conditions).limit(limit))).all()
+
+
+def _places(found: Sequence[Row[str, str, str | None]]) -> ColumnElement[bool]:
+    return tuple_(OperationRow.run_id, OperationRow.id).in_([(row[0], row[1]) for row in found])
+
+
+def _purged(found: Sequence[Row[str, str, str | None]]) -> Purged:
+    return Purged(len(found), [key for _run_id, _id, key in found if key is not None])

@@ -1,8 +1,9 @@
 """Rows of queued samples."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.tables import QueuedSampleRow
@@ -58,16 +59,22 @@ async def queued(session: AsyncSession) -> Sequence[tuple[str, str]]:
     return [(row[0], row[1]) for row in rows]
 
 
-async def blob_keys(session: AsyncSession) -> set[str]:
-    """Keys of every payload and result that lies in a blob."""
-    rows = await session.execute(select(QueuedSampleRow.payload_key, QueuedSampleRow.result_key))
-    return {key for row in rows for key in row if key is not None}
+async def blob_keys(session: AsyncSession, sampler_id: str) -> set[str]:
+    """Keys of every payload and result of a sampler that lies in a blob."""
+    query = select(QueuedSampleRow.payload_key, QueuedSampleRow.result_key).filter_by(sampler_id=sampler_id)
+    return {key for row in await session.execute(query) for key in row if key is not None}
 
 
-async def remove_finished(session: AsyncSession, before: float) -> list[str]:
-    """Forget what finished ``before``; returns the keys of the blobs it had."""
-    old = QueuedSampleRow.finished_at < before
-    rows = await session.execute(select(QueuedSampleRow.payload_key, QueuedSampleRow.result_key).where(old))
-    keys = [key for row in rows for key in row if key is not None]
-    await session.execute(delete(QueuedSampleRow).where(old))
-    return keys
+class Removed(NamedTuple):
+    num_rows: int
+    blob_keys: list[str]
+
+
+async def remove_finished(session: AsyncSession, before: float, limit: int) -> Removed:
+    """Forget at most ``limit`` of what finished ``before``."""
+    table = QueuedSampleRow
+    query = select(table.sampler_id, table.id, table.payload_key, table.result_key)
+    found = (await session.execute(query.where(table.finished_at < before).limit(limit))).all()
+    places = tuple_(table.sampler_id, table.id).in_([(row[0], row[1]) for row in found])
+    await session.execute(delete(table).where(places))
+    return Removed(len(found), [key for row in found for key in row[2:] if key is not None])

@@ -9,6 +9,7 @@ from sqlalchemy import (
     MetaData,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
@@ -27,6 +28,12 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
         }
     )
     type_annotation_map = {int: Whole, str: Text}
+
+
+def _partial(name: str, column: str, condition: str) -> Index:
+    """An index of the few rows that are looked for."""
+    where = text(condition)
+    return Index(name, column, sqlite_where=where, postgresql_where=where)
 
 
 class TeamRow(Base):
@@ -77,6 +84,10 @@ class SessionRow(Base):
     """What one script made. ``details`` is JSON of what its client told of it: tags, metadata, a display name."""
 
     __tablename__ = "sessions"
+    __table_args__ = (
+        Index("ix_sessions_team_id_created_at_id", "team_id", "created_at", "id"),
+        _partial("ix_sessions_open", "id", "details IS NOT NULL AND ended_at IS NULL"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
@@ -103,6 +114,11 @@ class DeploymentRow(Base):
     """Trainer capacity for a base model; holds one or many runs."""
 
     __tablename__ = "deployments"
+    __table_args__ = (
+        Index("ix_deployments_team_id_created_at_id", "team_id", "created_at", "id"),
+        Index("ix_deployments_key_id_created_at_id", "key_id", "created_at", "id"),
+        Index("ix_deployments_status", "status"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
@@ -134,7 +150,10 @@ class RunRow(Base):
 
     __tablename__ = "runs"
     __table_args__ = (
-        Index("ix_runs_team_id_created_at", "team_id", "created_at"),
+        Index("ix_runs_team_id_created_at_id", "team_id", "created_at", "id"),
+        Index("ix_runs_key_id_created_at_id", "key_id", "created_at", "id"),
+        Index("ix_runs_deployment_id_created_at", "deployment_id", "created_at"),
+        Index("ix_runs_session_id", "session_id"),
         Index("ix_runs_team_id_copy_key", "team_id", "copy_key", unique=True),
     )
 
@@ -184,7 +203,13 @@ class SamplerRow(Base):
     """
 
     __tablename__ = "samplers"
-    __table_args__ = (Index("ix_samplers_model_id_deployment_id", "model_id", "deployment_id"),)
+    __table_args__ = (
+        Index("ix_samplers_model_id_deployment_id", "model_id", "deployment_id"),
+        Index("ix_samplers_team_id_created_at_id", "team_id", "created_at", "id"),
+        Index("ix_samplers_key_id_created_at_id", "key_id", "created_at", "id"),
+        Index("ix_samplers_session_id", "session_id"),
+        Index("ix_samplers_status", "status"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     session_id: Mapped[str] = mapped_column(ForeignKey("sessions.id"))
@@ -265,7 +290,14 @@ class CheckpointRow(Base):
     """
 
     __tablename__ = "checkpoints"
-    __table_args__ = (UniqueConstraint("run_id", "target", "name"),)
+    __table_args__ = (
+        UniqueConstraint("run_id", "target", "name"),
+        Index("ix_checkpoints_team_id_created_at_id", "team_id", "created_at", "id"),
+        Index("ix_checkpoints_run_id_created_at_id", "run_id", "created_at", "id"),
+        _partial("ix_checkpoints_expires_at", "expires_at", "expires_at IS NOT NULL"),
+        _partial("ix_checkpoints_sampler_id", "sampler_id", "sampler_id IS NOT NULL"),
+        _partial("ix_checkpoints_public", "run_id", "public"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
@@ -393,6 +425,7 @@ class UsageRow(Base):
     """What a key took in one hour (its start in UNIX seconds) for a run or sampler; empty ids where there is none."""
 
     __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_run_id", "run_id"),)
 
     team_id: Mapped[str] = mapped_column(primary_key=True)
     hour: Mapped[int] = mapped_column(BigInteger, primary_key=True)

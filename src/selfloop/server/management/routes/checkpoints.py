@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
 
 from selfloop.control.control import Control
@@ -10,9 +10,11 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import Checkpoint
 from selfloop.control.resources.cleanup import CheckpointFilter
 from selfloop.control.resources.deploys import DeployRequest
+from selfloop.control.resources.listings import Cut, Part, Place, part_of
 from selfloop.control.resources.samplers import exactly_one
 from selfloop.server import tinker_paths
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import RenderOf, Scope
 from selfloop.server.management.schemas.checkpoints import (
     DeleteLoopsCheckpointsRequestV1,
@@ -33,29 +35,38 @@ from selfloop.types.status import CheckpointTarget
 router = APIRouter()
 
 
-@router.get("/loops/checkpoints", summary="List checkpoints of a run, of a base model, or at a path.")
+@router.get(
+    "/loops/checkpoints",
+    summary="List checkpoints of a run, of a base model, or at a path.",
+    response_model=ListLoopsCheckpointsResponseV1,
+)
 async def list_checkpoints(
     caller: CallerOf,
     control: ControlOf,
     render: RenderOf,
+    paging: PagingOf,
     run_id: str | None = None,
     base_model: str | None = None,
     checkpoint_path: str | None = None,
     scope: Scope = None,
-) -> ListLoopsCheckpointsResponseV1:
+) -> Response:
     """Newest first. By base model those of the caller's own runs, with `scope=org` of the whole team's.
 
     `checkpoint_path` is a `bt://` or `tinker://` path, or an id.
     """
     exactly_one(run_id=run_id, base_model=base_model, checkpoint_path=checkpoint_path)
-    if run_id is not None:
-        rows = await control.checkpoints.of_run(caller, run_id)
-    elif base_model is not None:
-        rows = await control.checkpoints.of_model(caller, base_model, whole_team=scope == "org")
-    else:
+
+    async def fetch(cut: Cut) -> Part[Checkpoint]:
+        if run_id is not None:
+            return await control.checkpoints.of_run(caller, run_id, cut)
+        if base_model is not None:
+            return await control.checkpoints.of_model(caller, base_model, cut, whole_team=scope == "org")
         assert checkpoint_path is not None
-        rows = [await _named(checkpoint_path, caller, control)]
-    return ListLoopsCheckpointsResponseV1(checkpoints=[render.checkpoint(row) for row in rows])
+        row = await _named(checkpoint_path, caller, control)
+        return part_of([row], lambda row: Place(row.created_at, row.id), cut)
+
+    about = (caller.key_id, run_id, base_model, checkpoint_path, scope)
+    return await listed(paging, "checkpoints", about, fetch, render.checkpoint)
 
 
 async def _named(name: str, caller: Caller, control: Control) -> Checkpoint:

@@ -5,7 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from selfloop.control.resources.access import Caller, Key
+from selfloop.control.resources.listings import Cut, Part, Place, part_of
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.keys import (
@@ -25,22 +27,27 @@ from selfloop.types.roles import Role
 
 router = APIRouter()
 
-_MANAGES_ALL = "WORKSPACE_MANAGE_ALL"
+_MANAGES_ALL: KeyType = "WORKSPACE_MANAGE_ALL"
 
 
-@router.get("/api_keys", summary="List the team's valid keys. Admins only.")
+@router.get("/api_keys", summary="List the team's valid keys. Admins only.", response_model=APIKeysV1)
 async def list_keys(
     caller: CallerOf,
     control: ControlOf,
+    paging: PagingOf,
     type: Annotated[KeyType | None, Query(description="Only those of this type.")] = None,
     created_by_me: Annotated[bool, Query(description="Only false: the audit log tells who made a key.")] = False,
-) -> APIKeysV1:
+) -> Response:
     """Their first characters, never the keys themselves: only hashes of those are stored."""
     if created_by_me:
         raise BadRequest("created_by_me", "false: GET /api/v1/audit tells who made a key")
     (team,) = await control.access.teams_of(caller)
-    shown = [_info(row, team.name) for row in await control.access.valid_keys(caller)]
-    return APIKeysV1(keys=[info for info in shown if type in (None, info.type)])
+
+    async def fetch(cut: Cut) -> Part[Key]:
+        rows = [row for row in await control.access.valid_keys(caller) if type in (None, _type_of(row))]
+        return part_of(rows, lambda row: Place(row.created_at, row.id), cut)
+
+    return await listed(paging, "keys", (caller.team_id, type), fetch, lambda row: _info(row, team.name))
 
 
 @router.post("/api_keys", summary="Make a key in the caller's team. Admins only.")
@@ -108,12 +115,16 @@ def _user(row: Key, team: str) -> UserInfoV1:
     return UserInfoV1(user_id=row.id, email=row.name, name=row.name, workspace_name=team, role=Role(row.role).value)
 
 
+def _type_of(row: Key) -> KeyType:
+    return _MANAGES_ALL if row.role == Role.ADMIN else "PERSONAL"
+
+
 def _info(row: Key, team: str) -> APIKeyInfoV1:
     return APIKeyInfoV1(
         id=row.id,
         prefix=row.prefix,
         name=row.name,
-        type=_MANAGES_ALL if row.role == Role.ADMIN else "PERSONAL",
+        type=_type_of(row),
         role=Role(row.role).value,
         team_name=team,
         owner=APIKeyOwnerV1(user_id=row.id, email=row.name, name=row.name),

@@ -3,14 +3,15 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Response
 
 from selfloop.control.control import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.deploys import ModelView, Version
+from selfloop.control.resources.deploys import ModelView
+from selfloop.control.resources.listings import Cut, Part
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf
-from selfloop.server.management.render import Renderer
 from selfloop.server.management.schemas.models import (
     DeactivateResponseV1,
     DeploymentsV1,
@@ -27,16 +28,26 @@ _READINESS_HOLD_S = 25.0
 _ABOUT_TO_SAMPLE = "baseten-loops/"
 
 
-@router.get("/models", summary="List the models that checkpoints were deployed under.")
-@router.get("/teams/{team_id}/models", summary="List a team's models that checkpoints were deployed under.")
+@router.get("/models", summary="List the models that checkpoints were deployed under.", response_model=ModelsV1)
+@router.get(
+    "/teams/{team_id}/models",
+    summary="List a team's models that checkpoints were deployed under.",
+    response_model=ModelsV1,
+)
 async def list_models(
     caller: MemberOf,
     control: ControlOf,
     render: RenderOf,
+    paging: PagingOf,
     name: Annotated[str | None, Query(description="Only the one of this name.")] = None,
-) -> ModelsV1:
+) -> Response:
+    """Newest first."""
     team = await _team_name(control, caller)
-    return ModelsV1(models=[render.model(view, team) for view in await control.deploys.models(caller, name)])
+
+    async def fetch(cut: Cut) -> Part[ModelView]:
+        return await control.deploys.models(caller, cut, name)
+
+    return await listed(paging, "models", (caller.team_id, name), fetch, lambda view: render.model(view, team))
 
 
 @router.get("/models/{model_id}", summary="Get a model, also the one under a sampler.")
@@ -44,13 +55,25 @@ async def get_model(model_id: str, caller: CallerOf, control: ControlOf, render:
     return render.model(await control.deploys.model(caller, model_id), await _team_name(control, caller))
 
 
-@router.get("/models/{model_id}/deployments", summary="List a model's deployments, newest first.")
+@router.get(
+    "/models/{model_id}/deployments",
+    summary="List a model's deployments, newest first.",
+    response_model=DeploymentsV1,
+)
 async def list_model_deployments(
-    model_id: str, caller: CallerOf, control: ControlOf, render: RenderOf, name: str | None = None
-) -> DeploymentsV1:
-    view = await control.deploys.model(caller, model_id)
-    shown = [await _deployment(control, render, view, version) for version in view.versions]
-    return DeploymentsV1(deployments=[d for d in shown if name is None or d.name == name])
+    model_id: str,
+    caller: CallerOf,
+    control: ControlOf,
+    render: RenderOf,
+    paging: PagingOf,
+    name: str | None = None,
+) -> Response:
+    async def fetch(cut: Cut) -> Part[DeploymentV1]:
+        versions = await control.deploys.versions(caller, model_id, cut)
+        shown = [render.model_deployment(version) for version in versions.rows]
+        return Part([d for d in shown if name is None or d.name == name], versions.next)
+
+    return await listed(paging, "deployments", (caller.team_id, model_id, name), fetch, lambda shown: shown)
 
 
 @router.get("/models/{model_id}/deployments/{deployment_id}", summary="A sampler as a deployment; its readiness.")
@@ -68,8 +91,7 @@ async def readiness(
         await asyncio.wait({control.lifecycle.wake_soon(sampler_id)}, timeout=_READINESS_HOLD_S)
     else:
         await control.lifecycle.settled(sampler_id, _READINESS_HOLD_S)
-    view = await control.deploys.model(caller, model_id)
-    return await _deployment(control, render, view, await control.deploys.version(caller, model_id, deployment_id))
+    return render.model_deployment(await control.deploys.version(caller, model_id, deployment_id))
 
 
 @router.post("/models/{model_id}/deployments/{deployment_id}/deactivate", summary="Deactivate a model's deployment.")
@@ -79,12 +101,6 @@ async def deactivate_model_deployment(
     """Ends the samplers behind it; `no_op` tells that it had ended before."""
     ended = await control.samplers.deactivate_version(caller, model_id, deployment_id)
     return DeactivateResponseV1(no_op=not ended)
-
-
-async def _deployment(control: Control, render: Renderer, view: ModelView, version: Version) -> DeploymentV1:
-    paths = [control.samplers.path_of(row) for row in await control.samplers.served(version.sampler)]
-    live = None if paths else await control.samplers.live_path(version.sampler)
-    return render.model_deployment(view, version, paths or ([] if live is None else [live]))
 
 
 async def _team_name(control: Control, caller: Caller) -> str:

@@ -1,16 +1,20 @@
 """What happened: logs, metrics and debug archives of deployments, and usage."""
 
+import asyncio
 import time
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from selfloop.control.machine import NODE
 from selfloop.control.observe.meter import Minute, Step
 from selfloop.control.observe.observations import LogWindow
+from selfloop.control.observe.usage import UsageLine
+from selfloop.control.resources.listings import Cut, Part, Place, part_of_sorted
 from selfloop.server.auth import CallerOf, ControlOf, public_base
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import Scope
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.observations import (
@@ -124,17 +128,22 @@ async def debug_archive_file(
     return FileResponse(control.observations.open_archive_link(archive_id, name, expires, signature))
 
 
-@router.get("/loops/usage", summary="Tokens, compute seconds and bytes by run, key or team.")
+@router.get(
+    "/loops/usage",
+    summary="Tokens, compute seconds and bytes by run, key or team.",
+    response_model=LoopsUsageResponseV1,
+)
 async def usage(
     caller: CallerOf,
     control: ControlOf,
+    paging: PagingOf,
     run_id: str | None = None,
     scope: Scope = None,
     group_by: Literal["run", "key", "team"] = "run",
     start: Annotated[datetime | None, Query(description="From the hour that this lies in.")] = None,
     end: Annotated[datetime | None, Query(description="Hours that begin before this.")] = None,
-) -> LoopsUsageResponseV1:
-    """Of the caller's key, with `scope=org` of the team; kept by the hour."""
+) -> Response:
+    """Of the caller's key, with `scope=org` of the team, the most computing first; kept by the hour."""
     start_s, end_s = _seconds("start", start), _seconds("end", end)
     if start_s is not None and end_s is not None and start_s > end_s:
         raise BadRequest("start", "a time before end")
@@ -143,23 +152,28 @@ async def usage(
     lines = await control.observations.usage.report(
         caller, group_by, run_id=run_id, whole_team=scope == "org", start=start_s, end=end_s
     )
-    return LoopsUsageResponseV1(
-        group_by=group_by,
-        usage=[
-            LoopsUsageV1(
-                id=line.id or None,
-                name=line.label,
-                operations=line.counts.operations,
-                samples=line.counts.samples,
-                tokens_trained=line.counts.tokens_trained,
-                tokens_forwarded=line.counts.tokens_forwarded,
-                tokens_prefilled=line.counts.tokens_prefilled,
-                tokens_sampled=line.counts.tokens_sampled,
-                compute_seconds=line.counts.compute_s,
-                checkpoint_bytes=line.checkpoint_bytes,
-            )
-            for line in lines
-        ],
+
+    async def fetch(cut: Cut) -> Part[UsageLine]:
+        # There may be many lines at hand already: each slice takes a turn of its own.
+        await asyncio.sleep(0)
+        return part_of_sorted(lines, lambda line: Place(line.counts.compute_s, line.id), cut)
+
+    about = (caller.key_id, run_id, scope, group_by, start, end)
+    return await listed(paging, "usage", about, fetch, _usage_line, beside={"group_by": group_by})
+
+
+def _usage_line(line: UsageLine) -> LoopsUsageV1:
+    return LoopsUsageV1(
+        id=line.id or None,
+        name=line.label,
+        operations=line.counts.operations,
+        samples=line.counts.samples,
+        tokens_trained=line.counts.tokens_trained,
+        tokens_forwarded=line.counts.tokens_forwarded,
+        tokens_prefilled=line.counts.tokens_prefilled,
+        tokens_sampled=line.counts.tokens_sampled,
+        compute_seconds=line.counts.compute_s,
+        checkpoint_bytes=line.checkpoint_bytes,
     )
 
 

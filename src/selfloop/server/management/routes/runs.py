@@ -2,10 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Response
 
-from selfloop.control.resources.runs import RunRequest
+from selfloop.control.resources.listings import Cut, Part
+from selfloop.control.resources.runs import RunRequest, RunView
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_unserved
 from selfloop.server.management.schemas.common import DeactivateLoopsRunResponseV1
@@ -109,18 +111,23 @@ async def create_trainer(
     return CreateLoopsTrainerResponseV1(run=render.trainer(view))
 
 
-@router.get("/loops/runs", summary="List Loops runs.")
-@router.get("/teams/{team_id}/loops/runs", summary="List a team's Loops runs.")
+@router.get("/loops/runs", summary="List Loops runs.", response_model=ListLoopsRunsResponseV1)
+@router.get("/teams/{team_id}/loops/runs", summary="List a team's Loops runs.", response_model=ListLoopsRunsResponseV1)
 async def list_runs(
     caller: MemberOf,
     control: ControlOf,
     render: RenderOf,
+    paging: PagingOf,
     run_id: str | None = None,
     base_model: str | None = None,
     scope: Scope = None,
-) -> ListLoopsRunsResponseV1:
-    views = await control.runs.list(caller, run_id=run_id, base_model=base_model, whole_team=scope == "org")
-    return ListLoopsRunsResponseV1(runs=[render.trainer(view) for view in views])
+) -> Response:
+    """Newest first."""
+
+    async def fetch(cut: Cut) -> Part[RunView]:
+        return await control.runs.list(caller, cut, run_id=run_id, base_model=base_model, whole_team=scope == "org")
+
+    return await listed(paging, "runs", (caller.key_id, run_id, base_model, scope), fetch, render.trainer)
 
 
 @router.get("/loops/runs/{run_id}", summary="Get a Loops run.")

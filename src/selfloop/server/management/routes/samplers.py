@@ -1,9 +1,11 @@
 """Samplers, and the readiness that clients poll."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
-from selfloop.control.resources.samplers import exactly_one
+from selfloop.control.resources.listings import Cut, Part
+from selfloop.control.resources.samplers import Sampler, exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
+from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_replicas, refuse_spot
 from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
@@ -44,13 +46,21 @@ async def create_sampler(
     return CreateLoopsSamplerResponseV1(sampler=render.sampler(row))
 
 
-@router.get("/loops/samplers", summary="List Loops samplers.")
-@router.get("/teams/{team_id}/loops/samplers", summary="List a team's Loops samplers.")
+@router.get("/loops/samplers", summary="List Loops samplers.", response_model=ListLoopsSamplersResponseV1)
+@router.get(
+    "/teams/{team_id}/loops/samplers",
+    summary="List a team's Loops samplers.",
+    response_model=ListLoopsSamplersResponseV1,
+)
 async def list_samplers(
-    caller: MemberOf, control: ControlOf, render: RenderOf, scope: Scope = None
-) -> ListLoopsSamplersResponseV1:
-    rows = await control.samplers.list(caller, whole_team=scope == "org")
-    return ListLoopsSamplersResponseV1(samplers=[render.sampler(row) for row in rows])
+    caller: MemberOf, control: ControlOf, render: RenderOf, paging: PagingOf, scope: Scope = None
+) -> Response:
+    """Newest first."""
+
+    async def fetch(cut: Cut) -> Part[Sampler]:
+        return await control.samplers.list(caller, cut, whole_team=scope == "org")
+
+    return await listed(paging, "samplers", (caller.key_id, scope), fetch, render.sampler)
 
 
 @router.get("/loops/samplers/{sampler_id}", summary="Get a Loops sampler.")

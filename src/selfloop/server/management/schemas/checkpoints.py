@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, LoopsLoRAConfigV1, Request
+from selfloop.server.management.schemas.common import Answer, LoopsLoRAConfigV1, Paged, Request
 
 
 class LoraAdapterConfigV1(Answer):
@@ -30,7 +30,7 @@ class LoopsCheckpointV1(Answer):
     expires_at: datetime | None
 
 
-class ListLoopsCheckpointsResponseV1(Answer):
+class ListLoopsCheckpointsResponseV1(Paged):
     checkpoints: list[LoopsCheckpointV1]
 
 

@@ -17,6 +17,12 @@ class Answer(BaseModel):
     """Base of answers."""
 
 
+class Paged(Answer):
+    """Base of lists, which come in pages when ``page_size`` or ``page_token`` is given."""
+
+    next_page_token: str | None = Field(None, description="In pages alone: for the next one; null on the last.")
+
+
 def iso(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from selfloop.server.management.schemas.common import Answer, InstanceTypeV1, UserV1
+from selfloop.server.management.schemas.common import Answer, InstanceTypeV1, Paged, UserV1
 from selfloop.server.management.schemas.samplers import LoopsSamplerV1
 from selfloop.types.status import DeploymentStatus
 
@@ -35,5 +35,5 @@ class GetLoopsDeploymentResponseV1(Answer):
     deployment: LoopsDeploymentV1
 
 
-class ListLoopsDeploymentsResponseV1(Answer):
+class ListLoopsDeploymentsResponseV1(Paged):
     deployments: list[LoopsDeploymentV1]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, Request
+from selfloop.server.management.schemas.common import Answer, Paged, Request
 
 KeyType = Literal["PERSONAL", "WORKSPACE_MANAGE_ALL"]
 _ROLES = Literal["admin", "member", "read-only"]
@@ -51,7 +51,7 @@ class APIKeyInfoV1(Answer):
     expires_at: datetime | None
 
 
-class APIKeysV1(Answer):
+class APIKeysV1(Paged):
     keys: list[APIKeyInfoV1]
 
 

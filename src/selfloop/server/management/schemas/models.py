@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from selfloop.server.management.schemas.common import Answer, DeploymentStatusV1
+from selfloop.server.management.schemas.common import Answer, DeploymentStatusV1, Paged
 
 
 class AutoscalingSettingsV1(Answer):
@@ -46,7 +46,7 @@ class DeploymentV1(Answer):
     checkpoints: list[str] = Field(description="URIs of what it serves, the default first.")
 
 
-class DeploymentsV1(Answer):
+class DeploymentsV1(Paged):
     deployments: list[DeploymentV1]
 
 
@@ -61,7 +61,7 @@ class ModelV1(Answer):
     team_name: str
 
 
-class ModelsV1(Answer):
+class ModelsV1(Paged):
     models: list[ModelV1]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, Request
+from selfloop.server.management.schemas.common import Answer, Paged, Request
 
 _LAST_MS = 253_402_300_799_000
 """The end of the year 9999."""
@@ -147,6 +147,6 @@ class LoopsUsageV1(Answer):
     checkpoint_bytes: int = Field(description="Stored now.")
 
 
-class LoopsUsageResponseV1(Answer):
+class LoopsUsageResponseV1(Paged):
     group_by: Literal["run", "key", "team"]
     usage: list[LoopsUsageV1]

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from selfloop.server.management.schemas.common import Answer, CapacityId, CapacityV1, LoopsLoRAConfigV1, Request, UserV1
+from selfloop.server.management.schemas.common import (
+    Answer,
+    CapacityId,
+    CapacityV1,
+    LoopsLoRAConfigV1,
+    Paged,
+    Request,
+    UserV1,
+)
 from selfloop.server.management.schemas.samplers import LoopsSamplerV1
 from selfloop.types.status import RunStatus
 
@@ -105,7 +113,7 @@ class GetLoopsRunResponseV1(Answer):
     run: LoopsTrainerRunV1
 
 
-class ListLoopsRunsResponseV1(Answer):
+class ListLoopsRunsResponseV1(Paged):
     runs: list[LoopsTrainerRunV1]
 
 

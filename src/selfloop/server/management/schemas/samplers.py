@@ -11,6 +11,7 @@ from selfloop.server.management.schemas.common import (
     CapacityV1,
     DeploymentStatusV1,
     InstanceTypeV1,
+    Paged,
     Request,
     UserV1,
 )
@@ -64,7 +65,7 @@ class GetLoopsSamplerResponseV1(Answer):
     sampler: LoopsSamplerV1
 
 
-class ListLoopsSamplersResponseV1(Answer):
+class ListLoopsSamplersResponseV1(Paged):
     samplers: list[LoopsSamplerV1]
 
 
