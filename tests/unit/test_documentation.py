@@ -77,6 +77,7 @@ COMMANDS = {
     "selfloop samplers wake": ["SAMPLER_ID", "--data-dir", "--url"],
     "selfloop serve": [
         "--activation-memory",
+        "--body-memory",
         "--capacity",
         "--data-dir",
         "--database-url",

@@ -146,6 +146,14 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate chain: serve HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
+    body_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.2,
+            help="GiB that the bodies of all requests may take at a time while they are read, decoded and stored; more "
+            "are asked to come again. An eighth of the machine's memory, and half a GiB at least, unless set.",
+        ),
+    ] = None,
     key_requests_per_second: Annotated[
         float, typer.Option(min=0, help="Requests a second of each key, long polls apart; faster ones wait. 0: any.")
     ] = 0.0,
@@ -198,6 +206,7 @@ def serve(
         database_url,
         tls_cert,
         tls_key,
+        body_memory,
         Limits(key_requests_per_second, key_mib_per_second * 2**20, key_open_requests),
         store,
     )

@@ -42,6 +42,7 @@ def serve_command(
     database_url: str | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    body_memory_gib: float | None,
     key_limits: Limits,
     store: str | None,
 ) -> None:
@@ -98,6 +99,7 @@ def serve_command(
         database_url=database_url,
         store=store,
         stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
+        body_memory_bytes=_bytes(body_memory_gib),
         key_limits=key_limits,
         tls_cert=tls_cert,
         tls_key=tls_key,

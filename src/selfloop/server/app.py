@@ -74,7 +74,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.state.control = control
     errors.install(app)
     app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, memory_bytes=settings.body_memory_bytes)
     keyless = KeylessPaths(["/metrics"] if settings.metrics_public else [])
     openapi.install(app, keyless.has, offers_serverless=settings.capacity != "dedicated")
     app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), keyless=keyless)

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from selfloop.server.body_memory import BodyMemory, Lease, default_body_memory
 from selfloop.server.offload import off_loop
 from selfloop.types.errors import BadRequest, NotReady, TooLarge
 
@@ -30,9 +31,10 @@ def poll_hold_s() -> float:
 class RequestBody:
     """One request's body as it comes: bounded for whoever reads it, whatever is done with it afterwards."""
 
-    def __init__(self, receive: Receive, declared: int) -> None:
+    def __init__(self, receive: Receive, declared: int | None, memory: BodyMemory) -> None:
         self._raw_receive = receive
         self._declared = declared
+        self._lease = Lease(memory, declared)
         self._received = 0
         self._is_whole = False
         self._parts: list[bytes] = []
@@ -44,14 +46,17 @@ class RequestBody:
 
     async def receive(self) -> Message:
         """The next message of the server; see :class:`BodyLimit`."""
-        if self._declared > MAX_BODY_BYTES:
+        if (self._declared or 0) > MAX_BODY_BYTES:
             raise _too_large()
         if self._is_whole:
             return await self._raw_receive()  # Waits for the client to go.
+        if self._declared is not None:
+            await self._lease.cover(self._declared)
         message = await self._next()
         if self._received > MAX_BODY_BYTES:
             self._parts.append(message["body"])
             raise _too_large()
+        await self._lease.cover(self._received)
         return message
 
     async def whole(self) -> bytes:
@@ -83,6 +88,16 @@ class RequestBody:
                 return
             yield message.get("body", b"")
 
+    async def unpacks_to(self, num_bytes: int) -> None:
+        """The body becomes so large once it is decompressed. Raises :class:`NotReady` where there is no room."""
+        await self._lease.cover(num_bytes)
+
+    def end(self) -> None:
+        """The request is at its end, and so is what was kept of its body."""
+        self._whole = None
+        self._parts.clear()
+        self._lease.end()
+
     async def _next(self) -> Message:
         try:
             async with asyncio.timeout(BODY_PATIENCE_S):
@@ -97,20 +112,27 @@ class RequestBody:
 class BodyLimit:
     """Stops any request's body at the limit with :class:`TooLarge`, without reading on, whoever reads it.
 
-    And with :class:`NotReady` when nothing comes any more: what has come is memory of ours.
+    And with :class:`NotReady` when nothing comes any more, as what has come is memory of ours, or when the bodies of
+    all requests together take what they may.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, memory_bytes: int | None = None) -> None:
         self._app = app
+        self._memory = BodyMemory(default_body_memory() if memory_bytes is None else memory_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         # The server has checked that it is a number, and ends a body that is longer.
-        body = RequestBody(receive, int(Headers(scope=scope).get("content-length", "0")))
+        headers = Headers(scope=scope)
+        is_chunked = "transfer-encoding" in headers
+        body = RequestBody(receive, None if is_chunked else int(headers.get("content-length", "0")), self._memory)
         scope.setdefault("state", {})["body"] = body
-        await self._app(scope, body.receive, send)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            body.end()
 
 
 async def read_body(request: Request) -> bytes:
@@ -121,7 +143,15 @@ async def read_body(request: Request) -> bytes:
         return raw
     if coding != "zstd":
         raise BadRequest("Content-Encoding", f"zstd, or none; got {coding[:100]!r}")
+    await RequestBody.of(request).unpacks_to(len(raw) + min(_unpacked_size(raw), MAX_BODY_BYTES))
     return await off_loop(len(raw), lambda: decompressed(raw))
+
+
+def _unpacked_size(raw: bytes) -> int:
+    try:
+        return zstandard.frame_content_size(raw)
+    except zstandard.ZstdError:
+        return 0  # Refused when it is decompressed.
 
 
 def decompressed(body: bytes) -> bytes:

@@ -45,6 +45,7 @@ class Settings:
         usd_per_million_tokens: price that Tinker's usage reports are made at; nobody is charged.
         usd_per_gigabyte_month: the same of stored checkpoints.
         stable_reinforce: what answers to the name of a loss that is not published: a stand-in, or a refusal.
+        body_memory_bytes: what the bodies of all requests may take of memory; None is an eighth of the machine's.
         key_limits: how much each key may ask for.
         tls_cert: PEM file of the certificate chain, with ``tls_key`` its private key: the server then speaks HTTPS.
         session_timeout_s: how long a Tinker session lives without a heartbeat of its client.
@@ -87,6 +88,7 @@ class Settings:
     usd_per_million_tokens: float = 0.0
     usd_per_gigabyte_month: float = 0.0
     database_url: str | None = field(default=None, repr=False)
+    body_memory_bytes: int | None = None
     key_limits: Limits = Limits()  # noqa: RUF009 - frozen
     tls_cert: Path | None = None
     tls_key: Path | None = None

@@ -54,7 +54,14 @@ class ChatTemplate:
         return cls(tokenizer, _templates(model_dir, config), special_tokens)
 
     def tokens(self, command: RenderChat) -> list[int]:
-        """Token ids of a conversation.
+        """Token ids of a conversation. Raises what :meth:`text` raises."""
+        try:
+            return self._tokenizer.encode(self.text(command), add_special_tokens=False)
+        except ValueError as error:
+            raise BadRequest("messages", str(error)) from None
+
+    def text(self, command: RenderChat) -> str:
+        """A conversation as the template writes it, which is still to be tokenized.
 
         Raises:
             BadRequest: no template, or one that refuses this conversation; names the field.
@@ -66,11 +73,7 @@ class ChatTemplate:
         options = command.options and _decode(
             _options_decoder, "chat_template_kwargs", command.options, "an object with variables of the template"
         )
-        text = self._render(command, messages, tools or None, options or {})
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except ValueError as error:
-            raise BadRequest("messages", str(error)) from None
+        return self._render(command, messages, tools or None, options or {})
 
     def _render(
         self,

@@ -37,7 +37,9 @@ _IDLE_POLL_MS = 1000
 _WRITING_POLL_MS = 10
 # It takes 10 to 20 ms of a heap of 3 GiB.
 _TIDY_EVERY_S = 30.0
-_TRAINING, _SAMPLING = "training", "sampling"
+_TRAINING, _SAMPLING, _TEXT = "training", "sampling", "text"
+# Beside the two others, which share what is left as they are told to.
+_TEXT_SHARE = 0.25
 
 
 class Worker:
@@ -64,6 +66,9 @@ class Worker:
         self._training = training
         self._sampling = sampling
         self._text = text
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(text.finished_file, zmq.POLLIN)
         self._shares: FairShare[str] = FairShare()
         self._training_share = training_share
         self._stopping = False
@@ -85,13 +90,16 @@ class Worker:
             self._training.tell_of_snapshots()
             self._note(_TRAINING, self._training.has_work, self._training_share)
             self._note(_SAMPLING, self._sampling.has_work, 1 - self._training_share)
+            self._note(_TEXT, self._text.has_work, _TEXT_SHARE)
             for kind in self._shares.in_turn()[:1]:
                 started = time.monotonic()
                 with self._pulse.at_work():
                     if kind == _TRAINING:
                         self._training.step()
-                    else:
+                    elif kind == _SAMPLING:
                         self._sampling.step()
+                    else:
+                        self._text.step()
                 self._shares.charge(kind, time.monotonic() - started)
                 self._tidy()
 
@@ -109,12 +117,15 @@ class Worker:
             self._shares.leave(kind)
 
     def _receive(self) -> None:
-        while self._socket.poll(self._patience_ms()):
-            frames = self._socket.recv_multipart()
-            self._accept(call_decoder.decode(frames[0]), frames[1])
+        while ready := dict(self._poller.poll(self._patience_ms())):
+            if self._text.finished_file in ready:
+                self._text.tell()
+            if self._socket in ready:
+                frames = self._socket.recv_multipart()
+                self._accept(call_decoder.decode(frames[0]), frames[1])
 
     def _patience_ms(self) -> int:
-        if self._sampling.has_work:
+        if self._sampling.has_work or self._text.has_work:
             return 0
         if self._training.has_work:
             return math.ceil(1000 * self._training.patience_s())
@@ -129,6 +140,6 @@ class Worker:
             case CancelSample(request_id):
                 self._sampling.cancel(call.ticket, request_id)
             case Tokenize() | Detokenize() | RenderChat() as command:
-                self._outbox.guard(call.ticket, lambda: self._outbox.reply(call.ticket, self._text.answer(command)))
+                self._outbox.guard(call.ticket, lambda: self._text.take(call.ticket, command))
             case Shutdown():
                 self._stopping = True

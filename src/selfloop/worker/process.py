@@ -94,5 +94,5 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
     )
     outbox.send(ready)
     training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)
-    text = TextDesk(tokenizer, chat)
+    text = TextDesk(tokenizer, chat, outbox)
     Worker(socket, outbox, pulse, training, sampling, text, training_share=order.training_share).run()

@@ -86,10 +86,17 @@ class Sample(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag=True):
-    """Token ids of each text, as the model's tokenizer makes them; the reply is ``list[list[int]]``."""
+    """Token ids of each text, as the model's tokenizer makes them; the reply is ``list[list[int]]``.
+
+    Args:
+        team_id: whose turn it takes.
+        max_tokens: a text that must be longer is refused before it is tokenized; None takes any.
+    """
 
     texts: list[str]
     add_special_tokens: bool = True
+    team_id: str = ""
+    max_tokens: int | None = None
 
 
 class Detokenize(msgspec.Struct, frozen=True, tag=True):
@@ -105,6 +112,8 @@ class RenderChat(msgspec.Struct, frozen=True, tag=True):
         messages: JSON of the list of messages.
         tools: JSON of the list of tools, if any.
         options: JSON of an object of further variables of the template.
+        team_id: whose turn it takes.
+        max_tokens: as of :class:`Tokenize`, of the text that the template makes.
     """
 
     messages: bytes
@@ -112,6 +121,8 @@ class RenderChat(msgspec.Struct, frozen=True, tag=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     options: bytes | None = None
+    team_id: str = ""
+    max_tokens: int | None = None
 
 
 class CancelSample(msgspec.Struct, frozen=True, tag=True):

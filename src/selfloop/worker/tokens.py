@@ -6,8 +6,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from selfloop.types.errors import BadRequest
+
 MAX_CHARS = 2 * 2**20
-"""Of one call: the worker does nothing else meanwhile, and this takes a few seconds at worst."""
+"""Of one call: this takes a few seconds at worst."""
+
+# Canonical composition makes text shorter, by no more than this.
+_NORMALIZED = 3
 
 
 class ModelTokenizer:
@@ -25,6 +30,7 @@ class ModelTokenizer:
         decoders = _decoders(json.loads(text).get("decoder"))
         kinds = [decoder["type"] for decoder in decoders]
         self.drops_first_space = any(map(_drops_first_space, decoders))
+        self._unbounded = _unbounded(json.loads(text))
         self.num_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         tokens = [tokenizer.id_to_token(i) or "" for i in range(self.num_tokens)]
         if "ByteLevel" in kinds:
@@ -34,6 +40,24 @@ class ModelTokenizer:
             self._bytes = [t.encode() if i in added else _sentence_piece(t) for i, t in enumerate(tokens)]
         else:
             raise ValueError(f"tokens that are decoded by {kinds or None} have no known bytes")
+
+        self._longest = max(map(len, self._bytes), default=1)
+
+    def check_length(self, text: str, max_tokens: int, field: str) -> None:
+        """Raises :class:`BadRequest` for a text that must have more tokens, without tokenizing it.
+
+        No token stands for more bytes than the longest one; where the tokenizer drops or merges text, nothing is known.
+        """
+        if self._unbounded or len(text) <= max_tokens:
+            return
+        num_bytes = len(text.encode())
+        at_least = -(-num_bytes // (self._longest * _NORMALIZED))
+        if at_least > max_tokens:
+            raise BadRequest(
+                field,
+                f"at most {max_tokens} tokens; {num_bytes} bytes of text are at least {at_least}, as no token of this "
+                f"model has more than {self._longest} bytes",
+            )
 
     @classmethod
     def load(cls, model_dir: Path) -> "ModelTokenizer":
@@ -58,6 +82,24 @@ class ModelTokenizer:
 
     def text_bytes(self, token: int) -> bytes:
         return b"" if token in self._special else self.token_bytes(token)
+
+
+def _unbounded(tokenizer: dict[str, Any]) -> bool:
+    """Whether a token may stand for any length of text: for spaces around it, or for all that is unknown or dropped."""
+    normalizer = tokenizer.get("normalizer")
+    parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    model = tokenizer["model"]
+    is_byte_level = '"ByteLevel"' in json.dumps(tokenizer.get("pre_tokenizer"))
+    return (
+        any(token["lstrip"] or token["rstrip"] for token in tokenizer.get("added_tokens", []))
+        or not (is_byte_level or model.get("byte_fallback"))
+        or any(part and not _keeps_length(part) for part in parts)
+    )
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    kind = normalizer["type"]
+    return kind in ("NFC", "Prepend") or (kind == "Replace" and normalizer["pattern"] == {"String": " "})
 
 
 def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

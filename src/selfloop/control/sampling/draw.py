@@ -189,8 +189,13 @@ class Sampling:
     async def tokenize(
         self, sampler: SamplerRow, texts: list[str], *, add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Token ids of each text, as the model's own tokenizer makes them."""
-        return _prompts_decoder.decode(await self._ask(sampler, Tokenize(texts, add_special_tokens)))
+        """Token ids of each text, as the model's own tokenizer makes them.
+
+        Raises:
+            BadRequest: a text that must be longer than the sampler takes.
+        """
+        command = Tokenize(texts, add_special_tokens, sampler.team_id, sampler.max_seq_len)
+        return _prompts_decoder.decode(await self._ask(sampler, command))
 
     async def token_bytes(self, sampler: SamplerRow, tokens: list[int]) -> list[bytes]:
         """What each token stands for."""
@@ -202,10 +207,24 @@ class Sampling:
         """Token ids of a conversation in the model's own chat template.
 
         Raises:
-            BadRequest: the model has no template, or its template refuses the conversation.
+            BadRequest: the model has no template, its template refuses the conversation, or that must be longer than
+                the sampler takes.
         """
+        return await self._rendered(sampler, chat, sampler.max_seq_len)
+
+    async def count_chat(self, sampler: SamplerRow, chat: Chat) -> int:
+        """How many tokens a conversation is: perhaps more than the sampler takes. Raises as :meth:`render_chat`."""
+        return len(await self._rendered(sampler, chat, None))
+
+    async def _rendered(self, sampler: SamplerRow, chat: Chat, max_tokens: int | None) -> list[int]:
         command = RenderChat(
-            chat.messages, chat.tools, chat.add_generation_prompt, chat.continue_final_message, chat.options
+            chat.messages,
+            chat.tools,
+            chat.add_generation_prompt,
+            chat.continue_final_message,
+            chat.options,
+            sampler.team_id,
+            max_tokens,
         )
         return _prompt_decoder.decode(await self._ask(sampler, command))
 

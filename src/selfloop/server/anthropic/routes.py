@@ -69,8 +69,7 @@ async def count_tokens(request: Request, caller: CallerOf, control: ControlOf, b
     body = await _body(request, wire.PromptBody)
     target = await target_of(request, body.model, caller, control)
     prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(target.sampler)))
-    tokens = await while_connected(request, control.sampling.render_chat(target.sampler, prompt.chat))
-    return {"input_tokens": len(tokens)}
+    return {"input_tokens": await while_connected(request, control.sampling.count_chat(target.sampler, prompt.chat))}
 
 
 async def _body(request: Request, kind: type[B]) -> B:
