@@ -1,14 +1,20 @@
 """Each loss against its formula written out in float64, token by token, with the gradient by differences."""
 
+import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import tiny_models
+from selfloop.engine.engine import Engine
 from selfloop.engine.losses.inputs import LossInputs
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
+from selfloop.types.datum import Datum, Tensor
 from selfloop.types.losses import LOSSES
+from selfloop.types.operation import AdamParams
 
 Formula = Callable[[float, float, float, dict[str, float | bool]], float]
 
@@ -193,3 +199,100 @@ def test_the_gap_between_sampler_and_trainer_counts_sampled_tokens():
     active = torch.tensor([True, True, True, True, False])
     batch = LossInputs(logprobs, active, inputs, [5], {})
     assert float(METRICS_FUNCTIONS["ppo"](batch)["sampler_logprob_gap"]) / 4 == pytest.approx(0.25)
+
+
+# Log ratios beyond what float32 can raise e to, on either side, and beside the thresholds.
+DRIFTS = [200.0, -200.0, 90.0, -90.0, 0.1, -0.1, 0.3, -0.4, 0.0]
+FACTORS = [1.0, -2.0, 0.0]
+POLICY = {
+    "importance_sampling": [{}],
+    "ppo": [LOSSES["ppo"].config, {"clip_low_threshold": 0.0, "clip_high_threshold": 5.0}],
+    "cispo": [LOSSES["cispo"].config, {"clip_low_threshold": 0.5, "clip_high_threshold": 1e38}],
+    "dro": [LOSSES["dro"].config, {"beta": 0.0}],
+    "gspo": [LOSSES["gspo"].config, {"clip_low_threshold": 0.2, "clip_high_threshold": 0.3}],
+    "stable_reinforce": [LOSSES["stable_reinforce"].config, {"ratio_cap": 1e38, "kl_coeff": 0.5}],
+    "dppo": [LOSSES["dppo"].config, {**LOSSES["dppo"].config, "adv_tau": 0.0, "kl_tau": 0.0}],
+}
+
+
+def _exact(name: str, lp: float, q: float, a: float, config: dict[str, float | bool]) -> tuple[float, float]:
+    """Loss and slope of a sequence of one token in float64, branch by branch; 0 times anything is 0."""
+    drift, ratio = lp - q, math.exp(lp - q)
+    low, high = (float(config.get(f"clip_{side}_threshold", 0.0)) for side in ("low", "high"))
+    match name:
+        case "importance_sampling":
+            return -ratio * a, -ratio * a
+        case "ppo" | "gspo":
+            if name == "gspo":
+                low, high = 1 - low, 1 + high
+            bound = high if a > 0 and ratio > high else low if a < 0 and ratio < low else None
+            return (-ratio * a, -ratio * a) if bound is None else (-bound * a, 0.0)
+        case "cispo":
+            weight = min(max(ratio, low), high)
+            return -weight * lp * a, -weight * a
+        case "dro":
+            return config["beta"] / 2 * drift**2 - lp * a, config["beta"] * drift - a
+        case "stable_reinforce":
+            # A sequence without an advantage has no token that counts.
+            weight, kl = (min(ratio, config["ratio_cap"]), config["kl_coeff"]) if a != 0 else (1.0, 0.0)
+            return kl / 2 * drift**2 - weight * lp * a, kl * drift - weight * a
+        case _:
+            moved = math.exp(lp) - math.exp(q)
+            dropped = moved > config["dppo_mask_high"] if a > 0 else moved < -config["dppo_mask_low"]
+            gain = 0.0 if dropped else config["adv_tau"] * a * ratio
+            return config["kl_tau"] * drift**2 - gain, 2 * config["kl_tau"] * drift - gain
+
+
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name, configs in POLICY.items() for config in configs])
+def test_policy_losses_answer_wherever_float32_holds_the_answer(name: str, config: dict[str, float | bool]) -> None:
+    """Clipped branches, advantages of 0 and masked targets at any ratio; what overflows is not answered by a number."""
+    num_answers = 0
+    for drift, a in itertools.product(DRIFTS, FACTORS):
+        lp_T = torch.tensor([-1.0], requires_grad=True)
+        inputs = {name: torch.tensor([value]) for name, value in (("logprobs", -1.0 - drift), ("advantages", a))}
+        inputs["weights"] = torch.ones(1)
+        q = float(inputs["logprobs"][0])
+        loss_T = LOSS_FUNCTIONS[name](LossInputs(lp_T, torch.ones(1, dtype=torch.bool), inputs, [1], config))
+        (slope_T,) = torch.autograd.grad(loss_T.sum(), lp_T)
+        loss, slope = _exact(name, -1.0, q, a, config)
+        for found, expected in ((float(loss_T.detach()), loss), (float(slope_T), slope)):
+            if abs(expected) < torch.finfo(torch.float32).max:
+                assert found == pytest.approx(expected, rel=2e-5, abs=1e-30), (drift, a)
+                num_answers += 1
+            else:
+                assert math.isinf(found), (drift, a)
+    assert num_answers >= 2 * len(DRIFTS)
+
+
+@pytest.mark.parametrize("name", sorted(POLICY))
+@pytest.mark.parametrize("a", [1.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("q", [-201.0, 199.0, math.nan, -math.inf])
+def test_a_masked_target_adds_nothing_whatever_stands_there(name: str, q: float, a: float) -> None:
+    lp_T = torch.tensor([-0.5, 0.0, -0.7], requires_grad=True)
+
+    def of(lp_T: torch.Tensor, qs: list[float], advantages: list[float], active: list[bool]) -> torch.Tensor:
+        inputs = {"logprobs": torch.tensor(qs), "advantages": torch.tensor(advantages), "weights": torch.ones(len(qs))}
+        batch = LossInputs(lp_T, torch.tensor(active), inputs, [len(qs)], LOSSES[name].config)
+        return LOSS_FUNCTIONS[name](batch)
+
+    loss_T = of(lp_T, [-0.6, q, -0.6], [1.0, a, -1.0], [True, False, True])
+    (slope_T,) = torch.autograd.grad(loss_T.sum(), lp_T)
+    alone_T = torch.tensor([-0.5, -0.7], requires_grad=True)
+    expected_T = of(alone_T, [-0.6, -0.6], [1.0, -1.0], [True, True])
+    (expected_slope_T,) = torch.autograd.grad(expected_T.sum(), alone_T)
+    assert torch.equal(loss_T[[0, 2]], expected_T)
+    assert torch.equal(slope_T[[0, 2]], expected_slope_T)
+    assert (float(loss_T[1].detach()), float(slope_T[1])) == (0.0, 0.0)
+
+
+def test_the_worst_ratio_goes_through_an_operation(tmp_path: Path) -> None:
+    """As it was reported: a clipped token, and one without an advantage, at a ratio of e^200."""
+    engine = Engine.load(tiny_models.save("llama", tmp_path / "model"), device="cpu", dtype="float32")
+    engine.init_run("run", rank=4, seed=0)
+    tokens, targets = Tensor.of([1, 2, 3], "int64"), Tensor.of([2, 3, 4], "int64")
+    for name, a in (("ppo", 1.0), ("importance_sampling", 0.0)):
+        inputs = {"logprobs": [-203.0, -3.0, -3.0], "advantages": [a, 0.5, 0.5]}
+        given = {key: Tensor.of(values, "float32") for key, values in inputs.items()}
+        result = engine.forward_backward("run", [Datum(tokens, {"target_tokens": targets, **given})], name, {})
+        assert math.isfinite(result.loss)
+        assert engine.optim_step("run", AdamParams()).metrics["grad_norm"] > 0

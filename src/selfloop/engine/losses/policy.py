@@ -2,7 +2,9 @@
 
 With lp the logprob under the weights being trained, q = ``inputs["logprobs"]`` the logprob under the policy that
 sampled the token, A = ``inputs["advantages"]`` and r = exp(lp - q), each function gives every token's share (T,)
-of a loss to be minimised. A masked target contributes neither loss nor gradient, whatever its q and A.
+of a loss to be minimised. A masked target contributes neither loss nor gradient, whatever its q and A. Nor does a term
+whose factor is 0, such as an advantage of 0, whatever its r: an exponential is taken only where it counts, as 0 times
+infinity is no number, and infinity times a gradient of 0 is none either.
 """
 
 import torch
@@ -13,7 +15,8 @@ from selfloop.engine.losses.inputs import LossInputs
 
 def importance_sampling(batch: LossInputs) -> Tensor:
     """-r * A: the off-policy policy gradient without clipping."""
-    return _masked(batch, -_ratio_T(batch) * batch.inputs["advantages"])
+    advantages_T = _advantages_T(batch)
+    return -ratio_where(advantages_T != 0, _drift_T(batch)) * advantages_T
 
 
 def ppo(batch: LossInputs) -> Tensor:
@@ -21,21 +24,21 @@ def ppo(batch: LossInputs) -> Tensor:
 
     The thresholds are ratios themselves (0.8 and 1.2 for the paper's epsilon of 0.2).
     """
-    ratio_T, advantages_T = _ratio_T(batch), batch.inputs["advantages"]
-    return _masked(batch, -torch.minimum(ratio_T * advantages_T, _clipped(batch, ratio_T) * advantages_T))
+    bounds = batch.config["clip_low_threshold"], batch.config["clip_high_threshold"]
+    return clipped_gain(_drift_T(batch), _advantages_T(batch), *bounds).neg()
 
 
 def cispo(batch: LossInputs) -> Tensor:
     """-stop_gradient(clip(r, low, high)) * lp * A, MiniMax-M1 2025, https://arxiv.org/abs/2506.13585."""
-    weight_T = _clipped(batch, _ratio_T(batch)).detach()
-    return _masked(batch, -weight_T * batch.logprobs_T * batch.inputs["advantages"])
+    advantages_T = _advantages_T(batch)
+    ratio_T = ratio_where(advantages_T != 0, _drift_T(batch).detach())
+    weight_T = ratio_T.clamp(batch.config["clip_low_threshold"], batch.config["clip_high_threshold"])
+    return -(weight_T * advantages_T) * batch.logprobs_T
 
 
 def dro(batch: LossInputs) -> Tensor:
     """-(lp * A - beta / 2 * (lp - q)^2), after Richemond et al. 2024, https://arxiv.org/abs/2405.19107."""
-    drift_T = batch.logprobs_T - batch.inputs["logprobs"]
-    penalty_T = 0.5 * batch.config["beta"] * drift_T.square()
-    return _masked(batch, penalty_T - batch.logprobs_T * batch.inputs["advantages"])
+    return squared(_drift_T(batch), 0.5 * batch.config["beta"]) - batch.logprobs_T * _advantages_T(batch)
 
 
 def dppo(batch: LossInputs) -> Tensor:
@@ -46,14 +49,13 @@ def dppo(batch: LossInputs) -> Tensor:
     The default loss of prime-rl, https://github.com/PrimeIntellect-ai/prime-rl, src/prime_rl/trainer/rl/loss.py,
     after https://arxiv.org/abs/2602.04879 (the mask) and https://arxiv.org/abs/2602.02276 (the squared drift).
     """
-    logprobs_T, old_T, advantages_T = batch.logprobs_T, batch.inputs["logprobs"], batch.inputs["advantages"]
-    moved_T = logprobs_T.detach().exp() - old_T.exp()
+    advantages_T, drift_T = _advantages_T(batch), _drift_T(batch)
+    moved_T = batch.logprobs_T.detach().exp() - batch.inputs["logprobs"].exp()
     dropped_T = torch.where(
         advantages_T > 0, moved_T > batch.config["dppo_mask_high"], moved_T < -batch.config["dppo_mask_low"]
     )
-    gain_T = batch.config["adv_tau"] * advantages_T * _ratio_T(batch)
-    penalty_T = batch.config["kl_tau"] * (logprobs_T - old_T).square()
-    return _masked(batch, penalty_T - torch.where(dropped_T, 0.0, gain_T))
+    factor_T = torch.where(dropped_T, 0.0, batch.config["adv_tau"] * advantages_T)
+    return squared(drift_T, batch.config["kl_tau"]) - factor_T * ratio_where(factor_T != 0, drift_T)
 
 
 def sampler_gap(batch: LossInputs) -> dict[str, Tensor]:
@@ -69,13 +71,32 @@ def sampler_gap(batch: LossInputs) -> dict[str, Tensor]:
     return {"sampler_logprob_gap": gaps_T.sum() * num_trained / sampled_T.sum().clamp(min=1)}
 
 
-def _ratio_T(batch: LossInputs) -> Tensor:
-    return torch.exp(batch.logprobs_T - batch.inputs["logprobs"])
+def clipped_gain(drift_T: Tensor, advantages_T: Tensor, low: float, high: float) -> Tensor:
+    """min(r * A, clip(r, low, high) * A) of r = exp(``drift_T``).
+
+    Where A > 0 that is A * min(r, high), where A < 0 it is A * max(r, low): beyond the bound there is no gradient.
+    """
+    ratio_T = drift_T.detach().exp()
+    above_T, below_T = (advantages_T > 0) & (ratio_T > high), (advantages_T < 0) & (ratio_T < low)
+    free_T = ratio_where((advantages_T != 0) & ~above_T & ~below_T, drift_T)
+    return advantages_T * torch.where(above_T, high, torch.where(below_T, low, free_T))
 
 
-def _clipped(batch: LossInputs, ratio_T: Tensor) -> Tensor:
-    return ratio_T.clamp(batch.config["clip_low_threshold"], batch.config["clip_high_threshold"])
+def ratio_where(counts_T: Tensor, drift_T: Tensor) -> Tensor:
+    """exp(``drift_T``) where it counts; 1 elsewhere, without gradient."""
+    return torch.exp(torch.where(counts_T, drift_T, 0.0))
 
 
-def _masked(batch: LossInputs, loss_T: Tensor) -> Tensor:
-    return torch.where(batch.active_T, loss_T, 0.0)
+def squared(drift_T: Tensor, factor: float) -> Tensor:
+    """factor * drift^2; 0 for a factor of 0."""
+    return factor * drift_T * drift_T if factor != 0 else torch.zeros_like(drift_T)
+
+
+def _drift_T(batch: LossInputs) -> Tensor:
+    """lp - q; 0 where masked."""
+    return torch.where(batch.active_T, batch.logprobs_T - batch.inputs["logprobs"], 0.0)
+
+
+def _advantages_T(batch: LossInputs) -> Tensor:
+    """0 where masked."""
+    return torch.where(batch.active_T, batch.inputs["advantages"], 0.0)

@@ -33,8 +33,10 @@ def trained_pairs_G(batch: LossInputs) -> Tensor:
 
 
 def _delta_G(batch: LossInputs) -> Tensor:
-    drift_T = torch.where(batch.active_T, batch.logprobs_T - batch.inputs["ref_logprobs"], 0.0)
-    sums_B = torch.stack([row.sum() for row in (batch.inputs["weights"] * drift_T).split(batch.lengths)])
+    weights_T = batch.inputs["weights"]
+    counted_T = batch.active_T & (weights_T != 0)
+    drift_T = torch.where(counted_T, batch.logprobs_T - batch.inputs["ref_logprobs"], 0.0)
+    sums_B = torch.stack([row.sum() for row in (torch.where(counted_T, weights_T, 0.0) * drift_T).split(batch.lengths)])
     return batch.config["beta"] * (sums_B[::2] - sums_B[1::2])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.losses.inputs import LossInputs
+from selfloop.engine.losses.policy import clipped_gain, squared
 
 
 def gspo(batch: LossInputs) -> Tensor:
@@ -16,12 +17,10 @@ def gspo(batch: LossInputs) -> Tensor:
     s is the sequence's exp(mean(lp - q)); each token's s carries the gradient of its own lp alone (the paper's
     GSPO-token, eq. 14). The thresholds are distances from 1.
     """
-    ratio_T = _per_token(batch, torch.exp(_drift(batch, mean=True)))
-    ratio_T = ratio_T * torch.exp(batch.logprobs_T - batch.logprobs_T.detach())
+    own_T = batch.logprobs_T - batch.logprobs_T.detach()
     low, high = 1 - batch.config["clip_low_threshold"], 1 + batch.config["clip_high_threshold"]
-    advantages_T = batch.inputs["advantages"]
-    loss_T = -torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
-    return torch.where(batch.active_T, loss_T, 0.0)
+    advantages_T = torch.where(batch.active_T, batch.inputs["advantages"], 0.0)
+    return clipped_gain(_per_token(batch, _drift(batch, mean=True)) + own_T, advantages_T, low, high).neg()
 
 
 def stable_reinforce(batch: LossInputs) -> Tensor:
@@ -31,12 +30,10 @@ def stable_reinforce(batch: LossInputs) -> Tensor:
     https://doi.org/10.1007/BF00992696) corrected for samples of an older policy by truncated importance sampling
     (Ionides 2008, https://doi.org/10.1198/106186008X320456) over whole sequences.
     """
+    advantages_T = torch.where(batch.active_T, batch.inputs["advantages"], 0.0)
     ratio_T = _per_token(batch, torch.exp(_drift(batch, mean=False)).clamp(max=batch.config["ratio_cap"]))
-    drift_T = batch.logprobs_T - batch.inputs["logprobs"]
-    trained_T = batch.active_T & (batch.inputs["advantages"] != 0)
-    penalty_T = torch.where(trained_T, 0.5 * batch.config["kl_coeff"] * drift_T.square(), 0.0)
-    loss_T = penalty_T - ratio_T * batch.logprobs_T * batch.inputs["advantages"]
-    return torch.where(batch.active_T, loss_T, 0.0)
+    drift_T = torch.where(advantages_T != 0, batch.logprobs_T - batch.inputs["logprobs"], 0.0)
+    return squared(drift_T, 0.5 * batch.config["kl_coeff"]) - ratio_T * advantages_T * batch.logprobs_T
 
 
 def _drift(batch: LossInputs, *, mean: bool) -> Tensor:
