@@ -19,6 +19,8 @@ import stores
 REPO = Path(__file__).parents[1]
 KEY = "slk-the-key-of-these-tests"
 MODEL = "tiny/llama"
+# Of the tiny model that is served.
+MAX_POSITIONS = 256
 Json = dict[str, Any]
 T = TypeVar("T")
 

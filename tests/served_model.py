@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gateway import MAX_POSITIONS
 from tiny_models import save_quietly
 
 NAME = "tiny/llama"
@@ -16,7 +17,6 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2
 NUM_TOKENS = len(SPECIAL) + 256
 VOCAB_SIZE = 264
-MAX_POSITIONS = 256
 
 _CHATML = (
     "{% for tool in tools or [] %}<tool_call>{{ tool['function']['name'] }}</tool_call>\n{% endfor %}"

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from gateway import KEY, MODEL, Gateway, Json, Run, ok, words
+from gateway import KEY, MAX_POSITIONS, MODEL, Gateway, Json, Run, ok, words
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say ä"}]
 PROMPT_TEXT = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nsay ä<|im_end|>\n<|im_start|>assistant\n"
@@ -348,6 +348,26 @@ def test_echo_scores_the_prompt(client: OpenAI, http: httpx.Client, base_url: st
     assert all(2 <= len(top) <= 3 for top in scored.top_logprobs[1:])
     assert answer.usage.completion_tokens == 0
     assert (choice.finish_reason, len(scored.tokens)) == ("length", len(prompt))
+
+
+def test_a_prompt_that_fills_the_model_is_scored_on_both_routes(client: OpenAI, http: httpx.Client, base_url: str):
+    """As evaluation harnesses send them; one that is to be continued needs room as ever."""
+    full = (words(40) * MAX_POSITIONS)[:MAX_POSITIONS]
+    body = {"prompt": full, "prompt_logprobs": 0}
+    for more in ({"max_tokens": 1}, {}):
+        positions = ok(http.post(f"{base_url}/sample", json=body | more))["choices"][0]["prompt_logprobs"]
+        assert len(positions) == MAX_POSITIONS
+    own = [position[str(token)]["logprob"] for token, position in zip(full[1:], positions[1:], strict=True)]
+    for max_tokens, logprobs in ((0, 1), (1, 1), (0, None)):
+        asked = {"model": MODEL, "prompt": full, "echo": True, "max_tokens": max_tokens, "logprobs": logprobs}
+        (choice,) = client.completions.create(**asked).choices
+        if logprobs is not None:
+            assert choice.logprobs.token_logprobs[1:MAX_POSITIONS] == pytest.approx(own, abs=1e-5)
+    for refused in ({"max_tokens": 2}, {"prompt": [*full, 3]}):
+        assert http.post(f"{base_url}/sample", json=body | refused).status_code == 422
+    assert http.post(f"{base_url}/sample", json={"prompt": full, "max_tokens": 1}).status_code == 422
+    with pytest.raises(openai.BadRequestError, match=f"at most {MAX_POSITIONS - 1} tokens"):
+        client.completions.create(model=MODEL, prompt=full, max_tokens=1)
 
 
 def test_echo_with_text(client: OpenAI):

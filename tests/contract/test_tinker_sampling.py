@@ -10,7 +10,7 @@ import pytest
 import zstandard
 from test_tinker import PROTOBUF, Wire
 
-from gateway import KEY, MODEL, Gateway, Json, ok, until, words
+from gateway import KEY, MAX_POSITIONS, MODEL, Gateway, Json, ok, until, words
 from selfloop.server.limits import MAX_BODY_BYTES
 from selfloop.server.tinker import schema
 
@@ -191,6 +191,22 @@ def test_only_the_last_positions(wire: Wire, sampler: str):
     top = array("f", message.topk_prompt_logprobs.logprobs)
     assert set(top[:-4]) == {-99999.0}
     assert all(value > -99999.0 for value in top[-4:])
+
+
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": True}, {"topk_prompt_logprobs": 2}, {"prompt_alt_tokens_k": 2}])
+def test_a_prompt_that_fills_the_model_is_scored(wire: Wire, sampler: str, fields: Json):
+    """The SDK's compute_logprobs asks so, for one token that it drops."""
+    full = {"chunks": [{"type": "encoded_text", "tokens": [3 + i % 20 for i in range(MAX_POSITIONS)]}]}
+    one = {"prompt": full, "sampling_params": {"max_tokens": 1}, "num_samples": 1}
+    place = 300 + len(next(iter(fields)))
+    message = asked(wire, sampler, place, **one, **fields)
+    if "prompt_logprobs" in fields:
+        logprobs = array("f", message.prompt_logprobs)
+        assert len(logprobs) == MAX_POSITIONS
+        assert all(-50 < value < 0 for value in logprobs[1:])
+    refused = wire.sample(sampler, place + 100, **one)
+    assert refused.status_code == 400
+    assert f"at most {MAX_POSITIONS - 1} tokens" in refused.json()["detail"]
 
 
 def test_too_long_a_sample_is_refused(wire: Wire, sampler: str):

@@ -13,7 +13,7 @@ from selfloop.control.sampling.draw import Weights
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import to_json
 from selfloop.types.errors import BadRequest
-from selfloop.types.sampling import StructuredOutput
+from selfloop.types.sampling import StructuredOutput, room_after
 
 POLICY_VERSION_HEADER = "x-trainers-policy-version"
 MAX_SAMPLES = 256
@@ -62,13 +62,18 @@ def refuse_idempotency_key(request: Request) -> None:
         raise BadRequest("Idempotency-Key", "none: each request is drawn anew; the same seed draws the same")
 
 
-def room_for(prompt: list[int], field: str, max_seq_len: int) -> int:
-    """How many tokens may follow the prompt. Raises :class:`BadRequest` when none may."""
+def room_for(prompt: list[int], field: str, max_seq_len: int, *, scored: bool = False) -> int:
+    """How many tokens may be drawn after the prompt, which may fill the model where it is only ``scored``.
+
+    Raises :class:`BadRequest` when none may.
+    """
     if not prompt:
         raise BadRequest(field, "a prompt of at least one token")
-    if len(prompt) >= max_seq_len:
-        raise BadRequest(field, f"at most {max_seq_len - 1} tokens, got {len(prompt)}")
-    return max_seq_len - len(prompt)
+    room = room_after(len(prompt), max_seq_len, scored=scored)
+    if room < 1:
+        longest = max_seq_len if scored else max_seq_len - 1
+        raise BadRequest(field, f"at most {longest} tokens, got {len(prompt)}")
+    return room
 
 
 def check_identity(request: Request, sampler: Sampler) -> None:

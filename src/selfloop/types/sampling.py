@@ -102,6 +102,15 @@ class SampleRequest(msgspec.Struct, frozen=True):
         return self.prompt_logprobs is not None or self.prompt_targets is not None or self.prompt_draws > 0
 
 
+def room_after(num_prompt: int, context: int, *, scored: bool) -> int:
+    """How many tokens may be drawn after a prompt; below 1 where none may.
+
+    A prompt that is ``scored``, as every request about its own tokens is, may fill the context: the one token that
+    ends such a request comes out of the prompt's last position, and never goes through the model itself.
+    """
+    return 1 if scored and num_prompt == context else context - num_prompt
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """A token, its logprob under the untempered distribution, and its rank there (1 is the likeliest).
 

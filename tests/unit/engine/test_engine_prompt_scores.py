@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models
 from selfloop.engine.limits import EngineLimits
+from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import PromptTargets, SampleRequest, SamplingParams
 
 PROMPT = tiny_models.random_ids(20, seed=4)
@@ -122,3 +123,20 @@ def test_padding_of_the_vocabulary_is_never_drawn_nor_likeliest(load, logprobs_N
     # What is told of a token stays the model's own: its share of all ids, padding included.
     whole = asked(load(), prompt=prompt, prompt_logprobs=0).prompt_logprobs
     assert [p[0].logprob for p in result.prompt_logprobs[1:]] == pytest.approx([p[0].logprob for p in whole[1:]])
+
+
+def test_a_prompt_that_fills_the_context(any_engine, model_dir):
+    """Only one that is scored; of one that is to go on the next token has no place."""
+    length = any_engine.info.max_position_embeddings
+    prompt = tiny_models.random_ids(length, seed=9)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logprobs_NV = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    result = asked(any_engine, prompt=prompt, prompt_logprobs=0)
+    own = [position[0].logprob for position in result.prompt_logprobs[1:]]
+    expected = logprobs_NV.gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1).tolist()
+    assert own == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(BadRequest, match="max_tokens"):
+        asked(any_engine, prompt=prompt)
+    with pytest.raises(BadRequest, match="max_tokens"):
+        asked(any_engine, prompt=[*prompt, 3], prompt_logprobs=0)

@@ -24,6 +24,7 @@ from selfloop.types.sampling import (
     SampleRequest,
     SampleResult,
     SamplingParams,
+    room_after,
 )
 from selfloop.types.status import SamplerStatus
 from selfloop.worker.client import WorkerClient
@@ -66,6 +67,10 @@ class Draw:
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_draws: int = 0
+
+    @property
+    def asks_about_prompt(self) -> bool:
+        return self.prompt_logprobs is not None or self.prompt_targets is not None or self.prompt_draws > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +297,7 @@ class Sampling:
     async def _check_tokens(self, sampler: SamplerRow, draw: Draw) -> None:
         model = await self._c.catalogue.resolve(sampler.base_model)
         limit = sampler.max_seq_len
-        if len(draw.prompt) + draw.params.max_tokens > limit:
+        if draw.params.max_tokens > room_after(len(draw.prompt), limit, scored=draw.asks_about_prompt):
             raise BadRequest(
                 "max_tokens",
                 f"prompt ({len(draw.prompt)} tokens) plus max_tokens ({draw.params.max_tokens}) within the "

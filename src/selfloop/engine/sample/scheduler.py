@@ -25,7 +25,7 @@ from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
 from selfloop.types.errors import BadRequest, OperationFailed
-from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob
+from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob, room_after
 
 _Item = TypeVar("_Item")
 # While samples run, a step prefills this part of the budget at most.
@@ -84,7 +84,7 @@ class SamplingScheduler:
             if asked and self._vocabulary is None:
                 raise BadRequest(name, "this needs a tokenizer, and this engine has none")
         context = self._decoder.config.max_position_embeddings
-        if len(request.prompt) + params.max_tokens > context:
+        if params.max_tokens > room_after(len(request.prompt), context, scored=request.asks_about_prompt):
             raise BadRequest(
                 "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
             )

@@ -25,6 +25,7 @@ from selfloop.server.sampling import (
     SamplerOf,
     check_identity,
     check_ranges,
+    room_for,
     stop_strings,
     structured_output,
     weights_of,
@@ -156,9 +157,7 @@ def _draw(body: wire.SampleBody, sampler: Sampler) -> Draw:
     if body.prompt_logprobs is not None:
         within("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     check_ranges(body.temperature, body.top_p, body.top_k, body.seed)
-    room = sampler.max_seq_len - len(body.prompt)
-    if room < 1:
-        raise BadRequest("prompt", f"at most {sampler.max_seq_len - 1} tokens, got {len(body.prompt)}")
+    room = room_for(body.prompt, "prompt", sampler.max_seq_len, scored=body.prompt_logprobs is not None)
     max_tokens = room if body.max_tokens is None else body.max_tokens
     within("max_tokens", max_tokens, 1, room)
     params = SamplingParams(

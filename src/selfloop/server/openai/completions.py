@@ -32,6 +32,11 @@ class CompletionRequest:
     max_tokens: int
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own logprobs are computed."""
+        return self.echo and (self.num_top is not None or self.max_tokens == 0)
+
+    @property
     def num_drawn(self) -> int:
         """Tokens to draw: the engine draws one even when none is shown."""
         return max(1, self.max_tokens)

@@ -81,7 +81,9 @@ async def completion_answer(
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     prompts = await while_connected(request, _prompts(asked, body, sampler, control))
     for at, prompt in enumerate(prompts):
-        _checked_max_tokens(asked.num_drawn, "max_tokens", prompt, asked.field_of(at), sampler)
+        _checked_max_tokens(
+            asked.num_drawn, "max_tokens", prompt, asked.field_of(at), sampler, scored=asked.scores_prompt
+        )
     echoes = await while_connected(request, _echoes(asked, prompts, sampler, control))
     draws = [
         draw_of(
@@ -90,7 +92,7 @@ async def completion_answer(
             asked.asked,
             asked.num_drawn,
             top_logprobs=asked.num_top or 0,
-            prompt_logprobs=asked.num_top if asked.echo else None,
+            prompt_logprobs=(asked.num_top or 0) if asked.scores_prompt else None,
             token_bytes=asked.num_top is not None,
         )
         for prompt in prompts
@@ -144,8 +146,10 @@ async def _echoes(
     return echoes
 
 
-def _checked_max_tokens(given: int | None, field: str, prompt: list[int], where: str, sampler: Sampler) -> int:
-    room = room_for(prompt, where, sampler.max_seq_len)
+def _checked_max_tokens(
+    given: int | None, field: str, prompt: list[int], where: str, sampler: Sampler, *, scored: bool = False
+) -> int:
+    room = room_for(prompt, where, sampler.max_seq_len, scored=scored)
     max_tokens = room if given is None else given
     within(field, max_tokens, 1, room)
     return max_tokens

@@ -12,6 +12,7 @@ from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body
+from selfloop.server.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.results import SampleView, sample_response
@@ -122,7 +123,10 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
         if not 1 <= last_n < len(prompt):
             expected = f"a number from 1 to the prompt's length less one ({len(prompt) - 1}), got {last_n}"
             raise BadRequest("prompt_logprobs_last_n", expected)
-    params = _params(body.sampling_params, sampler, len(prompt))
+    scored = own or body.topk_prompt_logprobs > 0 or body.target_prompt_logprobs is not None
+    scored = scored or body.prompt_alt_tokens_k > 0
+    room = room_for(prompt, "prompt", sampler.max_seq_len, scored=scored)
+    params = _params(body.sampling_params, room)
     model = await control.catalogue.resolve(sampler.base_model)
     for name, tokens in (("prompt", prompt), ("sampling_params.stop", params.stop_token_ids)):
         if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
@@ -155,7 +159,7 @@ def _prompt(prompt: wire.Prompt) -> list[int]:
     return tokens
 
 
-def _params(params: wire.SamplingParams, sampler: Sampler, num_prompt: int) -> SamplingParams:
+def _params(params: wire.SamplingParams, room: int) -> SamplingParams:
     if not 0.0 <= params.temperature < float("inf"):
         raise BadRequest("sampling_params.temperature", f"a number >= 0 (0 is greedy), got {params.temperature}")
     if not 0.0 < params.top_p <= 1.0:
@@ -164,9 +168,6 @@ def _params(params: wire.SamplingParams, sampler: Sampler, num_prompt: int) -> S
         raise BadRequest("sampling_params.top_k", f"-1 or 0 for all tokens, or a number >= 1; got {params.top_k}")
     if params.seed is not None:
         _within("sampling_params.seed", params.seed, -(2**63), 2**63 - 1)
-    room = sampler.max_seq_len - num_prompt
-    if room < 1:
-        raise BadRequest("prompt", f"at most {sampler.max_seq_len - 1} tokens, got {num_prompt}")
     max_tokens = room if params.max_tokens is None else params.max_tokens
     _within("sampling_params.max_tokens", max_tokens, 1, room)
     strings, tokens = _stops(params.stop)
