@@ -1,4 +1,4 @@
-# make setup | demo | test | test-stores | test-fast | fuzz | chaos | soak | audit | lint | types | bench | docs | clean
+# make setup | demo | test | test-stores | test-fast | fuzz | chaos | bit-flips | soak | audit | lint | types | bench | docs | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), JOBS how many processes test at once, ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 OPENAPI_READY := $(OPENAPI)/.ready
 CLIENTS_READY := $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY) $(OPENAPI_READY)
 
-.PHONY: setup demo test test-stores test-fast fuzz chaos soak audit lint types bench docs clean
+.PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit lint types bench docs clean
 
 setup: $(READY) $(CLIENTS_READY)
 	@echo "Set up. Next: make demo"
@@ -126,6 +126,9 @@ audit: $(AUDIT)/.ready
 
 chaos: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.chaos $(ARGS)
+
+bit-flips: $(READY)
+	BIT_FLIPS=10000 BIT_FLIPS_ON_SERVER=300 $(BIN)/python -m pytest -q -s --timeout=14400 -n 0 tests/system/test_bit_flips.py $(ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m bench.soak $(ARGS)

@@ -19,12 +19,13 @@ MIB = 2**20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 192 MiB."""
+    """A file system of 192 MiB and 400 files."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192m", "tmpfs", str(disk)], check=False).returncode != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=192m,nr_inodes=400", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False).returncode != 0:
         pytest.skip("this machine does not let us mount")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -80,6 +81,28 @@ def test_a_full_disk_loses_nothing(small_disk: Path, data_template: Path, http: 
         own.start()
         run.train(4)
         assert run.state() == expected.state()
+    finally:
+        own.close()
+
+
+def test_a_disk_without_inodes_fails_a_save_at_once(small_disk: Path, data_template: Path):
+    own = Gateway(copy_data(data_template, small_disk / "data")).start()
+    try:
+        run = Run.create(own.http(), seed=7).attached()
+        run.train(1)
+        fillers = [small_disk / f"filler-{number}" for number in range(os.statvfs(small_disk).f_favail)]
+        for filler in fillers:
+            filler.touch()
+        assert os.statvfs(small_disk).f_favail == 0
+        failed = run.outcome(run.submit("save_state", name="no-room"))
+        assert failed["error_class"] == "DiskFull"
+        assert "inodes" in failed["error"]
+        assert "Traceback" not in own.log_path.read_text()
+        # What needs no file is done.
+        run.train(2)
+        for filler in fillers:
+            filler.unlink()
+        assert run.save("room").endswith("/weights/room")
     finally:
         own.close()
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db import (
@@ -12,6 +13,7 @@ from selfloop.storage.db import (
     queries_resources,
 )
 from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.types.errors import BadRequest
 from selfloop.types.operation import LoadState, operation_decoder
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
@@ -41,9 +43,12 @@ async def needs(session: AsyncSession) -> Needs:
     by_address: dict[tuple[str, str, str], str] = {}
     for row in await queries_operations.in_state(session, OperationState.QUEUED):
         if row.kind == "load_state" and row.payload is not None:
-            operation = operation_decoder.decode(row.payload)
-            assert isinstance(operation, LoadState)
-            uri = parse_checkpoint_uri(operation.path)
+            try:
+                operation = operation_decoder.decode(row.payload)
+                assert isinstance(operation, LoadState)
+                uri = parse_checkpoint_uri(operation.path)
+            except (msgspec.DecodeError, BadRequest):
+                continue  # Its row is damaged, so it will load nothing: it fails with its turn.
             loader, source = [await queries_resources.run(session, id) for id in (row.run_id, uri.run_id)]
             is_own = loader is not None and source is not None and loader.team_id == source.team_id
             who = f"operation {row.id} of run {row.run_id}" if is_own else "an operation of another team"

@@ -494,7 +494,10 @@ def _seen(future: "asyncio.Future[bytes]") -> None:
 
 
 def _saved_name(payload: bytes) -> str | None:
-    return getattr(operation_decoder.decode(payload), "name", None)
+    try:
+        return getattr(operation_decoder.decode(payload), "name", None)
+    except msgspec.DecodeError:
+        return None  # Its row is damaged: it fails with its turn.
 
 
 class Scheduler:

@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
+from selfloop.control import retention
 from selfloop.control.scheduler import SchedulerConfig
 from selfloop.control.settle import Outcome
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, Operation, OptimStep, SaveState
@@ -185,6 +186,22 @@ async def test_a_row_that_changed_is_noticed_before_anything_is_computed(tmp_pat
     house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
     await fails(house, STEP)
     assert all(worker.executed == [] for worker in house.lifecycle.workers)
+    await house.crash()
+
+
+async def test_a_damaged_load_that_waits_needs_no_checkpoint_and_fails_with_its_turn(tmp_path: Path) -> None:
+    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/first", with_optimizer=True), 2, "op2")
+    await execute(house, "UPDATE operations SET payload = CAST(substr(payload, 1, 9) AS BLOB)")
+    await house.crash()
+    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    async with house.db.read() as session:
+        assert (await retention.needs(session)).by_address == {}
+    actor = house.scheduler.known(RUN_ID)
+    assert actor is not None
+    assert not actor.saves_named("first", "load_state")
+    await house.submit(STEP, 1, "op1")
+    assert (await outcome(house, "op2")).error_class == "RecoveryFailed"
     await house.crash()
 
 
