@@ -32,7 +32,8 @@ _PROGRESS_EVERY = 500
 # Beside a few dozen small files, the database has most of what can be read wrongly.
 _DATABASE_WEIGHT = 4
 # What a request may end in; an error of another class would be a 500 or the end of an operation with that class.
-_FORESEEN = (SelfloopError, SQLAlchemyError, OSError)
+# (The last is SQLite's driver's, whose own message quotes a name that is no text any more.)
+_FORESEEN = (SelfloopError, SQLAlchemyError, OSError, UnicodeDecodeError)
 
 
 class Recorder:
