@@ -188,8 +188,15 @@ class Journal:
         Raises:
             OperationFailed: it is gone, or is not what was accepted (``RecoveryFailed``); the operation is named.
         """
+        inline = row.payload
+        if inline is None and row.payload_key is None:
+            # Let go of by the queue that the row waited in.
+            stored = await self.get(row.run_id, row.id)
+            inline = None if stored is None else stored.payload
+            if inline is None:
+                raise _unreadable(row, "its row has it no more")
         try:
-            payload = await stored_bytes(self._blobs, row.payload, row.payload_key)
+            payload = await stored_bytes(self._blobs, inline, row.payload_key)
         except FileNotFoundError as error:
             raise _unreadable(row, str(error)) from error
         if row.payload_digest not in (None, payload_digest(row, payload)):

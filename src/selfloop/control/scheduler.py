@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # Operations of one run that wait in the worker itself, so that it never idles between two of them.
 _WINDOW = 3
+# Small payloads that a run's queue keeps at hand; saves are looked through by name.
+_KEPT_PAYLOADS = 64
 # An operation that took its worker down this often is to blame.
 _MAX_ATTEMPTS = 2
 _MAX_REOPENINGS = 3
@@ -109,6 +111,9 @@ class RunActor:
     # -- from outside ---------------------------------------------------------------------------------
 
     def push(self, row: OperationRow) -> None:
+        if len(self._queue) >= _KEPT_PAYLOADS and row.kind not in _SAVES:
+            # The journal has it: a queue may be thousands long, and wait for long for the one that it misses.
+            row.payload = None
         queued = _Queued((row.epoch, row.seq), row, row.num_attempts)
         heapq.heappush(self._queue, queued)
         if not self._is_ready(queued):
