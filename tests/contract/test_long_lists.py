@@ -1,5 +1,6 @@
 """Lists over a long history: whole as a stream, page by page, and stable while rows come."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 from sqlalchemy import insert
 
 import stores
-from bench.harness.aged_rows import Owner, Sizes, fill, id_of
-from gateway import KEY, MODEL, Gateway, Json, copy_data, ok
+from bench.harness.aged_rows import DAY_S, Owner, Sizes, fill, id_of
+from gateway import KEY, MODEL, Gateway, Json, copy_data, ok, selfloop
 from selfloop.control.installation import DATABASE_FILE
+from selfloop.control.resources.prune import read_archive
 from selfloop.server.lists import SLICE_ROWS
 from selfloop.storage.db.backend import IMMEDIATE, backend_of
 from selfloop.storage.db.tables import SessionRow
@@ -166,3 +168,25 @@ def test_a_start_reads_what_is_live(old: Gateway):
     asleep = {row["id"] for row in deployments if row["status"]["name"] == "SCALED_TO_ZERO"}
     assert asleep == {id_of("d", n) for n in range(SIZES.runs - SIZES.live, SIZES.runs)}
     assert ok(http.post("/api/v1/session_heartbeat", json={"session_id": "opentwo"}))["type"] == "session_heartbeat"
+
+
+def test_what_ended_long_ago_is_pruned_beside_the_server(old: Gateway, tmp_path: Path):
+    """First as a dry run; what goes is in the archive, and the server goes on."""
+    http = old.http()
+    ok(http.post("/v1/loops/checkpoints/delete", json={"base_model": MODEL, "name": "*", "dry_run": False}))
+    where = ("--data-dir", str(old.data_dir))
+    before = {row["id"] for row in ok(http.get("/v1/loops/runs"))["runs"]}
+    assert "nothing was removed" in selfloop("prune", "--older-than", "30d", *where)
+    told = json.loads(selfloop("prune", "--older-than", "30d", "--json", *where))
+    assert {row["id"] for row in ok(http.get("/v1/loops/runs"))["runs"]} == before
+    archive = tmp_path / "old.jsonl.zst"
+    selfloop("prune", "--older-than", "30d", "--yes", "--archive", str(archive), *where)
+    left = ok(http.get("/v1/loops/runs"))["runs"]
+    archived = {line["row"]["id"]: line["row"] for line in read_archive(archive) if line.get("table") == "runs"}
+    # Not of those runs whose results may still be asked for.
+    assert archived
+    assert all(row["created_at"] < time.time() - 30 * DAY_S for row in archived.values())
+    assert archived.keys() == before - {row["id"] for row in left}
+    assert next(row["count"] for row in told if row["kind"] == "runs") == len(archived)
+    session = ok(http.post("/v1/loops/sessions"))["session"]["id"]
+    ok(http.post("/v1/loops/runs", json={"session_id": session, "base_model": MODEL, "lora_rank": 8}))

@@ -77,10 +77,10 @@ def list_checkpoints(
 def _listed(server: remote.Server, run: str | None, model: str | None) -> list[remote.Json]:
     """Those of a run or of a model (or of both), or of every model that a run of the caller has."""
     if run is not None:
-        rows = server.get("/v1/loops/checkpoints", run_id=run)["checkpoints"]
+        rows = server.rows("/v1/loops/checkpoints", "checkpoints", run_id=run)
         return [row for row in rows if model in (None, row["base_model"])]
-    models = [model] if model else sorted({row["base_model"] for row in server.get("/v1/loops/runs")["runs"]})
-    return [row for name in models for row in server.get("/v1/loops/checkpoints", base_model=name)["checkpoints"]]
+    models = [model] if model else sorted({row["base_model"] for row in server.rows("/v1/loops/runs", "runs")})
+    return [row for name in models for row in server.rows("/v1/loops/checkpoints", "checkpoints", base_model=name)]
 
 
 @app.command()

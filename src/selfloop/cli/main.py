@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import selfloop
-from selfloop.cli import adapters, backup, chat, checkpoints, database, keys, logs, models, runs, samplers, usage
+from selfloop.cli import adapters, backup, chat, checkpoints, database, keys, logs, models, prune, runs, samplers, usage
 
 app = typer.Typer(
     name="selfloop",
@@ -25,6 +25,7 @@ app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, dele
 app.command("migrate-database")(database.migrate_database)
 app.command("backup")(backup.make)
 app.command("restore")(backup.restore)
+app.command("prune")(prune.prune)
 app.command("logs")(logs.logs)
 app.command("chat")(chat.chat)
 app.command("usage")(usage.usage)

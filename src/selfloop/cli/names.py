@@ -72,7 +72,7 @@ def find_sampler(server: remote.Server, text: str) -> remote.Json | None:
     found = server.find(f"/v1/loops/samplers/{remote.segment(sampler_id(text))}")
     if found is not None:
         return found["sampler"]
-    rows: list[remote.Json] = server.get("/v1/loops/samplers", scope="org")["samplers"]
+    rows: list[remote.Json] = server.rows("/v1/loops/samplers", "samplers", scope="org")
     mine = [row for row in rows if text in (row["model_id"], row["deployment_id"])]
     live = [row for row in mine if row["status"]["name"] != "INACTIVE"]
     return next(iter([*live, *mine]), None)

@@ -24,6 +24,7 @@ Json = dict[str, Any]
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Longer than the server holds a request that waits for capacity.
 _TIMEOUT_S, _CONNECT_TIMEOUT_S = 60.0, 5.0
+_PAGE_ROWS = 1000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Url = Annotated[str | None, typer.Option("--url", help=f"The server. Default: $SELFLOOP_URL or {DEFAULT_URL}.")]
@@ -42,6 +43,17 @@ class Server:
 
     def get(self, path: str, **params: object) -> Json:
         return self._json(self._asked(path, params))
+
+    def rows(self, path: str, name: str, **params: object) -> list[Json]:
+        """Every row of a list, read page by page."""
+        rows: list[Json] = []
+        token: str | None = None
+        while True:
+            page = self.get(path, page_size=_PAGE_ROWS, page_token=token, **params)
+            rows += page[name]
+            token = page["next_page_token"]
+            if token is None:
+                return rows
 
     def post(self, path: str, body: Json | None = None, timeout_s: float = _TIMEOUT_S) -> Json:
         return self._json(self.http.post(path, json=body or {}, timeout=timeout_s))

@@ -43,9 +43,9 @@ def list_runs(
         return
     with remote.server(url, data_dir) as server:
         scope = "org" if team else None
-        rows: list[remote.Json] = server.get("/v1/loops/runs", scope=scope)["runs"]
+        rows: list[remote.Json] = server.rows("/v1/loops/runs", "runs", scope=scope)
         trainers = {
-            row["id"]: row["status"]["name"] for row in server.get("/v1/loops/deployments", scope="org")["deployments"]
+            row["id"]: row["status"]["name"] for row in server.rows("/v1/loops/deployments", "deployments", scope="org")
         }
     rows.sort(key=lambda row: row["created_at"], reverse=True)
     cells = (

@@ -35,7 +35,7 @@ def list_samplers(
 ) -> None:
     """List the samplers, newest first."""
     with remote.server(url, data_dir) as server:
-        rows: list[remote.Json] = server.get("/v1/loops/samplers", scope="org" if team else None)["samplers"]
+        rows: list[remote.Json] = server.rows("/v1/loops/samplers", "samplers", scope="org" if team else None)
     rows.sort(key=lambda row: row["created_at"], reverse=True)
     cells = (
         (row["id"], row["run_id"], row["base_model"], row["status"]["name"], remote.moment(row["created_at"]))

@@ -63,12 +63,13 @@ def _of_server(
     url: str | None, data_dir: Path | None, group_by: GroupBy, start: float | None, team: bool
 ) -> list[remote.Json]:
     with remote.server(url, data_dir) as server:
-        rows: list[remote.Json] = server.get(
+        rows: list[remote.Json] = server.rows(
             "/v1/loops/usage",
+            "usage",
             group_by=group_by,
             scope="org" if team else None,
             start=None if start is None else datetime.fromtimestamp(start, UTC).isoformat(),
-        )["usage"]
+        )
     same = ("name", *_COUNTS, "checkpoint_bytes")
     return [
         {f"{group_by}_id": row["id"], "compute_s": row["compute_seconds"]} | {name: row[name] for name in same}

@@ -36,6 +36,7 @@ from selfloop.control.resources.exports import Exports
 from selfloop.control.resources.imports import Imports
 from selfloop.control.resources.listings import Listings
 from selfloop.control.resources.newest_weights import NewestWeights
+from selfloop.control.resources.prune import Prune
 from selfloop.control.resources.runs import Runs
 from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import Sessions
@@ -132,6 +133,7 @@ class DataDirectory:
         self.exports = Exports(self._db, self._store, self.catalogue)
         self.imports = Imports(self._db, self._store, self.catalogue, self.access)
         self.usage = Usage(self._db)
+        self.prune = Prune(self._db, path)
 
     async def seed(self) -> None:
         """Give a new data directory what a server's start would give it: the first team, the embedded model."""

@@ -173,6 +173,19 @@ class Database:
                     raise
             self._closing.wait(_TRY_AGAIN_S)
 
+    def reading(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work``, which only reads, in the calling thread, which should not be the event loop's.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+        """
+        try:
+            with self._beside.connect() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            self._raise_outage(error)
+            raise
+
     def _committed(self, connection: Connection, work: Callable[[Connection], T]) -> T:
         with connection.begin() as begun:
             transaction = self._backend.transaction(connection)
