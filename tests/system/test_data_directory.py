@@ -52,10 +52,9 @@ def as_earlier(data_dir: Path) -> None:
 
 
 def mentions(data_dir: Path) -> list[Path]:
-    """Files that say where the directory lies, but for logs and what is true for one process only."""
-    kept = [
-        p for p in data_dir.rglob("*") if p.is_file() and p.relative_to(data_dir).parts[0] not in ("logs", "workers")
-    ]
+    """Files that say where the directory lies, but for logs and what is to tell a copy from the original."""
+    told = ("logs", "workers", "installation.json")
+    kept = [path for path in data_dir.rglob("*") if path.is_file() and path.relative_to(data_dir).parts[0] not in told]
     return [path for path in kept if str(data_dir).encode() in path.read_bytes()]
 
 
