@@ -92,3 +92,35 @@ def test_a_folder_that_goes_bad_is_the_requests_fault_and_is_not_tried_again(
     message = {"model": "odd/model", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
     answer = http.post("/anthropic/api/v1/messages", json=message, headers={"anthropic-version": "2023-06-01"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_template_that_eats_memory_and_a_token_that_the_model_has_not(
+    new_gateway: Callable[[], Gateway], tiny_model_folder: Path, tmp_path: Path
+):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "hungry")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    own = [raw["added_tokens"][0] | {"id": len(raw["model"]["vocab"]) + i, "content": f"<|own{i}|>"} for i in range(6)]
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"added_tokens": raw["added_tokens"] + own}))
+    eats = "{% if messages[0].content == 'eat' %}{{ 'a' * 20000000000 }}{% endif %}{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(eats)
+    gateway = new_gateway()
+    selfloop("models", "add", str(folder), "--name", "hungry/model", "--data-dir", str(gateway.data_dir))
+    http = gateway.http()
+
+    def chat(content: str) -> httpx.Response:
+        body = {"model": "hungry/model", "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+        return http.post("/oai/api/v1/chat/completions", json=body)
+
+    assert chat("fine").status_code == 200
+    worker = gateway.worker_pids()
+    answer = chat("eat")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert "256 MiB of memory" in answer.json()["error"]["message"]
+    answer = chat("x <|own5|>")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[0].content")
+    assert "'<|own5|>': that is token 264" in answer.json()["error"]["message"]
+    text = {"model": "hungry/model", "max_tokens": 1, "prompt": "x <|own5|>"}
+    answer = http.post("/oai/api/v1/completions", json=text)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert chat("fine").status_code == 200
+    assert gateway.worker_pids() == worker

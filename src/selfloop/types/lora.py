@@ -4,6 +4,9 @@ import msgspec
 
 from selfloop.types.errors import BadRequest
 
+MAX_LORA_RANK = 512
+"""Of a run, and of an adapter that somebody else made."""
+
 
 class LoraTargets(msgspec.Struct, frozen=True):
     """The adapted projections.

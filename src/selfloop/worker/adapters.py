@@ -15,18 +15,20 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import torch
 
+from selfloop.engine.files.base_copies import BaseTensors
 from selfloop.engine.files.base_weights import DTYPES, stored_weights
 from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
-from selfloop.engine.files.compare import ModelOnDisk, compare, model_in
+from selfloop.engine.files.compare import Logits, ModelOnDisk, compare, logits_on_disk, model_in
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
-from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
+from selfloop.engine.files.peft import LoadedAdapter, read_foreign_peft, read_peft, write_peft
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.train.run import Run
 from selfloop.types.digests import check_folder
@@ -35,6 +37,7 @@ from selfloop.types.model_folder import tokenizer_files
 from selfloop.worker.gguf_read import GgufSource
 from selfloop.worker.gguf_write import write_gguf
 from selfloop.worker.model_card import adapter_card, gguf_card, merged_card
+from selfloop.worker.opened import logits_by_transformers
 
 Report = Callable[[str, float], None]
 """Called with a stage and the fraction of the whole that is done."""
@@ -78,7 +81,8 @@ def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: s
     writer.text("README.md", merged_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()
     report("check", _WRITTEN)
-    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, model_in(target), _stored_dtype(model_dir))
+    opened = partial(logits_by_transformers, target, _stored_dtypes(model_dir))
+    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, opened, _stored_dtype(model_dir))
 
 
 def export_gguf(
@@ -96,7 +100,9 @@ def export_gguf(
     size_bytes = writer.close()
     report("check", _WRITTEN)
     source = GgufSource(path, config)
-    return {"size_bytes": size_bytes} | _checked(model_dir, loaded, ModelOnDisk(source.config, source), stored)
+    return {"size_bytes": size_bytes} | _checked(
+        model_dir, loaded, partial(logits_on_disk, ModelOnDisk(source.config, source)), stored
+    )
 
 
 def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) -> Facts:
@@ -105,7 +111,8 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     if not any(adapter.glob("*.safetensors")) and any(adapter.glob("*.bin")):
         raise OperationFailed(f"{adapter} has only pickled weights, which are never loaded; save safetensors")
     config = read_config(model_dir)
-    loaded = _read(adapter, config)
+    check_folder(adapter)
+    loaded = read_foreign_peft(adapter, config, BaseTensors(model_dir, config))
     report("write", _WRITTEN)
     size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P), config)
     return {"size_bytes": size_bytes, "lora_rank": loaded.shape.rank, "lora_alpha": loaded.alpha}
@@ -130,7 +137,7 @@ def _progress(model_dir: Path, report: Report) -> Callable[[int], None]:
     return on_bytes
 
 
-def _checked(model_dir: Path, loaded: LoadedAdapter, merged: ModelOnDisk, stored: torch.dtype) -> Facts:
+def _checked(model_dir: Path, loaded: LoadedAdapter, merged: Logits, stored: torch.dtype) -> Facts:
     """What the comparison gave. Raises :class:`OperationFailed` when the merged model is another."""
     found = compare(model_in(model_dir), loaded, merged, stored)
     dtype = str(stored).removeprefix("torch.")

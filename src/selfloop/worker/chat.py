@@ -1,19 +1,19 @@
 """Conversations as the model's own chat template writes them."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
 
-from selfloop.types.errors import BadRequest
-from selfloop.worker.cpu_limit import CpuLimitReached, cpu_limit
+from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.worker.chat_render import Render, too_much_memory
+from selfloop.worker.helper import Helper, HelperEnded
 from selfloop.worker.protocol import RenderChat
-from selfloop.worker.tokens import ModelTokenizer
+from selfloop.worker.tokens import BeyondVocabulary, ModelTokenizer
 
 _CPU_LIMIT_S = 2.0
+_PATIENCE_S = 30.0
 _MAX_BYTES = 4 * 2**20
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What the caller says in fields of its own, or may not say at all.
@@ -28,6 +28,8 @@ _RESERVED = frozenset(
         "return_assistant_tokens_mask",
     }
 )
+# One a process; started for the first conversation.
+_renderer = Helper("selfloop.worker.chat_render", _PATIENCE_S)
 _messages_decoder = msgspec.json.Decoder(list[dict[str, Any]])
 _options_decoder = msgspec.json.Decoder(dict[str, Any])
 
@@ -57,6 +59,8 @@ class ChatTemplate:
         """Token ids of a conversation. Raises what :meth:`text` raises."""
         try:
             return self._tokenizer.encode(self.text(command), add_special_tokens=False)
+        except BeyondVocabulary as error:
+            raise BadRequest(field_with(error.token, command), str(error)) from None
         except ValueError as error:
             raise BadRequest("messages", str(error)) from None
 
@@ -79,36 +83,31 @@ class ChatTemplate:
         self,
         command: RenderChat,
         messages: list[dict[str, Any]],
-        tools: list[dict[str, Any] | Callable[..., Any]] | None,
+        tools: list[dict[str, Any]] | None,
         options: dict[str, Any],
     ) -> str:
         if reserved := sorted(_RESERVED & options.keys()):
             raise BadRequest("chat_template_kwargs", f"none of {', '.join(sorted(_RESERVED))}; got {reserved[0]}")
         if command.continue_final_message and command.add_generation_prompt:
             raise BadRequest("continue_final_message", "false where add_generation_prompt is true")
-        variables: dict[str, Any] = {**self._special_tokens, **options}
-        # Half a second of imports, for the first conversation only.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        request = Render(
+            messages=messages,
+            tools=tools,
+            template=self._template(tools is not None),
+            continue_final_message=command.continue_final_message,
+            add_generation_prompt=command.add_generation_prompt,
+            variables={**self._special_tokens, **options},
+            cpu_s=_CPU_LIMIT_S,
+        )
         try:
-            with cpu_limit(_CPU_LIMIT_S):
-                rendered, _ = render_jinja_template(
-                    # As apply_chat_template does: templates handle a missing key better than one that is null.
-                    conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                    tools=tools,
-                    chat_template=self._template(tools is not None),
-                    continue_final_message=command.continue_final_message,
-                    add_generation_prompt=command.add_generation_prompt,
-                    **variables,
-                )
-        except CpuLimitReached:
-            raise BadRequest("messages", f"a conversation that is rendered within {_CPU_LIMIT_S:g} s") from None
-        except jinja2.TemplateError as error:
-            raise BadRequest("messages", f"the model's chat template says: {error.message}") from None
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            # What a template does with messages of a form that it does not expect.
-            raise BadRequest("messages", f"the model's chat template cannot render this: {error}") from None
-        return rendered[0]
+            reply: dict[str, str] = msgspec.json.decode(_renderer.ask(msgspec.json.encode(request)))
+        except HelperEnded as ended:
+            if ended.status >= 0:
+                raise OperationFailed(f"the process that renders chat templates {ended}") from None
+            raise BadRequest("messages", _render_limits()) from None
+        if "error" in reply:
+            raise BadRequest("messages", reply["error"])
+        return reply["text"]
 
     def _template(self, with_tools: bool) -> str:
         if with_tools and "tool_use" in self._templates:
@@ -119,6 +118,35 @@ class ChatTemplate:
             names = ", ".join(sorted(self._templates))
             raise BadRequest("messages", f"a model with a default chat template; this one has only {names}")
         raise BadRequest("messages", "a model with a chat template; this one has none")
+
+
+def _render_limits() -> str:
+    return f"{too_much_memory()} and {_CPU_LIMIT_S:g} s of computing"
+
+
+def field_with(token: str, command: RenderChat) -> str:
+    """The part of a conversation, which was rendered, whose text has ``token``."""
+    tools, options = (None if part is None else msgspec.json.decode(part) for part in (command.tools, command.options))
+    for index, message in enumerate(_messages_decoder.decode(command.messages)):
+        for name, value in message.items():
+            if _has(value, token):
+                return f"messages[{index}].{name}"
+    if _has(tools, token):
+        return "tools"
+    return "chat_template_kwargs" if _has(options, token) else "messages"
+
+
+def _has(value: object, token: str) -> bool:
+    """Whether a text in ``value`` has ``token``."""
+    match value:
+        case str():
+            return token in value
+        case list():
+            return any(_has(part, token) for part in value)
+        case dict():
+            return any(_has(part, token) for pair in value.items() for part in pair)
+        case _:
+            return False
 
 
 def _templates(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -45,12 +45,12 @@ def load_model(
 ) -> Model:
     """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
     check_folder(model_dir)
+    config = read_config(model_dir)
     try:
-        tokenizer = ModelTokenizer.load(model_dir)
+        tokenizer = ModelTokenizer.load(model_dir, config.vocab_size)
     except Exception as error:  # The library raises the base class for every file that it cannot read.
         raise model_invalid(f"the tokenizer of {model_dir} cannot be read: {error}") from error
     chat = ChatTemplate.load(model_dir, tokenizer)
-    config = read_config(model_dir)
     engine = Engine.load(
         model_dir,
         device=device,

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from selfloop.types.errors import BadRequest
+from selfloop.worker.chat import field_with
 from selfloop.worker.fair_share import FairShare
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
-from selfloop.worker.tokens import MAX_CHARS
+from selfloop.worker.tokens import MAX_CHARS, BeyondVocabulary
 
 T = TypeVar("T")
 
@@ -73,12 +74,16 @@ class TeamQueues(Generic[T]):
 
 @dataclass(slots=True)
 class _Job:
-    """Texts to tokenize; ``shape`` makes the answer of their tokens."""
+    """Texts to tokenize; ``shape`` makes the answer of their tokens.
+
+    ``field_with`` names what was sent of the text with this index that has this token.
+    """
 
     ticket: int
     texts: list[str]
     add_special_tokens: bool
     shape: Callable[[list[list[int]]], object]
+    field_with: Callable[[int, str], str]
     done: list[list[int]] = field(default_factory=list)
 
 
@@ -112,7 +117,10 @@ class TextDesk:
                     self._tokenizer.check_length(
                         text, max_tokens or 0, "prompt" if len(texts) == 1 else f"prompt[{at}]"
                     )
-                self._put(team_id, _Job(ticket, texts, add_special_tokens, lambda tokens: tokens))
+                names = ["prompt"] if len(texts) == 1 else [f"prompt[{at}]" for at in range(len(texts))]
+                self._put(
+                    team_id, _Job(ticket, texts, add_special_tokens, lambda tokens: tokens, lambda at, _: names[at])
+                )
             case Detokenize(tokens):
                 self._outbox.reply(ticket, [self._tokenizer.token_bytes(token) for token in tokens])
             case RenderChat():
@@ -128,7 +136,10 @@ class TextDesk:
                 raise BadRequest("messages", f"at most {MAX_CHARS} characters once the template has written them")
             if command.max_tokens is not None:
                 self._tokenizer.check_length(text, command.max_tokens, "messages")
-            self._put(team_id, _Job(ticket, [text], False, lambda tokens: tokens[0]))
+            self._put(
+                team_id,
+                _Job(ticket, [text], False, lambda tokens: tokens[0], lambda _, token: field_with(token, command)),
+            )
         except Exception as error:  # The answer of this call; the others go on.
             self._outbox.refuse(ticket, error)
         self._chats.charge(team_id, time.monotonic() - started, is_done=True)
@@ -165,6 +176,8 @@ class TextDesk:
                     job.done.append(self._tokenizer.encode(text, add_special_tokens=job.add_special_tokens))
                 if len(job.done) == len(job.texts):
                     result = job.shape(job.done)
+            except BeyondVocabulary as error:
+                result = BadRequest(job.field_with(len(job.done), error.token), str(error))
             except Exception as error:  # The answer of this call; the thread goes on.
                 result = error
             with self._changed:

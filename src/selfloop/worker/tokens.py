@@ -15,16 +15,26 @@ MAX_CHARS = 2 * 2**20
 _NORMALIZED = 3
 
 
+class BeyondVocabulary(ValueError):
+    """A text has a token that the tokenizer knows and the model does not."""
+
+    def __init__(self, token: str, id: int, vocab_size: int) -> None:
+        super().__init__(f"text without {token!r}: that is token {id}, and the model has tokens 0 to {vocab_size - 1}")
+        self.token = token
+
+
 class ModelTokenizer:
     """The tokenizer of a model folder; the engine's vocabulary, too.
 
     Args:
         tokenizer: without truncation or padding.
         text: its ``tokenizer.json``.
+        vocab_size: the model's; None: any token may be encoded to.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str, vocab_size: int | None = None) -> None:
         self.text = text
+        self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         decoders = _decoders(json.loads(text).get("decoder"))
@@ -60,7 +70,7 @@ class ModelTokenizer:
             )
 
     @classmethod
-    def load(cls, model_dir: Path) -> "ModelTokenizer":
+    def load(cls, model_dir: Path, vocab_size: int | None = None) -> "ModelTokenizer":
         """Raises FileNotFoundError, and ValueError for a kind of tokenizer that is not known."""
         path = model_dir / "tokenizer.json"
         if not path.is_file():
@@ -68,13 +78,21 @@ class ModelTokenizer:
         tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, path.read_text(encoding="utf-8"))
+        return cls(tokenizer, path.read_text(encoding="utf-8"), vocab_size)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids. Raises ValueError for more text than one should wait for."""
+        """Token ids.
+
+        Raises:
+            BeyondVocabulary: the text has a token that the model has not.
+            ValueError: it is more text than one should wait for.
+        """
         if len(text) > MAX_CHARS:
             raise ValueError(f"at most {MAX_CHARS} characters")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            beyond = next(id for id in ids if id >= self._vocab_size)
+            raise BeyondVocabulary(self._tokenizer.id_to_token(beyond) or "", beyond, self._vocab_size)
         return ids
 
     def token_bytes(self, token: int) -> bytes:

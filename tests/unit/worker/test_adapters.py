@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.files import compare
 from selfloop.engine.limits import EngineLimits
+from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
@@ -268,6 +270,78 @@ def test_a_merged_model_that_is_another_is_not_given_out(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("damage", ["tied", "head", "shard"])
+def test_what_transformers_would_open_as_another_model_is_not_given_out(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Our own reader is not asked whether the folder is right."""
+    model_dir = tiny_models.save("llama-tied", tmp_path / "model")
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=True))
+    genuine = adapters.write_merged
+
+    def write_then_damage(writer, *rest):
+        genuine(writer, *rest)
+        file = writer.file("model.safetensors")
+        tensors = safetensors.torch.load_file(file)
+        if damage == "tied":
+            tensors.pop("lm_head.weight")
+            config = json.loads(writer.file("config.json").read_text()) | {"tie_word_embeddings": True}
+            writer.file("config.json").write_text(json.dumps(config))
+        elif damage == "head":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        else:
+            writer.file("model.safetensors.index.json").write_text("{}")
+            writer.file("model.safetensors").rename(writer.file("weights.safetensors"))
+            return
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(adapters, "write_merged", write_then_damage)
+    fail_to_merge(checkpoint, model_dir, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "is not base plus adapter" in said or "transformers does not open" in said or "No such file" in said
+    assert not (tmp_path / "out").exists()
+
+
+ODD_BASES = ["other head", "only the head", "head in the file that the config does not tie"]
+
+
+@pytest.mark.parametrize("unembed", [False, True])
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize("odd", ODD_BASES)
+def test_an_odd_base_is_merged_as_it_was_served(odd: str, in_shards: bool, unembed: bool, tmp_path: Path):
+    model_dir = tiny_models.save("llama-tied", tmp_path / "model")
+    tensors = safetensors.torch.load_file(model_dir / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    if odd == "only the head":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    else:
+        tensors["lm_head.weight"] = torch.randn_like(embedding) * 0.1
+    if odd == ODD_BASES[2]:
+        config = json.loads((model_dir / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (model_dir / "config.json").write_text(json.dumps(config))
+    file = model_dir / "model.safetensors"
+    if in_shards:
+        file.unlink()
+        names = sorted(tensors)
+        shards = {"a.safetensors": names[:7], "b.safetensors": names[7:]}
+        for name, part in shards.items():
+            safetensors.torch.save_file({n: tensors[n] for n in part}, model_dir / name, metadata={"format": "pt"})
+        weight_map = {name: shard for shard, part in shards.items() for name in part}
+        (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=unembed))
+    served = scored(checkpoint, model_dir)
+    out = tmp_path / "out"
+    facts = adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
+    ours = load(out)
+    scores = logits(ours, IDS[:-1]).log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    assert (scores - served).abs().max() < 1e-4
+    assert facts["difference"] <= facts["tolerance"] < facts["effect"]
+    tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    assert ours.config.tie_word_embeddings == tied == (odd == "only the head" and not unembed)
+
+
 def test_a_full_disk_leaves_nothing(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -325,7 +399,6 @@ def test_an_adapter_of_peft_is_imported(tiny_model_folder: Path, tmp_path: Path)
         ({"use_rslora": True}, "use_rslora"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, "no place for"),
     ],
 )
@@ -334,6 +407,162 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(
 ):
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter", **settings)
     with pytest.raises(OperationFailed, match=message):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+
+
+def scored(checkpoint: Path, model_dir: Path) -> torch.Tensor:
+    """Logprobs of what was imported."""
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
+    engine.init_run("run", rank=4, seed=0, initial=checkpoint)
+    result = engine.forward("run", [tiny_models.next_token_datum(IDS)], "cross_entropy", {})
+    return torch.tensor(result.logprobs[0].values())
+
+
+def scored_by_peft(folder: Path, model_dir: Path) -> torch.Tensor:
+    scores = logits(load_adapter(load(model_dir), folder), IDS[:-1]).log_softmax(-1)
+    return scores.gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+WITH_COPIES = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", WITH_COPIES)
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_copies_of_the_bases_weights_are_left(family: str, settings: dict, dtype: torch.dtype, tmp_path: Path):
+    """The PEFT library writes them beside an adapter of the output layer, and for what ``modules_to_save`` names."""
+    model_dir = tmp_path / "model"
+    tiny_models.save_quietly(tiny_models.build(family).to(dtype), model_dir)
+    folder = served_model.save_adapter(model_dir, tmp_path / "adapter", **settings)
+    stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    assert any("lora" not in name for name in stored)
+    out = tmp_path / "checkpoint"
+    adapters.import_peft(folder, model_dir, out, quiet)
+    assert (scored(out, model_dir) - scored_by_peft(folder, model_dir)).abs().max() < 1e-4
+    name = next(name for name in stored if "lora" not in name)
+    stored[name][-1] += 0.5
+    safetensors.torch.save_file(stored, folder / "adapter_model.safetensors")
+    with pytest.raises(OperationFailed, match=f"{name} is not the base model's .*modules_to_save"):
+        adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
+    stored[name] = stored[name][:-1].clone()
+    safetensors.torch.save_file(stored, folder / "adapter_model.safetensors")
+    with pytest.raises(OperationFailed, match=f"{name} is F32 .*, where the base model has"):
+        adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
+
+
+def test_a_copy_beside_a_tied_base_with_a_head_of_its_own(tmp_path: Path):
+    model_dir = tiny_models.save("llama-tied", tmp_path / "model")
+    tensors = safetensors.torch.load_file(model_dir / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"]) * 0.1
+    safetensors.torch.save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+    folder = served_model.save_adapter(model_dir, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    out = tmp_path / "checkpoint"
+    adapters.import_peft(folder, model_dir, out, quiet)
+    assert (scored(out, model_dir) - scored_by_peft(folder, model_dir)).abs().max() < 1e-4
+
+
+def hostile(folder: Path, **changes: object) -> None:
+    file = folder / "adapter_config.json"
+    text = json.dumps(json.loads(file.read_text()) | changes)
+    file.write_text(text.replace('"1e999"', "1e999").replace('"-1e999"', "-1e999"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 1_000_000}, "r must be from 1 to 512, is 1000000"),
+        ({"r": True}, "r must be a positive integer, is True"),
+        ({"r": 2**70}, "r must be"),
+        ({"r": 10**12}, "r must be"),
+        ({"r": -4}, "r must be a positive integer, is -4"),
+        ({"r": 0}, "r must be"),
+        ({"r": 4.0}, "r must be"),
+        ({"r": 5}, "has shape .*, expected"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be more than 0 and at most"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number"),
+        ({"lora_alpha": "1e999"}, "lora_alpha must be a number, is inf"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, is nan"),
+        ({"lora_alpha": True}, "lora_alpha must be a number, is True"),
+        ({"lora_alpha": -16}, "lora_alpha must be more than 0"),
+        ({"target_modules": 7}, "target_modules must be a list of names"),
+        ({"target_modules": ["q_proj"]}, "target_modules does not name"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+    ],
+)
+def test_what_an_adapter_says_of_itself_is_checked_before_memory_is_taken(
+    changes: dict, message: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    hostile(folder, **changes)
+    monkeypatch.setattr(AdapterShape, "initial", None)
+    with pytest.raises(OperationFailed, match=message):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+
+
+def with_header(folder: Path, change: Callable[[dict], None], length: int | None = None) -> None:
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded) if length is None else length) + encoded + content[8 + size :])
+
+
+def entry(header: dict, at: int = 0) -> dict:
+    return header[sorted(name for name in header if "lora" in name)[at]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: entry(h).update(shape=[-4, -64]), "has the shape"),
+        (lambda h: entry(h).update(shape=[2**62, 2**62]), "does not fit"),
+        (lambda h: entry(h).update(shape=[2**70]), "has the shape"),
+        (lambda h: entry(h).update(shape=[True, 64]), "broken header"),
+        (lambda h: entry(h).update(shape=[4.5, 64]), "broken header"),
+        (lambda h: entry(h).update(dtype="Q4"), "unknown dtype"),
+        (lambda h: entry(h).update(dtype="I32"), "is I32; adapters are"),
+        (lambda h: entry(h).update(data_offsets=[-8, 1016]), "does not fit"),
+        (lambda h: entry(h).update(data_offsets=entry(h, 2)["data_offsets"]), "overlaps|does not fit|no tensor"),
+        (lambda h: h.update(more={"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}), "overlaps"),
+        (lambda h: h.pop(sorted(h)[1]), "no tensor"),
+        (lambda h: h.update(more=[1]), "broken header"),
+    ],
+)
+def test_headers_that_lie_are_refused(
+    change: Callable[[dict], None],
+    message: str,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    with_header(folder, change)
+    monkeypatch.setattr(AdapterShape, "initial", None)
+    with pytest.raises(OperationFailed, match=message):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 3])
+def test_lengths_of_headers_that_lie_are_refused(length: int, tiny_model_folder: Path, tmp_path: Path):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    with_header(folder, lambda header: None, length)
+    with pytest.raises(OperationFailed, match=r"adapter_model\.safetensors cannot be read"):
+        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "[" * 100_000, " " * 2**21]
+)
+def test_an_adapter_config_that_is_none_is_refused(content: str, tiny_model_folder: Path, tmp_path: Path):
+    folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(OperationFailed, match=r"adapter_config\.json cannot be read"):
         adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 

@@ -1,6 +1,7 @@
 """Conversations in the model's own template, against transformers."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -196,6 +197,63 @@ def test_conversations_that_take_too_long_are_broken_off(folder, monkeypatch):
     with pytest.raises(BadRequest, match="messages"):
         render(folder, CHATS[0] * 3_000)
     assert render(folder, CHATS[0]) == []
+
+
+HUNGRY = [
+    "{{ 'a' * 20000000000 }}",
+    "{{ '%2000000000d' % 1 }}",
+    "{{ '{:>2000000000}'.format(1) }}",
+    "{% set ns = namespace(text='ab') %}{% for i in range(60) %}{% set ns.text = ns.text + ns.text %}{% endfor %}",
+    "{% for i in range(90000) %}{{ 'a' * 90000 }}{% endfor %}",
+    "{{ ('a' * 1000000) | list | map('upper') | list | join('b' * 1000) }}",
+    "{{ 'a' | center(2000000000) }}",
+    "{{ [0] * 2000000000 }}",
+    "{{ 'a' | replace('', 'b' * 900000000) }}",
+    "{{ ('a' * 100000000) | tojson | tojson | tojson }}",
+]
+
+
+@pytest.mark.parametrize("template", HUNGRY)
+def test_a_templates_memory_is_bounded(template, folder):
+    configure(folder, chat_template=template)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadRequest, match=r"messages: .* within (256 MiB|2 s)"):
+        render(folder, CHATS[0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+    configure(folder, chat_template="fine")
+    assert_agrees(folder, CHATS[0])
+
+
+def test_a_template_that_computes_in_one_piece_is_ended(folder, monkeypatch):
+    monkeypatch.setattr(chat, "_CPU_LIMIT_S", 0.2)
+    configure(folder, chat_template="{{ (7 ** 3000000) % 10 + (7 ** 30000000) % 10 + (7 ** 300000000) % 10 }}")
+    with pytest.raises(BadRequest, match=r"messages: .* within"):
+        render(folder, CHATS[0])
+    configure(folder, chat_template="fine")
+    assert_agrees(folder, CHATS[0])
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "field"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b <|PAD|> c"}], None, "messages[1].content"),
+        ([{"role": "user", "content": "a", "tool_calls": [{"x": {"y": "<|PAD|>"}}]}], None, "messages[0].tool_calls"),
+        ([{"role": "<|PAD|>", "content": "a"}], None, "messages[0].role"),
+        ([{"role": "user", "content": "a"}], [{"name": "<|PAD|>"}], "tools"),
+    ],
+)
+def test_a_token_that_the_model_has_not_is_named_with_its_field(messages, tools, field, folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 259, "content": "<|PAD|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    configure(folder, chat_template="{{ messages }}{{ tools }}")
+    tokenizer = ModelTokenizer.load(folder, served_model.NUM_TOKENS)
+    command = RenderChat(json.dumps(messages).encode(), tools=None if tools is None else json.dumps(tools).encode())
+    with pytest.raises(
+        BadRequest, match=r"'<\|PAD\|>': that is token 259, and the model has tokens 0 to 258"
+    ) as caught:
+        ChatTemplate.load(folder, tokenizer).tokens(command)
+    assert caught.value.field == field
 
 
 @pytest.fixture(scope="module")

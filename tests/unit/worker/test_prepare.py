@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import served_model
 from selfloop.server.hub import RealHub, router
-from selfloop.types.digests import read_manifest
+from selfloop.types.digests import MANIFEST_FILE, read_manifest
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import ModelFacts, read_facts, tokenizer_files
 from selfloop.types.model_weights import weight_names
@@ -196,7 +196,8 @@ def test_download_from_a_hub(hub: str, folder: Path, tmp_path: Path):
     target = tmp_path / "models" / "org--tiny"
     code, lines = run("hub", "org/tiny", str(target), HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "home"))
     assert code == 0, lines
-    assert sorted(file.name for file in target.iterdir()) == sorted(file.name for file in folder.iterdir())
+    ours = {file.name for file in target.iterdir()}
+    assert ours == {file.name for file in folder.iterdir()} | {MANIFEST_FILE}
     assert lines[-1]["facts"]["model_type"] == "llama"
     assert [file.name for file in target.parent.iterdir() if file.name != ".org--tiny.lock"] == ["org--tiny"]
 

@@ -13,7 +13,6 @@ from selfloop.control.lifecycle import record_change
 from selfloop.control.programs import run_program
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue, Model
-from selfloop.control.resources.runs import MAX_LORA_RANK
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, KeyRow, RunRow, SessionRow
@@ -26,6 +25,7 @@ from selfloop.worker.launch_local import launch_adapters
 
 CHECKPOINT_NAME = "imported"
 _CONFIG_FILE = "adapter_config.json"
+_MAX_CONFIG_BYTES = 2**20
 
 
 class _AdapterConfig(msgspec.Struct):
@@ -82,8 +82,6 @@ class Imports:
             arguments = ["import", str(folder), str(model_dir), str(aside)]
             body = await run_program(await launch_adapters(*arguments), on_progress)
             facts = msgspec.json.decode(body, type=_Facts)
-            if facts.lora_rank > MAX_LORA_RANK:
-                raise OperationFailed(f"the adapter has rank {facts.lora_rank}; at most {MAX_LORA_RANK} is served")
             run = await self._record(checkpoint_id, model, facts, owner, name or folder.name)
         except OSError as error:
             raise OperationFailed(f"the checkpoint cannot be stored: {error}; import it again") from error
@@ -168,6 +166,8 @@ def _read_base_model(folder: Path) -> str | None:
         check_links(folder, "FOLDER")
     if not file.is_file():
         raise BadRequest("FOLDER", f"a PEFT adapter; {folder} has no {_CONFIG_FILE}")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise BadRequest("FOLDER", f"a PEFT adapter; {file} has more than {_MAX_CONFIG_BYTES} bytes")
     try:
         return msgspec.json.decode(file.read_bytes(), type=_AdapterConfig).base_model_name_or_path
     except msgspec.MsgspecError as error:

@@ -24,7 +24,7 @@ from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
-from selfloop.types.lora import LoraTargets
+from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -34,7 +34,6 @@ Run = RunRow
 Deployment = DeploymentRow
 """What the dialects may know of a deployment."""
 
-MAX_LORA_RANK = 512
 OPTIMIZER_FILE = "optimizer.safetensors"
 _MAX_SEED = 2**63 - 1
 _MAX_DELAY_S = 2**31 - 1

@@ -1,5 +1,6 @@
-"""Is a merged model the base model with its adapter? Both read a few tokens, layer by layer from the files."""
+"""Is a merged model what was served, the base model with its adapter beside it? Both read a few tokens."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from selfloop.types.errors import OperationFailed
 # The largest difference of logits, as a part of the largest logit, that rounding to the base's dtype may make.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _NUM_TOKENS = 24
+
+
+Logits = Callable[[Tensor], Tensor]
+"""A model's logits (T, V) in float32 of tokens T."""
 
 
 class ModelOnDisk(NamedTuple):
@@ -42,15 +47,17 @@ class Comparison(NamedTuple):
 
 
 @torch.inference_mode()
-def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: ModelOnDisk, stored: torch.dtype) -> Comparison:
+def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: Logits, stored: torch.dtype) -> Comparison:
     """Logits of ``merged``, whose weights are kept in ``stored``, beside those of ``base`` plus ``adapter``.
 
     Raises:
         OperationFailed: one of them is not a whole model.
     """
+    num = min(_NUM_TOKENS, base.config.max_position_embeddings)
+    tokens_T = torch.randint(base.config.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
     multiplied = adapter.shape.adapter(adapter.theta_P, adapter.alpha)
-    expected_TV, base_TV = _logits(base, multiplied), _logits(base, None)
-    merged_TV = _logits(merged, None)
+    expected_TV, base_TV = logits_on_disk(base, tokens_T, multiplied), logits_on_disk(base, tokens_T)
+    merged_TV = merged(tokens_T)
     if merged_TV.shape != expected_TV.shape:
         raise OperationFailed(f"the merged model gives logits {list(merged_TV.shape)}, not {list(expected_TV.shape)}")
     limit = _TOLERANCE[stored] * float(expected_TV.abs().max())
@@ -63,11 +70,11 @@ def model_in(folder: Path) -> ModelOnDisk:
     return ModelOnDisk(config, SafetensorsSource(folder, config))
 
 
-def _logits(model: ModelOnDisk, adapter: Adapter | None) -> Tensor:
-    config = model.config
+@torch.inference_mode()
+def logits_on_disk(model: ModelOnDisk, tokens_T: Tensor, adapter: Adapter | None = None) -> Tensor:
+    """Logits (T, V) in float32, of our own decoder, as it serves the model."""
+    config, num = model.config, len(tokens_T)
     decoder = Decoder(config, open_base_weights(model.tensors, config, torch.float32))
-    num = min(_NUM_TOKENS, config.max_position_embeddings)
-    tokens_T = torch.randint(config.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
     batch = AdapterBatch.of([(num, adapter)])
     h_TD = decoder.forward(tokens_T, torch.arange(num), PackedCausalAttention([num]), batch)
     return decoder.logits(h_TD, batch)

@@ -1,25 +1,31 @@
 """An adapter in PEFT's file format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from selfloop.engine.files.base_copies import BaseTensors, split_copies
+from selfloop.engine.files.base_weights import DTYPES
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.targets import HEAD, adapted_groups, head_group
 from selfloop.engine.models.config import ModelConfig
 from selfloop.types.errors import OperationFailed
-from selfloop.types.lora import LoraTargets
+from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
+from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
+_MAX_CONFIG_BYTES = 2**20
+# Of an adapter that somebody else made. The product of the matrices is multiplied by alpha / rank.
+_MAX_ALPHA = 2.0**20
 
 # Features that change what the files mean; any value but these (or an absent key) is refused.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -32,13 +38,16 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "ensure_weight_tying": (False, None),
     # The others (pissa, olora, corda, loftq) train against a changed base model.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
@@ -74,24 +83,109 @@ def read_peft(directory: Path, config: ModelConfig, targets: LoraTargets | None 
     Raises:
         OperationFailed: files are missing or unreadable, use a feature beyond plain LoRA, or do not fit the model.
     """
-    rank, alpha = _read_config(directory / CONFIG_FILE)
-    tensors = _read_tensors(directory / WEIGHTS_FILE)
-    _check_pairs(set(tensors))
+    rank, alpha, raw = _read_config(directory / CONFIG_FILE)
+    if raw.get("modules_to_save"):
+        raise _invalid(f"{CONFIG_FILE}: modules_to_save = {raw['modules_to_save']!r} is not supported")
+    return _read(directory / WEIGHTS_FILE, _stored(directory / WEIGHTS_FILE), config, rank, alpha, targets)
+
+
+def read_foreign_peft(directory: Path, config: ModelConfig, base: BaseTensors) -> LoadedAdapter:
+    """As :func:`read_peft`, of an adapter that somebody else made: nothing that it says of itself is believed.
+
+    Copies of the base model's weights, which the PEFT library puts beside an adapter of the output layer, are left
+    where they equal ``base``.
+
+    Raises:
+        OperationFailed: as above, or such a copy is of another model; nothing large was read by then.
+    """
+    rank, alpha, raw = _read_config(directory / CONFIG_FILE)
+    if rank > MAX_LORA_RANK:
+        raise _invalid(f"{CONFIG_FILE}: r must be from 1 to {MAX_LORA_RANK}, is {rank!r}")
+    if not 0 < alpha <= _MAX_ALPHA:
+        raise _invalid(f"{CONFIG_FILE}: lora_alpha must be more than 0 and at most {_MAX_ALPHA:g}, is {alpha!r}")
+    stored, copies = split_copies(_stored(directory / WEIGHTS_FILE), _PREFIX)
+    _check_targets(raw, stored)
+    shapes = _shapes(stored, config, rank, _targets_of(stored))
+    _check_stored(stored, shapes)
+    base.check_copies(copies, raw.get("modules_to_save") or [])
+    return _read(directory / WEIGHTS_FILE, stored, config, rank, alpha, None)
+
+
+def _read(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    rank: int,
+    alpha: float,
+    targets: LoraTargets | None,
+) -> LoadedAdapter:
     if targets is None:
-        targets = LoraTargets(unembed=_key(f"{HEAD}.lora_A") in tensors)
+        targets = _targets_of(stored)
+    # Memory is taken only for what the file has.
+    _check_stored(stored, _shapes(stored, config, rank, targets))
     shape = AdapterShape(config, rank, targets)
     theta_P = shape.initial(seed=0)
-    for parameter in shape.named(theta_P):
-        tensor = tensors.pop(_key(parameter.name), None)
-        if tensor is not None:
-            _check(parameter.name, tensor, parameter.view)
-            parameter.view.copy_(tensor)
-    if tensors:
-        raise OperationFailed(
-            f"adapter has {len(tensors)} tensors that this model has no place for, e.g. {sorted(tensors)[:3]}",
-            "CheckpointInvalid",
-        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            for parameter in shape.named(theta_P):
+                if _key(parameter.name) in stored:
+                    tensor = file.get_tensor(_key(parameter.name))
+                    _check_finite(parameter.name, tensor)
+                    parameter.view.copy_(tensor)
+    except SafetensorError as error:
+        raise _invalid(f"{WEIGHTS_FILE} cannot be read: {error}") from error
     return LoadedAdapter(shape, alpha, theta_P)
+
+
+def _targets_of(stored: Mapping[str, StoredTensor]) -> LoraTargets:
+    return LoraTargets(unembed=_key(f"{HEAD}.lora_A") in stored)
+
+
+def _shapes(
+    stored: Mapping[str, StoredTensor], config: ModelConfig, rank: int, targets: LoraTargets
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor that there may be, by its name in the file."""
+    largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+    if stored and rank > largest:
+        name = next(iter(stored))
+        raise _invalid(f"{CONFIG_FILE}: r is {rank}, but {name} has shape {list(stored[name].shape)}")
+    shape = AdapterShape(config, rank, targets)
+    nothing_P = torch.empty(shape.num_parameters, device="meta")
+    return {_key(parameter.name): tuple(parameter.view.shape) for parameter in shape.named(nothing_P)}
+
+
+def _check_stored(stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    _check_pairs(set(stored))
+    unexpected = sorted(stored.keys() - shapes.keys())
+    if unexpected:
+        raise _invalid(f"adapter has {len(unexpected)} tensors that this model has no place for, e.g. {unexpected[:3]}")
+    for name, tensor in stored.items():
+        if tensor.shape != shapes[name]:
+            raise _invalid(f"{_short(name)} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
+        if tensor.dtype not in DTYPES:
+            raise _invalid(f"{_short(name)} is {tensor.dtype}; adapters are {', '.join(DTYPES)}")
+
+
+def _short(key: str) -> str:
+    """A name in the file as the rest of the engine has it."""
+    return key.removeprefix(_PREFIX).removeprefix("model.").removesuffix(".weight")
+
+
+def _check_targets(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
+    """The PEFT library loads only what ``target_modules`` names."""
+    named = raw.get("target_modules")
+    if isinstance(named, str):
+        return  # "all-linear", or a pattern of PEFT's own
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise _invalid(f"{CONFIG_FILE}: target_modules must be a list of names, is {named!r}")
+    for key in stored:
+        module = key.removeprefix(_PREFIX).partition(".lora_")[0]
+        if not any(module == name or module.endswith(f".{name}") for name in named):
+            raise _invalid(f"adapter has {key}, which {CONFIG_FILE}: target_modules does not name")
+
+
+def _invalid(reason: str) -> OperationFailed:
+    return OperationFailed(reason, "CheckpointInvalid")
 
 
 def _key(name: str) -> str:
@@ -120,33 +214,40 @@ def _peft_config(shape: AdapterShape, alpha: float, config: ModelConfig, base_mo
     }
 
 
-def _read_config(path: Path) -> tuple[int, float]:
+def _read_config(path: Path) -> tuple[int, float, dict[str, Any]]:
     if not path.is_file():
-        raise OperationFailed(f"no {CONFIG_FILE} in the checkpoint", "CheckpointInvalid")
+        raise _invalid(f"no {CONFIG_FILE} in the checkpoint")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise _invalid(f"{CONFIG_FILE} cannot be read: it has more than {_MAX_CONFIG_BYTES} bytes")
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OperationFailed(f"{CONFIG_FILE} cannot be read: {error}", "CheckpointInvalid") from error
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"{CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(raw, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise _invalid(f"{CONFIG_FILE} cannot be read: it holds no object")
     if raw.get("peft_type") != "LORA":
-        raise OperationFailed(f"peft_type {raw.get('peft_type')!r} is not supported", "CheckpointInvalid")
+        raise _invalid(f"peft_type {raw.get('peft_type')!r} is not supported")
     for name, plain in _PLAIN.items():
         if name in raw and raw[name] not in plain:
-            raise OperationFailed(f"{CONFIG_FILE}: {name} = {raw[name]!r} is not supported", "CheckpointInvalid")
+            raise _invalid(f"{CONFIG_FILE}: {name} = {raw[name]!r} is not supported")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise OperationFailed(f"{CONFIG_FILE}: r must be a positive integer, is {rank!r}", "CheckpointInvalid")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise OperationFailed(f"{CONFIG_FILE}: lora_alpha must be a number, is {alpha!r}", "CheckpointInvalid")
-    return rank, float(alpha)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise OperationFailed(f"no {WEIGHTS_FILE} in the checkpoint", "CheckpointInvalid")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
+        raise _invalid(f"{CONFIG_FILE}: r must be a positive integer, is {rank!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+        raise _invalid(f"{CONFIG_FILE}: lora_alpha must be a number, is {alpha!r}")
     try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise OperationFailed(f"{WEIGHTS_FILE} cannot be read: {error}", "CheckpointInvalid") from error
+        return rank, float(alpha), raw
+    except OverflowError as error:
+        raise _invalid(f"{CONFIG_FILE}: lora_alpha must be a number, is an integer beyond all of them") from error
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        raise _invalid(f"no {WEIGHTS_FILE} in the checkpoint")
+    try:
+        return {tensor.name: tensor for tensor in read_header(path)}
+    except BadSafetensors as error:
+        raise _invalid(f"{WEIGHTS_FILE} cannot be read: {error}") from error
 
 
 def _check_pairs(names: set[str]) -> None:
@@ -155,13 +256,9 @@ def _check_pairs(names: set[str]) -> None:
     for name in names:
         for kind, other in swap.items():
             if kind in name and name.replace(kind, other) not in names:
-                raise OperationFailed(f"adapter has {name} without its {other}", "CheckpointInvalid")
+                raise _invalid(f"adapter has {name} without its {other}")
 
 
-def _check(name: str, tensor: Tensor, place: Tensor) -> None:
-    if tensor.shape != place.shape:
-        raise OperationFailed(
-            f"{name} has shape {list(tensor.shape)}, expected {list(place.shape)}", "CheckpointInvalid"
-        )
+def _check_finite(name: str, tensor: Tensor) -> None:
     if not bool(tensor.isfinite().all()):
-        raise OperationFailed(f"{name} has values that are not finite", "CheckpointInvalid")
+        raise _invalid(f"{name} has values that are not finite")

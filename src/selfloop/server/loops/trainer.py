@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from selfloop.control.control import Control
 from selfloop.control.journal import Submission
 from selfloop.control.operations import Pending, checked_operation_id
-from selfloop.control.resources.runs import MAX_LORA_RANK, Run
+from selfloop.control.resources.runs import Run
 from selfloop.control.settle import Outcome
 from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.errors import body_of
@@ -24,6 +24,7 @@ from selfloop.server.refusals import OperationRoute, check_not_refused, json_pla
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id
+from selfloop.types.lora import MAX_LORA_RANK
 from selfloop.types.operation import (
     Forward,
     ForwardBackward,
