@@ -13,12 +13,21 @@ from selfloop.control.sampling.draw import Weights
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import to_json
 from selfloop.types.errors import BadRequest
-from selfloop.types.sampling import StructuredOutput, room_after
+from selfloop.types.sampling import SamplingParams, StructuredOutput, room_after
 
 POLICY_VERSION_HEADER = "x-trainers-policy-version"
 MAX_SAMPLES = 256
 MAX_TOP_LOGPROBS = 20
 
+# A repetition penalty near 0 would make logits that are no numbers; vLLM takes any above 0.
+_PENALTY_RANGES = {
+    "min_p": (0.0, 1.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+_MAX_BIAS = 100
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _VERSION = re.compile(r"[0-9]{1,18}")
 # Shorter than the 30 s that proxies and clients commonly allow a held request.
 _FLOOR_HOLD_S = 25.0
@@ -47,6 +56,40 @@ def check_ranges(temperature: float, top_p: float, top_k: int, seed: int | None)
         raise BadRequest("top_k", f"-1 or 0 for all tokens, or a number >= 1; got {top_k}")
     if seed is not None:
         within("seed", seed, -(2**63), 2**63 - 1)
+
+
+class PenaltyFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What changes logits before a draw, in OpenAI's words and vLLM's; null is as good as absent."""
+
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+def with_penalties(params: SamplingParams, body: PenaltyFields) -> SamplingParams:
+    """``params`` with what ``body`` asks for. Raises :class:`BadRequest` for what is outside its range."""
+    given = {
+        "min_p": 0.0 if body.min_p is None else body.min_p,
+        "frequency_penalty": 0.0 if body.frequency_penalty is None else body.frequency_penalty,
+        "presence_penalty": 0.0 if body.presence_penalty is None else body.presence_penalty,
+        "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
+    }
+    for name, (low, high) in _PENALTY_RANGES.items():
+        if not low <= given[name] <= high:
+            raise BadRequest(name, f"a number from {low:g} to {high:g}, got {given[name]:g}")
+    biases = {_token_id(key): bias for key, bias in (body.logit_bias or {}).items()}
+    for token, bias in biases.items():
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise BadRequest(f"logit_bias.{token}", f"a number from -{_MAX_BIAS} to {_MAX_BIAS}, got {bias:g}")
+    return msgspec.structs.replace(params, logit_bias=biases, **given)
+
+
+def _token_id(key: str) -> int:
+    if not _TOKEN_ID.fullmatch(key):
+        raise BadRequest(f"logit_bias.{key[:100]}", "a token id as the key: digits")
+    return int(key)
 
 
 def stop_strings(stop: str | list[str] | None) -> list[str]:

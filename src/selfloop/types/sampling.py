@@ -33,6 +33,12 @@ class SamplingParams(msgspec.Struct, frozen=True):
         stop_token_ids: tokens that end a sample, besides the model's own end tokens; returned.
         structured: what the sampled text must match; None for anything.
         use_end_tokens: whether the model's own end tokens end a sample.
+        min_p: drops tokens less likely than this part of the likeliest one, at the temperature; 0 keeps every token.
+        frequency_penalty: taken off a token's logit for each time that it was drawn in the sample.
+        presence_penalty: taken off the logit of a token that was drawn in the sample.
+        repetition_penalty: divides the logit above 0, and multiplies that below, of a token that the prompt has or
+            that was drawn; 1 changes nothing.
+        logit_bias: added to the logits of these tokens.
     """
 
     max_tokens: int
@@ -44,6 +50,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
     stop_token_ids: list[int] = []
     structured: StructuredOutput | None = None
     use_end_tokens: bool = True
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
 
 
 class AdapterRef(msgspec.Struct, frozen=True):

@@ -303,7 +303,9 @@ class Sampling:
                 f"prompt ({len(draw.prompt)} tokens) plus max_tokens ({draw.params.max_tokens}) within the "
                 f"sampler's {limit} tokens",
             )
-        for name, tokens in (("prompt", draw.prompt), ("stop_token_ids", draw.params.stop_token_ids)):
+        params = draw.params
+        named = ("prompt", draw.prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", [*params.logit_bias])
+        for name, tokens in named:
             _check_vocabulary(name, tokens, model.vocab_size)
 
     async def _row(self, sampler_id: str) -> SamplerRow:

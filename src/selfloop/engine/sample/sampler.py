@@ -1,7 +1,7 @@
-"""Draw one token a row: temperature, top-k, top-p, greedy.
+"""Draw one token a row: penalties, temperature, min-p, top-k, top-p, greedy.
 
-A draw inverts the cumulative distribution at the row's uniform number: over the tokens by id, or with top-k or top-p
-over those that are left, the likeliest first. So it depends on the row alone.
+A draw inverts the cumulative distribution at the row's uniform number: over the tokens by id, or with top-k, top-p or
+min-p over those that are left, the likeliest first. So it depends on the row alone.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from selfloop.engine.native.build import kernels as native
 from selfloop.engine.native.library import Kernels
+from selfloop.engine.sample.penalties import Penalties
 from selfloop.types.sampling import SamplingParams
 
 _MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
@@ -26,18 +27,20 @@ class Row(NamedTuple):
         uniform: a number in [0, 1), the row's only randomness.
         mask_V: tokens that may be drawn, on the CPU; None for all.
         num_top: how many of the likeliest tokens to report.
+        penalties: what is added to the logits first; None for nothing.
     """
 
     params: SamplingParams
     uniform: float
     mask_V: Tensor | None = None
     num_top: int = 0
+    penalties: Penalties | None = None
 
 
 class Draw(NamedTuple):
     """Tokens, their logprobs, and the likeliest (token, logprob) pairs where asked for.
 
-    Logprobs are those of the model: untempered, unfiltered, and without the mask of a grammar.
+    Logprobs are those of the model: untempered, unfiltered, without penalties and the mask of a grammar.
     """
 
     tokens: list[int]
@@ -76,11 +79,11 @@ def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int | None) -> Dr
 
 
 def _by_kernels(kernels: Kernels, logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
-    """The kernels say all logprobs, and draw where there is no filter and no mask: a row depends on itself alone."""
+    """The kernels say all logprobs, and draw where nothing changes the logits: a row depends on itself alone."""
     temperatures = [row.params.temperature for row in rows]
     uniforms = [row.uniform for row in rows]
     tokens_B, logprobs_B, normalisers_B = kernels.draw(logits_BV, num_tokens, temperatures, uniforms)
-    at = [place for place, row in enumerate(rows) if row.mask_V is not None or _is_filtered(row.params)]
+    at = [place for place, row in enumerate(rows) if _is_changed(row) or _is_filtered(row.params)]
     if at:
         at_N = torch.tensor(at)
         tokens_B[at_N] = _pick(logits_BV[at_N, :num_tokens], [rows[place] for place in at])
@@ -90,7 +93,7 @@ def _by_kernels(kernels: Kernels, logits_BV: Tensor, rows: list[Row], num_tokens
 
 def _pick(real_BV: Tensor, rows: list[Row]) -> Tensor:
     """int64 tokens (B,) by PyTorch's operators."""
-    masked_BV = _masked(real_BV, rows)
+    masked_BV = _masked(_penalised(real_BV, rows), rows)
     tokens_B = torch.empty(len(rows), dtype=torch.int64, device=real_BV.device)
     for which, pick in ((_is_greedy, _greedy), (_is_plain, _plain), (_is_filtered, _filtered)):
         at = [row for row, (params, *_) in enumerate(rows) if which(params)]
@@ -100,6 +103,16 @@ def _pick(real_BV: Tensor, rows: list[Row]) -> Tensor:
             at_N = torch.tensor(at, device=real_BV.device)
             tokens_B[at_N] = pick(masked_BV[at_N], [rows[row] for row in at])
     return tokens_B
+
+
+def _penalised(logits_BV: Tensor, rows: list[Row]) -> Tensor:
+    if all(row.penalties is None for row in rows):
+        return logits_BV
+    logits_BV = logits_BV.clone()
+    for logits_V, row in zip(logits_BV, rows, strict=True):
+        if row.penalties is not None:
+            row.penalties.apply(logits_V)
+    return logits_BV
 
 
 def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
@@ -135,12 +148,16 @@ def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Te
     return torch.cat([_draw_by_id(logits, temperature_11, uniforms) for logits, uniforms in parts])
 
 
+def _is_changed(row: Row) -> bool:
+    return row.mask_V is not None or row.penalties is not None
+
+
 def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0
 
 
 def _is_filtered(params: SamplingParams) -> bool:
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1)
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 def _is_plain(params: SamplingParams) -> bool:
@@ -170,17 +187,22 @@ def _filtered(logits_NV: Tensor, rows: list[Row]) -> Tensor:
 def _kept(logits_NV: Tensor, temperature_N1: Tensor, rows: list[Row], num: int) -> tuple[Tensor, Tensor] | None:
     """Probabilities, float64 and up to a factor, of the ``num`` likeliest tokens; 0 for those that are filtered out.
 
-    None where so few do not reach a row's top-p.
+    None where so few do not reach a row's top-p, or min-p may keep more.
     """
     device, vocab_size = logits_NV.device, logits_NV.shape[1]
     scaled_NV = _scaled(logits_NV, temperature_N1)
     scaled_NK, tokens_NK = scaled_NV.topk(num)
     probs_NK = (scaled_NK.double() - scaled_NV.logsumexp(-1, keepdim=True)).exp()
     top_k_N1 = torch.tensor([[row.params.top_k or vocab_size] for row in rows], device=device)
-    probs_NK = probs_NK * (torch.arange(num, device=device) < top_k_N1)
-    # After top-k the rest is a distribution of its own, of which top-p takes its share.
+    min_p_N1 = torch.tensor([[row.params.min_p] for row in rows], dtype=torch.float64, device=device)
+    # The likeliest token's logit is 0 here; what is too unlikely already in the last place is so after it, too.
+    is_likely_NK = scaled_NK.double() >= min_p_N1.log()
+    if num < vocab_size and bool((is_likely_NK[:, -1:] & (min_p_N1 > 0) & (top_k_N1 > num)).any()):
+        return None
+    probs_NK = probs_NK * ((torch.arange(num, device=device) < top_k_N1) & is_likely_NK)
+    # After min-p and top-k the rest is a distribution of its own, of which top-p takes its share.
     mass_N1 = probs_NK.sum(-1, keepdim=True)
-    whole_N1 = torch.where(top_k_N1 < vocab_size, mass_N1, 1.0)
+    whole_N1 = torch.where((top_k_N1 < vocab_size) | (min_p_N1 > 0), mass_N1, 1.0)
     top_p_N1 = torch.tensor([[row.params.top_p] for row in rows], dtype=torch.float64, device=device) * whole_N1
     if num < vocab_size and bool((mass_N1 < top_p_N1).any()):
         return None

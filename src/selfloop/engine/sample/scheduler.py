@@ -19,6 +19,7 @@ from selfloop.engine.sample.attention import PromptChunk
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS
 from selfloop.engine.sample.passes import CachePasses
+from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.sampler import Row, draw
@@ -254,6 +255,8 @@ class SamplingScheduler:
         sample = Sample(request, index, [*shared, *own], generator, text, num_in_pages=request.prompt_length)
         if request.grammar is not None:
             sample.constraint = self._constraint(request.request, request.grammar)
+        asked = request.request
+        sample.penalties = Penalties.of(asked.params, asked.prompt, self._num_tokens, self._decoder.device)
         if request.request.top_logprobs > 0:
             sample.top_logprobs = []
         if request.request.token_bytes:
@@ -287,6 +290,8 @@ class SamplingScheduler:
     def _append(self, sample: Sample, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
         request = sample.parent
         sample.tokens.append(token)
+        if sample.penalties is not None:
+            sample.penalties.add(token)
         sample.logprobs.append(logprob)
         if sample.top_logprobs is not None:
             sample.top_logprobs.append(
@@ -375,7 +380,7 @@ def _result(request: ActiveRequest) -> SampleResult:
 def _row(sample: Sample) -> Row:
     mask_V = None if sample.constraint is None else sample.constraint.mask_V
     request = sample.parent.request
-    return Row(request.params, sample.uniform(), mask_V, request.top_logprobs)
+    return Row(request.params, sample.uniform(), mask_V, request.top_logprobs, sample.penalties)
 
 
 def _by_adapter(items: list[_Item], adapter_of: Callable[[_Item], Adapter | None]) -> list[_Item]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.grammar import Constraint, Grammar
 from selfloop.engine.sample.kv_cache import PAGE_TOKENS, pages_for
+from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
@@ -93,6 +94,7 @@ class Sample:
 
     Args:
         constraint: what it may draw next; None for anything.
+        penalties: what changes the logits it is drawn from; None for nothing.
         top_logprobs: the likeliest tokens at each position, when asked for.
         token_bytes: what each token stands for, when asked for.
         sent: how much of it was told of.
@@ -106,6 +108,7 @@ class Sample:
     generator: torch.Generator
     text: SampleText
     constraint: Constraint | None = None
+    penalties: Penalties | None = None
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     top_logprobs: list[list[TokenLogprob]] | None = None

@@ -29,6 +29,7 @@ from selfloop.server.sampling import (
     stop_strings,
     structured_output,
     weights_of,
+    with_penalties,
     within,
 )
 from selfloop.types.errors import BadRequest
@@ -170,7 +171,7 @@ def _draw(body: wire.SampleBody, sampler: Sampler) -> Draw:
         stop_token_ids=body.stop_token_ids or [],
         structured=None if body.structured_outputs is None else structured_output(body.structured_outputs),
     )
-    return Draw(body.prompt, body.n, params, body.prompt_logprobs)
+    return Draw(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs)
 
 
 async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:

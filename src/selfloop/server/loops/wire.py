@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from selfloop.server.sampling import StructuredOutputs
+from selfloop.server.sampling import PenaltyFields, StructuredOutputs
 
 Number = int | float | None
 
@@ -87,7 +87,7 @@ class LoadStateBody(RunBody, frozen=True, kw_only=True):
     path: str
 
 
-class SampleBody(_Wire, frozen=True, kw_only=True):
+class SampleBody(PenaltyFields, frozen=True, kw_only=True):
     prompt: list[int]
     max_tokens: int | None = None
     n: int = 1

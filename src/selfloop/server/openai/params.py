@@ -15,6 +15,7 @@ from selfloop.server.sampling import (
     regex_of,
     stop_strings,
     structured_output,
+    with_penalties,
     within,
 )
 from selfloop.types.errors import BadRequest
@@ -22,9 +23,6 @@ from selfloop.types.sampling import SamplingParams, StructuredOutput
 
 # What asks for nothing, beside null: the defaults that some clients always send.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
@@ -97,6 +95,7 @@ def draw_of(
         stop_token_ids=body.stop_token_ids or [],
         structured=asked.structured,
     )
+    params = with_penalties(params, body)
     return Draw(prompt, asked.num_samples, params, prompt_logprobs, top_logprobs, token_bytes)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from selfloop.server.sampling import StructuredOutputs
+from selfloop.server.sampling import PenaltyFields, StructuredOutputs
 
 Unserved = Any
 
@@ -22,7 +22,7 @@ class StreamOptions(_Wire, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class SamplingBody(_Wire, frozen=True, kw_only=True):
+class SamplingBody(PenaltyFields, frozen=True, kw_only=True):
     """Fields of both routes; null is as good as absent."""
 
     model: str
@@ -43,9 +43,6 @@ class SamplingBody(_Wire, frozen=True, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     user: str | None = None
-    frequency_penalty: Unserved = None
-    presence_penalty: Unserved = None
-    logit_bias: Unserved = None
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):
