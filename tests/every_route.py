@@ -280,6 +280,8 @@ ROUTES: dict[str, list[Ask]] = {
     "GET /oai/api/v1/models/{model}": [seen()],
     "POST /oai/api/v1/chat/completions": [gone(CHAT)],
     "POST /oai/api/v1/completions": [gone({"model": "{path}", "prompt": "hello", "max_tokens": 1})],
+    "GET /anthropic/api/v1/models": [listed()],
+    "GET /anthropic/api/v1/models/{model}": [seen()],
     "POST /anthropic/api/v1/messages": [gone(CHAT)],
     "POST /anthropic/api/v1/messages/count_tokens": [gone({k: v for k, v in CHAT.items() if k != "max_tokens"})],
     # Tokenizers.

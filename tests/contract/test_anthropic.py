@@ -225,7 +225,7 @@ def test_the_plain_routes(gateway: Gateway, http: httpx.Client):
         (http.post(MESSAGES, content=b"{"), 400, "body"),
         (http.post(MESSAGES, json=ASKED, headers={"Idempotency-Key": "a"}), 400, "Idempotency-Key"),
         (http.get(MESSAGES), 405, "GET"),
-        (http.get("/anthropic/api/v1/models"), 404, "models"),
+        (http.get("/anthropic/api/v1/files"), 404, "files"),
         (gateway.http(None).post(MESSAGES, json=ASKED), 401, "API key"),
     ]
     for response, status, said in refusals:

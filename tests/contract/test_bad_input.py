@@ -356,7 +356,11 @@ SAMPLES: dict[str, tuple[Json, str]] = {
     "image chunks": ({"prompt": [], "model_input_chunks": [IMAGE], "return_token_ids": True}, "model_input_chunks"),
     "routed experts": ({"prompt": [3], "include_routed_experts": True}, "include_routed_experts"),
     "unknown model": ({"prompt": [3], "max_tokens": 1, "model": "no/such"}, "model"),
-    "unknown field": ({"prompt": [3], "presence_penalty": 1}, "presence_penalty"),
+    "unknown field": ({"prompt": [3], "surprise": 1}, "surprise"),
+    "presence_penalty": ({"prompt": [3], "presence_penalty": 3}, "presence_penalty"),
+    "logit_bias out of range": ({"prompt": [3], "logit_bias": {"3": 101}}, "logit_bias.3"),
+    "logit_bias of no token": ({"prompt": [3], "logit_bias": {"a": 1}}, "logit_bias.a"),
+    "logit_bias out of the vocabulary": ({"prompt": [3], "logit_bias": {"264": 1}}, "logit_bias"),
 }
 
 

@@ -210,6 +210,25 @@ def test_stop(client: OpenAI):
     assert stopped.finish_reason == "stop"
 
 
+def test_penalties(client: OpenAI, http: httpx.Client, base_url: str):
+    """Whole, streamed and by the other route; what they do to numbers is tested where they are computed."""
+    forced = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5, logit_bias={"35": 100})
+    assert forced.choices[0].message.content == "AAAAA"
+    once: Json = {"logit_bias": {str(token): 50 for token in range(35, 45)}, "presence_penalty": 2, "seed": 3}
+    once |= {"frequency_penalty": 2, "max_tokens": 30, "temperature": 0.1}
+    text = client.completions.create(model=MODEL, prompt="a", **once).choices[0].text
+    assert set(text) == set("ABCDEFGHIJ")
+    without = once | {"presence_penalty": 0, "frequency_penalty": 0}
+    assert len(set(client.completions.create(model=MODEL, prompt="a", **without).choices[0].text)) < 10
+    chunks = client.completions.create(model=MODEL, prompt="a", stream=True, **once)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
+    (drawn,) = ok(http.post(f"{base_url}/sample", json={"prompt": [67], **once}))["choices"]
+    assert drawn["text"] == text
+    extra = {"repetition_penalty": 1.3, "min_p": 1.0, "return_token_ids": True}
+    answers = [client.completions.create(model=MODEL, prompt="a", seed=n, extra_body=extra) for n in range(3)]
+    assert len({answer.choices[0].text for answer in answers}) == 1
+
+
 def test_response_format(client: OpenAI):
     schema = {
         "type": "object",
@@ -424,9 +443,13 @@ CHAT_REFUSALS: dict[str, tuple[Json, str]] = {
     "prompt too long": (message(content="a" * 300), "messages"),
     "empty stop": ({"stop": [""]}, "stop"),
     "stop id": ({"stop_token_ids": [264]}, "stop_token_ids"),
-    "frequency_penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    "presence_penalty": ({"presence_penalty": 1}, "presence_penalty"),
-    "logit_bias": ({"logit_bias": {"3": 1}}, "logit_bias"),
+    "frequency_penalty": ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    "presence_penalty": ({"presence_penalty": -2.5}, "presence_penalty"),
+    "repetition_penalty": ({"repetition_penalty": 0}, "repetition_penalty"),
+    "min_p": ({"min_p": 1.1}, "min_p"),
+    "logit_bias": ({"logit_bias": {"3": 101}}, "logit_bias.3"),
+    "logit_bias of no token": ({"logit_bias": {"03": 1}}, "logit_bias.03"),
+    "logit_bias out of the vocabulary": ({"logit_bias": {"264": 1}}, "logit_bias"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
     "top_logprobs too many": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "stream_options alone": ({"stream_options": {"include_usage": True}}, "stream_options"),

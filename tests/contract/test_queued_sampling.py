@@ -61,6 +61,14 @@ def tokens(completion: Json) -> list[list[int]]:
     return [choice["token_ids"] for choice in completion["choices"]]
 
 
+def test_penalties_are_kept_with_what_is_queued(sampler: Sampler):
+    asked = body(3, n=2, max_tokens=20, frequency_penalty=2, logit_bias={"35": 8.5, "36": 8}, min_p=0.01)
+    asked |= {"repetition_penalty": 1.5, "presence_penalty": 0.5}
+    direct = tokens(ok(sampler.sample(asked)))
+    assert tokens(sampler.result(sampler.queue(asked))) == direct
+    assert tokens(ok(sampler.sample(body(3, n=2, max_tokens=20)))) != direct
+
+
 def test_both_modes_give_the_same(sampler: Sampler, run: Run):
     direct = sampler.sample(body(7, n=2, prompt_logprobs=2))
     accepted = sampler.sample(body(7, n=2, prompt_logprobs=2), **ASYNC)

@@ -12,6 +12,7 @@ import selfloop
 from selfloop.control.control import Control
 from selfloop.server import errors, openapi
 from selfloop.server.anthropic.routes import router as anthropic_router
+from selfloop.server.base_urls import BaseUrls
 from selfloop.server.decode import json_is_text
 from selfloop.server.graphql import router as graphql_router
 from selfloop.server.guard import Guard, KeylessPaths
@@ -83,6 +84,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         app.add_middleware(LocalNames, control=control, names=names)
     app.add_middleware(Observed, control=control)
     app.add_middleware(BrowserHeaders)
+    app.add_middleware(BaseUrls)
 
     @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
     async def healthz() -> dict[str, str]:

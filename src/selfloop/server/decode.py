@@ -1,10 +1,12 @@
 """JSON bodies as structs; what does not fit is refused by field."""
 
 import re
+from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
 from fastapi import Request
+from msgspec import inspect
 
 from selfloop.server.offload import off_loop
 from selfloop.types.errors import BadRequest
@@ -12,6 +14,8 @@ from selfloop.types.errors import BadRequest
 T = TypeVar("T")
 
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
+_STEP = re.compile(r"\[[^\]]*\]|[^.\[\]]+")
+_NO_CHOICE = "Invalid enum value "
 _NAMED = re.compile(r"Object (?:contains unknown|missing required) field `(.*?)`")
 
 
@@ -22,7 +26,7 @@ def decode(body: bytes, type_: type[T]) -> T:
         return msgspec.json.decode(body or b"{}", type=type_)
     except msgspec.ValidationError as error:
         _check_syntax(body)  # of the whole: a field that does not fit is reported before the rest is read
-        raise _refusal(str(error)) from None
+        raise _refusal(str(error), type_) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise BadRequest("body", f"valid JSON ({error})") from None
 
@@ -32,7 +36,7 @@ def convert(value: object, type_: type[T], field: str) -> T:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        refusal = _refusal(str(error))
+        refusal = _refusal(str(error), type_)
         below = "" if refusal.field == "body" else f".{refusal.field}"
         raise BadRequest(field + below, refusal.expected) from None
 
@@ -74,9 +78,35 @@ def _check_syntax(body: bytes) -> None:
         raise BadRequest("body", f"valid JSON ({error})") from None
 
 
-def _refusal(text: str) -> BadRequest:
+def _refusal(text: str, type_: object) -> BadRequest:
     path = _PATH.search(text)
     message = _PATH.sub("", text)
     named = _NAMED.match(message)
+    if message.startswith(_NO_CHOICE):
+        steps: list[str] = _STEP.findall(path[1]) if path else []
+        may_be = [msgspec.json.encode(value).decode() for value in _choices(inspect.type_info(type_), steps)]
+        message = f"{' or '.join(dict.fromkeys(may_be))}, got {message.removeprefix(_NO_CHOICE)}"
     field = ".".join(part for part in (path[1] if path else "", named[1] if named else "") if part)
     return BadRequest(field or "body", message)
+
+
+def _choices(type_: inspect.Type, steps: list[str]) -> Iterator[object]:
+    """The values that a type lists at a place below it."""
+    match type_:
+        case inspect.UnionType():
+            for one in type_.types:
+                yield from _choices(one, steps)
+        case inspect.LiteralType() if not steps:
+            yield from type_.values
+        case inspect.EnumType() if not steps:
+            yield from (value.value for value in type_.cls)
+        case inspect.StructType() if steps:
+            for field in type_.fields:
+                if field.encode_name == steps[0]:
+                    yield from _choices(field.type, steps[1:])
+        case inspect.ListType() if steps:
+            yield from _choices(type_.item_type, steps[1:])
+        case inspect.DictType() if steps:
+            yield from _choices(type_.value_type, steps[1:])
+        case _:
+            pass

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from selfloop.server.call_grammar import CLOSE, OPEN, Signature, calls_in_text, calls_or_json, one_call
+from selfloop.server.chat_template import has_variable
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import StructuredOutput
@@ -94,12 +95,16 @@ class ToolUse:
 
 
 def tool_use(
-    functions: list[Function], choice: Choice, template: str | None, answer: dict[str, Any] | None = None
+    functions: list[Function],
+    choice: Choice,
+    template: str | None,
+    answer: dict[str, Any] | None = None,
+    answer_field: str = "response_format",
 ) -> ToolUse:
     """The checked tools of a request, of which there is at least one.
 
     Args:
-        answer: JSON schema of a text that is no call; None for any text.
+        answer: JSON schema of a text that is no call; None for any text. ``answer_field`` gives it.
 
     Raises:
         BadRequest: an unfit name, a choice of an unknown function, or a template without tools.
@@ -110,14 +115,16 @@ def tool_use(
     names = frozenset(function.name for function in functions)
     if len(names) != len(functions):
         raise BadRequest("tools", "a name of its own for every function")
-    if template is None or not re.search(r"\btools\b", template):
+    if not has_variable(template, "tools"):
         raise BadRequest("tools", "null: the model's chat template takes no tools")
     if choice.kind == "none":
         return ToolUse()
     if choice.kind == "auto":
-        form = call_form(template)
+        form = call_form(template or "")
         if form is None:
             raise BadRequest("tool_choice", f"{choice.forcing}: calls of this model's template are not read from text")
+        if answer is not None and form != "tags":
+            raise BadRequest(answer_field, "null or any text, unless no tool may be called: a call does not match it")
         return _left_to_the_model(functions, choice, form, answer)
     if choice.name is not None:
         functions = [function for function in functions if function.name == choice.name]
@@ -133,8 +140,6 @@ def _left_to_the_model(
     # Of those that are not strict only the form is kept: nobody relies on more, and their schemas may be of any kind.
     signatures = [_signature(f) if f.strict else _signature(f)._replace(schema=None) for f in functions]
     if answer is not None:
-        if form != "tags":
-            raise BadRequest("response_format", "null or text, or tool_choice none: a call does not match it")
         return ToolUse(names, form, calls_or_json(signatures, answer, at_most_one=choice.at_most_one))
     if any(function.strict for function in functions):
         return ToolUse(names, form, calls_in_text(signatures, form, at_most_one=choice.at_most_one))

@@ -1,5 +1,6 @@
 """Penalties and biases: whole samples beside a plain loop over transformers' logits, whatever else is in the batch."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -90,12 +91,10 @@ def sampled(reference, params, prompt):
     for _ in range(params.max_tokens):
         with torch.no_grad():
             logits = reference(torch.tensor([[*prompt, *drawn]])).logits[0, -1]
-        left = float(torch.rand((), dtype=torch.float64, generator=generator))
-        for token, probability in by_definition(logits, params, prompt, drawn).items():
-            left -= probability
-            if left < 0:
-                break
-        drawn.append(token)
+        uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
+        tokens, probabilities = zip(*by_definition(logits, params, prompt, drawn).items(), strict=True)
+        below = sum(total <= uniform for total in itertools.accumulate(probabilities))
+        drawn.append(tokens[min(below, len(tokens) - 1)])
     return drawn
 
 

@@ -9,12 +9,14 @@ import pytest
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.request import Prompt, draw_of, prompt_of
 from selfloop.types.errors import BadRequest
+from selfloop.types.sampling import StructuredOutput
 
 PAGE = Path(__file__).parents[3] / "docs" / "openai.md"
 TEMPLATE = "{{ tools }} <tool_call>"
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 USE = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
 USER = {"role": "user", "content": "a"}
+FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
 
 
 def body(**fields: object) -> wire.MessagesBody:
@@ -43,6 +45,44 @@ def test_system_as_a_string_or_blocks():
     blocks = [text("one", cache_control={"type": "ephemeral"}), text("two")]
     assert messages(USER, system=blocks)[0] == {"role": "system", "content": "one\ntwo"}
     assert messages(USER, system="") == messages(USER, system=None) == [{"role": "user", "content": "a"}]
+
+
+def test_system_turns_stay_where_they_are():
+    """As Claude Code sends its reminders; what a template makes of them is its own affair."""
+    reminder = {"role": "system", "content": [text("be brief", cache_control={"type": "ephemeral"})]}
+    assert messages(USER, {"role": "assistant", "content": "b"}, reminder, USER | {"cache_control": None}) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a"},
+    ]
+    assert messages(reminder, USER, system="s")[0] == {"role": "system", "content": "s\nbe brief"}
+
+
+def test_thinking_and_effort_are_variables_of_the_template():
+    def options(template: str, **fields: object) -> object:
+        given = prompt_of(body(**fields), template).chat.options
+        return None if given is None else json.loads(given)
+
+    off = {"thinking": {"type": "disabled"}}
+    assert options("{{ enable_thinking }}", **off) == {"enable_thinking": False}
+    assert options("", **off) is options("{{ enable_thinking }}", thinking={"type": "adaptive"}) is None
+    low = {"output_config": {"effort": "low"}}
+    assert options("{{ reasoning_effort }}", **low, **off) == {"reasoning_effort": "low"}
+    assert options("", output_config={"effort": "high"}) is None
+
+
+def test_an_answer_of_a_format():
+    for fields in ({"output_format": FORMAT}, {"output_config": {"format": FORMAT}}):
+        asked = prompt(**fields)
+        assert asked.structured == StructuredOutput("json_schema", '{"type":"object"}')
+        assert asked.structured_by.startswith(next(iter(fields)))
+        beside = prompt(**fields, tools=[TOOL])
+        assert beside.structured is beside.tools.structured is not None
+        with pytest.raises(BadRequest, match="a call does not match it"):
+            prompt_of(body(**fields, tools=[TOOL]), 'tools {"name": n, "parameters": p}')
+    clears = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    assert prompt(context_management=clears).chat == prompt().chat
 
 
 def test_turns_with_tools_as_templates_read_them():
@@ -118,13 +158,13 @@ def test_tool_choice():
 
 def test_what_is_drawn():
     asked = body(temperature=0.5, top_p=0.9, top_k=3, stop_sequences=["x"], max_tokens=5)
-    params = draw_of(asked, [1, 2, 3], prompt_of(asked, None).tools, 16).params
+    params = draw_of(asked, [1, 2, 3], prompt_of(asked, None), 16).params
     assert (params.temperature, params.top_p, params.top_k, params.stop) == (0.5, 0.9, 3, ["x"])
     assert (params.max_tokens, params.seed) == (5, None)
-    default = draw_of(body(), [1, 2, 3], prompt().tools, 8).params
+    default = draw_of(body(), [1, 2, 3], prompt(), 8).params
     assert (default.temperature, default.top_p, default.top_k) == (1.0, 1.0, 0)
     assert default.max_tokens == 5, "the room that is left"
-    one = prompt(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True}).tools
+    one = prompt(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
     assert draw_of(asked, [1], one, 16).params.stop == ["x", "</tool_call>"]
 
 
@@ -175,10 +215,32 @@ REFUSALS: dict[str, tuple[dict[str, object], str]] = {
     "choice without tools": ({"tool_choice": {"type": "any"}}, "tool_choice"),
     "choice of an unknown": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice.name"),
     "choice of none by name": ({"tools": [TOOL], "tool_choice": {"type": "any", "name": "f"}}, "tool_choice.name"),
-    "thinking on": ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+    "thinking on": ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type"),
+    "thinking off with a budget": ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "thinking.budget_tokens"),
+    "system image in its place": (
+        {"messages": [USER, {"role": "system", "content": [{"type": "image"}]}]},
+        "messages[1].content[0]",
+    ),
+    "clear tool uses": (
+        {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+        "context_management.edits[0].type",
+    ),
+    "clear thinking in part": (
+        {"context_management": {"edits": [{"type": "clear_thinking_20251015", "when": 1}]}},
+        "context_management.edits[0].when",
+    ),
+    "task budget": (
+        {"output_config": {"task_budget": {"type": "tokens", "total": 20000}}},
+        "output_config.task_budget",
+    ),
+    "two formats": ({"output_config": {"format": FORMAT}, "output_format": FORMAT}, "output_format"),
+    "format and forced call": (
+        {"output_format": FORMAT, "tools": [TOOL], "tool_choice": {"type": "any"}},
+        "output_format.schema",
+    ),
     "container": ({"container": "c"}, "container"),
     "service_tier": ({"service_tier": "priority"}, "service_tier"),
-    "output_config": ({"output_config": {"effort": "low"}}, "output_config"),
+    "effort": ({"output_config": {"effort": "low"}}, "output_config.effort"),
     "mcp_servers": ({"mcp_servers": [{}]}, "mcp_servers"),
 }
 
@@ -197,7 +259,7 @@ def test_refused_by_name(name: str):
 )
 def test_parameters_out_of_range(fields: dict[str, object]):
     with pytest.raises(BadRequest) as caught:
-        draw_of(body(**fields), [1], prompt().tools, 16)
+        draw_of(body(**fields), [1], prompt(), 16)
     assert caught.value.field == next(iter(fields))
 
 

@@ -43,6 +43,39 @@ def test_messages_as_templates_read_them():
     ]
 
 
+LABEL = {"cache_control": {"type": "ephemeral", "ttl": "5m"}}
+
+
+def test_labels_change_nothing():
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    labelled = [
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "a"} | LABEL]},
+        {"role": "assistant", "name": "bot", "content": "b"} | LABEL,
+    ]
+    assert messages(*labelled) == messages(*plain)
+    assert messages({"role": "system", "name": "s", "content": "c"}) == [{"role": "system", "content": "c"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert request(tools=[tool | LABEL, {"type": "function", "function": {"name": "g"} | LABEL}]).chat == (
+        request(tools=[tool, {"type": "function", "function": {"name": "g"}}]).chat
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "words"),
+    [
+        ({"type": "text", "text": "a", "surprise": 1}, "messages[0].content[0].surprise", "unknown"),
+        ({"type": "text", "text": 3}, "messages[0].content[0].text", "str"),
+        ({"type": "text"}, "messages[0].content[0].text", "missing"),
+        ({"type": "text", "text": "a", "cache_control": 3}, "messages[0].content[0].cache_control", "object"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "messages[0].content[0]", "text only"),
+    ],
+)
+def test_a_part_is_refused_by_the_key_that_is_wrong(part: dict[str, object], field: str, words: str):
+    with pytest.raises(BadRequest, match=words) as caught:
+        messages({"role": "user", "content": [part]})
+    assert caught.value.field == field
+
+
 def test_whose_turn_it_is():
     assert request().chat.add_generation_prompt
     assert not request(add_generation_prompt=False).chat.add_generation_prompt
@@ -127,7 +160,9 @@ def test_tools_reach_the_template_without_what_it_does_not_know():
 
 
 def _fields() -> list[str]:
-    kinds = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, wire._Wire)]
+    answers = (wire.Error, wire.ErrorAnswer)
+    structs = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    kinds = [kind for kind in structs if kind not in answers]
     return sorted({field.name for kind in kinds for field in msgspec.structs.fields(kind)})
 
 

@@ -10,11 +10,12 @@ import msgspec
 from selfloop.control.sampling.draw import Chat, Draw
 from selfloop.server import tools
 from selfloop.server.anthropic import wire
+from selfloop.server.chat_template import has_variable
 from selfloop.server.decode import convert, to_json
-from selfloop.server.sampling import check_ranges, room_for
+from selfloop.server.sampling import check_ranges, json_schema, room_for
 from selfloop.server.tools import Choice, Function, ToolUse, template_call, template_tool
 from selfloop.types.errors import BadRequest
-from selfloop.types.sampling import SamplingParams
+from selfloop.types.sampling import SamplingParams, StructuredOutput
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -29,25 +30,35 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "mcp_servers": ([],),
     "service_tier": ("auto", "standard_only"),
     "speed": ("standard",),
-    "thinking": ({"type": "disabled"},),
 }
+# Conversations here have no thinking blocks, so there is nothing to clear; every other edit would change the prompt.
+_NO_EDIT = "clear_thinking_20251015"
+# What is meant where nothing is said.
+_DEFAULT_EFFORT = "high"
 _FORCING = "none, any or tool"
 _TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A checked conversation, and the tools that its answer may use."""
+    """A checked conversation, the tools that its answer may use, and what the answer must match.
+
+    ``structured_by`` is the field that ``structured`` came of.
+    """
 
     chat: Chat
     tools: ToolUse
+    structured: StructuredOutput | None
+    structured_by: str
 
 
 def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
     """Raises :class:`BadRequest` for any field that cannot be obeyed."""
     _refuse_unserved(body)
+    _check_context(body.context_management)
     given = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])]
-    use = _tool_use(body.tool_choice, given, template)
+    answer, answer_field = _answer_format(body)
+    use = _tool_use(body.tool_choice, given, template, answer, answer_field)
     turns = _Turns()
     system = _texts(body.system, "system")
     if system:
@@ -67,11 +78,57 @@ def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
         tools=to_json(specs, "tools") if specs else None,
         add_generation_prompt=not goes_on,
         continue_final_message=goes_on,
+        options=to_json(options, "output_config") if (options := _template_options(body, template)) else None,
     )
-    return Prompt(chat, use)
+    if answer is None or use.form is not None:
+        return Prompt(chat, use, use.structured, "tools")
+    if use.structured is not None:
+        raise BadRequest(answer_field, "null when tool_choice forces a call: a call does not match it")
+    return Prompt(chat, use, json_schema(answer, answer_field), answer_field)
 
 
-def draw_of(body: wire.MessagesBody, prompt: list[int], use: ToolUse, max_seq_len: int) -> Draw:
+def _check_context(given: wire.ContextManagement | None) -> None:
+    for i, edit in enumerate([] if given is None else given.edits):
+        where = f"context_management.edits[{i}]"
+        if edit.get("type") != _NO_EDIT:
+            expected = f"{_NO_EDIT}, the one edit that leaves a prompt here as it is"
+            raise BadRequest(f"{where}.type", f"{expected}; got {_shown(edit)}")
+        if unknown := edit.keys() - {"type", "keep"}:
+            raise BadRequest(f"{where}.{min(unknown)[:100]}", "unknown field")
+
+
+def _answer_format(body: wire.PromptBody) -> tuple[dict[str, Any] | None, str]:
+    """The JSON schema of the answer, and the field that gives it."""
+    config = None if body.output_config is None else body.output_config.format
+    if config is not None and body.output_format is not None:
+        raise BadRequest("output_format", "null when output_config.format is given")
+    field = "output_format" if config is None else "output_config.format"
+    given = body.output_format if config is None else config
+    return None if given is None else given.schema, f"{field}.schema"
+
+
+def _template_options(body: wire.PromptBody, template: str | None) -> dict[str, object]:
+    """Effort and thinking as variables of the chat template, where it has them."""
+    options: dict[str, object] = {}
+    config, thinking = body.output_config, body.thinking
+    if config is not None:
+        _refuse_unserved(config, "output_config.")
+        if has_variable(template, "reasoning_effort"):
+            options |= {} if config.effort is None else {"reasoning_effort": config.effort}
+        elif config.effort not in (None, _DEFAULT_EFFORT):
+            expected = f"null or {_DEFAULT_EFFORT}: the model's chat template has no reasoning_effort"
+            raise BadRequest("output_config.effort", f"{expected}, got {config.effort}")
+    if thinking is not None:
+        if thinking.type == "enabled":
+            expected = "disabled, or adaptive, which leaves it to the model: no thinking is told apart from the answer"
+            raise BadRequest("thinking.type", f"{expected}, got enabled")
+        _refuse_unserved(thinking, "thinking.")
+        if thinking.type == "disabled" and has_variable(template, "enable_thinking"):
+            options["enable_thinking"] = False
+    return options
+
+
+def draw_of(body: wire.MessagesBody, tokens: list[int], prompt: Prompt, max_seq_len: int) -> Draw:
     """What to draw after the rendered prompt: ``max_tokens``, or fewer where the model's length ends before.
 
     Raises:
@@ -87,14 +144,14 @@ def draw_of(body: wire.MessagesBody, prompt: list[int], use: ToolUse, max_seq_le
     if "" in stop:
         raise BadRequest("stop_sequences", "strings of at least one character")
     params = SamplingParams(
-        max_tokens=min(body.max_tokens, room_for(prompt, "messages", max_seq_len)),
+        max_tokens=min(body.max_tokens, room_for(tokens, "messages", max_seq_len)),
         temperature=temperature,
         top_k=max(top_k, 0),
         top_p=top_p,
-        stop=[*stop, *use.own_stop],
-        structured=use.structured,
+        stop=[*stop, *prompt.tools.own_stop],
+        structured=prompt.structured,
     )
-    return Draw(prompt, 1, params)
+    return Draw(tokens, 1, params)
 
 
 def _refuse_unserved(body: msgspec.Struct, prefix: str = "") -> None:
@@ -117,7 +174,13 @@ def _tool(given: dict[str, Any], where: str) -> wire.Tool:
     return _block(given, wire.Tool, where)
 
 
-def _tool_use(choice: wire.ToolChoice | None, given: Sequence[wire.Tool], template: str | None) -> ToolUse:
+def _tool_use(
+    choice: wire.ToolChoice | None,
+    given: Sequence[wire.Tool],
+    template: str | None,
+    answer: dict[str, Any] | None,
+    answer_field: str,
+) -> ToolUse:
     if choice is not None and (choice.type == "tool") is not (choice.name is not None):
         raise BadRequest("tool_choice.name", "a tool's name with type tool, null with any other")
     if not given:
@@ -128,7 +191,8 @@ def _tool_use(choice: wire.ToolChoice | None, given: Sequence[wire.Tool], templa
         Function(tool.name, tool.input_schema, bool(tool.strict), f"tools[{i}]", "input_schema")
         for i, tool in enumerate(given)
     ]
-    return tools.tool_use(functions, _choice(choice or wire.ToolChoice(type="auto")), template)
+    chosen = _choice(choice or wire.ToolChoice(type="auto"))
+    return tools.tool_use(functions, chosen, template, answer, answer_field)
 
 
 def _choice(choice: wire.ToolChoice) -> Choice:
@@ -161,8 +225,8 @@ class _Turns:
             case "tool_result" if role == "user":
                 self._result(_block(given, wire.ToolResultBlock, where), where)
             case _:
-                own = "tool_use" if role == "assistant" else "tool_result"
-                expected = f"a block of type text or {own}: the served models take text only"
+                own = {"assistant": " or tool_use", "user": " or tool_result"}.get(role, "")
+                expected = f"a block of type text{own}: the served models take text only"
                 raise BadRequest(where, f"{expected}, got {_shown(given)}")
 
     def _text(self, role: str, text: str) -> None:

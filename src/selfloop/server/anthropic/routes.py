@@ -1,6 +1,7 @@
 """The whole server as an Anthropic server: below ``/anthropic/api``."""
 
 from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -10,6 +11,7 @@ from fastapi.responses import Response
 from selfloop.control.control import Control
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.draw import Draw, Weights
+from selfloop.server import served_models
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.request import draw_of, prompt_of
@@ -38,6 +40,51 @@ router = APIRouter(
 )
 
 
+@router.get("/models")
+async def models(
+    caller: CallerOf,
+    control: ControlOf,
+    after_id: str | None = None,
+    before_id: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    beta: Beta = False,
+) -> dict[str, object]:
+    """The base models, and the team's newest checkpoints for samplers, a page at a time."""
+    found = await served_models.listed(caller, control)
+    if after_id is not None and before_id is not None:
+        raise BadRequest("before_id", "none when after_id is given")
+    start = 0 if after_id is None else 1 + _place(found, after_id, "after_id")
+    stop = len(found) if before_id is None else _place(found, before_id, "before_id")
+    if before_id is not None:
+        start = max(0, stop - limit)
+    page = found[start:stop][:limit]
+    return {
+        "data": [_model(one.id, one.created_at) for one in page],
+        "has_more": start > 0 if before_id is not None else start + len(page) < stop,
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+    }
+
+
+@router.get("/models/{model:path}")
+async def model(model: str, caller: CallerOf, control: ControlOf, beta: Beta = False) -> dict[str, object]:
+    """One model by a name that requests may give."""
+    return _model(model, (await served_models.named(model, caller, control)).created_at)
+
+
+def _place(found: list[served_models.Listed], id: str, field: str) -> int:
+    """Where a listed model stands. Raises :class:`BadRequest`."""
+    for place, one in enumerate(found):
+        if one.id == id:
+            return place
+    raise BadRequest(field, f"the id of a listed model, got {id[:200]!r}")
+
+
+def _model(id: str, created_at: float) -> dict[str, object]:
+    stamp = datetime.fromtimestamp(created_at, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": id, "display_name": id, "created_at": stamp}
+
+
 @router.post("/messages", openapi_extra=json_body(wire.MessagesBody))
 async def messages(request: Request, caller: CallerOf, control: ControlOf, beta: Beta = False) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
@@ -47,15 +94,15 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf, beta:
     prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(sampler)))
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
-    draw = draw_of(body, tokens, prompt.tools, sampler.max_seq_len)
+    draw = draw_of(body, tokens, prompt, sampler.max_seq_len)
     is_cut = draw.params.max_tokens < body.max_tokens
     answer = Answer(body.model, len(tokens), prompt.tools, body.stop_sequences or [], is_cut)
     try:
         if body.stream:
-            return await _streamed(request, sampler, control, weights, draw, answer)
+            return await _streamed(request, sampler, control, weights, draw, answer, prompt.structured_by)
         result = await while_connected(request, control.sampling.draw(sampler, weights, draw))
     except BadRequest as error:
-        raise _as_asked(error) from None
+        raise _as_asked(error, prompt.structured_by) from None
     (sequence,) = result.sequences
     content = await off_loop(
         len(sequence.tokens), lambda: msgspec.json.encode(answer.whole(sequence, result.num_cached))
@@ -78,9 +125,9 @@ async def _body(request: Request, kind: type[B]) -> B:
     return await off_loop(len(raw), lambda: decode(raw, kind))
 
 
-def _as_asked(error: BadRequest) -> BadRequest:
-    """A refused constraint under the name of the field that gave it; only tools give one."""
-    return BadRequest("tools", error.expected) if error.field.startswith("structured_outputs") else error
+def _as_asked(error: BadRequest, field: str) -> BadRequest:
+    """A refused constraint under the name of the field that gave it."""
+    return BadRequest(field, error.expected) if error.field.startswith("structured_outputs") else error
 
 
 def _headers(weights: Weights) -> dict[str, str]:
@@ -88,7 +135,13 @@ def _headers(weights: Weights) -> dict[str, str]:
 
 
 async def _streamed(
-    request: Request, sampler: Sampler, control: Control, weights: Weights, draw: Draw, answer: Answer
+    request: Request,
+    sampler: Sampler,
+    control: Control,
+    weights: Weights,
+    draw: Draw,
+    answer: Answer,
+    structured_by: str,
 ) -> Response:
     """The answer as events; an error before the first of them is an ordinary answer."""
     source: _Parts = control.sampling.stream(sampler, weights, draw)
@@ -108,7 +161,7 @@ async def _streamed(
                         yield event
                 part = await anext(source, None)
         except SelfloopError as error:
-            shown = _as_asked(error) if isinstance(error, BadRequest) else error
+            shown = _as_asked(error, structured_by) if isinstance(error, BadRequest) else error
             yield frame(anthropic_body_of(shown), "error")
 
     head = await while_connected(request, first())

@@ -45,8 +45,34 @@ class ToolResultBlock(_Wire, frozen=True, kw_only=True):
 class Message(_Wire, frozen=True, kw_only=True):
     """One message; blocks are decoded one by one, each by its type."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
+    cache_control: Label = None
+
+
+class Format(_Wire, frozen=True, kw_only=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(_Wire, frozen=True, kw_only=True):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: Format | None = None
+    task_budget: Unserved = None
+
+
+class Thinking(_Wire, frozen=True, kw_only=True):
+    """What is said of a kind is checked by ``request``: only those that ask for no thinking blocks are served."""
+
+    type: Literal["disabled", "adaptive", "enabled"]
+    display: Literal["summarized", "omitted"] | None = None
+    budget_tokens: Unserved = None
+
+
+class ContextManagement(_Wire, frozen=True, kw_only=True):
+    """Edits are looked at one by one, by their types."""
+
+    edits: list[dict[str, Any]] = []
 
 
 class Tool(_Wire, frozen=True, kw_only=True):
@@ -81,12 +107,12 @@ class PromptBody(_Wire, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: ToolChoice | None = None
     cache_control: Label = None
-    context_management: Unserved = None
+    context_management: ContextManagement | None = None
     mcp_servers: Unserved = None
-    output_config: Unserved = None
-    output_format: Unserved = None
+    output_config: OutputConfig | None = None
+    output_format: Format | None = None
     speed: Unserved = None
-    thinking: Unserved = None
+    thinking: Thinking | None = None
     user_profile_id: Unserved = None
     workspace_id: Unserved = None
 

@@ -1,13 +1,13 @@
 """A chat request: its conversation for the template, and what it asks of the sampler."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from selfloop.control.sampling.draw import Chat
-from selfloop.server.decode import to_json
+from selfloop.server.chat_template import has_variable
+from selfloop.server.decode import convert, to_json
 from selfloop.server.openai import wire
 from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved
 from selfloop.server.openai.tools import tool_use
@@ -126,7 +126,7 @@ def _chat(body: wire.ChatBody, template: str | None) -> Chat:
 def _check_effort(effort: str, template: str | None, options: dict[str, Any]) -> None:
     if effort not in _EFFORTS:
         raise BadRequest("reasoning_effort", f"one of {', '.join(_EFFORTS)}; got {effort[:100]!r}")
-    if template is None or not re.search(r"\breasoning_effort\b", template):
+    if not has_variable(template, "reasoning_effort"):
         raise BadRequest(
             "reasoning_effort",
             "null: the model's chat template has no such variable; chat_template_kwargs takes those that it has",
@@ -163,8 +163,6 @@ def _message(message: wire.Message, where: str) -> dict[str, Any]:
             rendered["name"] = message.name
     elif message.tool_call_id is not None:
         raise BadRequest(f"{where}.tool_call_id", "null unless the role is tool")
-    elif message.name is not None:
-        raise BadRequest(f"{where}.name", "null unless the role is tool: chat templates show no names")
     return rendered
 
 
@@ -185,9 +183,7 @@ def _text(content: str | list[dict[str, Any]] | None, where: str) -> str | None:
             raise BadRequest(
                 f"{where}[{i}]", f"a part of type text: the served models take text only, got {_kind(part)}"
             )
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise BadRequest(f"{where}[{i}]", 'a text part: {"type": "text", "text": "..."}')
-        texts.append(part["text"])
+        texts.append(convert(part, wire.TextPart, f"{where}[{i}]").text)
     return "\n".join(texts)
 
 

@@ -11,6 +11,8 @@ import msgspec
 from selfloop.server.sampling import PenaltyFields, StructuredOutputs
 
 Unserved = Any
+Label = dict[str, Any] | None
+"""Taken, and changes nothing."""
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,6 +56,12 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
     add_special_tokens: bool = True
 
 
+class TextPart(_Wire, frozen=True, kw_only=True):
+    type: Literal["text"]
+    text: str
+    cache_control: Label = None
+
+
 class FunctionCall(_Wire, frozen=True, kw_only=True):
     name: str
     arguments: str
@@ -73,6 +81,7 @@ class Message(_Wire, frozen=True, kw_only=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    cache_control: Label = None
     refusal: Unserved = None
     audio: Unserved = None
     function_call: Unserved = None
@@ -85,12 +94,14 @@ class FunctionTool(_Wire, frozen=True, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Label = None
 
 
 class Tool(_Wire, frozen=True, kw_only=True):
     type: str
     function: FunctionTool | None = None
     custom: Unserved = None
+    cache_control: Label = None
 
 
 class NamedFunction(_Wire, frozen=True, kw_only=True):
