@@ -28,6 +28,7 @@ _READ_ONLY = (
     "GET /loops/samplers/{sampler_id}/trainers_policy_version",
     "GET /loops/samplers/{sampler_id}/v1/models",
     "GET /loops/samplers/{sampler_id}/v1/models/{model:path}",
+    "GET /loops/samplers/{sampler_id}/tokenizer_info",
     "GET /loops/samplers/{sampler_id}/sync/v1/models",
     "GET /loops/samplers/{sampler_id}/sync/v1/models/{model:path}",
     "POST /v1/loops/checkpoints/validate",

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from selfloop.server.openai import wire
+from selfloop.server.openai import responses_wire, wire
 from selfloop.server.openai.chat import ChatRequest, chat_request
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import StructuredOutput
@@ -161,7 +161,8 @@ def test_tools_reach_the_template_without_what_it_does_not_know():
 
 def _fields() -> list[str]:
     answers = (wire.Error, wire.ErrorAnswer)
-    structs = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    both = [*vars(wire).values(), *vars(responses_wire).values()]
+    structs = [kind for kind in both if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     kinds = [kind for kind in structs if kind not in answers]
     return sorted({field.name for kind in kinds for field in msgspec.structs.fields(kind)})
 

@@ -202,10 +202,10 @@ class Sampling:
         command = Tokenize(texts, add_special_tokens, sampler.team_id, sampler.max_seq_len)
         return _prompts_decoder.decode(await self._ask(sampler, command))
 
-    async def token_bytes(self, sampler: SamplerRow, tokens: list[int]) -> list[bytes]:
-        """What each token stands for."""
+    async def token_bytes(self, sampler: SamplerRow, tokens: list[int], field: str = "prompt") -> list[bytes]:
+        """What each token stands for; ``field`` gives them."""
         model = await self._c.catalogue.resolve(sampler.base_model)
-        _check_vocabulary("prompt", tokens, model.vocab_size)
+        _check_vocabulary(field, tokens, model.vocab_size)
         return _bytes_decoder.decode(await self._ask(sampler, Detokenize(tokens)))
 
     async def render_chat(self, sampler: SamplerRow, chat: Chat) -> list[int]:

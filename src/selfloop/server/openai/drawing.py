@@ -41,7 +41,7 @@ async def chat_answer(
     asked = chat_request(body, await while_connected(request, control.sampling.chat_template(sampler)))
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
-    max_tokens = _checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
+    max_tokens = checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
     draw = draw_of(
         body,
         prompt,
@@ -81,7 +81,7 @@ async def completion_answer(
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     prompts = await while_connected(request, _prompts(asked, body, sampler, control))
     for at, prompt in enumerate(prompts):
-        _checked_max_tokens(
+        checked_max_tokens(
             asked.num_drawn, "max_tokens", prompt, asked.field_of(at), sampler, scored=asked.scores_prompt
         )
     echoes = await while_connected(request, _echoes(asked, prompts, sampler, control))
@@ -146,9 +146,10 @@ async def _echoes(
     return echoes
 
 
-def _checked_max_tokens(
+def checked_max_tokens(
     given: int | None, field: str, prompt: list[int], where: str, sampler: Sampler, *, scored: bool = False
 ) -> int:
+    """``given``, or all the room after the prompt. Raises :class:`BadRequest` where there is too little."""
     room = room_for(prompt, where, sampler.max_seq_len, scored=scored)
     max_tokens = room if given is None else given
     within(field, max_tokens, 1, room)
@@ -162,7 +163,7 @@ async def _drawn(
         work = [control.sampling.draw(sampler, weights, draw) for draw in draws]
         return await while_connected(request, _all(work))
     except BadRequest as error:
-        raise _as_asked(error, asked) from None
+        raise as_asked(error, asked) from None
 
 
 async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
@@ -176,7 +177,7 @@ async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _as_asked(error: BadRequest, asked: Asked) -> BadRequest:
+def as_asked(error: BadRequest, asked: Asked) -> BadRequest:
     """A refused constraint under the name of the field that gave it."""
     is_constraint = error.field.startswith("structured_outputs") and asked.structured_by
     return BadRequest(asked.structured_by, error.expected) if is_constraint else error
@@ -253,7 +254,7 @@ async def _streamed(
                 if event is None:
                     break
         except SelfloopError as error:
-            yield frame(openai_body_of(_as_asked(error, asked) if isinstance(error, BadRequest) else error))
+            yield frame(openai_body_of(as_asked(error, asked) if isinstance(error, BadRequest) else error))
             return
         if chunks.with_usage:
             yield chunks.usage(sum(len(draw.prompt) for draw in draws), num_cached, num_drawn)
@@ -262,6 +263,6 @@ async def _streamed(
     try:
         head = await while_connected(request, first())
     except BadRequest as error:
-        raise _as_asked(error, asked) from None
+        raise as_asked(error, asked) from None
     headers = {POLICY_VERSION_HEADER: str(weights.policy_version)}
     return EventStream(frames(), source, headers)

@@ -27,11 +27,22 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
     "annotations": ([],),
+    "allowed_callers": (["direct"],),
+    "background": (False,),
+    "caller": ({"type": "direct"},),
+    "defer_loading": (False,),
+    "include_obfuscation": (False,),
+    "summary": ("auto",),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+    "verbosity": ("medium",),
 }
 _INSTEAD = {
     "functions": "null: use tools",
     "function_call": "null: use tool_choice, or tool_calls in messages",
     "custom": "null: tools of type function are served",
+    "previous_response_id": "null: responses are not kept; send the whole conversation as input",
+    "conversation": "null: conversations are not kept; send the whole of it as input",
 }
 
 

@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
@@ -13,25 +14,29 @@ from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.decode import decode
 from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
-from selfloop.server.openai import wire
+from selfloop.server.openai import responses_wire, tokens, wire
 from selfloop.server.openai.drawing import chat_answer, completion_answer
 from selfloop.server.openai.models import entry, listed, pinned_by
+from selfloop.server.openai.responses_drawing import responses_answer
 from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.sampling import SamplerOf, check_identity, refuse_idempotency_key
 from selfloop.server.served_models import Target, target_of
+from selfloop.types.errors import BadRequest
 
-B = TypeVar("B", bound=wire.SamplingBody)
+B = TypeVar("B", bound=msgspec.Struct)
 
 _SAMPLER = "/loops/samplers/{sampler_id}"
 _ERRORS = {"4XX": json_answer(wire.ErrorAnswer, "Refused, or not yet")}
 
 router = APIRouter(prefix="/v1", tags=["openai"], responses={**_ERRORS})
-whole = APIRouter(prefix="/oai/api/v1", tags=["openai"], responses={**_ERRORS})
+beside = APIRouter(tags=["openai"], responses={**_ERRORS})
+whole = APIRouter(prefix="/oai/api", tags=["openai"], responses={**_ERRORS})
 
 
 def mount(app: FastAPI) -> None:
     """Serve the whole server, and every sampler; these also below ``/sync``, where the hosted service has them."""
     app.include_router(router, prefix=_SAMPLER)
+    app.include_router(beside, prefix=_SAMPLER)
     app.include_router(router, prefix=f"{_SAMPLER}/sync", include_in_schema=False)
     app.include_router(whole)
 
@@ -56,7 +61,7 @@ async def model(model: str, sampler: SamplerOf, caller: CallerOf, control: Contr
 async def chat_completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
     body = await _body(request, wire.ChatBody)
-    target = await _target(request, body, sampler, caller, control)
+    target = await _target(request, body.model, sampler, caller, control)
     return await chat_answer(request, body, target, caller, control)
 
 
@@ -64,49 +69,118 @@ async def chat_completions(request: Request, sampler: SamplerOf, caller: CallerO
 async def completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids, whole or streamed."""
     body = await _body(request, wire.CompletionBody)
-    target = await _target(request, body, sampler, caller, control)
+    target = await _target(request, body.model, sampler, caller, control)
     return await completion_answer(request, body, target, caller, control)
 
 
-async def _target(
-    request: Request, body: wire.SamplingBody, sampler: Sampler, caller: Caller, control: Control
-) -> Target:
+@router.post("/responses", openapi_extra=json_body(responses_wire.ResponsesBody))
+async def responses(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
+    """Answer an input as a response that is not kept, whole or streamed."""
+    body = await _body(request, responses_wire.ResponsesBody)
+    target = await _target(request, body.model, sampler, caller, control)
+    return await responses_answer(request, body, target, caller, control)
+
+
+@beside.post("/tokenize", openapi_extra=json_body(wire.TokenizeBody))
+async def tokenize(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """The tokens of a prompt, or of messages in the model's own chat template."""
+    body = await _body(request, wire.TokenizeBody)
+    target = await _target(request, sampler.base_model if body.model is None else body.model, sampler, caller, control)
+    return await tokens.tokenized(request, body, target.sampler, control)
+
+
+@beside.post("/detokenize", openapi_extra=json_body(wire.DetokenizeBody))
+async def detokenize(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """The text of tokens."""
+    body = await _body(request, wire.DetokenizeBody)
+    target = await _target(request, sampler.base_model if body.model is None else body.model, sampler, caller, control)
+    return await tokens.detokenized(request, body, target.sampler, control)
+
+
+@beside.get("/tokenizer_info")
+async def tokenizer_info(sampler: SamplerOf, control: ControlOf) -> dict[str, object]:
+    """The tokenizer's configuration."""
+    return await tokens.tokenizer_info(sampler.base_model, control)
+
+
+async def _target(request: Request, model: str, sampler: Sampler, caller: Caller, control: Control) -> Target:
     """The sampler with what the request's model pins, once the request is known to be meant for it."""
     control.samplers.check_live(sampler)
     check_identity(request, sampler)
-    return Target(sampler, await pinned_by(body.model, sampler, caller, control))
+    return Target(sampler, await pinned_by(model, sampler, caller, control))
 
 
 # -- the whole server -------------------------------------------------------------------------------------
 
 
-@whole.get("/models")
+@whole.get("/v1/models")
 async def server_models(caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The base models, and the team's newest checkpoints for samplers."""
     found = await served_models.listed(caller, control)
     return {"object": "list", "data": [entry(model.id, model.created_at, model.parent) for model in found]}
 
 
-@whole.get("/models/{model:path}")
+@whole.get("/v1/models/{model:path}")
 async def server_model(model: str, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """One model by a name that requests may give."""
     meant = await served_models.named(model, caller, control)
     return entry(model, meant.created_at, None if meant.path is None else meant.base_model)
 
 
-@whole.post("/chat/completions", openapi_extra=json_body(wire.ChatBody))
+@whole.post("/v1/chat/completions", openapi_extra=json_body(wire.ChatBody))
 async def server_chat_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.ChatBody)
     return await chat_answer(request, body, await target_of(request, body.model, caller, control), caller, control)
 
 
-@whole.post("/completions", openapi_extra=json_body(wire.CompletionBody))
+@whole.post("/v1/completions", openapi_extra=json_body(wire.CompletionBody))
 async def server_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.CompletionBody)
     target = await target_of(request, body.model, caller, control)
     return await completion_answer(request, body, target, caller, control)
+
+
+@whole.post("/v1/responses", openapi_extra=json_body(responses_wire.ResponsesBody))
+async def server_responses(request: Request, caller: CallerOf, control: ControlOf) -> Response:
+    """Answer an input with a base model or a checkpoint, as a response that is not kept, whole or streamed."""
+    body = await _body(request, responses_wire.ResponsesBody)
+    target = await target_of(request, body.model, caller, control)
+    return await responses_answer(request, body, target, caller, control)
+
+
+@whole.post("/tokenize", openapi_extra=json_body(wire.TokenizeBody))
+async def server_tokenize(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """The tokens of a prompt, or of messages in the model's own chat template."""
+    body = await _body(request, wire.TokenizeBody)
+    target = await target_of(request, await _only_model(body.model, control), caller, control)
+    return await tokens.tokenized(request, body, target.sampler, control)
+
+
+@whole.post("/detokenize", openapi_extra=json_body(wire.DetokenizeBody))
+async def server_detokenize(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
+    """The text of tokens."""
+    body = await _body(request, wire.DetokenizeBody)
+    target = await target_of(request, await _only_model(body.model, control), caller, control)
+    return await tokens.detokenized(request, body, target.sampler, control)
+
+
+@whole.get("/tokenizer_info")
+async def server_tokenizer_info(caller: CallerOf, control: ControlOf, model: str | None = None) -> dict[str, object]:
+    """The tokenizer's configuration of one model."""
+    meant = await served_models.named(await _only_model(model, control), caller, control)
+    return await tokens.tokenizer_info(meant.base_model, control)
+
+
+async def _only_model(given: str | None, control: Control) -> str:
+    """The model that a request means by naming none. Raises :class:`BadRequest` where there are several."""
+    if given is not None:
+        return given
+    models, _ = await control.catalogue.entries()
+    if len(models) != 1:
+        raise BadRequest("model", f"one of {', '.join(row.name for row in models)}")
+    return models[0].name
 
 
 async def _body(request: Request, kind: type[B]) -> B:

@@ -155,6 +155,27 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     web_search_options: Unserved = None
 
 
+class TokenizeBody(_Wire, frozen=True, kw_only=True):
+    """vLLM's: a prompt, or messages as the chat template makes a prompt of them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    return_token_strs: bool | None = None
+    chat_template: Unserved = None
+    mm_processor_kwargs: Unserved = None
+
+
+class DetokenizeBody(_Wire, frozen=True, kw_only=True):
+    tokens: list[int]
+    model: str | None = None
+
+
 class Error(msgspec.Struct, frozen=True):
     message: str
     type: str
