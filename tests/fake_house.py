@@ -7,13 +7,15 @@ from typing import cast
 import msgspec
 
 from fake_worker import FakeLifecycle
+from selfloop.control.actors import Scheduler
 from selfloop.control.context import Context
 from selfloop.control.journal import Journal, Submission
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.operations import Operations
 from selfloop.control.recovery import identity
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
+from selfloop.control.run_memory import RunMemories
+from selfloop.control.scheduler import RunActor, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
@@ -38,10 +40,11 @@ class FakeHouse:
         self.settlement = Settlement(self.db, self.store, self.journal)
         self.lifecycle = FakeLifecycle()
         lifecycle = cast(Lifecycle, self.lifecycle)
-        self.scheduler = Scheduler(
-            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config)
-        )
         catalogue = Catalogue(self.db, folder)
+        memories = RunMemories(catalogue)
+        self.scheduler = Scheduler(
+            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config, memories)
+        )
         self.context = Context(
             self.db,
             self.blobs,
@@ -52,6 +55,7 @@ class FakeHouse:
             lifecycle,
             self.scheduler,
             catalogue,
+            memories,
         )
         self.operations = Operations(self.context)
 

@@ -29,6 +29,7 @@ from selfloop.worker.protocol import (
     CloseRun,
     Command,
     Execute,
+    ModelInfo,
     OpenRun,
     RenderChat,
     Sample,
@@ -101,6 +102,8 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.ready.set_result(ModelInfo(1, 1, 1, "float32", "cpu", run_bytes=2**62))
         self.runs: dict[str, FakeState] = {}
         self.executed: list[str] = []
         self.dies_at: int | None = None

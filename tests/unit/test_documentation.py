@@ -93,6 +93,7 @@ COMMANDS = {
         "--key-open-requests",
         "--key-requests-per-second",
         "--log-format",
+        "--memory",
         "--metrics-public",
         "--operation-timeout",
         "--port",

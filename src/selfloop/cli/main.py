@@ -116,6 +116,13 @@ def serve(
             "of what the base weights leave, unless set.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What a model's worker may take in all, such as 2.6GiB: runs that do not fit at a time take turns. "
+            "All of the machine, or of this process's control group, unless set.",
+        ),
+    ] = None,
     stop_grace: Annotated[
         float, typer.Option(min=1, help="Seconds that SIGTERM leaves to what is running, to be finished and stored.")
     ] = 25.0,
@@ -199,6 +206,7 @@ def serve(
         deterministic,
         activation_memory,
         kept_memory,
+        memory,
         stop_grace,
         keep_loaded,
         usd_per_million_tokens,

@@ -1,6 +1,7 @@
 """``selfloop serve``."""
 
 import os
+import re
 import ssl
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def serve_command(
     deterministic: bool,
     activation_memory_gib: float | None,
     kept_memory_gib: float | None,
+    memory: str | None,
     stop_grace_s: float,
     keep_loaded_s: float,
     usd_per_million_tokens: float,
@@ -65,6 +67,11 @@ def serve_command(
     except ValueError as error:
         local.complain(f"--hub-url: {error}")
         sys.exit(2)
+    try:
+        memory_bytes = None if memory is None else parse_bytes(memory)
+    except ValueError as error:
+        local.complain(f"--memory: {error}")
+        sys.exit(2)
     if missing := engine_libraries.missing():
         local.complain(
             f"{sys.executable} lacks {', '.join(missing)}, without which no model can be loaded: "
@@ -92,6 +99,7 @@ def serve_command(
         deterministic=deterministic,
         activation_bytes=_bytes(activation_memory_gib),
         kept_bytes=_bytes(kept_memory_gib),
+        memory_bytes=memory_bytes,
         stop_grace_s=stop_grace_s,
         keep_loaded_s=keep_loaded_s,
         usd_per_million_tokens=usd_per_million_tokens,
@@ -111,6 +119,14 @@ def serve_command(
 
     with local.failing_in_one_line():
         serve(settings, given, listening)
+
+
+def parse_bytes(text: str) -> int:
+    """``2.6GiB``, ``900MiB``, or a number of GiB; raises ValueError saying what was expected."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)?", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"a size such as 2.6GiB or 900MiB, got {text!r}")
+    return int(float(found[1]) * (2**20 if found[2] == "MiB" else 2**30))
 
 
 def _bytes(gib: float | None) -> int | None:

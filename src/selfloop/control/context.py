@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from selfloop.control.actors import Scheduler
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.scheduler import Scheduler
+from selfloop.control.run_memory import RunMemories
 from selfloop.control.settle import Settlement
 from selfloop.control.workers import WorkerPool
 from selfloop.storage.blobs.checkpoints import CheckpointStore
@@ -24,3 +25,4 @@ class Context:
     lifecycle: Lifecycle
     scheduler: Scheduler
     catalogue: Catalogue
+    memories: RunMemories

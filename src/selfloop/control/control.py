@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError
 
 from selfloop.control import backup, held
+from selfloop.control.actors import Scheduler
 from selfloop.control.context import Context
 from selfloop.control.disk_room import DiskRoom
 from selfloop.control.installation import DATABASE_FILE, Installation, hold, make_folder
@@ -43,11 +44,12 @@ from selfloop.control.resources.sessions import Sessions
 from selfloop.control.resources.shared_samplers import SharedSamplers
 from selfloop.control.resources.sharing import Sharing
 from selfloop.control.resources.user_config import UserConfigs
+from selfloop.control.run_memory import RunMemories
 from selfloop.control.sampling.draw import Sampling
 from selfloop.control.sampling.jobs import Jobs
 from selfloop.control.sampling.once import SampledOnce
 from selfloop.control.sampling.queued import QueuedSamples
-from selfloop.control.scheduler import RunActor, Scheduler, SchedulerConfig
+from selfloop.control.scheduler import RunActor, SchedulerConfig
 from selfloop.control.settle import Settlement
 from selfloop.control.verify import Report, Verification
 from selfloop.control.workers import WorkerPool, WorkerSlot, WorkerState
@@ -92,6 +94,7 @@ class ControlConfig:
     deterministic: bool = False
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    memory_bytes: int | None = None
     stop_grace_s: float = 20.0
     keep_loaded_s: float = DEFAULT_KEEP_LOADED_S
     database_url: str | None = field(default=None, repr=False)
@@ -194,13 +197,15 @@ class Control:
         pool = WorkerPool(self._make_slot)
         self.lifecycle = Lifecycle(self.db, pool)
 
+        memories = RunMemories(self.catalogue)
+
         def make_actor(run: RunRow) -> RunActor:
-            return RunActor(run, journal, blobs, self.lifecycle, settlement, config.scheduler)
+            return RunActor(run, journal, blobs, self.lifecycle, settlement, config.scheduler, memories)
 
         scheduler = Scheduler(make_actor)
         self.lifecycle.park = scheduler.park
         self._context = Context(
-            self.db, blobs, store, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue
+            self.db, blobs, store, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue, memories
         )
         self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
         self.user_configs = UserConfigs(self._context, config.device)
@@ -287,6 +292,7 @@ class Control:
                 deterministic=config.deterministic,
                 activation_bytes=config.activation_bytes,
                 kept_bytes=config.kept_bytes,
+                memory_bytes=config.memory_bytes,
                 record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
                 linger_s=config.keep_loaded_s,
                 owner=self._installation.owner,

@@ -1,12 +1,10 @@
 """Hands each run's operations to its worker, in order, and brings the run back when the worker dies."""
 
 import asyncio
-import contextlib
 import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -15,6 +13,7 @@ from selfloop.control.journal import Failure, Journal
 from selfloop.control.lifecycle import Lifecycle
 from selfloop.control.outages import Setbacks, in_words
 from selfloop.control.recovery import reopen
+from selfloop.control.run_memory import RunMemories
 from selfloop.control.saves_beside import SavesBeside
 from selfloop.control.settle import Settlement
 from selfloop.control.snapshots import RunSnapshots
@@ -79,6 +78,7 @@ class RunActor:
         lifecycle: Lifecycle,
         settlement: Settlement,
         config: SchedulerConfig,
+        memories: RunMemories,
     ) -> None:
         self.run = run
         self._journal = journal
@@ -86,6 +86,9 @@ class RunActor:
         self._lifecycle = lifecycle
         self._settlement = settlement
         self._config = config
+        self._memories = memories
+        self._memory = memories.of(run.model_name)
+        self._waits_for_memory = ""
         self.accepting = asyncio.Lock()
         """Held while the run's order of arrival is looked at and changed."""
         self._queue: list[_Queued] = []
@@ -148,8 +151,15 @@ class RunActor:
         rows = [q.row for q in self._queue] + [f.queued.row for f in self._in_flight]
         return any(row.kind == kind and row.payload is not None and _saved_name(row.payload) == name for row in rows)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something of the run is under way in the worker, or could be."""
+        return bool(self._in_flight or (self._queue and self._is_ready(self._queue[0]) and not self._halted))
+
     def waiting_for(self, operation_id: str) -> str:
         """Why an operation has no result yet, in words."""
+        if self._waits_for_memory:
+            return self._waits_for_memory
         for flight in self._in_flight:
             if flight.queued.row.id == operation_id:
                 return "running" if flight is self._in_flight[0] else "next in the worker's queue"
@@ -162,7 +172,7 @@ class RunActor:
 
     async def park(self) -> None:
         """Store the run's state and take it out of the worker, once it has nothing to do."""
-        if self._worker is None:
+        if self._worker is None or self._task.done():
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._park_requests.append(done)
@@ -179,11 +189,13 @@ class RunActor:
         async with self._settling:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._end_park_requests()
         self.saves_beside.end()
 
     async def close(self) -> None:
         """Forget the run in the worker (it was deactivated)."""
         await self.stop()
+        self._memory.leave(self.run.id)
         if self._worker is not None and not self._worker.lost.done():
             # Not waited for: an operation of the run may still be under way there.
             self._worker.call(CloseRun(self.run.id)).add_done_callback(_seen)
@@ -309,7 +321,7 @@ class RunActor:
         await self._settle_failed()
 
     def _may_send(self) -> bool:
-        if self._halted or not self._queue or not self._is_ready(self._queue[0]):
+        if self._halted or self._park_requests or not self._queue or not self._is_ready(self._queue[0]):
             return False
         if self._snapshots.is_pending and self._queue[0].row.kind == "load_state":
             return False
@@ -329,8 +341,17 @@ class RunActor:
             return self._worker
         worker = await self._lifecycle.wake(self.run.deployment_id)
         try:
+            num_bytes = await self._memories.open_bytes(self.run)
+            await self._memory.enter(self.run.id, self, worker, num_bytes, self._wait_for_memory)
             replayed_s = await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+        except OperationFailed:
+            self._memory.leave(self.run.id)
+            raise
         except WorkerLost as lost:
+            self._memory.leave(self.run.id)
+            if lost.by_kernel and self._memory.num_open(worker) > 0:
+                self._memory.ended_by_kernel(worker)
+                raise
             self._num_lost_reopening += 1
             if self._num_lost_reopening < _MAX_REOPENINGS:
                 raise
@@ -342,6 +363,11 @@ class RunActor:
         self._snapshots.worked(replayed_s)
         self._worker = worker
         return worker
+
+    def _wait_for_memory(self, reason: str) -> None:
+        if reason and not self._waits_for_memory:
+            log.info("run %s: %s", self.run.id, reason)
+        self._waits_for_memory = reason
 
     async def _command(self, row: OperationRow, payload: bytes, *, alone: bool) -> Execute:
         targets = LoraTargets.parse(self.run.targets)
@@ -384,6 +410,7 @@ class RunActor:
                 if error.state_lost:
                     self._return_in_flight()
                     self._worker = None
+                    self._memory.leave(self.run.id)
                 await self._settle_failed()
                 if error.state_lost:
                     await self._snapshots.drop()
@@ -398,6 +425,7 @@ class RunActor:
                 await self._settlement.done(self.run, row, body)
                 self._in_flight.popleft()
             self._last_done = (row.epoch, row.seq)
+            self._memory.used(self.run.id)
             await self._begin_snapshot()
 
     async def _pin_loaded(self, flight: _InFlight) -> bool:
@@ -434,6 +462,7 @@ class RunActor:
         worker, self._worker = self._worker, None
         if worker is not None and not worker.lost.done():
             await worker.call(CloseRun(self.run.id))
+        self._memory.leave(self.run.id)
 
     async def _await_missing(self) -> None:
         try:
@@ -456,8 +485,13 @@ class RunActor:
             self._failed.append(Failure(row, told, "MissingOperation"))
         await self._settle_failed()
 
-    async def _park_now(self) -> None:
+    def _end_park_requests(self) -> None:
         requests, self._park_requests = self._park_requests, []
+        for request in requests:
+            if not request.done():
+                request.set_result(None)
+
+    async def _park_now(self) -> None:
         try:
             await self._snapshots.settled(self._is_settled)
             if self._worker is not None and not self._worker.lost.done() and self._last_done is not None:
@@ -468,15 +502,17 @@ class RunActor:
                     log.warning("run %s: no snapshot: %s", self.run.id, error)
             await self._close_in_worker()
         finally:
-            for request in requests:
-                if not request.done():
-                    request.set_result(None)
+            self._end_park_requests()
 
     async def _recover(self, lost: WorkerLost) -> None:
         log.warning("run %s lost its worker: %s", self.run.id, lost)
-        self._worker = None
+        worker, self._worker = self._worker, None
+        others = 0 if worker is None else self._memory.num_open(worker) - 1
+        if worker is not None and lost.by_kernel:
+            self._memory.ended_by_kernel(worker)
         returned = self._return_in_flight()
-        if returned and lost.begun:
+        # Of several runs none is to blame for what all of them took.
+        if returned and lost.begun and not (lost.by_kernel and others > 0):
             returned[0].num_attempts += 1
             returned[0].cause = str(lost)
         # Of what it holds, something may be sent once more.
@@ -503,40 +539,3 @@ def _saved_name(payload: bytes) -> str | None:
         return getattr(operation_decoder.decode(payload), "name", None)
     except msgspec.DecodeError:
         return None  # Its row is damaged: it fails with its turn.
-
-
-class Scheduler:
-    """The actors of all runs that have something to do or lie in a worker."""
-
-    def __init__(self, make_actor: Callable[[RunRow], RunActor]) -> None:
-        self._make_actor = make_actor
-        self._actors: dict[str, RunActor] = {}
-
-    def actor(self, run: RunRow) -> RunActor:
-        """The run's actor; ``run`` is taken as its present row when there is none yet."""
-        if run.id not in self._actors:
-            self._actors[run.id] = self._make_actor(run)
-        return self._actors[run.id]
-
-    def known(self, run_id: str) -> RunActor | None:
-        return self._actors.get(run_id)
-
-    async def park(self, deployment_id: str) -> None:
-        """Store and unload every run of a deployment."""
-        actors = [actor for actor in self._actors.values() if actor.run.deployment_id == deployment_id]
-        await asyncio.gather(*(actor.park() for actor in actors))
-
-    async def end(self, run_id: str) -> list[OperationRow]:
-        """Stop a run's actor; returns the operations that will now never run."""
-        actor = self._actors.pop(run_id, None)
-        if actor is None:
-            return []
-        await actor.close()
-        return actor.drain()
-
-    async def stop(self, grace_s: float) -> None:
-        """Store what the workers hold, waiting ``grace_s`` for what is running; the journal has the rest."""
-        actors = list(self._actors.values())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(actor.halt() for actor in actors)), grace_s)
-        await asyncio.gather(*(actor.stop() for actor in actors))

@@ -19,6 +19,9 @@ _CUDA_WINDOW_SHARE = 0.1
 _CPU_COPY_SHARE = 0.1
 # Of what the base weights leave: a pass of training, and forwards that are kept for their backward.
 _PASS_SHARE, _KEPT_SHARE = 0.25, 0.125
+_LEAST_RUN_SHARE = 0.25
+# Python, PyTorch and their libraries, in the fork server and in its worker.
+_PROCESS_BYTES = 512 * 2**20
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -71,19 +74,32 @@ def _cgroup_limits() -> list[int]:
     return limits
 
 
-def default_pass_bytes(device: torch.device, held_bytes: int) -> int:
+def default_pass_bytes(memory_bytes: int, held_bytes: int) -> int:
     """What the activations of one pass of training may take, beside base weights of ``held_bytes``."""
-    return int(max(0, total_memory(device) - held_bytes) * _PASS_SHARE)
+    return int(max(0, memory_bytes - held_bytes) * _PASS_SHARE)
 
 
-def default_kept_bytes(device: torch.device, held_bytes: int) -> int:
+def default_kept_bytes(memory_bytes: int, held_bytes: int) -> int:
     """What forwards that wait for their backward may take, of all runs together."""
-    return int(max(0, total_memory(device) - held_bytes) * _KEPT_SHARE)
+    return int(max(0, memory_bytes - held_bytes) * _KEPT_SHARE)
+
+
+def run_bytes(memory_bytes: int, held_bytes: int, other_bytes: int) -> int:
+    """What training runs may take: what base weights and all else leave, and a share of it where that is little.
+
+    All else at its most comes together rarely; then the kernel ends a worker, and what was accepted is done again.
+    """
+    rest = memory_bytes - held_bytes
+    return int(max(rest - other_bytes - _PROCESS_BYTES, rest * _LEAST_RUN_SHARE, 0))
+
+
+def kv_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def default_kv_tokens(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens of KV cache, at least one full context."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    per_token = kv_token_bytes(config, dtype)
     budget_bytes = _CPU_KV_BYTES
     if device.type == "cuda":
         budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)

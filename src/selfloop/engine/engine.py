@@ -20,8 +20,11 @@ from selfloop.engine.device import (
     default_window_tokens,
     give_back_freed_memory,
     has_memory_for,
+    kv_token_bytes,
     pick_device,
     pick_dtype,
+    run_bytes,
+    total_memory,
 )
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.base_weights import load_base_weights
@@ -63,7 +66,7 @@ _WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 class ModelInfo:
     """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
 
-    ``layout`` is how its weights lie, which says what multiplies by them.
+    ``layout`` is how its weights lie, which says what multiplies by them; ``run_bytes`` what training runs may take.
     """
 
     vocab_size: int
@@ -73,6 +76,7 @@ class ModelInfo:
     device: str
     dtype: str
     layout: Layout
+    run_bytes: int
 
 
 class SavedState(NamedTuple):
@@ -102,10 +106,13 @@ class Engine:
         self._deterministic = deterministic
         held_bytes = num_parameters(decoder.weights) * decoder.dtype.itemsize
         activation_bytes, kept_bytes = limits.activation_bytes, limits.kept_bytes
+        memory_bytes = total_memory(device)
+        if limits.memory_bytes is not None:
+            memory_bytes = min(memory_bytes, limits.memory_bytes)
         if activation_bytes is None:
-            activation_bytes = default_pass_bytes(device, held_bytes)
+            activation_bytes = default_pass_bytes(memory_bytes, held_bytes)
         if kept_bytes is None:
-            kept_bytes = default_kept_bytes(device, held_bytes)
+            kept_bytes = default_kept_bytes(memory_bytes, held_bytes)
         memory = PassMemory.of(decoder, activation_bytes)
         usual = AdapterShape(config, _USUAL_RANK)
         train_token_budget = limits.train_token_budget
@@ -137,6 +144,12 @@ class Engine:
             device=str(decoder.device),
             dtype=str(decoder.dtype).removeprefix("torch."),
             layout=decoder.weights.head.layout,
+            # Weights that are laid out are there once more for the backward.
+            run_bytes=run_bytes(
+                memory_bytes,
+                held_bytes * (1 if decoder.weights.head.layout == "plain" else 2),
+                activation_bytes + kept_bytes + max_kv_tokens * kv_token_bytes(config, decoder.dtype),
+            ),
         )
         log.info(
             "passes of up to %d tokens; sequences of up to %d at rank %d fit %d MiB of activations, "

@@ -11,6 +11,7 @@ class EngineLimits:
         train_token_budget: tokens of a micro-batch, of training and of prefill.
         activation_bytes: what one pass of training may take; longer sequences than fit are refused.
         kept_bytes: what forwards that wait for their backward may take; 0 keeps none, and computes them twice.
+        memory_bytes: what all processes of the engine may take together, of the device's memory.
         max_kv_tokens: tokens the KV cache holds over all requests.
         max_adapters: sampling adapters kept in memory.
     """
@@ -18,5 +19,6 @@ class EngineLimits:
     train_token_budget: int | None = None
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    memory_bytes: int | None = None
     max_kv_tokens: int | None = None
     max_adapters: int = 32

@@ -54,6 +54,7 @@ class Settings:
         deterministic: a run's training gives the same bits whatever is computed together with it.
         activation_bytes: what one pass of training may take of memory; None leaves it to the engine.
         kept_bytes: what forwards of custom losses may take until their backward; None leaves it to the engine.
+        memory_bytes: what a worker and its fork server may take together; None is what the machine has for us.
         operation_timeout_s: a worker that has been at one piece of work for longer is replaced.
         heartbeat_timeout_s: so is one that gives no sign of life for so long.
         keep_loaded_s: how long base models stay in memory after our death, for the server that comes next.
@@ -82,6 +83,7 @@ class Settings:
     deterministic: bool = False
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    memory_bytes: int | None = None
     keep_loaded_s: float = 60.0
     stop_grace_s: float = 25.0
     stable_reinforce: StableReinforce = "stand-in"
@@ -115,6 +117,7 @@ class Settings:
             deterministic=self.deterministic,
             activation_bytes=self.activation_bytes,
             kept_bytes=self.kept_bytes,
+            memory_bytes=self.memory_bytes,
             stop_grace_s=self.stop_grace_s - self.close_grace_s,
             keep_loaded_s=self.keep_loaded_s,
             database_url=self.database_url,

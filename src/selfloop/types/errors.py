@@ -110,11 +110,15 @@ class CheckpointDamaged(OperationFailed):
 
 
 class WorkerLost(SelfloopError):
-    """The worker process is gone; ``begun`` tells whether it had begun the call that this error answers."""
+    """The worker process is gone; ``begun`` tells whether it had begun the call that this error answers.
 
-    def __init__(self, reason: str, *, begun: bool = False) -> None:
+    ``by_kernel``: the kernel ended it for want of memory.
+    """
+
+    def __init__(self, reason: str, *, begun: bool = False, by_kernel: bool = False) -> None:
         super().__init__(reason)
         self.begun = begun
+        self.by_kernel = by_kernel
 
 
 MODEL_INVALID = "ModelInvalid"

@@ -14,6 +14,7 @@ import zmq.asyncio
 
 from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
 from selfloop.worker.host_client import SILENCE_AT_START, WorkerHost, WorkerProcess, describe_exit
+from selfloop.worker.kernel_kills import num_kernel_kills
 from selfloop.worker.launch_local import WorkerCommand
 from selfloop.worker.local_process import make_socket_folder
 from selfloop.worker.protocol import (
@@ -57,6 +58,7 @@ class WorkerClient:
         self._folder: Path | None = None
         self._process: WorkerProcess | None = None
         self._stopping = False
+        self._kernel_kills = num_kernel_kills()
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -219,10 +221,12 @@ class WorkerClient:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
             self.ready.exception()
+        # We end it by the same signal, and then say why.
+        by_kernel = self._dying is None and "SIGKILL" in reason and num_kernel_kills() > self._kernel_kills
         begun = _read_begun(self._folder / "begun") if self._folder is not None and self._waiting else set[int]()
         for ticket, future in self._waiting.items():
             if not future.done():
-                future.set_exception(WorkerLost(reason, begun=ticket in begun))
+                future.set_exception(WorkerLost(reason, begun=ticket in begun, by_kernel=by_kernel))
                 _retrieve(future)
         self._waiting.clear()
 

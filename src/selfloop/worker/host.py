@@ -44,6 +44,7 @@ from selfloop.worker.host_protocol import (
     peer_user,
     to_line,
 )
+from selfloop.worker.kernel_kills import be_ended_first
 from selfloop.worker.process import Model, load_failure, load_model, run_worker
 
 log = logging.getLogger("selfloop.worker")
@@ -274,11 +275,13 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--activation-bytes", type=int)
     parser.add_argument("--kept-bytes", type=int)
+    parser.add_argument("--memory-bytes", type=int)
     parser.add_argument("--linger-s", type=float, default=0.0)
     parser.add_argument("--record", type=Path, help="what the gateway notes us in; removed when no other comes")
     options = parser.parse_args()
 
     call_this_process("selfloop-host")
+    be_ended_first()
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -291,7 +294,11 @@ def main() -> None:
             options.device,
             options.dtype,
             deterministic=options.deterministic,
-            limits=EngineLimits(activation_bytes=options.activation_bytes, kept_bytes=options.kept_bytes),
+            limits=EngineLimits(
+                activation_bytes=options.activation_bytes,
+                kept_bytes=options.kept_bytes,
+                memory_bytes=options.memory_bytes,
+            ),
         )
 
     host = Host(socket.socket(fileno=options.listener_fd), load, num_threads, options.linger_s)

@@ -35,6 +35,7 @@ class WorkerCommand:
         deterministic: a run's training gives the same bits whatever is computed together with it.
         activation_bytes: what one pass of training may take; None leaves it to the engine.
         kept_bytes: what forwards that wait for their backward may take; None leaves it to the engine.
+        memory_bytes: what all of it may take; None is what the machine, or the control group, has.
         record_path: where the next gateway finds the loaded model if this one dies; None: it is loaded again.
         linger_s: how long it then waits in memory.
         owner: the data directory that the loaded model is kept for: which one it is, and where it lies.
@@ -51,6 +52,7 @@ class WorkerCommand:
     deterministic: bool = False
     activation_bytes: int | None = None
     kept_bytes: int | None = None
+    memory_bytes: int | None = None
     record_path: Path | None = None
     linger_s: float = 0.0
     owner: str = ""
@@ -98,6 +100,7 @@ def host_arguments(command: WorkerCommand) -> list[str]:
         ("--num-threads", command.num_threads),
         ("--activation-bytes", command.activation_bytes),
         ("--kept-bytes", command.kept_bytes),
+        ("--memory-bytes", command.memory_bytes),
     ):
         if value is not None:
             arguments += [option, str(value)]

@@ -90,7 +90,14 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
         raise SystemExit(1) from error
     info = engine.info
     ready = Ready(
-        ModelInfo(info.vocab_size, info.max_position_embeddings, info.num_parameters, str(info.dtype), str(info.device))
+        ModelInfo(
+            info.vocab_size,
+            info.max_position_embeddings,
+            info.num_parameters,
+            str(info.dtype),
+            str(info.device),
+            info.run_bytes,
+        )
     )
     outbox.send(ready)
     training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)

@@ -148,13 +148,14 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the worker found in the model folder and on the machine."""
+    """What the worker found in the model folder and on the machine; ``run_bytes`` is what open runs may take in all."""
 
     vocab_size: int
     max_position_embeddings: int
     num_parameters: int
     dtype: str
     device: str
+    run_bytes: int = 2**63
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

@@ -133,6 +133,7 @@ class Runs:
         max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
         checkpoint = await self._initial_checkpoint(caller, request)
         lora_rank = _checked_rank(request, checkpoint)
+        await self._c.memories.check_rank(model.name, lora_rank, request.targets)
         if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
             raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
         if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
