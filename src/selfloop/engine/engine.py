@@ -402,13 +402,21 @@ class Engine:
 
     def publish(self, run_id: str, checkpoint_id: str) -> None:
         """Freeze a copy of the run's adapter for sampling under ``checkpoint_id``."""
-        adapter = self._run(run_id).frozen_adapter(self._decoder.dtype)
+        run = self._run(run_id)
+        if run.shape.changes_nothing(run.theta_P):
+            log.warning(
+                "the weights published as %s equal the base model: the adapter's B is zero, as before the first step",
+                checkpoint_id,
+            )
+        adapter = run.frozen_adapter(self._decoder.dtype)
         self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
 
     def load_adapter(self, checkpoint_id: str, directory: Path) -> None:
         """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""
         check_folder(directory)
         loaded = read_peft(directory, self._config)
+        if loaded.shape.changes_nothing(loaded.theta_P):
+            log.warning("checkpoint %s samples as the base model: its adapter changes nothing", checkpoint_id)
         theta_P = loaded.theta_P.to(self._decoder.device, self._decoder.dtype)
         adapter = loaded.shape.adapter(theta_P, loaded.alpha)
         self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())

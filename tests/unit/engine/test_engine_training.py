@@ -545,3 +545,21 @@ def test_a_pair_whose_loss_is_not_finite_is_named(trained):
     data[2], data[3] = data[3], data[2]
     with pytest.raises(OperationFailed, match=r"data\[2\] and data\[3\] is not finite"):
         trained.forward("run", data, "dpo", {})
+
+
+def test_weights_that_equal_the_base_model_are_named(load, tmp_path, caplog):
+    """A sampler over a run that never trained, or over an adapter whose B is zero, answers as the base model does."""
+    engine = load()
+    engine.init_run("run", rank=4, seed=0)
+    engine.publish("run", "fresh")
+    assert "the weights published as fresh equal the base model" in caplog.text
+    engine.save_sampler_checkpoint("run", tmp_path / "fresh")
+    caplog.clear()
+    engine.load_adapter("read", tmp_path / "fresh")
+    assert "checkpoint read samples as the base model" in caplog.text
+    caplog.clear()
+    train(engine, steps=1)
+    engine.publish("run", "trained")
+    engine.save_sampler_checkpoint("run", tmp_path / "trained")
+    engine.load_adapter("read", tmp_path / "trained")
+    assert "base model" not in caplog.text

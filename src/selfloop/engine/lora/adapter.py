@@ -94,6 +94,12 @@ class AdapterShape:
             yield NamedParameter(f"{prefix}{target.module}.lora_A", "lora_A", a_RI)
             yield NamedParameter(f"{prefix}{target.module}.lora_B", "lora_B", b_OR)
 
+    def changes_nothing(self, flat_P: Tensor) -> bool:
+        """Whether the model with it is the base model: A or B of each projection is zero, as a fresh adapter's B is."""
+        parts = list(self.named(flat_P))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return all(not bool(a.view.any()) or not bool(b.view.any()) for a, b in pairs)
+
     def initial(self, seed: int) -> Tensor:
         """Fresh flat float32 parameters on the CPU: A as PEFT draws it, B zero.
 
