@@ -37,9 +37,7 @@ _IDLE_POLL_MS = 1000
 _WRITING_POLL_MS = 10
 # It takes 10 to 20 ms of a heap of 3 GiB.
 _TIDY_EVERY_S = 30.0
-_TRAINING, _SAMPLING, _TEXT = "training", "sampling", "text"
-# Beside the two others, which share what is left as they are told to.
-_TEXT_SHARE = 0.25
+_TRAINING, _SAMPLING = "training", "sampling"
 
 
 class Worker:
@@ -90,16 +88,13 @@ class Worker:
             self._training.tell_of_snapshots()
             self._note(_TRAINING, self._training.has_work, self._training_share)
             self._note(_SAMPLING, self._sampling.has_work, 1 - self._training_share)
-            self._note(_TEXT, self._text.has_work, _TEXT_SHARE)
             for kind in self._shares.in_turn()[:1]:
                 started = time.monotonic()
                 with self._pulse.at_work():
                     if kind == _TRAINING:
                         self._training.step()
-                    elif kind == _SAMPLING:
-                        self._sampling.step()
                     else:
-                        self._text.step()
+                        self._sampling.step()
                 self._shares.charge(kind, time.monotonic() - started)
                 self._tidy()
 
@@ -125,7 +120,7 @@ class Worker:
                 self._accept(call_decoder.decode(frames[0]), frames[1])
 
     def _patience_ms(self) -> int:
-        if self._sampling.has_work or self._text.has_work:
+        if self._sampling.has_work:
             return 0
         if self._training.has_work:
             return math.ceil(1000 * self._training.patience_s())

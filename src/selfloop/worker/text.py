@@ -1,7 +1,7 @@
 """Calls about text: the worker holds the model's tokenizer and chat template.
 
-Conversations are written by the template in the main loop, one a turn; a thread tokenizes, which lets the main loop go
-on. In both, teams take turns by the time they used.
+A thread has the template write conversations (in a process of their own) and tokenizes, which lets the main loop go on.
+Teams take turns by the time they used; a turn is one conversation to write, or one text to tokenize.
 """
 
 import os
@@ -76,7 +76,8 @@ class TeamQueues(Generic[T]):
 class _Job:
     """Texts to tokenize; ``shape`` makes the answer of their tokens.
 
-    ``field_with`` names what was sent of the text with this index that has this token.
+    ``field_with`` names what was sent of the text with this index that has this token. A ``conversation`` is yet to be
+    written, which makes it the only text.
     """
 
     ticket: int
@@ -84,28 +85,23 @@ class _Job:
     add_special_tokens: bool
     shape: Callable[[list[list[int]]], object]
     field_with: Callable[[int, str], str]
+    conversation: RenderChat | None = None
     done: list[list[int]] = field(default_factory=list)
 
 
 class TextDesk:
-    """Takes calls at any time; :meth:`step` and :meth:`tell` are for the main loop."""
+    """Takes calls at any time; all methods are for the main loop."""
 
     def __init__(self, tokenizer: Tokens, chat: Template, outbox: Replies) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
         self._outbox = outbox
-        self._chats: TeamQueues[tuple[int, RenderChat]] = TeamQueues()
         self._texts: TeamQueues[_Job] = TeamQueues()
         self._changed = threading.Condition()
         self._finished: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
         self.finished_file = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable while there is something to :meth:`tell`."""
         threading.Thread(target=self._tokenize, name="tokenize", daemon=True).start()
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a conversation waits for its turn in the main loop."""
-        return len(self._chats) > 0
 
     def take(self, ticket: int, command: Tokenize | Detokenize | RenderChat) -> None:
         """Queue a call, or answer it at once where that is short."""
@@ -123,26 +119,10 @@ class TextDesk:
                 )
             case Detokenize(tokens):
                 self._outbox.reply(ticket, [self._tokenizer.token_bytes(token) for token in tokens])
-            case RenderChat():
-                self._chats.put(command.team_id, (ticket, command))
-
-    def step(self) -> None:
-        """Have the template write one conversation, and queue it to be tokenized."""
-        team_id, (ticket, command) = self._chats.next()
-        started = time.monotonic()
-        try:
-            text = self._chat.text(command)
-            if len(text) > MAX_CHARS:
-                raise BadRequest("messages", f"at most {MAX_CHARS} characters once the template has written them")
-            if command.max_tokens is not None:
-                self._tokenizer.check_length(text, command.max_tokens, "messages")
-            self._put(
-                team_id,
-                _Job(ticket, [text], False, lambda tokens: tokens[0], lambda _, token: field_with(token, command)),
-            )
-        except Exception as error:  # The answer of this call; the others go on.
-            self._outbox.refuse(ticket, error)
-        self._chats.charge(team_id, time.monotonic() - started, is_done=True)
+            case RenderChat(team_id=team_id):
+                self._put(
+                    team_id, _Job(ticket, [], False, _first, lambda _, token: field_with(token, command), command)
+                )
 
     def tell(self) -> None:
         """Answer what the thread has finished since."""
@@ -163,7 +143,7 @@ class TextDesk:
             self._changed.notify()
 
     def _tokenize(self) -> None:
-        """The thread: a text a turn."""
+        """The thread: a conversation or a text a turn."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._texts))
@@ -171,7 +151,9 @@ class TextDesk:
             started = time.monotonic()
             result: object = None
             try:
-                if len(job.done) < len(job.texts):
+                if job.conversation is not None:
+                    job.texts, job.conversation = [self._written(job.conversation)], None
+                elif len(job.done) < len(job.texts):
                     text = job.texts[len(job.done)]
                     job.done.append(self._tokenizer.encode(text, add_special_tokens=job.add_special_tokens))
                 if len(job.done) == len(job.texts):
@@ -185,3 +167,16 @@ class TextDesk:
             if result is not None:
                 self._finished.put((job.ticket, result))
                 os.eventfd_write(self.finished_file, 1)
+
+    def _written(self, command: RenderChat) -> str:
+        """A conversation as the template writes it. Raises :class:`BadRequest` for one that is too long."""
+        text = self._chat.text(command)
+        if len(text) > MAX_CHARS:
+            raise BadRequest("messages", f"at most {MAX_CHARS} characters once the template has written them")
+        if command.max_tokens is not None:
+            self._tokenizer.check_length(text, command.max_tokens, "messages")
+        return text
+
+
+def _first(tokens: list[list[int]]) -> list[int]:
+    return tokens[0]

@@ -90,24 +90,22 @@ def test_a_team_that_asks_for_much_does_not_hold_up_another() -> None:
     assert [ticket for ticket, _ in answers[2:]] == list(range(8))
 
 
-def test_conversations_take_turns_in_the_main_loop_and_are_tokenized_beside_it() -> None:
+def test_conversations_are_written_and_tokenized_beside_the_main_loop_in_turns() -> None:
     house = House()
-    house.tokens.may_go_on.release(20)
     for ticket in range(4):
         house.desk.take(ticket, RenderChat(b"a", team_id="a"))
+    house.begun(1)
     house.desk.take(50, RenderChat(b"bad", team_id="b"))
     house.desk.take(51, RenderChat(b"b" * 20, team_id="b", max_tokens=19))
     house.desk.take(52, RenderChat(b"b", team_id="b", max_tokens=19))
-    turns = 0
-    while house.desk.has_work:
-        house.desk.step()
-        turns += 1
-    assert turns == 7
-    answers = dict(house.answers(7))
-    assert answers[50] == "messages: no"
-    assert answers[51] == "messages: at most 19"
-    assert answers[52] == [98]
-    assert answers[0] == [97]
+    house.desk.take(100, Detokenize([65]))
+    assert house.answers(1) == [(100, [b"A"])], "the main loop goes on while a conversation is at work"
+    house.tokens.may_go_on.release(20)
+    answers = house.answers(8)
+    assert [ticket for ticket, _ in answers].index(52) < 7, "all of the other team's before the last of the first's"
+    assert dict(answers) == {100: [b"A"], 50: "messages: no", 51: "messages: at most 19", 52: [98]} | {
+        ticket: [97] for ticket in range(4)
+    }
     assert house.tokens.begun.count("b" * 20) == 0
 
 
