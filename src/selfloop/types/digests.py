@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, FileDigest] | None:
     """The digests of ``folder`` by file name; None where none were written.
 
     Raises:
-        CheckpointDamaged: the manifest is not what was written.
+        CheckpointDamaged: the manifest is not what was written, or no manifest of this folder.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -74,7 +74,15 @@ def read_manifest(folder: Path) -> dict[str, FileDigest] | None:
     lines, _, own = content.removesuffix(b"\n").rpartition(b"\n")
     if not content.endswith(b"\n") or own != digest_of(lines).encode():
         raise damaged(path, "it is not what was written")
-    return {entry.name: entry for entry in _manifest_decoder.decode(lines)}
+    try:
+        entries = _manifest_decoder.decode(lines)
+    except msgspec.MsgspecError as error:
+        raise damaged(path, f"it is no manifest ({error})") from error
+    for entry in entries:
+        # A folder may come from somebody else, with a manifest that names what lies elsewhere.
+        if not entry.name or ".." in Path(entry.name).parts or Path(entry.name).is_absolute() or "\0" in entry.name:
+            raise damaged(path, "it names a file outside of its folder")
+    return {entry.name: entry for entry in entries}
 
 
 def check_file(folder: Path, name: str) -> bool:

@@ -3,9 +3,10 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from selfloop.types.digests import MANIFEST_FILE, check_file, check_folder, digest_of, seal
+from selfloop.types.digests import MANIFEST_FILE, FileDigest, check_file, check_folder, digest_of, seal
 from selfloop.types.errors import CheckpointDamaged
 
 
@@ -66,3 +67,21 @@ def test_a_file_that_cannot_be_read_is_damaged(folder: Path):
 def test_parts_are_digested_one_behind_the_other():
     assert digest_of(b"ab", b"c") == digest_of(b"abc") != digest_of(b"abd")
     assert len(digest_of()) == 32
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/hostname", "", "a\0b"])
+def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path: Path, name: str):
+    (tmp_path / "secret").write_bytes(b"not yours")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = msgspec.json.encode([FileDigest(name, 9, digest_of(b"other"))])
+    (folder / MANIFEST_FILE).write_bytes(lines + b"\n" + digest_of(lines).encode() + b"\n")
+    with pytest.raises(CheckpointDamaged, match="outside of its folder"):
+        check_folder(folder)
+
+
+def test_what_is_no_manifest_is_refused(tmp_path: Path):
+    lines = b'{"name": 1}'
+    (tmp_path / MANIFEST_FILE).write_bytes(lines + b"\n" + digest_of(lines).encode() + b"\n")
+    with pytest.raises(CheckpointDamaged, match="no manifest"):
+        check_folder(tmp_path)
