@@ -46,3 +46,24 @@ def test_the_official_client(client_python: str, serverless: Gateway, tmp_path: 
     assert len(said["many"]) == 30
     assert all(said["many"])
     assert said["adapter"] == said["path"]
+
+
+@pytest.mark.clients
+def test_the_official_client_asks_by_scope(client_python: str, data_template: Path, tmp_path: Path):
+    both = Gateway(copy_data(data_template, tmp_path / "data")).start(
+        KEY, "--capacity", "both", "--serverless-max-rank", "8"
+    )
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    env |= {"LOOPS_BASE_URL": both.url, "BASETEN_API_KEY": KEY, "WANDB_MODE": "disabled"}
+    env |= {"BASETEN_LOOPS_SCOPE": "serverless"}
+    command = [client_python, str(SCRIPT.with_name("scope_checks.py"))]
+    try:
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, f"{done.stderr}\n{both.log}"
+    finally:
+        both.close()
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["sampled"][0] == said["sampled"][1] == said["sampled"][2]
+    assert said["samplers"] == ["ServerlessDeployment", "ServerlessDeployment", "BasetenDeployment"]
+    assert said["base"][0] == said["base"][1] == said["base"][2]
+    assert "a lora_rank of at most 8, and 16 was asked for" in said["refusal"]

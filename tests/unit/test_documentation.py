@@ -100,6 +100,8 @@ COMMANDS = {
         "--prepare",
         "--public-url",
         "--serve-weights",
+        "--serverless-max-rank",
+        "--serverless-max-seq-len",
         "--session-timeout",
         "--snapshot-every",
         "--stable-reinforce",

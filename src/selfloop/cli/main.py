@@ -71,9 +71,16 @@ def serve(
         str,
         typer.Option(
             envvar="SELFLOOP_CAPACITY",
-            help="How runs and samplers are shown: dedicated, or serverless (no ids of capacity; sampling is queued).",
+            help="Kinds of capacity for runs and samplers: dedicated; both (serverless, by their scope); serverless "
+            "(the default of those that can have it). Serverless has no ids, and its samples are queued.",
         ),
     ] = "dedicated",
+    serverless_max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest LoRA rank on serverless capacity; any if not given.")
+    ] = None,
+    serverless_max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequences there, in tokens; the model's own if not given.")
+    ] = None,
     log_format: Annotated[str, typer.Option(help="Of standard error: text or json.")] = "text",
     metrics_public: Annotated[
         bool, typer.Option("--metrics-public", help="Let /metrics be read without a key.")
@@ -196,6 +203,8 @@ def serve(
         hub_url,
         prepare,
         capacity,
+        serverless_max_rank,
+        serverless_max_seq_len,
         log_format,
         metrics_public,
         session_timeout,

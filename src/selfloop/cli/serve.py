@@ -6,8 +6,10 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast, get_args
 
 from selfloop.cli import engine_libraries, local
+from selfloop.control.resources.capacity import Capacity, Offered
 from selfloop.server.key_limits import Limits
 from selfloop.server.settings import Settings, default_data_dir
 
@@ -25,6 +27,8 @@ def serve_command(
     hub_url: str | None,
     prepare: bool,
     capacity: str,
+    serverless_max_rank: int | None,
+    serverless_max_seq_len: int | None,
     log_format: str,
     metrics_public: bool,
     session_timeout_s: float,
@@ -53,7 +57,7 @@ def serve_command(
 
     for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
                                ("dtype", dtype, ("auto", "float32", "bfloat16")),
-                               ("capacity", capacity, ("dedicated", "serverless")),
+                               ("capacity", capacity, get_args(Offered)),
                                ("stable-reinforce", stable_reinforce, ("stand-in", "refuse")),
                                ("log-format", log_format, ("text", "json"))):  # fmt: skip
         if value not in known:
@@ -88,7 +92,7 @@ def serve_command(
         serve_weights=serve_weights,
         hub_url=hub,
         prepare=prepare,
-        capacity="serverless" if capacity == "serverless" else "dedicated",
+        capacity=Capacity(cast(Offered, capacity), serverless_max_rank, serverless_max_seq_len),
         log_format="json" if log_format == "json" else "text",
         metrics_public=metrics_public,
         session_timeout_s=session_timeout_s,

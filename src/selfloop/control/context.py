@@ -1,10 +1,11 @@
 """What the resources share: one object made at start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from selfloop.control.actors import Scheduler
 from selfloop.control.journal import Journal
 from selfloop.control.lifecycle import Lifecycle
+from selfloop.control.resources.capacity import Capacity
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.run_memory import RunMemories
 from selfloop.control.settle import Settlement
@@ -26,3 +27,4 @@ class Context:
     scheduler: Scheduler
     catalogue: Catalogue
     memories: RunMemories
+    capacity: Capacity = field(default_factory=Capacity)

@@ -28,6 +28,7 @@ from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
 from selfloop.control.outages import in_words
 from selfloop.control.resources.access import Access
+from selfloop.control.resources.capacity import Capacity
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import Checkpoints
 from selfloop.control.resources.cleanup import Cleanup
@@ -99,6 +100,7 @@ class ControlConfig:
     keep_loaded_s: float = DEFAULT_KEEP_LOADED_S
     database_url: str | None = field(default=None, repr=False)
     store: str | None = None
+    capacity: Capacity = Capacity()  # noqa: RUF009 - frozen
 
 
 def database_url(data_dir: Path, given: str | None) -> URL:
@@ -204,8 +206,19 @@ class Control:
 
         scheduler = Scheduler(make_actor)
         self.lifecycle.park = scheduler.park
+        self.capacity = config.capacity
         self._context = Context(
-            self.db, blobs, store, journal, settlement, pool, self.lifecycle, scheduler, self.catalogue, memories
+            self.db,
+            blobs,
+            store,
+            journal,
+            settlement,
+            pool,
+            self.lifecycle,
+            scheduler,
+            self.catalogue,
+            memories,
+            self.capacity,
         )
         self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
         self.user_configs = UserConfigs(self._context, config.device)

@@ -77,7 +77,7 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
     app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
     app.add_middleware(BodyLimit, memory_bytes=settings.body_memory_bytes)
     keyless = KeylessPaths(["/metrics"] if settings.metrics_public else [])
-    openapi.install(app, keyless.has, offers_serverless=settings.capacity != "dedicated")
+    openapi.install(app, keyless.has, offers_serverless=settings.capacity.offers_serverless)
     app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), keyless=keyless)
     if is_local(settings.host):
         names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]

@@ -7,11 +7,11 @@ from typing import Literal
 
 from selfloop.control.control import ControlConfig
 from selfloop.control.observe.billing import Prices
+from selfloop.control.resources.capacity import Capacity
 from selfloop.control.scheduler import SchedulerConfig
 from selfloop.server.key_limits import Limits
 from selfloop.server.telemetry import LogFormat
 
-Capacity = Literal["dedicated", "serverless"]
 StableReinforce = Literal["stand-in", "refuse"]
 
 
@@ -35,8 +35,7 @@ class Settings:
 
     Args:
         public_url: base of the URLs in answers, when a proxy hides the address that clients use.
-        capacity: how runs and samplers are shown: as capacity of their own, or as shared (without ids of it, and
-            sampling is queued).
+        capacity: which kinds runs and samplers may have, and which they get if they do not say.
         prepare: whether to prepare the embedded model at start, if its package is installed.
         serve_weights: whether ``/hf`` also gives out weight files.
         hub_url: the hub that ``/hf`` hands on to what is not served here; None for none.
@@ -72,7 +71,7 @@ class Settings:
     serve_weights: bool = False
     hub_url: str | None = None
     prepare: bool = True
-    capacity: Capacity = "dedicated"
+    capacity: Capacity = Capacity()  # noqa: RUF009 - frozen
     log_format: LogFormat = "text"
     metrics_public: bool = False
     session_timeout_s: float = 600.0
@@ -122,4 +121,5 @@ class Settings:
             keep_loaded_s=self.keep_loaded_s,
             database_url=self.database_url,
             store=self.store,
+            capacity=self.capacity,
         )

@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from selfloop.control.control import Control
+from selfloop.control.resources.capacity import Capacity, Offered
 from selfloop.server.app import make_app
-from selfloop.server.settings import Capacity, Settings
+from selfloop.server.settings import Settings
 
 Json = dict[str, Any]
 # SHA-256 of each description of the hosted create-run specification, whitespace and case folded: ours are others.
@@ -53,8 +54,8 @@ THEIRS = {
 }
 
 
-def document(capacity: Capacity = "dedicated") -> Json:
-    settings = Settings("127.0.0.1", 8000, Path("unused"), capacity=capacity)
+def document(offered: Offered = "dedicated") -> Json:
+    settings = Settings("127.0.0.1", 8000, Path("unused"), capacity=Capacity(offered))
     return make_app(settings, cast(Control, None)).openapi()
 
 
@@ -106,9 +107,9 @@ def test_every_parameter_of_a_path_is_there_and_no_team_is_asked_for_beside_it()
         assert ("query", "team_id") not in parameters, name
 
 
-@pytest.mark.parametrize(("capacity", "is_null"), [("dedicated", False), ("serverless", True)])
-def test_ids_of_capacity_are_null_where_they_can_be(capacity: Capacity, is_null: bool):
-    schemas = document(capacity)["components"]["schemas"]
+@pytest.mark.parametrize(("offered", "is_null"), [("dedicated", False), ("both", True), ("serverless", True)])
+def test_ids_of_capacity_are_null_where_they_can_be(offered: Offered, is_null: bool):
+    schemas = document(offered)["components"]["schemas"]
     for name, field in (
         ("LoopsRunV1", "deployment_id"),
         ("LoopsSamplerV1", "model_id"),

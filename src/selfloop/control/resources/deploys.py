@@ -134,6 +134,7 @@ class Deploys:
                 created_at=now,
                 checkpoint_id=rows[0].id,
                 standing=True,
+                serverless=False,
                 capacity_reason="fresh: a deployment stands on its own",
             )
             session.add(sampler)

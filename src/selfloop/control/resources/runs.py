@@ -17,6 +17,7 @@ from selfloop.control.lifecycle import record_change
 from selfloop.control.readable import may_read
 from selfloop.control.recovery import identity
 from selfloop.control.resources.access import Caller
+from selfloop.control.resources.capacity import Scope
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
@@ -71,6 +72,14 @@ class RunRequest:
     user_metadata: dict[str, str] | None = None
     keep_last_checkpoints: int | None = None
     reader_team_id: str | None = None
+    scope: Scope = "default"
+
+    @property
+    def reuses(self) -> str | None:
+        """Whose capacity it asks for, in words."""
+        if self.reuse_from_run_id is not None:
+            return f"run {self.reuse_from_run_id}"
+        return None if self.reuse_from_session_id is None else f"session {self.reuse_from_session_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +139,15 @@ class Runs:
         if request.id is not None and (known := await self._known(caller, request.id)) is not None:
             return known
         model = await self._c.catalogue.resolve(request.base_model)
-        max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
         checkpoint = await self._initial_checkpoint(caller, request)
         lora_rank = _checked_rank(request, checkpoint)
         await self._c.memories.check_rank(model.name, lora_rank, request.targets)
+        max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
+        capacity = self._c.capacity.choose(
+            request.scope, request.base_model, rank=lora_rank, seq_len=request.max_seq_len, reuses=request.reuses
+        )
+        if capacity.serverless:
+            max_seq_len = self._c.capacity.shortened(max_seq_len)
         if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
             raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
         if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
@@ -170,7 +184,8 @@ class Runs:
                 with_optimizer=request.with_optimizer,
                 keep_last_checkpoints=keep_last,
                 reused_from=reused.run_id if reused else None,
-                capacity_reason=capacity_reason,
+                capacity_reason=capacity.words(capacity_reason),
+                serverless=capacity.serverless,
                 targets=checkpoint.targets if checkpoint is not None else _stored(request.targets),
                 user_metadata=None
                 if request.user_metadata is None
@@ -359,6 +374,9 @@ class Runs:
                 samplers = await queries_resources.samplers(session, run_id=run.id)
             assert deployment is not None
             sampler = samplers[0] if samplers else None
+            if self._c.capacity.is_serverless(run.serverless):
+                why = f"run {run.id} has serverless capacity, and only dedicated capacity is reused"
+                continue
             if deployment.status in _UNUSABLE:
                 why = f"deployment {deployment.id} of run {run.id} is {deployment.status}"
                 continue
@@ -400,6 +418,7 @@ def paired_sampler_row(run: RunRow, delay_s: int, reused: SamplerRow | None) -> 
         created_at=time.time(),
         run_id=run.id,
         reused_from=reused.id if reused else None,
+        serverless=run.serverless,
         capacity_reason=f"reused: sampler {reused.id}" if reused else f"fresh: it shares the worker of run {run.id}",
     )
 

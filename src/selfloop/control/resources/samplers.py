@@ -8,6 +8,7 @@ from selfloop.control.context import Context
 from selfloop.control.lifecycle import record_change
 from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
+from selfloop.control.resources.capacity import Scope
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
@@ -61,6 +62,7 @@ class Samplers:
         max_seq_len: int | None,
         reuse_from_session_id: str | None,
         id: str | None = None,
+        scope: Scope = "default",
     ) -> SamplerRow:
         """A sampler of a base model or of one checkpoint, whose files it holds from then on.
 
@@ -81,6 +83,15 @@ class Samplers:
         assert base_model is not None
         model = await self._c.catalogue.resolve(base_model)
         seq_len = checked_seq_len(max_seq_len, model, "max_seq_length")
+        capacity = self._c.capacity.choose(
+            scope,
+            base_model,
+            rank=None if checkpoint is None else checkpoint.lora_rank,
+            seq_len=max_seq_len,
+            reuses=None if reuse_from_session_id is None else f"session {reuse_from_session_id}",
+        )
+        if capacity.serverless:
+            seq_len = self._c.capacity.shortened(seq_len)
         reused, capacity_reason = await self._reusable(caller, reuse_from_session_id, base_model)
         row = SamplerRow(
             id=id or new_id(),
@@ -97,7 +108,8 @@ class Samplers:
             created_at=time.time(),
             checkpoint_id=checkpoint.id if checkpoint else None,
             reused_from=reused.id if reused else None,
-            capacity_reason=capacity_reason,
+            capacity_reason=capacity.words(capacity_reason),
+            serverless=capacity.serverless,
         )
         if checkpoint is not None:
             # Before the transaction, in which nobody else can write: it may come from far.
@@ -210,9 +222,10 @@ class Samplers:
         async with self._c.db.read() as session:
             rows = await queries_resources.samplers(session, team_id=caller.team_id, session_id=session_id)
         usable = (SamplerStatus.ACTIVE, SamplerStatus.SCALED_TO_ZERO, SamplerStatus.LOADING_MODEL)
-        found = next((r for r in rows if r.base_model == base_model and r.status in usable), None)
+        mine = (r for r in rows if r.base_model == base_model and not self._c.capacity.is_serverless(r.serverless))
+        found = next((r for r in mine if r.status in usable), None)
         if found is None:
-            return None, f"fresh: session {session_id} has no usable sampler of {base_model}"
+            return None, f"fresh: session {session_id} has no usable dedicated sampler of {base_model}"
         return found, f"reused: sampler {found.id} of session {session_id}"
 
 

@@ -53,7 +53,7 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     key = request.headers.get("idempotency-key")
     key = None if key is None else checked_operation_id(key)
     fingerprint = validate.fingerprint(_identity(request), raw)
-    if _is_queued(request):
+    if control.capacity.is_serverless(sampler.serverless) or _prefers_async(request):
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
         id = await control.queued_samples.accept(
             sampler, key or new_id() + new_id(), fingerprint, weights, draw, with_logprobs=body.logprobs is not None
@@ -127,10 +127,6 @@ async def health(sampler: SamplerOf, control: ControlOf) -> dict[str, str]:
     control.samplers.check_live(sampler)
     control.lifecycle.touch(sampler.id)
     return {"status": "ready"}
-
-
-def _is_queued(request: Request) -> bool:
-    return request.app.state.settings.capacity == "serverless" or _prefers_async(request)
 
 
 def _prefers_async(request: Request) -> bool:

@@ -1,5 +1,6 @@
 """Rows as the answers show them."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from fastapi import Request
@@ -52,17 +53,17 @@ class Renderer:
     def __init__(self, request: Request) -> None:
         self._base = public_base(request)
         self._control: Control = control_of(request)
-        self._is_serverless = request.app.state.settings.capacity == "serverless"
 
     def sampler(self, row: Sampler) -> LoopsSamplerV1:
         status = self._control.lifecycle.status(row.id) or row.status
+        is_serverless = self._control.capacity.is_serverless(row.serverless)
         return LoopsSamplerV1(
             id=row.id,
             base_url=f"{self._base}/loops/samplers/{row.id}",
             base_model=row.base_model,
             created_at=iso(row.created_at),
-            model_id=None if self._is_serverless else row.model_id,
-            deployment_id=None if self._is_serverless else row.deployment_id,
+            model_id=None if is_serverless else row.model_id,
+            deployment_id=None if is_serverless else row.deployment_id,
             status=LoopsSamplerStatusV1(
                 name=DeploymentStatusV1(status), reason=self._control.lifecycle.describe(row.id)
             ),
@@ -70,7 +71,15 @@ class Renderer:
             user=self.user(row.key_id),
             instance_type=instance_type(),
             standing=row.standing,
-            capacity=capacity(row),
+            capacity=self.capacity(row),
+        )
+
+    def capacity(self, row: Run | Sampler) -> CapacityV1:
+        return CapacityV1(
+            kind="serverless" if self._control.capacity.is_serverless(row.serverless) else "dedicated",
+            reused=row.reused_from is not None,
+            reused_from=row.reused_from,
+            reason=row.capacity_reason or "not recorded",
         )
 
     def user(self, key_id: str) -> UserV1:
@@ -127,7 +136,7 @@ class Renderer:
             created_at=iso(row.created_at),
             sampler=None if view.sampler is None else self.sampler(view.sampler),
             name=row.name,
-            deployment_id=None if self._is_serverless else row.deployment_id,
+            deployment_id=None if self._control.capacity.is_serverless(row.serverless) else row.deployment_id,
             lora_rank=row.lora_rank,
             max_seq_len=row.max_seq_len,
             seed=row.seed,
@@ -136,7 +145,7 @@ class Renderer:
             lora_config_version=_LORA_CONFIG_VERSION,
             lora_config=lora_config(row.targets),
             keep_last_checkpoints=row.keep_last_checkpoints,
-            capacity=capacity(row),
+            capacity=self.capacity(row),
         )
 
     def deployment(self, view: DeploymentView) -> LoopsDeploymentV1:
@@ -198,12 +207,6 @@ def instance_type() -> InstanceTypeV1:
     )
 
 
-def capacity(row: Run | Sampler) -> CapacityV1:
-    return CapacityV1(
-        reused=row.reused_from is not None, reused_from=row.reused_from, reason=row.capacity_reason or "not recorded"
-    )
-
-
 def lora_config(targets: str | None) -> LoopsLoRAConfigV1:
     """The projections behind a row's ``targets``."""
     parts = LoraTargets.parse(targets)
@@ -213,6 +216,9 @@ def lora_config(targets: str | None) -> LoopsLoRAConfigV1:
 
 def refuse_unserved(body: CreateLoopsRunRequestV1) -> None:
     """Fields that newer clients send and one machine cannot honour are refused, never ignored."""
+    if body.scope == "serverless":
+        replicas = {"replicas": body.replicas, "sampler_num_replicas": body.sampler_num_replicas}
+        refuse_with_serverless(body.availability_model, replicas)
     refuse_spot(body.availability_model)
     refuse_replicas("replicas", body.replicas)
     refuse_replicas("sampler_num_replicas", body.sampler_num_replicas)
@@ -220,6 +226,15 @@ def refuse_unserved(body: CreateLoopsRunRequestV1) -> None:
         raise BadRequest(
             "base_checkpoint", "null: put the model in the catalogue with `selfloop models add` and name it"
         )
+
+
+def refuse_with_serverless(availability_model: str | None, replicas: Mapping[str, int | None]) -> None:
+    """What only dedicated capacity has. The values that the official client always sends say nothing, and pass."""
+    if availability_model not in (None, "dedicated"):
+        raise BadRequest("availability_model", "none with scope=serverless: it is of dedicated capacity")
+    for field, number in replicas.items():
+        if number not in (None, 1):
+            raise BadRequest(field, "none with scope=serverless: it is of dedicated capacity")
 
 
 def refuse_spot(availability_model: str | None) -> None:

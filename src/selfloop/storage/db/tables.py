@@ -146,6 +146,7 @@ class RunRow(Base):
     run's start, null without one is nothing. ``num_changes`` counts the finished operations that changed the run's
     state, ``snapshot_changes`` and ``older_changes`` those of them that a stored state covers; null in runs of before
     these were counted. ``digest`` is that of what never changes and decides what is computed.
+    ``serverless`` is null for runs from before capacity was theirs.
     """
 
     __tablename__ = "runs"
@@ -193,6 +194,7 @@ class RunRow(Base):
     snapshot_changes: Mapped[int | None] = mapped_column(default=None)
     older_changes: Mapped[int | None] = mapped_column(default=None)
     digest: Mapped[str | None] = mapped_column(default=None)
+    serverless: Mapped[bool | None] = mapped_column(default=None)
 
 
 class SamplerRow(Base):
@@ -232,6 +234,7 @@ class SamplerRow(Base):
     capacity_reason: Mapped[str] = mapped_column(default="", server_default="")
     follows: Mapped[str | None] = mapped_column(default=None, index=True)
     num_clones: Mapped[int] = mapped_column(default=0, server_default="0")
+    serverless: Mapped[bool | None] = mapped_column(default=None)
 
 
 class HeldCheckpointRow(Base):

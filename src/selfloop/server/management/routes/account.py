@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
+from selfloop.control.resources.capacity import Capacity
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfig, checked_accelerators
 from selfloop.server.auth import CallerOf, ControlOf
@@ -45,11 +46,15 @@ async def capabilities(
     excluded = control.user_configs.excludes(config, trainer=True, sampler=use_case == "rl")
     described = [m for m in await control.catalogue.described() if model is None or m.name == model]
     return GetLoopsCapabilitiesResponseV1(
-        supported_models=[_supported(m, control.catalogue.missing(m), excluded, max_seq_len) for m in described]
+        supported_models=[
+            _supported(m, control.catalogue.missing(m), excluded, max_seq_len, control.capacity) for m in described
+        ]
     )
 
 
-def _supported(model: Model, missing: str | None, excluded: str | None, asked: int | None) -> SupportedModelV1:
+def _supported(
+    model: Model, missing: str | None, excluded: str | None, asked: int | None, capacity: Capacity
+) -> SupportedModelV1:
     longest = model.max_position_embeddings
     details = None
     if missing is not None:
@@ -75,6 +80,7 @@ def _supported(model: Model, missing: str | None, excluded: str | None, asked: i
         max_enabled_seq_len=longest if can_run else 0,
         max_context_length=longest,
         enabled=details is None,
+        serverless=details is None and capacity.takes(asked),
         enablement_details=details,
     )
 

@@ -86,6 +86,7 @@ def _run_request(body: CreateLoopsRunRequestV1) -> RunRequest:
         reuse_from_run_id=body.reuse_from_run_id,
         name=body.name,
         keep_last_checkpoints=body.keep_last_checkpoints,
+        scope=body.scope,
     )
 
 
@@ -104,6 +105,8 @@ async def create_run(
 
 @router.post("/loops/trainers", summary="Create a Loops run without a sampler.")
 @router.post("/teams/{team_id}/loops/trainers", summary="Create a Loops run without a sampler in a team.")
+@router.post("/loops/debug/trainers", summary="The same: where the client posts a run that has a scope.")
+@router.post("/teams/{team_id}/loops/debug/trainers", summary="The same in a team.")
 async def create_trainer(
     body: CreateLoopsTrainerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
 ) -> CreateLoopsTrainerResponseV1:

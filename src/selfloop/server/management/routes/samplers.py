@@ -7,7 +7,7 @@ from selfloop.control.resources.samplers import Sampler, exactly_one
 from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
-from selfloop.server.management.render import refuse_replicas, refuse_spot
+from selfloop.server.management.render import refuse_replicas, refuse_spot, refuse_with_serverless
 from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
 from selfloop.server.management.schemas.samplers import (
     CreateLoopsSamplerRequestV1,
@@ -22,10 +22,14 @@ router = APIRouter()
 
 @router.post("/loops/samplers", summary="Create a Loops sampler.")
 @router.post("/teams/{team_id}/loops/samplers", summary="Create a Loops sampler in a team.")
+@router.post("/loops/debug/samplers", summary="The same: where the client posts a sampler that has a scope.")
+@router.post("/teams/{team_id}/loops/debug/samplers", summary="The same in a team.")
 async def create_sampler(
     body: CreateLoopsSamplerRequestV1, caller: MemberOf, control: ControlOf, render: RenderOf
 ) -> CreateLoopsSamplerResponseV1:
     """A sampler paired with a run (one a run), or a standalone one of a base model or a checkpoint."""
+    if body.scope == "serverless":
+        refuse_with_serverless(body.availability_model, {"num_replicas": body.num_replicas})
     refuse_spot(body.availability_model)
     refuse_replicas("num_replicas", body.num_replicas)
     exactly_one(run_id=body.run_id, base_model=body.base_model, model_path=body.model_path)
@@ -33,6 +37,8 @@ async def create_sampler(
         for field in ("max_seq_length", "reuse_from_session_id"):
             if getattr(body, field) is not None:
                 raise BadRequest(field, "null with run_id: a paired sampler serves as its run does")
+        if body.scope != "default":
+            raise BadRequest("scope", "default with run_id: a paired sampler has the capacity of its run")
         row = await control.samplers.create_paired(caller, body.session_id, body.run_id)
     else:
         row = await control.samplers.create_standalone(
@@ -42,6 +48,7 @@ async def create_sampler(
             model_path=body.model_path,
             max_seq_len=body.max_seq_length,
             reuse_from_session_id=body.reuse_from_session_id,
+            scope=body.scope,
         )
     return CreateLoopsSamplerResponseV1(sampler=render.sampler(row))
 

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,8 +34,9 @@ class UserV1(Answer):
 
 
 class CapacityV1(Answer):
-    """Whether a run or sampler shares what another one brought up, and why it does or does not."""
+    """Of which kind it is, whether a run or sampler shares what another one brought up, and why."""
 
+    kind: Literal["dedicated", "serverless"]
     reused: bool
     reused_from: str | None = Field(description="The run (of a sampler: the sampler) whose capacity it shares.")
     reason: str
@@ -74,6 +75,13 @@ class InstanceTypeV1(Answer):
 
 # A string in the create-run specification, and in our document unless the server offers serverless capacity.
 CapacityId = Annotated[str | None, Field(description="An id of its capacity. Serverless capacity has none: null.")]
+
+
+SCOPE: Any = Field(
+    "default",
+    description="The kind of capacity: 'serverless' is refused where it cannot be had, 'deployment' is dedicated, and "
+    "'default' leaves it to the server.",
+)
 
 
 class LoopsLoRAConfigV1(Answer):

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
+from selfloop.control.resources.capacity import Scope
 from selfloop.server.management.schemas.common import (
+    SCOPE,
     Answer,
     CapacityId,
     CapacityV1,
@@ -57,6 +59,7 @@ class CreateLoopsRunRequestV1(Request):
     availability_model: Literal["dedicated", "spot"] = Field(
         "dedicated", description="Only 'dedicated': this server's capacity is never preempted."
     )
+    scope: Scope = SCOPE
     keep_last_checkpoints: StrictInt | None = Field(
         None,
         description="Keep only so many of the newest trainer checkpoints and of the newest sampler checkpoints; "

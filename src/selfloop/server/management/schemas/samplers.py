@@ -5,7 +5,9 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, StrictInt, StrictStr
 
+from selfloop.control.resources.capacity import Scope
 from selfloop.server.management.schemas.common import (
+    SCOPE,
     Answer,
     CapacityId,
     CapacityV1,
@@ -55,6 +57,7 @@ class CreateLoopsSamplerRequestV1(Request):
         None, description="Only 'dedicated'; of a paired sampler its run's, which is that, too."
     )
     reuse_from_session_id: StrictStr | None = None
+    scope: Scope = SCOPE
 
 
 class CreateLoopsSamplerResponseV1(Answer):
