@@ -150,6 +150,7 @@ def test_the_live_adapter_outlasts_keep_last(http: httpx.Client):
 def test_reuse_is_told(http: httpx.Client):
     first = create_run(http)
     assert first["capacity"] == {
+        "kind": "dedicated",
         "reused": False,
         "reused_from": None,
         "reason": "fresh: nothing to reuse was named",
