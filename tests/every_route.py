@@ -218,6 +218,9 @@ ROUTES: dict[str, list[Ask]] = {
     "GET /files/{checkpoint_id}/{name}": [
         Ask(keyless=True, params={"expires": "99999999999", "signature": "0" * 64}, foreign=401)
     ],
+    "PUT /uploads/{upload_id}/{name}": [
+        Ask(keyless=True, params={"expires": "99999999999", "signature": "0" * 64}, foreign=401)
+    ],
     "GET /debug_archives/{archive_id}/{name}": [
         Ask(keyless=True, params={"expires": "99999999999", "signature": "0" * 64}, foreign=401)
     ],
@@ -278,6 +281,9 @@ ROUTES: dict[str, list[Ask]] = {
         listed({"owner": {"type": "accessible"}}),
         listed({"session_id": "{session_id}", "owner": {"type": "user", "owner_urns": ["selfloop:key:{user_id}"]}}),
     ],
+    "POST /api/v1/checkpoints/search": [listed({"owner": {"type": "accessible"}})],
+    "POST /api/v1/external_weights_upload_start": [own({"base_model": MODEL})],
+    "POST /api/v1/external_weights_upload_finish": [gone({"upload_id": "{upload_id}"})],
     "GET /api/v1/auth/apikey/me": [listed()],
     "DELETE /api/v1/auth/apikey/me": [listed(owner=204)],
     "POST /api/v1/auth/token": [listed()],
@@ -373,6 +379,7 @@ def owned(http: httpx.Client, other_team: httpx.Client) -> dict[str, str]:
         "sampler_deployment_id": deployed["deployment_id"],
         "model_id": deployed["model_id"],
         "checkpoint_id": checkpoint["id"],
+        "upload_id": post("external_weights_upload_start", base_model=MODEL)["upload_id"],
         "archive_id": httpx.URL(archive["presigned_urls"][0]["url"]).path.split("/")[2],
         "trainer_path": trainer_path,
         "path": path,

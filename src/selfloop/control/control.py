@@ -44,6 +44,7 @@ from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import Sessions
 from selfloop.control.resources.shared_samplers import SharedSamplers
 from selfloop.control.resources.sharing import Sharing
+from selfloop.control.resources.uploads import Uploads
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.control.run_memory import RunMemories
 from selfloop.control.sampling.draw import Sampling
@@ -237,6 +238,8 @@ class Control:
         self.sampled_once = SampledOnce()
         self.custom_losses = CustomLosses(self._context)
         self.listings = Listings(self._context)
+        imports = Imports(self.db, store, self.catalogue, self.access)
+        self.uploads = Uploads(imports, self.catalogue, blobs, links)
         self.traces = Traces(self._context, self.observations.archives)
         self.billing = Billing(self.db, self.observations.usage, config.prices)
         self.sharing = Sharing(self._context, self.checkpoints, self.cleanup)
@@ -262,6 +265,7 @@ class Control:
         await self.operations.start()
         await self.queued_samples.start()
         await self.sessions.start()
+        await asyncio.to_thread(self.uploads.clear_expired)
         if self.config.prepare_embedded:
             self._preparing = asyncio.create_task(self.catalogue.prepare_embedded(), name="prepare-embedded")
         return made

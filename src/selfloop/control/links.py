@@ -15,7 +15,7 @@ LINK_LIFE_S = 3600
 SECRET_FILE = "link_secret"
 _SECRET_BYTES = 32
 
-Kind = Literal["checkpoint", "debug"]
+Kind = Literal["checkpoint", "debug", "upload"]
 
 
 class Signed(NamedTuple):

@@ -19,8 +19,8 @@ from selfloop.types.errors import Denied, SelfloopError
 from selfloop.types.logline import bind
 
 _PUBLIC_PATHS = {"/healthz", "/api/v1/healthz", "/openapi.json"}
-# Tokenizer files; files by signed link.
-_PUBLIC_PREFIXES = ("/hf/", "/files/", "/debug_archives/")
+# Tokenizer files; files by signed link, there and here.
+_PUBLIC_PREFIXES = ("/hf/", "/files/", "/debug_archives/", "/uploads/")
 _SCHEMES = ("bearer", "api-key")
 # The Tinker client takes no key without it.
 _KEY_PREFIX = "tml-"

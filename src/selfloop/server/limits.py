@@ -71,6 +71,11 @@ class RequestBody:
             self._parts.clear()
         return self._whole
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it has come, rather than its sender gone."""
+        return self._is_whole
+
     async def parts(self) -> AsyncGenerator[bytes]:
         """What has come, from the beginning, then what comes, beyond the limit too: none of it is kept.
 

@@ -43,6 +43,7 @@ _READ_ONLY = (
     "POST /api/v1/create_session",
     "POST /api/v1/session_heartbeat",
     "POST /api/v1/sessions/search",
+    "POST /api/v1/checkpoints/search",
     "POST /api/v1/get_info",
     "POST /api/v1/weights_info",
     "POST /api/v1/auth/token",

@@ -13,9 +13,10 @@ from selfloop.control.lifecycle import record_change
 from selfloop.control.programs import run_program
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue, Model
+from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, KeyRow, RunRow, SessionRow
+from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.folders import check_links
 from selfloop.types.ids import RunId, new_id
@@ -36,6 +37,21 @@ class _Facts(msgspec.Struct):
     size_bytes: int
     lora_rank: int
     lora_alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose the checkpoint will be, and in which project of theirs."""
+
+    team_id: str
+    key_id: str
+    project_id: str | None = None
+
+    def session_details(self) -> str | None:
+        """What is kept with the checkpoint's session."""
+        if self.project_id is None:
+            return None
+        return msgspec.json.encode(SessionDetails(project_id=self.project_id)).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +87,25 @@ class Imports:
             NotFound: no such base model or team.
             OperationFailed: the adapter is more than plain LoRA, broken, or does not fit the base model.
         """
+        key = await self._access.owner_key(await self._access.team(team))
+        owner = Owner(key.team_id, key.id)
         folder = folder.expanduser().absolute()
+        return await self.add_owned(
+            folder, owner, base_model=base_model, name=name or folder.name, on_progress=on_progress
+        )
+
+    async def add_owned(
+        self,
+        folder: Path,
+        owner: Owner,
+        *,
+        base_model: str | None,
+        name: str,
+        on_progress: Callable[[str, float], None],
+    ) -> Imported:
+        """The same for whoever is known already. Raises what :meth:`add` raises."""
         named = await asyncio.to_thread(_read_base_model, folder)
         model = await self._base_model(base_model, named)
-        owner = await self._access.owner_key(await self._access.team(team))
         model_dir = await self._catalogue.prepare(model.name, lambda stage: on_progress(stage, 0.0))
         checkpoint_id = new_id()
         aside = self._store.staging(checkpoint_id)
@@ -82,7 +113,7 @@ class Imports:
             arguments = ["import", str(folder), str(model_dir), str(aside)]
             body = await run_program(await launch_adapters(*arguments), on_progress)
             facts = msgspec.json.decode(body, type=_Facts)
-            run = await self._record(checkpoint_id, model, facts, owner, name or folder.name)
+            run = await self._record(checkpoint_id, model, facts, owner, name)
         except OSError as error:
             raise OperationFailed(f"the checkpoint cannot be stored: {error}; import it again") from error
         finally:
@@ -101,10 +132,12 @@ class Imports:
             hint = "Or name the same model as it is called here with --base-model"
             raise BadRequest(_CONFIG_FILE, f"base_model_name_or_path: {error}. {hint}") from error
 
-    async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: KeyRow, name: str) -> RunRow:
+    async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: Owner, name: str) -> RunRow:
         """The folder gets its name and its rows together: a server that starts clears away folders without one."""
         now = time.time()
-        session_row = SessionRow(id=new_id(), team_id=owner.team_id, key_id=owner.id, created_at=now)
+        session_row = SessionRow(
+            id=new_id(), team_id=owner.team_id, key_id=owner.key_id, created_at=now, details=owner.session_details()
+        )
         deployment = DeploymentRow(
             id=new_id(),
             base_model=model.name,
@@ -112,7 +145,7 @@ class Imports:
             status=DeploymentStatus.STOPPED,
             scale_down_delay_s=0,
             team_id=owner.team_id,
-            key_id=owner.id,
+            key_id=owner.key_id,
             created_at=now,
         )
         run = RunRow(
@@ -128,7 +161,7 @@ class Imports:
             seed=0,
             status=RunStatus.INACTIVE,
             team_id=owner.team_id,
-            key_id=owner.id,
+            key_id=owner.key_id,
             created_at=now,
         )
         deployment.latest_run_id = run.id

@@ -19,6 +19,7 @@ part_of_sorted = keyset.part_of_sorted
 Page = queries.Page
 SessionSearch = queries.SessionSearch
 SessionTotals = queries.SessionTotals
+CheckpointSearch = queries.CheckpointSearch
 NO_PROJECT = queries.NO_PROJECT
 
 
@@ -99,6 +100,10 @@ class Listings:
             if row is None or row.team_id != caller.team_id:
                 raise NotFound("session", id)
             return await queries.of_session(session, id)
+
+    async def search_checkpoints(self, search: CheckpointSearch) -> Sequence[CheckpointRow]:
+        async with self._c.db.read() as session:
+            return await queries.search_checkpoints(session, search)
 
     async def search(self, search: SessionSearch) -> Sequence[FoundSession]:
         async with self._c.db.read() as session:

@@ -107,9 +107,15 @@ def checkpoint(row: Checkpoint) -> Json:
         "tinker_path": names.checkpoint_path(row.run_id, target, row.name),
         "size_bytes": row.size_bytes,
         "public": row.public,
+        "base_model": row.base_model,
         "user_metadata": metadata(row.user_metadata),
         "expires_at": None if row.expires_at is None else rfc3339(row.expires_at),
     }
+
+
+def target_of_type(type: str) -> CheckpointTarget:
+    """The inverse of a checkpoint's ``checkpoint_type``."""
+    return next(target for target, name in _TYPES.items() if name == type)
 
 
 def metadata(stored: str | None) -> dict[str, str] | None:

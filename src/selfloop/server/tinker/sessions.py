@@ -97,7 +97,7 @@ async def search_sessions(request: Request, caller: CallerOf, control: ControlOf
             display_name=body.display_name,
             project_ids=body.project_ids,
             user_metadata=body.user_metadata,
-            key_ids=_key_ids(body, caller),
+            key_ids=key_ids(body.owner, caller),
             states=_states(body),
             after=after,
         )
@@ -111,8 +111,9 @@ async def search_sessions(request: Request, caller: CallerOf, control: ControlOf
     }
 
 
-def _key_ids(body: wire.SearchSessions, caller: Caller) -> list[str] | None:
-    match body.owner:
+def key_ids(owner: wire.Owner, caller: Caller) -> list[str] | None:
+    """The keys that a search is of, None for the whole team's."""
+    match owner:
         case wire.OwnSessions():
             return [caller.key_id]
         case wire.AccessibleSessions():

@@ -47,6 +47,16 @@ class LoraConfig(_Wire, frozen=True, kw_only=True):
     train_attn: bool = True
 
 
+class UploadStart(_Wire, frozen=True, kw_only=True):
+    base_model: str
+    lora_config: LoraConfig = LoraConfig()
+    destination_project_id: str | None = None
+
+
+class UploadFinish(_Wire, frozen=True, kw_only=True):
+    upload_id: str
+
+
 class OptimizerConfig(_Wire, frozen=True, kw_only=True):
     type: str = "adamw"
     version: int | None = None
@@ -271,6 +281,9 @@ class SessionsOf(_Wire, frozen=True, kw_only=True, tag="user"):
     owner_urns: list[str]
 
 
+Owner = OwnSessions | AccessibleSessions | SessionsOf
+
+
 class ActiveSessions(_Wire, frozen=True, kw_only=True, tag="active"):
     pass
 
@@ -297,7 +310,22 @@ class SearchSessions(_Wire, frozen=True, kw_only=True):
     project_ids: list[str] | None = None
     user_metadata: dict[str, str] = {}
     display_name: str | None = None
-    owner: OwnSessions | AccessibleSessions | SessionsOf = OwnSessions()
+    owner: Owner = OwnSessions()
     statuses: list[ActiveSessions | CancelledSessions | FailedSessions | FinishedSessions] | None = None
     limit: int = 50
     cursor: SearchCursor | None = None
+
+
+class CheckpointCursor(_Wire, frozen=True, kw_only=True):
+    last_created_at: datetime
+    last_checkpoint_id: str
+
+
+class SearchCheckpoints(_Wire, frozen=True, kw_only=True):
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    checkpoint_type: Literal["training", "sampler", "external"] | None = None
+    owner: Owner = OwnSessions()
+    base_models: list[str] | None = None
+    limit: int = 50
+    cursor: CheckpointCursor | None = None

@@ -54,6 +54,24 @@ class SessionSearch(NamedTuple):
     after: tuple[float, str] | None = None
 
 
+class CheckpointSearch(NamedTuple):
+    """All that is given must hold.
+
+    Args:
+        key_ids: of runs of those keys only.
+        after: creation time and id of the last one already seen.
+    """
+
+    team_id: str
+    limit: int
+    project_ids: Sequence[str] | None = None
+    user_metadata: dict[str, str] = {}
+    target: str | None = None
+    key_ids: Collection[str] | None = None
+    base_models: Collection[str] | None = None
+    after: tuple[float, str] | None = None
+
+
 def _stored_now() -> ColumnElement[bool]:
     """Checkpoints with an address that have not expired."""
     alive = or_(CheckpointRow.expires_at.is_(None), CheckpointRow.expires_at > time.time())
@@ -167,6 +185,27 @@ async def search_sessions(session: AsyncSession, search: SessionSearch) -> Seque
     if search.after is not None:
         query = query.where(tuple_(made_us, SessionRow.id) < (round(search.after[0] * 1e6), search.after[1]))
     query = query.order_by(made_us.desc(), SessionRow.id.desc()).limit(search.limit)
+    return (await session.scalars(query)).all()
+
+
+async def search_checkpoints(session: AsyncSession, search: CheckpointSearch) -> Sequence[CheckpointRow]:
+    made_us = cast(func.round(CheckpointRow.created_at * 1e6), BigInteger)
+    query = select(CheckpointRow).join(RunRow, RunRow.id == CheckpointRow.run_id)
+    query = query.where(RunRow.team_id == search.team_id, _stored_now())
+    if search.project_ids is not None:
+        query = query.join(SessionRow, SessionRow.id == RunRow.session_id)
+        query = query.where(project_of_session().in_(list(search.project_ids)))
+    for key, value in search.user_metadata.items():
+        query = query.where(json_text(CheckpointRow.user_metadata, key) == value)
+    if search.target is not None:
+        query = query.where(CheckpointRow.target == search.target)
+    if search.key_ids is not None:
+        query = query.where(RunRow.key_id.in_(list(search.key_ids)))
+    if search.base_models is not None:
+        query = query.where(CheckpointRow.base_model.in_(list(search.base_models)))
+    if search.after is not None:
+        query = query.where(tuple_(made_us, CheckpointRow.id) < (round(search.after[0] * 1e6), search.after[1]))
+    query = query.order_by(made_us.desc(), CheckpointRow.id.desc()).limit(search.limit)
     return (await session.scalars(query)).all()
 
 
