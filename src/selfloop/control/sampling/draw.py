@@ -13,6 +13,7 @@ import msgspec
 from selfloop.control.context import Context
 from selfloop.control.held import held_key
 from selfloop.control.sampling.continuation import Continuation
+from selfloop.control.sampling.recorded import RecordedSequences
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
@@ -56,7 +57,10 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A sampling request as a dialect hands it over; see :class:`SampleRequest`."""
+    """A sampling request as a dialect hands it over; see :class:`SampleRequest`.
+
+    ``record_as`` names it among its sampler's, when what is sampled is to be recorded for training.
+    """
 
     prompt: list[int]
     num_samples: int
@@ -67,6 +71,7 @@ class Draw:
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_draws: int = 0
+    record_as: str | None = None
 
     @property
     def asks_about_prompt(self) -> bool:
@@ -87,6 +92,7 @@ class Chat:
 class Sampling:
     def __init__(self, context: Context) -> None:
         self._c = context
+        self.recorded = RecordedSequences(context.db)
         self._published = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         context.settlement.on_published = self._announce
@@ -149,6 +155,9 @@ class Sampling:
         async with contextlib.aclosing(self._sample(sampler, weights, draw, stream=False)) as parts:
             async for part in parts:
                 if isinstance(part, SampleResult):
+                    if draw.record_as is not None:
+                        version = weights.policy_version
+                        await self.recorded.record(sampler, draw.record_as, draw.prompt, part, version)
                     return part
         raise AssertionError("a sample ends in its result")
 

@@ -390,6 +390,7 @@ class QueuedSamples:
             await asyncio.sleep(_PURGE_EVERY_S)
             with tried("purge of samples"):
                 await self.purge(ages.old())
+                await self._sampling.recorded.purge()
 
     async def purge(self, before: float) -> None:
         """Let go of everything finished ``before``, a few at a time."""

@@ -10,6 +10,7 @@ from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.draw import Draw
 from selfloop.control.sampling.once import Answer
 from selfloop.control.sampling.queued import Drawn, Failed
+from selfloop.control.sampling.recorded import sequence_id
 from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.connection import while_connected
 from selfloop.server.errors import body_of
@@ -49,9 +50,9 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     body = validate.decode(raw, wire.SampleBody)
     check_identity(request, sampler)
     pinned, pinned_by = await _pinned(body, sampler, control)
-    draw = _draw(body, sampler)
     key = request.headers.get("idempotency-key")
     key = None if key is None else checked_operation_id(key)
+    draw = _draw(body, sampler, key)
     fingerprint = validate.fingerprint(_identity(request), raw)
     if control.capacity.is_serverless(sampler.serverless) or _prefers_async(request):
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
@@ -66,7 +67,7 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     async def answer() -> Answer:
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
         result = await control.sampling.draw(sampler, weights, draw)
-        completion = _completion(result, draw.prompt, sampler.base_model, with_logprobs=body.logprobs is not None)
+        completion = _completion(result, draw, sampler.id, sampler.base_model, with_logprobs=body.logprobs is not None)
         return Answer(msgspec.json.encode(completion), weights.policy_version)
 
     drawn = answer() if key is None else control.sampled_once.answer(sampler.id, key, fingerprint, answer)
@@ -87,7 +88,7 @@ async def operation(sampler_id: str, operation_id: str, caller: CallerOf, contro
             return JSONResponse({"status": "error", "error": error, "error_class": error_class})
         case Drawn(accepted, result):
             model = (await control.samplers.get(caller, sampler_id)).base_model
-            completion = _completion(result, accepted.draw.prompt, model, with_logprobs=accepted.with_logprobs)
+            completion = _completion(result, accepted.draw, sampler_id, model, with_logprobs=accepted.with_logprobs)
             content = msgspec.json.encode({"status": "done", "result": completion})
             headers = {POLICY_VERSION_HEADER: str(accepted.policy_version)}
             return Response(content, media_type="application/json", headers=headers)
@@ -141,7 +142,7 @@ def _identity(request: Request) -> str:
     return "\0".join([request.url.path, *named])
 
 
-def _draw(body: wire.SampleBody, sampler: Sampler) -> Draw:
+def _draw(body: wire.SampleBody, sampler: Sampler, key: str | None) -> Draw:
     if body.model_input_chunks:
         raise BadRequest("model_input_chunks", "null: the served models take text only, as token ids in prompt")
     if body.include_routed_experts:
@@ -167,7 +168,8 @@ def _draw(body: wire.SampleBody, sampler: Sampler) -> Draw:
         stop_token_ids=body.stop_token_ids or [],
         structured=None if body.structured_outputs is None else structured_output(body.structured_outputs),
     )
-    return Draw(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs)
+    recorded_as = key or new_id() + new_id() if body.record_stability_info else None
+    return Draw(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs, record_as=recorded_as)
 
 
 async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:
@@ -183,14 +185,19 @@ async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> 
     return body.lora, "lora"
 
 
-def _completion(result: SampleResult, prompt: list[int], model: str, *, with_logprobs: bool) -> dict[str, object]:
+def _completion(
+    result: SampleResult, draw: Draw, sampler_id: str, model: str, *, with_logprobs: bool
+) -> dict[str, object]:
+    prompt = draw.prompt
     prompt_logprobs = _prompt_logprobs(result.prompt_logprobs)
     return {
         "id": result.request_id,
         "object": "text_completion",
         "model": model,
         "choices": [
-            _choice(i, sequence, prompt, with_logprobs) | {"prompt_logprobs": prompt_logprobs}
+            _choice(i, sequence, prompt, with_logprobs)
+            | {"prompt_logprobs": prompt_logprobs}
+            | ({} if draw.record_as is None else {"sequence_id": sequence_id(sampler_id, draw.record_as, i)})
             for i, sequence in enumerate(result.sequences)
         ],
         "usage": {

@@ -20,6 +20,7 @@ from selfloop.server.loops.results import render
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.polls import Poll
+from selfloop.server.provenance import Known
 from selfloop.server.refusals import OperationRoute, check_not_refused, json_place
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict
@@ -191,11 +192,11 @@ async def _loss_request(
     model = await control.catalogue.resolve(run.base_model)
     limits = validate.Limits(model.vocab_size, run.max_seq_len)
 
-    def parse() -> tuple[wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
-        body = validate.decode(raw, wire.ForwardBody)
-        return body, *validate.loss_call(body, limits)
-
-    return raw, *await off_loop(len(raw), parse)
+    body = await off_loop(len(raw), lambda: validate.decode(raw, wire.ForwardBody))
+    named = validate.named_sequences(body)
+    sequences = await control.sampling.recorded.use(caller_of(request), named) if named else {}
+    known = Known(sequences, must_be_recorded=True)
+    return raw, body, *await off_loop(len(raw), lambda: validate.loss_call(body, limits, known))
 
 
 async def _accept(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from selfloop.server.decode import decode as decode
 from selfloop.server.loops import wire
+from selfloop.server.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
 from selfloop.types.losses import LOSSES, LossSpec, one_of
@@ -34,7 +35,9 @@ class Limits:
     max_seq_len: int
 
 
-def loss_call(body: wire.ForwardBody, limits: Limits) -> tuple[list[Datum], str, dict[str, float | bool]]:
+def loss_call(
+    body: wire.ForwardBody, limits: Limits, known: Known = NOTHING_KNOWN
+) -> tuple[list[Datum], str, dict[str, float | bool]]:
     """The checked data, loss name and complete configuration of a forward or forward_backward."""
     if not 0 <= body.top_k_logprobs <= _MAX_TOP_K:
         raise BadRequest("top_k_logprobs", f"0 to {_MAX_TOP_K}, got {body.top_k_logprobs}")
@@ -46,7 +49,7 @@ def loss_call(body: wire.ForwardBody, limits: Limits) -> tuple[list[Datum], str,
         raise BadRequest("data", "at least one datum")
     if len(body.data) % spec.rows != 0:
         raise BadRequest("data", f"pairs of a chosen and a rejected datum, so an even number; got {len(body.data)}")
-    data = [_datum(d, f"data[{i}]", spec, limits) for i, d in enumerate(body.data)]
+    data = [_datum(d, f"data[{i}]", spec, limits, known) for i, d in enumerate(body.data)]
     _check_same_columns(data)
     return data, spec.name, config
 
@@ -81,7 +84,7 @@ def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[
     return config
 
 
-def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits) -> Datum:
+def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known: Known) -> Datum:
     if datum.routed_experts_ref is not None:
         raise BadRequest(f"{field}.routed_experts_ref", "null: the served models have no experts to route to")
     tokens: list[int] = []
@@ -95,7 +98,26 @@ def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits) -> Dat
     if len(tokens) > limits.max_seq_len:
         raise BadRequest(where, f"at most max_seq_len = {limits.max_seq_len} tokens, got {len(tokens)}")
     check_tokens(tokens, limits.vocab_size, where)
-    return Datum(Tensor.of(tokens, "int64"), _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens)))
+    claimed, claimed_targets = spans(datum.model_input_spans), spans(datum.loss_fn_input_spans)
+    if bool(claimed) != bool(claimed_targets):
+        raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
+    if claimed:
+        check(claimed, tokens, known, f"{field}.model_input_spans")
+    inputs = _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens))
+    if claimed_targets:
+        add_recorded(inputs, claimed_targets, known, field, spec.required)
+    return Datum(Tensor.of(tokens, "int64"), inputs)
+
+
+def named_sequences(body: wire.ForwardBody) -> set[str]:
+    """Ids of the sequences that the data says it is from."""
+    fields = [f for datum in body.data for f in (datum.model_input_spans, datum.loss_fn_input_spans)]
+    return {span.sequence_id for field in fields for span in field or []}
+
+
+def spans(given: list[wire.PromptSpan | wire.SampledSpan] | None) -> list[Span]:
+    """Of a datum's field."""
+    return [Span(s.sequence_id, isinstance(s, wire.PromptSpan), s.offset, s.length) for s in given or []]
 
 
 def _loss_inputs(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, num_tokens: int) -> dict[str, Tensor]:
@@ -104,7 +126,7 @@ def _loss_inputs(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, 
         if name not in spec.inputs:
             raise BadRequest(f"{field}.{name}", f"{spec.name} takes {', '.join(spec.inputs)}")
     for name in ("target_tokens", *spec.required):
-        if name not in given:
+        if name not in given and not (name == "logprobs" and datum.loss_fn_input_spans):
             raise BadRequest(f"{field}.{name}", f"required by {spec.name}")
     if spec.one_of:
         one_of(given, spec, field)

@@ -33,10 +33,24 @@ class TensorData(_Wire, frozen=True):
     shape: list[int]
 
 
+class PromptSpan(_Wire, frozen=True, tag="prompt_tokens"):
+    sequence_id: str
+    length: int
+    offset: int = 0
+
+
+class SampledSpan(_Wire, frozen=True, tag="sampled_tokens"):
+    sequence_id: str
+    length: int
+    offset: int = 0
+
+
 class Datum(_Wire, frozen=True):
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData] = {}
     routed_experts_ref: dict[str, str | int] | None = None
+    model_input_spans: list[PromptSpan | SampledSpan] | None = None
+    loss_fn_input_spans: list[PromptSpan | SampledSpan] | None = None
 
 
 class RunBody(_Wire, frozen=True, kw_only=True):
@@ -106,6 +120,7 @@ class SampleBody(PenaltyFields, frozen=True, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     model_input_chunks: list[msgspec.Raw] | None = None
     include_routed_experts: bool | None = None
+    record_stability_info: bool | None = None
 
 
 class Acceptance(msgspec.Struct, frozen=True):

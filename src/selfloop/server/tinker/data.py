@@ -6,7 +6,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from selfloop.server.tinker import schema
+from selfloop.server.provenance import NOTHING_KNOWN, Known, add_recorded, check
+from selfloop.server.tinker import provenance, schema
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest
@@ -49,7 +50,9 @@ class _Budget:
             raise BadRequest(field, f"at most {_MAX_ELEMENTS} elements in one request; split the data over several")
 
 
-def operation(message: Any, limits: Limits, custom: CustomLoss | None = None) -> Forward | ForwardBackward:
+def operation(
+    message: Any, limits: Limits, custom: CustomLoss | None = None, known: Known = NOTHING_KNOWN
+) -> Forward | ForwardBackward:
     """The operation that a ``ForwardBackwardRequest`` asks for, with the uploaded loss that it names.
 
     Raises:
@@ -64,7 +67,7 @@ def operation(message: Any, limits: Limits, custom: CustomLoss | None = None) ->
     budget = _Budget()
     of_loss = custom if spec is None else spec
     assert of_loss is not None
-    data = [_datum(datum, f"data[{i}]", of_loss, limits, budget) for i, datum in enumerate(message.data)]
+    data = [_datum(datum, f"data[{i}]", of_loss, limits, budget, known) for i, datum in enumerate(message.data)]
     kind = Forward if message.forward_only else ForwardBackward
     return kind(data, message.loss_fn, config, summed=True, custom=custom)
 
@@ -94,7 +97,9 @@ def _names(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "no configuration"
 
 
-def _datum(message: Any, field: str, loss: LossSpec | CustomLoss, limits: Limits, budget: _Budget) -> Datum:
+def _datum(
+    message: Any, field: str, loss: LossSpec | CustomLoss, limits: Limits, budget: _Budget, known: Known
+) -> Datum:
     tokens = array("i")
     for j, chunk in enumerate(message.model_input):
         where = f"{field}.model_input.chunks[{j}]"
@@ -108,22 +113,31 @@ def _datum(message: Any, field: str, loss: LossSpec | CustomLoss, limits: Limits
         raise BadRequest(where, f"1 to {limits.max_seq_len} tokens, got {len(tokens)}")
     _check_ids(tokens, limits, where)
     budget.take(len(tokens), where)
+    claimed = provenance.spans(message.model_input_spans)
+    claimed_targets = provenance.spans(message.loss_fn_input_spans)
+    if bool(claimed) != bool(claimed_targets):
+        raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
+    if claimed:
+        check(claimed, tokens, known, f"{field}.model_input_spans")
     where = f"{field}.loss_fn_inputs"
     if isinstance(loss, LossSpec):
-        inputs = _loss_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
+        recorded = {"logprobs"} if claimed_targets else set[str]()
+        inputs = _loss_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens), recorded)
     else:
         inputs = _custom_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
+    if claimed_targets:
+        add_recorded(inputs, claimed_targets, known, field, loss.required if isinstance(loss, LossSpec) else ())
     return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs)
 
 
 def _loss_inputs(
-    given: Any, field: str, spec: LossSpec, limits: Limits, budget: _Budget, num_tokens: int
+    given: Any, field: str, spec: LossSpec, limits: Limits, budget: _Budget, num_tokens: int, recorded: set[str]
 ) -> dict[str, Tensor]:
     for name in given:
         if name not in spec.inputs:
             raise BadRequest(f"{field}.{name[:100]}", f"{spec.name} takes {', '.join(spec.inputs)}")
     for name in ("target_tokens", *spec.required):
-        if name not in given:
+        if name not in given and name not in recorded:
             raise BadRequest(f"{field}.{name}", f"required by {spec.name}")
     where = f"{field}.target_tokens"
     targets = _dense(given["target_tokens"], where, ("int64",), num_tokens, budget)

@@ -1,5 +1,6 @@
 """Sampling sessions, and samples: drawn while the client polls for them."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastapi import APIRouter, Request
@@ -75,10 +76,11 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     if not 0 <= body.seq_id < 2**63:
         raise BadRequest("seq_id", f"0 to {2**63 - 1}, got {body.seq_id}")
     asked = await _asked(body, sampler, control)
+    recorded_as = str(body.seq_id) if body.record_stability_info else None
     request_id = futures.of_sample(sampler.id, body.seq_id)
 
     async def draw() -> bytes:
-        result = await control.sampling.draw_newest(sampler, asked.draw)
+        result = await control.sampling.draw_newest(sampler, replace(asked.draw, record_as=recorded_as))
         size = 64 * len(asked.draw.prompt) * (1 + asked.view.num_top_prompt)
         return await off_loop(size, lambda: sample_response(result, asked.view))
 

@@ -18,7 +18,7 @@ from selfloop.server.limits import read_body
 from selfloop.server.offload import off_loop
 from selfloop.server.openapi import json_body, protobuf_body
 from selfloop.server.refusals import OperationRoute, check_not_refused, json_place, plain_start
-from selfloop.server.tinker import custom_losses, data, futures, names, schema, validate, wire
+from selfloop.server.tinker import custom_losses, data, futures, names, provenance, schema, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings
 from selfloop.types.errors import BadRequest, NotFound
@@ -115,7 +115,8 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
                 "loss_fn", "stable_reinforce is not published, and refused here; use loss_fn=importance_sampling"
             )
         loss = await custom_losses.asked(message, caller, control, run)
-        return await off_loop(len(raw), lambda: data.operation(message, limits, loss))
+        known = await provenance.known(message, caller, control)
+        return await off_loop(len(raw), lambda: data.operation(message, limits, loss, known))
 
     kind = "forward" if message.forward_only else "forward_backward"
     return await _accept(request, _Call(run, message.seq_id, kind, raw), build)

@@ -365,6 +365,24 @@ class LeftOutRow(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+class RecordedSampleRow(Base):
+    """What a request sampled, for training that names it; gone once nobody has used it for a day.
+
+    ``request`` names it among the sampler's requests. ``payload`` has the prompt, and tokens and logprobs of each
+    sequence. There is no foreign key to the sampler: a recording may outlive its row.
+    """
+
+    __tablename__ = "recorded_samples"
+    __table_args__ = (Index("ix_recorded_samples_expires_at", "expires_at"),)
+
+    sampler_id: Mapped[str] = mapped_column(primary_key=True)
+    request: Mapped[str] = mapped_column(primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("teams.id"))
+    policy_version: Mapped[int]
+    expires_at: Mapped[float]
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class QueuedSampleRow(Base):
     """An accepted sampling request. Payload and result lie in the row when small, else in a blob of that key."""
 

@@ -1,0 +1,114 @@
+"""Where the tokens of training data come from: spans that name sequences which were sampled here, and are checked."""
+
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from selfloop.control.sampling.recorded import RecordedSequence
+from selfloop.types.datum import IGNORED_TARGET, Tensor
+from selfloop.types.errors import BadRequest
+
+
+class Span(NamedTuple):
+    """``length`` tokens from ``offset`` on of a sampled sequence, or of the prompt that it was sampled for."""
+
+    sequence_id: str
+    is_prompt: bool
+    offset: int
+    length: int
+
+
+class Known(NamedTuple):
+    """The sequences of the caller's team by the ids that it gave.
+
+    Args:
+        sequences: None for one that is not recorded.
+        must_be_recorded: refuse that, as the loss needs the record; otherwise only the lengths of such a span count.
+    """
+
+    sequences: Mapping[str, RecordedSequence | None]
+    must_be_recorded: bool
+
+
+NOTHING_KNOWN = Known({}, must_be_recorded=True)
+
+
+def check(spans: Sequence[Span], tokens: Sequence[int], known: Known, field: str) -> None:
+    """Whether ``spans`` cover ``tokens`` in order and say the truth. A masked target may stand for any token.
+
+    Raises:
+        BadRequest: by the span, and what is wrong with it.
+    """
+    at = 0
+    for i, span in enumerate(spans):
+        where = f"{field}[{i}]"
+        for name in ("offset", "length"):
+            if getattr(span, name) < 0:
+                raise BadRequest(f"{where}.{name}", f"a number from 0 on, got {getattr(span, name)}")
+        if at + span.length > len(tokens):
+            raise BadRequest(f"{where}.length", f"spans that cover {len(tokens)} tokens in all; this one goes beyond")
+        _check_one(span, tokens[at : at + span.length], at, known, where)
+        at += span.length
+    if at != len(tokens):
+        raise BadRequest(field, f"spans that cover all {len(tokens)} tokens, got {at}")
+
+
+def _check_one(span: Span, tokens: Sequence[int], at: int, known: Known, where: str) -> None:
+    if span.sequence_id not in known.sequences:
+        raise BadRequest(f"{where}.sequence_id", f"a sequence that your team sampled; got {span.sequence_id[:200]!r}")
+    sequence = known.sequences[span.sequence_id]
+    if sequence is None:
+        if known.must_be_recorded:
+            raise BadRequest(
+                f"{where}.sequence_id",
+                "a sequence that was sampled with record_stability_info and used within the last day; "
+                f"{span.sequence_id[:200]!r} was not, or its day is over",
+            )
+        return
+    source = sequence.prompt if span.is_prompt else sequence.tokens
+    if span.offset + span.length > len(source):
+        what = "prompt" if span.is_prompt else "sampled tokens"
+        raise BadRequest(
+            f"{where}.length",
+            f"offset and length within the {len(source)} {what} of the sequence; got {span.offset} and {span.length}",
+        )
+    for i, token in enumerate(tokens):
+        recorded = source[span.offset + i]
+        if token not in (recorded, IGNORED_TARGET):
+            raise BadRequest(where, f"the tokens that were recorded: {recorded} at position {at + i}, got {token}")
+
+
+def logprobs(spans: Sequence[Span], known: Known, advantages: Sequence[float], field: str) -> "array[float]":
+    """The recorded logprobs of the targets that ``spans`` cover; 0 for prompts, whose advantages must be 0.
+
+    Raises:
+        BadRequest: a token that counts has no recorded logprob.
+    """
+    found = array("f")
+    for i, span in enumerate(spans):
+        sequence = known.sequences[span.sequence_id]
+        if sequence is None:
+            raise BadRequest(field, f"required: loss_fn_input_spans[{i}] names a sequence that is not recorded")
+        if span.is_prompt:
+            wrong = next((a for a in advantages[len(found) : len(found) + span.length] if a != 0), None)
+            if wrong is not None:
+                where = f"loss_fn_input_spans[{i}], a prompt"
+                raise BadRequest(field, f"required: a token of {where}, has the advantage {wrong:g}")
+            found.extend([0.0] * span.length)
+        else:
+            found.extend(sequence.logprobs[span.offset : span.offset + span.length])
+    return found
+
+
+def add_recorded(
+    inputs: dict[str, Tensor], spans: Sequence[Span], known: Known, field: str, required: Collection[str]
+) -> None:
+    """Check what is claimed of the targets, and take their logprobs from the record where the data has none."""
+    targets, where = inputs["target_tokens"], f"{field}.loss_fn_input_spans"
+    if len(targets.shape) != 1:
+        raise BadRequest(where, "none with several targets a position")
+    check(spans, targets.values(), known, where)  # type: ignore[arg-type]
+    if "logprobs" in required and "logprobs" not in inputs:
+        advantages = inputs["advantages"].values()
+        found = logprobs(spans, known, advantages, f"{field}.loss_fn_inputs.logprobs")
+        inputs["logprobs"] = Tensor("float32", targets.shape, found.tobytes())
