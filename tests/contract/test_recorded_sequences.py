@@ -9,7 +9,7 @@ import httpx
 import pytest
 from test_tinker import Wire
 
-from gateway import KEY, MODEL, Gateway, Json, Run, ok
+from gateway import MODEL, Gateway, Json, Run, ok
 from selfloop.server.tinker import schema
 
 PROMPT = [5, 6, 7, 8]
@@ -209,7 +209,7 @@ def test_another_teams_sequences_are_refused(wire: Wire, gateway: Gateway, other
 
 
 def test_a_record_lasts_a_day_and_each_use_begins_it_anew(new_gateway: Callable[[], Gateway]):
-    gateway = new_gateway().start(KEY)
+    gateway = new_gateway()
     trained = Trained(Wire(gateway))
 
     def let_pass(hours: float) -> None:
