@@ -21,8 +21,8 @@ from selfloop.types.operation import (
     SaveState,
     SaveWeightsForSampler,
 )
-from selfloop.types.result import InitResult, LoadResult, LossResult, Result, SaveResult, StepResult
-from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, SampleResult
+from selfloop.types.result import InitResult, LoadResult, LossResult, Probe, Result, SaveResult, StepResult
+from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, SampleResult, TokenLogprob
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.protocol import (
     CancelSample,
@@ -113,6 +113,11 @@ class FakeWorker:
         self.salt = 0
         self.writing_turns = 5
         self.num_busy = 0
+        self.probe: Probe | None = None
+        """What the next saves for samplers say of the trainer's logprobs."""
+        self.scores: list[float] | OperationFailed = []
+        """The sampler's logprobs of any prompt's tokens but the first."""
+        self.scored: list[SampleRequest] = []
         self._writing: asyncio.Task[None] | None = None
         self._begun: asyncio.Future[bytes] | None = None
         self._calls: asyncio.Queue[tuple[Command, bytes, asyncio.Future[bytes]]] = asyncio.Queue()
@@ -233,6 +238,13 @@ class FakeWorker:
             case Execute(run_id):
                 self.executed.append(run_id)
                 return msgspec.msgpack.encode(self._execute(command, _decoder.decode(payload)))
+            case Sample(request):
+                self.scored.append(request)
+                if isinstance(self.scores, OperationFailed):
+                    raise self.scores
+                places = zip(request.prompt[1:], self.scores, strict=True)
+                scored = [None, *([TokenLogprob(token, logprob, 1)] for token, logprob in places)]
+                return msgspec.msgpack.encode(SampleResult(request.request_id, drawn(request), scored))
             case CancelSample(request_id):
                 self.cancelled.append(request_id)
                 return b""
@@ -254,7 +266,8 @@ class FakeWorker:
                 state.save(Path(command.write_to))
                 is_trainer = isinstance(operation, SaveState)
                 target = CheckpointTarget.TRAINER if is_trainer else CheckpointTarget.SAMPLER
-                return SaveResult(checkpoint_id, name, target, state.step, 8, 32.0, 1)
+                probe = None if is_trainer else self.probe
+                return SaveResult(checkpoint_id, name, target, state.step, 8, 32.0, 1, probe)
             case LoadState(with_optimizer=with_optimizer):
                 assert command.read_from is not None
                 loaded = FakeState.load(Path(command.read_from))

@@ -17,7 +17,7 @@ from test_tinker import Wire
 from typer.testing import CliRunner
 
 import stores
-from gateway import KEY, MODEL, Gateway, Run, datum, environment, ok, words
+from gateway import KEY, MODEL, Gateway, Run, datum, environment, new_session, ok, words
 from selfloop.cli.main import app
 
 WIDTH = 100
@@ -223,6 +223,21 @@ def test_deploy_and_chat(cli: Cli, trained: Run, http: httpx.Client):
     assert "INACTIVE" in cli.error("chat", sampler, *ASK)
     assert "no run, sampler or checkpoint" in cli.error("chat", "zzzzzzz", *ASK)
     assert "--prompt" in cli.run("chat", sampler, "--json", rc=2).stderr
+
+
+def test_what_equals_the_base_model_is_told_when_it_is_deployed(cli: Cli, http: httpx.Client):
+    """Also in the sampler's own log, as it is of a sampler that is made for the checkpoint."""
+    run = Run.create(http).attached()
+    fresh = run.save("fresh", "save_weights_for_sampler")
+    run.train(1)
+    trained = run.save("trained", "save_weights_for_sampler")
+    said = cli.run("checkpoints", "deploy", fresh, trained, "--name", "untrained").stderr
+    assert said == f"warning: checkpoint {fresh} equals the base model: its adapter changes nothing\n"
+    assert cli.run("checkpoints", "deploy", trained, "--name", "trained").stderr == ""
+    for path, is_told in ((fresh, True), (trained, False)):
+        body = {"session_id": new_session(http), "model_path": path}
+        made = ok(http.post("/v1/loops/samplers", json=body))["sampler"]
+        assert ("equals the base model" in cli.text("logs", made["id"])) == is_told
 
 
 def far_trained(http: httpx.Client, name: str) -> Run:

@@ -73,6 +73,33 @@ def test_the_weights_of_an_import_can_be_loaded_but_no_optimizer(http: httpx.Cli
     assert "load its weights alone" in str(outcome)
 
 
+def test_an_adapter_of_zeros_is_told_when_it_is_imported(gateway: Gateway, adapter: Path, tmp_path: Path):
+    import safetensors.torch
+
+    folder = shutil.copytree(adapter, tmp_path / "zeros")
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    zeros = {name: x * 0 if ".lora_B." in name else x for name, x in tensors.items()}
+    told: dict[str, str] = {}
+    for name, content in (("zeros", zeros), ("trained", tensors)):
+        safetensors.torch.save_file(content, file)
+        command = [
+            sys.executable,
+            "-m",
+            "selfloop.cli.main",
+            "import",
+            str(folder),
+            "--data-dir",
+            str(gateway.data_dir),
+        ]
+        env = environment() | stores.environment(gateway.data_dir)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout.startswith("bt://")
+        told[name] = done.stderr
+    assert "it equals the base model: the adapter changes nothing" in told["zeros"]
+    assert "equals the base model" not in told["trained"]
+
+
 def test_an_import_is_seen_like_any_run(http: httpx.Client, other_team: httpx.Client, imported: str):
     (checkpoint,) = ok(http.get("/v1/loops/checkpoints", params={"checkpoint_path": imported}))["checkpoints"]
     run_id = imported.removeprefix("bt://loops:").partition("/")[0]

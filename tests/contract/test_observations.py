@@ -230,6 +230,29 @@ def test_metrics_are_measured(run: Run):
     assert all(point["value"] >= 0 for point in found["concurrent_requests"])
 
 
+def test_sampler_and_trainer_are_compared_after_a_publish(new_gateway: Callable[[], Gateway]):
+    """The gap is a metric, and the text that it is measured by is nobody's sample."""
+    gateway = new_gateway()
+    own = Run.create(gateway.http()).attached()
+    own.save("fresh", "save_weights_for_sampler")
+    until(
+        lambda: "the published weights equal the base model" in messages(logs(own, min_level="WARNING")), "it is told"
+    )
+    own.train(1, 2)
+    own.save("trained", "save_weights_for_sampler")
+    name = "selfloop_publish_logprob_gap"
+    found = until(lambda: (s := series(own.http.get("/metrics").text))[f"{name}_count"] == 2 and s, "both are measured")
+    bound = 1e-3 if found[f'{name}_bucket{{le="0.001"}}'] == 2 else 0.2
+    assert found[f"{name}_sum"] <= 2 * bound
+    assert found["selfloop_publishes_out_of_bounds_total"] == 0
+    assert "sampler and trainer differ" not in messages(logs(own, limit=1000))
+    points = metrics(own, step_seconds=86_400)["publish_logprob_gap"]
+    assert all(0 <= point["value"] <= bound for point in points)
+    assert points
+    assert [line["samples"] for line in usage(own.http, run_id=own.id)] == [0]
+    assert found["selfloop_samples_total"] == 0
+
+
 def test_volumes_by_status_add_up(http: httpx.Client):
     own = Run.create(http).attached()
     own.train(1)

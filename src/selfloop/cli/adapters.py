@@ -79,4 +79,6 @@ def import_adapter(
 
     done = local.run(work)
     typer.echo(f"rank {done.lora_rank}, alpha {done.lora_alpha:g}, of {done.base_model}", err=True)
+    if done.changes_nothing:
+        typer.echo("warning: it equals the base model: the adapter changes nothing (its A or B is zero)", err=True)
     typer.echo(done.uri)

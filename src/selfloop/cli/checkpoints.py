@@ -159,6 +159,10 @@ def deploy(
         )
         deployment = server.get(f"/v1/models/{made['model_id']}/deployments/{made['deployment_id']}")
         sampler = server.get(f"/v1/loops/samplers/{deployment['sampler_id']}")["sampler"]
+        logs_path = f"/v1/models/{made['model_id']}/deployments/{made['deployment_id']}/logs"
+        said = server.post(logs_path, {"min_level": "WARNING", "includes": ["equals the base model"]})["logs"]
+    for line in said:
+        typer.echo(f"warning: {line['message']}", err=True)
     if as_json:
         typer.echo(json.dumps(made | {"sampler": sampler}, indent=2))
         return

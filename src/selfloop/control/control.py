@@ -27,6 +27,7 @@ from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.operations import Operations
 from selfloop.control.outages import in_words
+from selfloop.control.publish_checks import PublishChecks
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.capacity import Capacity
 from selfloop.control.resources.catalogue import Catalogue
@@ -199,6 +200,8 @@ class Control:
         settlement.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
         self.lifecycle = Lifecycle(self.db, pool)
+        self._publish_checks = PublishChecks(store, settlement.observer.meter, lambda name: pool.slot(name).client)
+        settlement.on_probed = self._publish_checks.begin
 
         memories = RunMemories(self.catalogue)
 
@@ -281,6 +284,7 @@ class Control:
         await self.queued_samples.stop()
         await self.jobs.stop()
         await self._context.scheduler.stop(max(deadline - _WORKERS_END_S - time.monotonic(), 0.0))
+        await self._publish_checks.stop()
         await self.lifecycle.stop()
         # A worker that is still loading, or in an operation, ends with us.
         with contextlib.suppress(TimeoutError):

@@ -61,6 +61,8 @@ class Settlement:
         self.observer = Observer(Usage(db))
         self.on_settled: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
         self.on_published: Callable[[], None] = lambda: None
+        self.on_probed: Callable[[RunRow, SaveResult], None] = lambda _run, _result: None
+        """Hears of weights that a sampler is to serve, once they are durable."""
         self.disk_room: DiskRoom | None = None
         """Set by control: refuses saves that do not fit."""
 
@@ -166,6 +168,8 @@ class Settlement:
                 setattr(run, name, value)
             self.observer.finished(row, result, counts)
             self.on_settled(row, Outcome(body))
+            if isinstance(result, SaveResult):
+                self.on_probed(run, result)
         if operation is not None:
             self.on_published()
 
@@ -177,6 +181,7 @@ class Settlement:
         checkpoint = _checkpoint_row(run, operation, result)
         async with self._db.write() as session:
             session.add(checkpoint)
+        self.on_probed(run, result)
         return checkpoint
 
     async def _published(self, row: OperationRow, result: SaveResult) -> Save:

@@ -42,6 +42,7 @@ from selfloop.engine.sample.text import Vocabulary
 from selfloop.engine.train.kept import KeptForwards
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.optim import optim_step
+from selfloop.engine.train.probe import probe
 from selfloop.engine.train.request import LossRequest, Workshop
 from selfloop.engine.train.run import Run
 from selfloop.engine.train.step import advance, fitting
@@ -51,7 +52,7 @@ from selfloop.types.digests import check_folder
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed, SelfloopError
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
-from selfloop.types.result import InitResult, LoadResult, LossResult, StepResult
+from selfloop.types.result import InitResult, LoadResult, LossResult, Probe, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 
 log = logging.getLogger("selfloop.engine")
@@ -410,6 +411,10 @@ class Engine:
             )
         adapter = run.frozen_adapter(self._decoder.dtype)
         self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
+
+    def probe(self, run_id: str) -> Probe:
+        """What the trainer makes of a short text now, to compare a sampler with; the run is only read."""
+        return probe(run_id, self._run(run_id), self._workshop, self.advance, self.info.dtype)
 
     def load_adapter(self, checkpoint_id: str, directory: Path) -> None:
         """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""

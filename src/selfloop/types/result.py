@@ -44,8 +44,27 @@ class StepResult(_Result, frozen=True, tag="optim_step"):
     metrics: dict[str, float]
 
 
+class Probe(msgspec.Struct, frozen=True):
+    """What the trainer makes of a short text, at the instant that its weights are published.
+
+    Args:
+        tokens: the text.
+        logprobs: of its tokens but the first; NaN where the weights give no finite ones.
+        bound: how far a sampler of the same weights may be off in the mean, in nats.
+        equals_base: the adapter changes nothing of the base model.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    bound: float
+    equals_base: bool = False
+
+
 class SaveResult(_Result, frozen=True, tag="save"):
-    """A checkpoint written whole: its name, step count, rank and size on disk; ``target`` says for whom."""
+    """A checkpoint written whole: its name, step count, rank and size on disk; ``target`` says for whom.
+
+    ``probe`` is there where a sampler is to serve it at once.
+    """
 
     checkpoint_id: str
     name: str
@@ -54,6 +73,7 @@ class SaveResult(_Result, frozen=True, tag="save"):
     lora_rank: int
     lora_alpha: float
     size_bytes: int
+    probe: Probe | None = None
 
 
 class LoadResult(_Result, frozen=True, tag="load_state"):

@@ -115,7 +115,12 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     loaded = read_foreign_peft(adapter, config, BaseTensors(model_dir, config))
     report("write", _WRITTEN)
     size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P), config)
-    return {"size_bytes": size_bytes, "lora_rank": loaded.shape.rank, "lora_alpha": loaded.alpha}
+    return {
+        "size_bytes": size_bytes,
+        "lora_rank": loaded.shape.rank,
+        "lora_alpha": loaded.alpha,
+        "changes_nothing": loaded.shape.changes_nothing(loaded.theta_P),
+    }
 
 
 def _read(folder: Path, config: ModelConfig) -> LoadedAdapter:

@@ -1,5 +1,6 @@
 """From an operation to the engine's calls."""
 
+import logging
 from pathlib import Path
 
 from selfloop.engine.engine import Engine
@@ -14,10 +15,13 @@ from selfloop.types.operation import (
     SaveWeightsExternal,
     SaveWeightsForSampler,
 )
-from selfloop.types.result import Result, SaveResult
+from selfloop.types.result import Probe, Result, SaveResult
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.encryption import encrypt_folder
+from selfloop.worker.outbox import attempt, is_device_lost
 from selfloop.worker.protocol import Execute, OpenRun
+
+log = logging.getLogger("selfloop.worker")
 
 
 def open_run(engine: Engine, command: OpenRun) -> None:
@@ -57,12 +61,13 @@ def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
             assert context.write_to is not None
             saved = engine.save_trainer_checkpoint(run_id, Path(context.write_to))
             return SaveResult(checkpoint_id, name, CheckpointTarget.TRAINER, *saved)
-        case SaveWeightsForSampler(checkpoint_id, name):
+        case SaveWeightsForSampler(checkpoint_id, name, publish=publish, sampler_id=sampler_id):
             assert context.write_to is not None
             saved = engine.save_sampler_checkpoint(run_id, Path(context.write_to))
             # In memory at once, so that the first sample need not read the files.
             engine.publish(run_id, checkpoint_id)
-            return SaveResult(checkpoint_id, name, CheckpointTarget.SAMPLER, *saved)
+            probe = _probe(engine, run_id) if publish or sampler_id is not None else None
+            return SaveResult(checkpoint_id, name, CheckpointTarget.SAMPLER, *saved, probe=probe)
         case SaveWeightsExternal(checkpoint_id, name, base_model, recipients):
             assert context.write_to is not None
             folder = Path(context.write_to)
@@ -70,6 +75,17 @@ def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
             if recipients:
                 saved = saved._replace(size_bytes=encrypt_folder(folder, recipients))
             return SaveResult(checkpoint_id, name, CheckpointTarget.EXTERNAL, *saved)
+
+
+def _probe(engine: Engine, run_id: str) -> Probe | None:
+    """What the weights are compared by; None where that cannot be computed, as the save stands in any case."""
+    outcome = attempt(lambda: engine.probe(run_id))
+    if not isinstance(outcome, Exception):
+        return outcome
+    if is_device_lost(outcome):
+        raise outcome
+    log.warning("the published weights cannot be compared with the sampler's", exc_info=outcome)
+    return None
 
 
 def _path(text: str | None) -> Path | None:

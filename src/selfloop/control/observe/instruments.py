@@ -39,6 +39,17 @@ TOKENS = Counter(
 COMPUTE_SECONDS = Counter(
     "selfloop_compute_seconds", "Time that workers computed, by kind of work.", ("work",), registry=REGISTRY
 )
+PUBLISH_GAP = Histogram(
+    "selfloop_publish_logprob_gap",
+    "Mean absolute difference of the trainer's and the sampler's logprobs of a short text after a publish, in nats.",
+    buckets=(1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 5.0),
+    registry=REGISTRY,
+)
+PUBLISHES_OUT_OF_BOUNDS = Counter(
+    "selfloop_publishes_out_of_bounds",
+    "Publishes after which the sampler's logprobs were too far from the trainer's, or not finite.",
+    registry=REGISTRY,
+)
 WORKER_STARTS = Counter("selfloop_worker_starts", "Worker processes that became ready.", registry=REGISTRY)
 WORKER_RESTARTS = Counter("selfloop_worker_restarts", "Workers lost and replaced.", registry=REGISTRY)
 

@@ -41,6 +41,7 @@ class Minute(msgspec.Struct, array_like=True):
         times: how many response times fell into each bucket.
         request_s: sum over requests in progress of the time they were; over ``observed_s`` that is concurrency.
         num_looks: looks at the machine while the worker was up, over which the next fields are summed.
+        publish_gap: the largest difference between trainer and sampler after a publish, in nats; None without one.
     """
 
     statuses: dict[int, int] = {}
@@ -53,10 +54,14 @@ class Minute(msgspec.Struct, array_like=True):
     disk_used_bytes: float = 0.0
     disk_total_bytes: float = 0.0
     gpus: dict[int, Gpu] = {}
+    publish_gap: float | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not (self.statuses or self.num_looks or self.request_s)
+        return not (self.statuses or self.num_looks or self.request_s) and self.publish_gap is None
+
+    def note_gap(self, gap: float) -> None:
+        self.publish_gap = gap if self.publish_gap is None else max(self.publish_gap, gap)
 
     def look(self, usage: Usage) -> None:
         self.num_looks += 1
@@ -71,6 +76,8 @@ class Minute(msgspec.Struct, array_like=True):
             gpu.utilization += utilization
 
     def add(self, other: "Minute") -> None:
+        if other.publish_gap is not None:
+            self.note_gap(other.publish_gap)
         for status, count in other.statuses.items():
             self.statuses[status] = self.statuses.get(status, 0) + count
         for bucket, count in other.times.items():
@@ -141,6 +148,10 @@ class Meter:
 
     def look(self, deployment_id: str, usage: Usage) -> None:
         self._at(deployment_id).minute.look(usage)
+
+    def note_gap(self, deployment_id: str, gap: float) -> None:
+        """Trainer and sampler were compared after a publish."""
+        self._at(deployment_id).minute.note_gap(gap)
 
     def take_closed(self) -> list[tuple[str, int, Minute]]:
         """The minutes that are over, with their deployments; what nobody uses any more is forgotten."""

@@ -13,6 +13,7 @@ from selfloop.control.lifecycle import record_change
 from selfloop.control.machine import INSTANCE_TYPE_ID
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.user_config import UserConfigs
+from selfloop.control.resources.zero_adapters import warn_of_zero
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow, SessionRow
@@ -147,6 +148,7 @@ class Deploys:
             )
             record_change(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
             await held.hold(session, self._c.store, self._c.blobs, sampler.id, rows)
+        await warn_of_zero(self._c.store, sampler, rows)
         self._c.lifecycle.add("sampler", sampler.id, sampler.id, sampler.model_name, math.inf, sampler.status)
         self._c.lifecycle.wake_soon(sampler.id)
         return sampler

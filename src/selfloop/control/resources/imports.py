@@ -37,6 +37,7 @@ class _Facts(msgspec.Struct):
     size_bytes: int
     lora_rank: int
     lora_alpha: float
+    changes_nothing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,13 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The checkpoint that an adapter became."""
+    """The checkpoint that an adapter became; with one that ``changes_nothing`` the model is the base model."""
 
     uri: str
     base_model: str
     lora_rank: int
     lora_alpha: float
+    changes_nothing: bool
 
 
 class Imports:
@@ -119,7 +121,7 @@ class Imports:
         finally:
             await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
         uri = CheckpointUri(RunId(run.id), CheckpointTarget.TRAINER, CHECKPOINT_NAME)
-        return Imported(str(uri), model.name, facts.lora_rank, facts.lora_alpha)
+        return Imported(str(uri), model.name, facts.lora_rank, facts.lora_alpha, facts.changes_nothing)
 
     async def _base_model(self, asked: str | None, named: str | None) -> Model:
         if asked is not None:

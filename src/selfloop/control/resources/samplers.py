@@ -11,6 +11,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.capacity import Scope
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
+from selfloop.control.resources.zero_adapters import warn_of_zero
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
@@ -122,6 +123,8 @@ class Samplers:
                 if await queries_checkpoints.get(session, checkpoint.id) is None:
                     raise NotFound("checkpoint", str(model_path))
                 await held.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
+        if checkpoint is not None:
+            await warn_of_zero(self._c.store, row, [checkpoint])
         self._register(row, row.id)
         return row
 

@@ -266,6 +266,9 @@ def _metrics(steps: list[Step], divisor_s: int) -> LoopsDeploymentMetricsV1:
             )
             for step in steps
         ],
+        publish_logprob_gap=[
+            _point(step, step.sums.publish_gap) for step in steps if step.sums.publish_gap is not None
+        ],
         per_node_metrics=[LoopsDeploymentNodeMetricsV1(node_id=NODE, **machine.model_dump())],
         **machine.model_dump(),
     )

@@ -114,6 +114,9 @@ class LoopsDeploymentMetricsV1(NodeMetricsV1):
     response_time_stats: list[ResponseTimeDatapointV1]
     inference_volume_by_status: list[InferenceVolumeByStatusDatapointV1]
     per_node_metrics: list[LoopsDeploymentNodeMetricsV1]
+    publish_logprob_gap: list[MetricV1] = Field(
+        description="Largest mean difference of trainer's and sampler's logprobs after a publish, in nats."
+    )
 
 
 class GetLoopsDeploymentMetricsResponseV1(Answer):
