@@ -72,6 +72,7 @@ def test_pages_of_models(http: httpx.Client):
     before = ok(http.get(route, params={"before_id": every[-1], "limit": 1000}))
     assert ([model["id"] for model in before["data"]], before["has_more"]) == (every[:-1], False)
     assert http.get(route, params={"limit": 0}).status_code == 400
+    assert ok(http.get(f"/anthropic/api/v1/models/{MODEL}"))["id"] == MODEL
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "Api-Key"])

@@ -25,6 +25,7 @@ WEATHER: Json = {
     },
 }
 CHAT = "/oai/api/v1/chat/completions"
+RESPONSES = "/oai/api/v1/responses"
 
 
 class Place(BaseModel):
@@ -213,3 +214,8 @@ def test_refused_by_name(http: httpx.Client, name: str, stream: bool):
     response = http.post("/v1/responses", json=ASKED | {"stream": stream} | fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param, response.text
+
+
+def test_under_the_other_base_url(client: OpenAI, http: httpx.Client):
+    raw = ok(http.post(RESPONSES, json=ASKED))
+    assert raw["output"][0]["content"][0]["text"] == client.responses.create(**ASKED).output_text

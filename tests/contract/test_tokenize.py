@@ -88,3 +88,16 @@ def test_a_model_is_named_where_there_are_several(http: httpx.Client):
         assert response.status_code == 400, response.text
         assert MODEL in json.dumps(response.json()["error"]["message"])
     assert http.post("/tokenize", json={"prompt": "a", "model": "nobody/nothing"}).status_code == 404
+
+
+def test_the_routes_by_their_whole_paths(http: httpx.Client, sampler: str):
+    """The whole server's lie under the base URLs of its other routes, too."""
+    id = sampler.rsplit("/", 1)[1]
+    body = {"model": MODEL, "prompt": "ab"}
+    tokens = ok(http.post(f"/loops/samplers/{id}/tokenize", json=body))["tokens"]
+    assert ok(http.post("/oai/api/tokenize", json=body))["tokens"] == tokens
+    asked = {"model": MODEL, "tokens": tokens}
+    assert ok(http.post(f"/loops/samplers/{id}/detokenize", json=asked)) == {"prompt": "ab"}
+    assert ok(http.post("/oai/api/detokenize", json=asked)) == {"prompt": "ab"}
+    info = ok(http.get("/oai/api/tokenizer_info", params={"model": MODEL}))
+    assert ok(http.get(f"/loops/samplers/{id}/tokenizer_info")) == info

@@ -64,6 +64,9 @@ COMMANDS = {
     "selfloop keys revoke": ["KEY_ID", "--data-dir"],
     "selfloop keys rotate-links": ["--data-dir"],
     "selfloop migrate-database": ["--data-dir", "--database-url"],
+    "selfloop backup": ["FOLDER", "--data-dir", "--verify"],
+    "selfloop restore": ["FOLDER", "--data-dir", "--store", "--take-over"],
+    "selfloop prune": ["--archive", "--data-dir", "--json", "--older-than", "--yes"],
     "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--name", "--revision"],
     "selfloop models list": ["--data-dir"],
     "selfloop runs": ["--data-dir", "--json", "--team", "--url"],
@@ -187,7 +190,14 @@ def request_fields() -> list[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.model_config.get("extra") == "forbid"
         for field in kind.model_fields
     ]
-    bodies = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, wire._Wire)]
+    bodies = [
+        kind
+        for kind in vars(wire).values()
+        if isinstance(kind, type)
+        and issubclass(kind, msgspec.Struct)
+        and kind.__module__ == wire.__name__
+        and kind.__struct_config__.forbid_unknown_fields
+    ]
     return found + [f"{kind.__name__}.{field.name}" for kind in bodies for field in msgspec.structs.fields(kind)]
 
 

@@ -12,17 +12,26 @@ from selfloop.control.outages import Ages, not_ready
 from selfloop.types.errors import NotReady
 
 
+def locked() -> sqlite3.OperationalError:
+    """As SQLite itself raises it."""
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
 def test_an_outage_says_when_to_ask_again():
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EMFILE, "Too many open files"),
-        OperationalError("INSERT", {}, sqlite3.OperationalError("database is locked")),
+        OperationalError("INSERT", {}, locked()),
     ):
         told = not_ready(error)
         assert told is not None
         assert told.retry_s > 0
         assert "nothing was accepted" in str(told)
     assert not_ready(OSError(errno.EACCES, "Permission denied")) is None
+    undecodable = sqlite3.OperationalError("Could not decode to UTF-8 column 'name'")
+    assert not_ready(OperationalError("SELECT", {}, undecodable)) is None
     assert not_ready(IntegrityError("INSERT", {}, sqlite3.IntegrityError("taken"))) is None
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from selfloop.server.hub import DEFAULT_HUB_URL, RealHub, hub_url, router
+from selfloop.server.limits import BodyLimit
 
 SHA = "1" * 40
 ROWS = b'{"text": "ahoy"}\n' * 1000
@@ -111,6 +112,7 @@ def application(folder: Path, url: str | None) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     app.state.settings = SimpleNamespace(public_url=None)
     app.include_router(router(Models(folder), hub))
+    app.add_middleware(BodyLimit)
     return app
 
 
