@@ -274,6 +274,18 @@ def test_inflight_samplers_follow_the_run(wire: Wire):
         assert wire.sample(sampler, 9).status_code == 400
 
 
+def test_weights_of_a_sampler_of_its_own_are_compared_with_the_trainers(wire: Wire, http: httpx.Client):
+    def num_compared() -> int:
+        lines = http.get("/metrics").text.splitlines()
+        (count,) = [line.split()[1] for line in lines if line.startswith("selfloop_publish_logprob_gap_count")]
+        return round(float(count))
+
+    model = wire.model(wire.session())
+    before = num_compared()
+    inflight(wire, model, 1, 0)
+    until(lambda: num_compared() > before, "the sampler's logprobs are compared")
+
+
 def test_a_named_checkpoint_is_no_inflight_one(wire: Wire):
     model = wire.model(wire.session())
     body = {"model_id": model, "seq_id": 1, "path": "x", "kind": "inflight"}
