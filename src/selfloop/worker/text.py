@@ -11,11 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from selfloop.types.errors import BadRequest
 from selfloop.worker.chat import field_with
 from selfloop.worker.fair_share import FairShare
+from selfloop.worker.outbox import attempt
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
 from selfloop.worker.tokens import MAX_CHARS, BeyondVocabulary
 
@@ -149,24 +151,24 @@ class TextDesk:
                 self._changed.wait_for(lambda: len(self._texts))
                 team_id, job = self._texts.next()
             started = time.monotonic()
-            result: object = None
-            try:
-                if job.conversation is not None:
-                    job.texts, job.conversation = [self._written(job.conversation)], None
-                elif len(job.done) < len(job.texts):
-                    text = job.texts[len(job.done)]
-                    job.done.append(self._tokenizer.encode(text, add_special_tokens=job.add_special_tokens))
-                if len(job.done) == len(job.texts):
-                    result = job.shape(job.done)
-            except BeyondVocabulary as error:
-                result = BadRequest(job.field_with(len(job.done), error.token), str(error))
-            except Exception as error:  # The answer of this call; the thread goes on.
-                result = error
+            result = attempt(partial(self._turn, job))
             with self._changed:
                 self._texts.charge(team_id, time.monotonic() - started, is_done=result is not None)
             if result is not None:
                 self._finished.put((job.ticket, result))
                 os.eventfd_write(self.finished_file, 1)
+
+    def _turn(self, job: _Job) -> object:
+        """Write or tokenize one text; the answer of the job once it has all of them, None before."""
+        if job.conversation is not None:
+            job.texts, job.conversation = [self._written(job.conversation)], None
+        elif len(job.done) < len(job.texts):
+            text = job.texts[len(job.done)]
+            try:
+                job.done.append(self._tokenizer.encode(text, add_special_tokens=job.add_special_tokens))
+            except BeyondVocabulary as error:
+                raise BadRequest(job.field_with(len(job.done), error.token), str(error)) from None
+        return job.shape(job.done) if len(job.done) == len(job.texts) else None
 
     def _written(self, command: RenderChat) -> str:
         """A conversation as the template writes it. Raises :class:`BadRequest` for one that is too long."""
