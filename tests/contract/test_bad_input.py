@@ -486,7 +486,7 @@ def test_a_step_that_blows_up_leaves_the_worker_standing(gateway: Gateway, http:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v2/loops/runs", "/loops/runs", "/api/v1/nothing", "/oai/api/v1/chat", "/anthropic/api/v1/models/x/y", "/"],
+    ["/v2/loops/runs", "/loops/runs", "/api/v1/nothing", "/oai/api/v1/chat", "/anthropic/api/v1/nothing/x/y", "/"],
 )
 def test_a_path_that_is_not_there_says_what_is(http: httpx.Client, path: str):
     response = http.post(path, json={})

@@ -16,6 +16,7 @@ from selfloop.server.app import make_app
 from selfloop.server.query_parameters import Declared, declared_by
 from selfloop.server.settings import Settings
 
+_OF_TOKENS = ("/tokenize", "/detokenize", "/tokenizer_info")
 REVOKES_ITSELF = "DELETE /api/v1/auth/apikey/me"
 ALL = [(route, ask) for route, asks in ROUTES.items() for ask in asks]
 
@@ -69,6 +70,12 @@ def make_key(http: httpx.Client) -> Callable[..., str]:
     return make
 
 
+def is_openai(path: str) -> bool:
+    """Whether OpenAI's clients, or vLLM's, read the answers of a path."""
+    of_sampler = path.startswith("/loops/samplers/") and ("/v1/" in path or path.endswith(_OF_TOKENS))
+    return of_sampler or path.startswith("/oai/")
+
+
 def check_refused(response: httpx.Response, status: int, where: str) -> None:
     """The status, in the shape of the dialect."""
     assert response.status_code == status, f"{where}: {response.status_code} {response.text}"
@@ -77,7 +84,7 @@ def check_refused(response: httpx.Response, status: int, where: str) -> None:
     if path.startswith("/anthropic/"):
         assert body["type"] == "error", where
         message = body["error"]["message"]
-    elif "/v1/" in path and path.startswith(("/loops/samplers/", "/oai/")):
+    elif is_openai(path):
         message = body["error"]["message"]
     elif path == "/graphql/":
         message = body["errors"][0]["message"]
@@ -166,8 +173,7 @@ def test_a_parameter_given_twice_is_refused(http: httpx.Client, ids: dict[str, s
 
 def _is_400(route: str) -> bool:
     path = route.partition(" ")[2]
-    is_openai = "/v1/" in path and path.startswith(("/loops/samplers/", "/oai/"))
-    return is_openai or path.startswith(("/api/v1/", "/anthropic/"))
+    return is_openai(path) or path.startswith(("/api/v1/", "/anthropic/"))
 
 
 def test_another_team_gets_nothing(other_team: httpx.Client, http: httpx.Client, ids: dict[str, str]):

@@ -417,7 +417,6 @@ CHAT_REFUSALS: dict[str, tuple[Json, str]] = {
     "messages missing": ({"messages": ...}, "messages"),
     "unknown role": (message(role="king"), "messages[0].role"),
     "image": (message(content=[IMAGE]), "messages[0].content[0]"),
-    "name": (message(name="bob"), "messages[0].name"),
     "no content": (message(content=None), "messages[0].content"),
     "unknown of a message": (message(surprise=1), "messages[0].surprise"),
     "tool calls of a user": (

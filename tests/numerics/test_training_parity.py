@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import tiny_models
 from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
+from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.operation import AdamParams
 
 SEQUENCES = [tiny_models.random_ids(n, seed=n) for n in (12, 30, 7)]
@@ -132,7 +133,9 @@ def test_exported_adapter_gives_the_same_logits_in_peft(zoo, family, tmp_path):
         engine.forward_backward("run", data(), "cross_entropy", {})
         engine.optim_step("run", AdamParams(learning_rate=1e-2))
     saved = engine.save_sampler_checkpoint("run", tmp_path / "adapter")
-    assert saved.size_bytes == sum(p.stat().st_size for p in (tmp_path / "adapter").iterdir())
+    files = {p.name: p.stat().st_size for p in (tmp_path / "adapter").iterdir()}
+    assert files.pop(MANIFEST_FILE) > 0
+    assert saved.size_bytes == sum(files.values())
 
     with warnings.catch_warnings():
         # PEFT warns of keys that it misses or does not know: those must fail.

@@ -148,10 +148,23 @@ def unpacked(raw: bytes) -> Iterator[bytes]:
 
 
 async def plain_start(request: Request) -> bytes:
-    """As much of the request's plain bytes as a body may have."""
-    async with aclosing(RequestBody.of(request).parts()) as parts:
+    """As much of the request's plain bytes as a body may have. Raises :class:`NotReady` where there is no room."""
+    body = RequestBody.of(request)
+    async with aclosing(body.parts()) as parts:
         raw = await _rest(parts)
-    return await off_loop(len(raw), lambda: b"".join(unpacked(raw))[:MAX_BODY_BYTES])
+    if not _is_packed(raw):
+        return raw
+    await body.unpacks_to(len(raw) + MAX_BODY_BYTES)
+    return await off_loop(MAX_BODY_BYTES, lambda: _start_of(unpacked(raw)))
+
+
+def _start_of(parts: Iterator[bytes]) -> bytes:
+    kept = bytearray()
+    for part in parts:
+        kept += part[: MAX_BODY_BYTES - len(kept)]
+        if len(kept) == MAX_BODY_BYTES:
+            break
+    return bytes(kept)
 
 
 def _feed_unpacked(finder: JsonPlace, raw: bytes) -> None:
