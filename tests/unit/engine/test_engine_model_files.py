@@ -6,6 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from transformers import LlamaConfig
 
 import tiny_models
 from selfloop.engine.engine import Engine
@@ -34,6 +35,17 @@ def test_both_rope_layouts_mean_the_same():
     old = parse_config(RAW | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}, {})
     new = parse_config(RAW | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}, {})
     assert old.rope == new.rope
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 5e5}])
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_of_both_rope_layouts_the_older_counts_as_in_transformers(scaling: dict[str, object], theta: dict[str, float]):
+    newer = {"rope_type": "yarn", "rope_theta": 2e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    raw = RAW | {"rope_scaling": scaling, "rope_parameters": newer} | theta
+    expected = LlamaConfig.from_dict(raw).rope_parameters
+    rope = parse_config(raw, {}).rope
+    assert (rope.kind, rope.factor, rope.theta) == tuple(expected[k] for k in ("rope_type", "factor", "rope_theta"))
+    assert rope.kind == "linear"
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,23 @@ def test_system_turns_stay_where_they_are():
     assert messages(reminder, USER, system="s")[0] == {"role": "system", "content": "s\nbe brief"}
 
 
+def test_a_refused_message_is_named_as_it_was_sent():
+    """The template's messages are others: the system message is one, and turns of one role are one."""
+    answer = {"role": "assistant", "content": [text("b"), USE]}
+    asked = prompt(
+        messages=[USER, USER, answer, {"role": "user", "content": [result(content="c"), text("d")]}], system="s"
+    )
+    fields = [asked.as_asked(BadRequest(f"messages[{i}].content", "other text")).field for i in range(5)]
+    assert fields == [
+        "system",
+        "messages[0].content or messages[1].content",
+        "messages[2].content[0] or messages[2].content[1]",
+        "messages[3].content[0]",
+        "messages[3].content[1]",
+    ]
+    assert asked.as_asked(BadRequest("messages", "other text")).field == "messages"
+
+
 def test_thinking_and_effort_are_variables_of_the_template():
     def options(template: str, **fields: object) -> object:
         given = prompt_of(body(**fields), template).chat.options

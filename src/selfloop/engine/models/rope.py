@@ -31,8 +31,11 @@ class RopeConfig:
 
 
 def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before)."""
-    params: dict[str, Any] = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
+
+    Where both are given, ``rope_scaling`` alone counts, as in either transformers.
+    """
+    params: dict[str, Any] = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = str(params.get("rope_type", params.get("type", "default")))
     if kind not in _INVERSE_FREQUENCIES:
         raise model_invalid(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")

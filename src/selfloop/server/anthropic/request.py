@@ -36,6 +36,7 @@ _NO_EDIT = "clear_thinking_20251015"
 # What is meant where nothing is said.
 _DEFAULT_EFFORT = "high"
 _FORCING = "none, any or tool"
+_RENDERED = re.compile(r"messages\[(\d+)\]\.")
 _TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -43,13 +44,20 @@ _TOOL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 class Prompt:
     """A checked conversation, the tools that its answer may use, and what the answer must match.
 
-    ``structured_by`` is the field that ``structured`` came of.
+    ``structured_by`` is the field that ``structured`` came of, ``places`` the fields that each of the chat's messages
+    came of.
     """
 
     chat: Chat
     tools: ToolUse
     structured: StructuredOutput | None
     structured_by: str
+    places: list[list[str]]
+
+    def as_asked(self, error: BadRequest) -> BadRequest:
+        """What the chat template's worker refused, under the name of the field that was sent."""
+        found = _RENDERED.match(error.field)
+        return BadRequest(" or ".join(self.places[int(found[1])]), error.expected) if found else error
 
 
 def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
@@ -62,7 +70,7 @@ def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
     turns = _Turns()
     system = _texts(body.system, "system")
     if system:
-        turns.messages.append({"role": "system", "content": "\n".join(system)})
+        turns.add({"role": "system", "content": "\n".join(system)}, "system")
     if not body.messages:
         raise BadRequest("messages", "at least one message")
     for i, message in enumerate(body.messages):
@@ -81,10 +89,10 @@ def prompt_of(body: wire.PromptBody, template: str | None) -> Prompt:
         options=to_json(options, "output_config") if (options := _template_options(body, template)) else None,
     )
     if answer is None or use.form is not None:
-        return Prompt(chat, use, use.structured, "tools")
+        return Prompt(chat, use, use.structured, "tools", turns.places)
     if use.structured is not None:
         raise BadRequest(answer_field, "null when tool_choice forces a call: a call does not match it")
-    return Prompt(chat, use, json_schema(answer, answer_field), answer_field)
+    return Prompt(chat, use, json_schema(answer, answer_field), answer_field, turns.places)
 
 
 def _check_context(given: wire.ContextManagement | None) -> None:
@@ -205,11 +213,16 @@ class _Turns:
     """The conversation as templates read it: text as one string, tools' answers as messages of their own."""
 
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    places: list[list[str]] = field(default_factory=list[list[str]])
     _called: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, message: dict[str, Any], where: str) -> None:
+        self.messages.append(message)
+        self.places.append([where])
 
     def take(self, message: wire.Message, where: str) -> None:
         if isinstance(message.content, str):
-            self._text(message.role, message.content)
+            self._text(message.role, message.content, f"{where}.content")
             return
         if not message.content:
             raise BadRequest(f"{where}.content", "a string, or at least one block")
@@ -219,7 +232,7 @@ class _Turns:
     def _take_block(self, role: str, given: dict[str, Any], where: str) -> None:
         match given.get("type"):
             case "text":
-                self._text(role, _block(given, wire.TextBlock, where).text)
+                self._text(role, _block(given, wire.TextBlock, where).text, where)
             case "tool_use" if role == "assistant":
                 self._use(_block(given, wire.ToolUseBlock, where), where)
             case "tool_result" if role == "user":
@@ -229,19 +242,22 @@ class _Turns:
                 expected = f"a block of type text{own}: the served models take text only"
                 raise BadRequest(where, f"{expected}, got {_shown(given)}")
 
-    def _text(self, role: str, text: str) -> None:
+    def _text(self, role: str, text: str, where: str) -> None:
         """A turn's texts are one message, joined by line breaks; turns of one role that follow each other are one."""
         last = self.messages[-1] if self.messages else None
         if last is not None and last["role"] == role and "tool_calls" not in last:
             last["content"] += "\n" + text
+            self.places[-1].append(where)
         else:
-            self.messages.append({"role": role, "content": text})
+            self.add({"role": role, "content": text}, where)
 
     def _use(self, block: wire.ToolUseBlock, where: str) -> None:
         if not _TOOL_ID.fullmatch(block.id) or block.id in self._called:
             raise BadRequest(f"{where}.id", "1 to 128 letters, digits, _ or -, and no other call's")
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": ""})
+            self.add({"role": "assistant", "content": ""}, where)
+        else:
+            self.places[-1].append(where)
         calls: list[object] = self.messages[-1].setdefault("tool_calls", [])
         calls.append(template_call(block.id, block.name, block.input))
         self._called[block.id] = block.name
@@ -254,7 +270,7 @@ class _Turns:
         if block.is_error:
             # Templates have no such mark; the model is to see it all the same.
             text = f"Error: {text}"
-        self.messages.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id, "name": name})
+        self.add({"role": "tool", "content": text, "tool_call_id": block.tool_use_id, "name": name}, where)
 
 
 def _texts(content: str | list[dict[str, Any]] | None, where: str) -> list[str]:

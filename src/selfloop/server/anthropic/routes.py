@@ -93,7 +93,10 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf, beta:
     sampler = target.sampler
     prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(sampler)))
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
-    tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
+    try:
+        tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
+    except BadRequest as error:
+        raise prompt.as_asked(error) from None
     draw = draw_of(body, tokens, prompt, sampler.max_seq_len)
     is_cut = draw.params.max_tokens < body.max_tokens
     answer = Answer(body.model, len(tokens), prompt.tools, body.stop_sequences or [], is_cut)
@@ -116,7 +119,12 @@ async def count_tokens(request: Request, caller: CallerOf, control: ControlOf, b
     body = await _body(request, wire.PromptBody)
     target = await target_of(request, body.model, caller, control)
     prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(target.sampler)))
-    return {"input_tokens": await while_connected(request, control.sampling.count_chat(target.sampler, prompt.chat))}
+    try:
+        return {
+            "input_tokens": await while_connected(request, control.sampling.count_chat(target.sampler, prompt.chat))
+        }
+    except BadRequest as error:
+        raise prompt.as_asked(error) from None
 
 
 async def _body(request: Request, kind: type[B]) -> B:
