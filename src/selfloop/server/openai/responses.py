@@ -53,7 +53,8 @@ class Conversation:
         if (found := _MESSAGE.match(chat_field)) is not None:
             message = int(found[1])
             place = self._places[message] if found[2] is None else self._calls[message, int(found[2])]
-            return place + found[3]
+            # Texts of their own, and not items with a content.
+            return place if place in ("input", "instructions") else place + found[3]
         if chat_field == "messages":
             return "input"
         for pattern, name in _NAMES:
