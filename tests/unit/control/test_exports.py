@@ -11,7 +11,7 @@ import stores
 from selfloop.control.control import DataDirectory
 from selfloop.control.installation import DATABASE_FILE
 from selfloop.control.resources import exports
-from selfloop.control.resources.imports import _Facts
+from selfloop.control.resources.imports import Owner, _Facts
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
@@ -37,8 +37,8 @@ async def uri(data: DataDirectory, tmp_path: Path) -> str:
     aside = data._store.staging("chk0001")
     aside.mkdir(parents=True, exist_ok=True)
     (aside / "adapter_model.safetensors").write_bytes(b"x" * 1000)
-    facts = _Facts(1000, 4, 8.0)
-    run = await data.imports._record("chk0001", model, facts, owner, "mine")
+    facts = _Facts(1000, 4, 8.0, changes_nothing=False)
+    run = await data.imports._record("chk0001", model, facts, Owner(team.id, owner.id), "mine")
     return f"bt://loops:{run.id}/weights/imported"
 
 
@@ -100,8 +100,9 @@ async def test_an_import_that_cannot_be_recorded_leaves_no_folder(data: DataDire
     """A server that started meanwhile has cleared the half-written folder away."""
     before = await data.all_runs()
     model = await data.catalogue.resolve("tiny/llama")
-    owner = await data.access.owner_key(await data.access.team(None))
+    team = await data.access.team(None)
+    owner = Owner(team.id, (await data.access.owner_key(team)).id)
     with pytest.raises(FileNotFoundError):
-        await data.imports._record("chk0002", model, _Facts(1, 4, 8.0), owner, "mine")
+        await data.imports._record("chk0002", model, _Facts(1, 4, 8.0, changes_nothing=False), owner, "mine")
     assert [run.id for run in await data.all_runs()] == [run.id for run in before]
     assert not (tmp_path / "data" / "checkpoints" / "chk0002").exists()

@@ -378,7 +378,7 @@ def test_an_adapter_of_peft_is_imported(tiny_model_folder: Path, tmp_path: Path)
     out = tmp_path / "checkpoint"
     facts = adapters.import_peft(folder, tiny_model_folder, out, quiet)
     size_bytes = sum(p.stat().st_size for p in out.iterdir() if p.name != MANIFEST_FILE)
-    assert facts == {"size_bytes": size_bytes, "lora_rank": 4, "lora_alpha": 16.0}
+    assert facts == {"size_bytes": size_bytes, "lora_rank": 4, "lora_alpha": 16.0, "changes_nothing": False}
     engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
     engine.init_run("run", rank=64, seed=0)
     engine.load_checkpoint("run", out, with_optimizer=False)

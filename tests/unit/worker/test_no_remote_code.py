@@ -39,7 +39,7 @@ def hostile(tiny_model_folder: Path, tmp_path: Path) -> Path:
 
 def test_code_in_a_model_folder_does_not_run(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    prepare.prepare_folder(hostile, lambda stage, fraction: None)
+    prepare.prepare_folder(hostile, tmp_path / "converted", lambda stage, fraction: None)
     read_config(hostile)
     tokenizer = ModelTokenizer.load(hostile)
     ChatTemplate.load(hostile, tokenizer)
@@ -49,7 +49,7 @@ def test_code_in_a_model_folder_does_not_run(hostile: Path, tmp_path: Path, monk
 def test_nor_when_its_tokenizer_needs_it(hostile: Path, tmp_path: Path):
     (hostile / "tokenizer.json").unlink()
     with pytest.raises(BadRequest, match="tokenizer"):
-        prepare.prepare_folder(hostile, lambda stage, fraction: None)
+        prepare.prepare_folder(hostile, tmp_path / "converted", lambda stage, fraction: None)
     assert not (tmp_path / "MARKER").exists()
 
 

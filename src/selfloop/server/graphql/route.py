@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from selfloop.server import errors
 from selfloop.server.auth import CallerOf, control_of
 from selfloop.server.graphql.resolvers import Root
+from selfloop.server.openapi import ErrorV1
 from selfloop.types.errors import SelfloopError
 
 # The library is loaded with the first query, not with the server, which is up the sooner for it.
@@ -46,7 +47,17 @@ class GraphQLRequest(BaseModel):
     operationName: StrictStr | None = None
 
 
-@router.post("/graphql/", summary="What the truss command line asks beside REST.")
+class GraphQLErrors(BaseModel):
+    """What is refused before it is a query, in the shape of GraphQL's answers."""
+
+    data: None
+    errors: list[dict[str, Any]]
+
+
+_REFUSED: dict[int | str, dict[str, Any]] = {"4XX": {"model": GraphQLErrors | ErrorV1, "description": "Refused"}}
+
+
+@router.post("/graphql/", responses=_REFUSED, summary="What the truss command line asks beside REST.")
 async def graphql_query(body: GraphQLRequest, caller: CallerOf, request: Request) -> JSONResponse:
     """Errors come as ``errors`` with ``extensions.code``, with status 200; without a valid key with 401."""
     from graphql import graphql
