@@ -5,6 +5,7 @@ each is charged with that from the start, and whoever finds no room waits for it
 """
 
 import asyncio
+import contextlib
 import ctypes
 import sys
 from collections import deque
@@ -63,7 +64,9 @@ class BodyMemory:
             if room.done() and not room.cancelled():
                 self.give_back(num_bytes)  # It came as we gave up.
             else:
-                self._waiting.remove(entry)
+                # Whoever gave room back in the same turn of the loop has passed it over, and taken it off.
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(entry)
                 self._let_in()
             if isinstance(error, TimeoutError):
                 raise NotReady(

@@ -40,6 +40,19 @@ async def test_who_gives_up_leaves_the_turn_to_the_next() -> None:
     assert memory.used_bytes == 60
 
 
+async def test_who_gives_up_as_room_comes_is_passed_over() -> None:
+    memory = BodyMemory(100)
+    await memory.take(100)
+    gone, small = asyncio.create_task(memory.take(100)), asyncio.create_task(memory.take(10))
+    await asyncio.sleep(0)
+    gone.cancel()
+    memory.give_back(100)
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert await small == 10
+    assert memory.used_bytes == 10
+
+
 @pytest.mark.parametrize("declared", [None, 3_000_000])
 async def test_a_body_is_charged_as_it_comes_or_as_it_says(declared: int | None) -> None:
     memory = BodyMemory(10**9)
