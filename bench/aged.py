@@ -27,7 +27,7 @@ from bench.harness.measure import percentile
 from bench.harness.peer import PEERS
 from bench.harness.report import Report, machine
 from bench.harness.server import Server
-from selfloop.control.control import database_url
+from selfloop.control.gateway import database_url
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL as MODEL
 
 LONGEST_HOLD_MS, START_ABOVE_S, BESIDE_P99_MS = 50.0, 2.0, 100.0

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.harness import work
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.snapshots import MAX_SHARE
+from selfloop.control.queue.scheduler import SchedulerConfig
+from selfloop.control.queue.snapshots import MAX_SHARE
 from selfloop.engine.engine import Engine
 from selfloop.types.operation import AdamParams
-from selfloop.worker.background import SnapshotWriter
+from selfloop.worker.serving.background import SnapshotWriter
 
 
 class Cost(NamedTuple):

@@ -16,7 +16,7 @@ import proofs
 import typer
 
 from selfloop.cli.main import app as cli
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.settings import Settings
 from selfloop.types.losses import LOSSES

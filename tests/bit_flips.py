@@ -13,9 +13,9 @@ from typing import cast
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
-from selfloop.control.journal import Journal
-from selfloop.control.recovery import reopen
-from selfloop.control.settle import Settlement
+from selfloop.control.queue.journal import Journal
+from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.recovery import reopen
 from selfloop.engine.engine import Engine
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
@@ -25,7 +25,7 @@ from selfloop.storage.db.database import Database
 from selfloop.types.digests import check_file, digest_of
 from selfloop.types.errors import NotFound, OperationFailed, SelfloopError
 from selfloop.types.operation import LoadState
-from selfloop.worker.client import WorkerClient
+from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.protocol import Command, Execute, OpenRun
 
 _PROGRESS_EVERY = 500

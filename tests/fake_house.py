@@ -7,17 +7,17 @@ from typing import cast
 import msgspec
 
 from fake_worker import FakeLifecycle
-from selfloop.control.actors import Scheduler
+from selfloop.control.capacity.lifecycle import Lifecycle
+from selfloop.control.capacity.workers import WorkerPool
 from selfloop.control.context import Context
-from selfloop.control.journal import Journal, Submission
-from selfloop.control.lifecycle import Lifecycle
-from selfloop.control.operations import Operations
-from selfloop.control.recovery import identity
+from selfloop.control.queue.actors import Scheduler
+from selfloop.control.queue.journal import Journal, Submission
+from selfloop.control.queue.operations import Operations
+from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.recovery import identity
+from selfloop.control.queue.run_memory import RunMemories
+from selfloop.control.queue.scheduler import RunActor, SchedulerConfig
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.run_memory import RunMemories
-from selfloop.control.scheduler import RunActor, SchedulerConfig
-from selfloop.control.settle import Settlement
-from selfloop.control.workers import WorkerPool
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources

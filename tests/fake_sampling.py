@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.sampling.draw import Draw, Sampling, Weights
-from selfloop.control.sampling.queued import QueuedSamples
+from selfloop.control.sampling.durable_queue import QueuedSamples
+from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import OperationFailed

@@ -28,8 +28,8 @@ import psycopg
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL
 
-from selfloop.control.control import DataDirectory
-from selfloop.control.installation import DATABASE_FILE
+from selfloop.control.data_dir.identity import DATABASE_FILE
+from selfloop.control.gateway import DataDirectory
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import parse_database_url, sqlite_url
 from selfloop.storage.db.backend import WRITER_LOCK

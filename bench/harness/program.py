@@ -145,6 +145,6 @@ def embedded_model() -> Path:
     """The model that Selfloop brings along, prepared at the first use."""
     folder = Path(__file__).parents[2] / "build" / "bench" / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
-        command = [sys.executable, "-m", "selfloop.worker.prepare", "embedded", str(folder)]
+        command = [sys.executable, "-m", "selfloop.convert.prepare", "embedded", str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder

@@ -13,10 +13,10 @@ import signal
 import time
 from pathlib import Path
 
-from selfloop.control.control import ControlConfig
-from selfloop.control.operations import Operations
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
+from selfloop.control.gateway import ControlConfig
+from selfloop.control.queue.operations import Operations
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.server import serve
 from selfloop.server.settings import Settings
 from selfloop.storage.db.tables import OperationRow

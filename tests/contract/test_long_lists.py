@@ -13,9 +13,9 @@ from sqlalchemy import delete, insert
 import stores
 from bench.harness.aged_rows import DAY_S, Owner, Sizes, fill, id_of
 from gateway import KEY, MODEL, Gateway, Json, copy_data, ok, selfloop
-from selfloop.control.installation import DATABASE_FILE
-from selfloop.control.resources.prune import read_archive
-from selfloop.server.lists import SLICE_ROWS
+from selfloop.control.data_dir.identity import DATABASE_FILE
+from selfloop.control.resources.checkpoints.prune import read_archive
+from selfloop.server.shared.lists import SLICE_ROWS
 from selfloop.storage.db.backend import IMMEDIATE, backend_of
 from selfloop.storage.db.tables import OperationRow, QueuedSampleRow, SessionRow
 

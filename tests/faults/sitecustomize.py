@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 HANGS_ONCE, DEVICE_FAILS_ONCE, HALF_CHANGES, KILLS = 0.00501, 0.00502, 0.00503, 0.00504
-_TARGET = "selfloop.worker.operations"
+_TARGET = "selfloop.worker.serving.operations"
 
 
 def _first_time(fault: float) -> bool:

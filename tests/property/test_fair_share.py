@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfloop.worker.fair_share import FairShare
+from selfloop.worker.serving.fair_share import FairShare
 
 UNITS = st.floats(0.01, 2.0)
 

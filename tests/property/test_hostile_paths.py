@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from selfloop.cli.checkpoints import _inside
 from selfloop.cli.remote import CommandFailed
-from selfloop.control.links import Links
+from selfloop.control.data_dir.signed_urls import Links
 from selfloop.control.observe.archive import Archives
-from selfloop.control.operations import checked_operation_id
+from selfloop.control.queue.operations import checked_operation_id
 from selfloop.control.resources.catalogue import _NAME
-from selfloop.server import tinker_paths
+from selfloop.server.shared import tinker_paths
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.errors import BadRequest, NotFound, SelfloopError
 from selfloop.types.folders import check_links, is_own_file

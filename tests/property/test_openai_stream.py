@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai._streaming import SSEDecoder
 
-from selfloop.server.events import DONE, frame, merged
 from selfloop.server.openai.answers import ChatChoice, CompletionChoice
 from selfloop.server.openai.logprobs import TextOffsets, token_text
-from selfloop.server.tools import ToolUse
+from selfloop.server.shared.events import DONE, frame, merged
+from selfloop.server.shared.tools import ToolUse
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleResult
 
 texts = st.text(

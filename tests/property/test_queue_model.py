@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.types.operation import AdamParams, ForwardBackward, Operation, OptimStep
 from selfloop.types.result import Result
 

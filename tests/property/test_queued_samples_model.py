@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
-from selfloop.control.sampling.draw import Weights
-from selfloop.control.sampling.queued import Drawn, Failed
+from selfloop.control.sampling.durable_queue import Drawn, Failed
+from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict
 
 IDS = ["a", "b", "c", "d"]

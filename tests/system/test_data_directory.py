@@ -14,7 +14,7 @@ import pytest
 
 import stores
 from gateway import KEY, MODEL, Gateway, Run, datum, environment, is_gone, selfloop, until, words
-from selfloop.control.installation import DATABASE_FILE
+from selfloop.control.data_dir.identity import DATABASE_FILE
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import stores
 from gateway import MODEL, Gateway, Run, datum, ok, selfloop, words
 from selfloop.cli.main import app
-from selfloop.control.installation import Installation
+from selfloop.control.data_dir.identity import Installation
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base

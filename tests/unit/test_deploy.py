@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from selfloop.cli.main import app as command_line
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.settings import Settings
 

@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel
 
 from selfloop.cli.main import app as cli
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.loops import wire
 from selfloop.server.management import schemas

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from selfloop.cli import local, names, remote
-from selfloop.control.resources.exports import Exported, ExportPlan
-from selfloop.control.resources.imports import Imported
+from selfloop.control.resources.checkpoints.exports import Exported, ExportPlan
+from selfloop.control.resources.checkpoints.imports import Imported
 
 
 class ExportFormat(StrEnum):

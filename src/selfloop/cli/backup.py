@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from selfloop.cli import local
-from selfloop.control import backup
-from selfloop.control.control import database_url, store_address
+from selfloop.control.data_dir import backup
+from selfloop.control.gateway import database_url, store_address
 from selfloop.server.settings import given_database_url, given_store
 from selfloop.types.errors import BadRequest
 

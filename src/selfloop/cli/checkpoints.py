@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from selfloop.cli import local, names, remote
-from selfloop.control.machine import INSTANCE_TYPE_ID
+from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID
 
 app = typer.Typer(invoke_without_command=True)
 

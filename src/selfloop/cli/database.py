@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from selfloop.cli import local
-from selfloop.control.moving import Moved, move_rows
+from selfloop.control.data_dir.migrate_database import Moved, move_rows
 
 
 def migrate_database(

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DatabaseError
 
 import selfloop
 from selfloop.cli import client_env, engine_libraries, local
-from selfloop.control.control import database_url
+from selfloop.control.gateway import database_url
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
 from selfloop.server.settings import given_database_url
 from selfloop.storage.db import migrate

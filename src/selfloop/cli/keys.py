@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from selfloop.cli import local
-from selfloop.control import links
+from selfloop.control.data_dir import signed_urls
 from selfloop.types.roles import parse_role
 
 app = typer.Typer(no_args_is_help=True)
@@ -73,7 +73,7 @@ def rotate_links(data_dir: local.DataDir = None) -> None:
     folder = local.resolve(data_dir)
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no data directory", param_hint="--data-dir")
-    links.rotate(folder)
+    signed_urls.rotate(folder)
     typer.echo("the secret that signs links is a new one")
 
 

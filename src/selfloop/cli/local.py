@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from selfloop.control.control import DataDirectory
-from selfloop.control.outages import OUTAGES, not_ready
+from selfloop.control.data_dir.transient_errors import OUTAGES, not_ready
+from selfloop.control.gateway import DataDirectory
 from selfloop.server.settings import default_data_dir, given_database_url, given_store
 from selfloop.types.errors import SelfloopError
 

@@ -190,7 +190,7 @@ def serve(
 ) -> None:
     """Run the server."""
     from selfloop.cli.serve import serve_command
-    from selfloop.server.key_limits import Limits
+    from selfloop.server.middleware.key_limits import Limits
 
     serve_command(
         host,

@@ -3,7 +3,7 @@
 import re
 
 from selfloop.cli import remote
-from selfloop.server import tinker_paths
+from selfloop.server.shared import tinker_paths
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import is_id
 

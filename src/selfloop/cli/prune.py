@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from selfloop.cli import local, remote
-from selfloop.control.resources.prune import Pruned
+from selfloop.control.resources.checkpoints.prune import Pruned
 
 
 def prune(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import cast, get_args
 
 from selfloop.cli import engine_libraries, local
-from selfloop.control.resources.capacity import Capacity, Offered
-from selfloop.server.key_limits import Limits
+from selfloop.control.capacity.placement import Capacity, Offered
+from selfloop.server.middleware.key_limits import Limits
 from selfloop.server.settings import Settings, default_data_dir
 
 KEY_FILE = "api_key"

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from selfloop.cli import local
-from selfloop.control.control import verify
-from selfloop.control.verify import Report
+from selfloop.control.data_dir.verify import Report
+from selfloop.control.gateway import verify
 from selfloop.server.settings import given_database_url, given_store
 
 _WIDTH = 80

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from selfloop.control.actors import Scheduler
-from selfloop.control.journal import Journal
-from selfloop.control.lifecycle import Lifecycle
-from selfloop.control.resources.capacity import Capacity
+from selfloop.control.capacity.lifecycle import Lifecycle
+from selfloop.control.capacity.placement import Capacity
+from selfloop.control.capacity.workers import WorkerPool
+from selfloop.control.queue.actors import Scheduler
+from selfloop.control.queue.journal import Journal
+from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.run_memory import RunMemories
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.run_memory import RunMemories
-from selfloop.control.settle import Settlement
-from selfloop.control.workers import WorkerPool
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.database import Database

@@ -9,26 +9,26 @@ from urllib.parse import urlsplit
 from fastapi import Depends, FastAPI
 
 import selfloop
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server import errors, openapi
 from selfloop.server.anthropic.routes import router as anthropic_router
-from selfloop.server.base_urls import BaseUrls
-from selfloop.server.decode import json_is_text
 from selfloop.server.graphql import router as graphql_router
-from selfloop.server.guard import Guard, KeylessPaths
-from selfloop.server.headers import BrowserHeaders, LocalNames, is_local
 from selfloop.server.hub import RealHub
 from selfloop.server.hub import router as hub_router
-from selfloop.server.key_limits import KeyLimits
-from selfloop.server.limits import BodyLimit
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
-from selfloop.server.metrics import router as metrics_router
-from selfloop.server.observe import Observed
+from selfloop.server.middleware.base_urls import BaseUrls
+from selfloop.server.middleware.body_limit import BodyLimit
+from selfloop.server.middleware.guard import Guard, KeylessPaths
+from selfloop.server.middleware.headers import BrowserHeaders, LocalNames, is_local
+from selfloop.server.middleware.key_limits import KeyLimits
+from selfloop.server.middleware.observe import Observed
+from selfloop.server.middleware.polls import Polls
 from selfloop.server.openai.routes import mount as mount_openai
-from selfloop.server.polls import Polls
-from selfloop.server.query_parameters import check_plain_routes, check_query
 from selfloop.server.settings import Settings
+from selfloop.server.shared.decode import json_is_text
+from selfloop.server.shared.metrics import router as metrics_router
+from selfloop.server.shared.query_parameters import check_plain_routes, check_query
 from selfloop.server.tinker import futures
 from selfloop.server.tinker.routes import router as tinker_router
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from selfloop.control.outages import OUTAGES, not_ready
+from selfloop.control.data_dir.transient_errors import OUTAGES, not_ready
 from selfloop.types.errors import (
     MODEL_INVALID,
     BadRequest,
@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 _DATA_PLANE_PREFIX = "/loops/"
 _FINAL = {"X-Baseten-Error-Source": "06"}
 # Here errors have OpenAI's shape, and what a request gets wrong is a 400.
-_OPENAI_PATH = re.compile(r"(/loops/samplers/[^/]+/(sync/)?|/oai/api/)(v1/.*|tokenize|detokenize|tokenizer_info)", re.DOTALL)
+_OPENAI_PATH = re.compile(
+    r"(/loops/samplers/[^/]+/(sync/)?|/oai/api/)(v1/.*|tokenize|detokenize|tokenizer_info)", re.DOTALL
+)
 # Here they have Anthropic's.
 _ANTHROPIC_PREFIX = "/anthropic/api/"
 _ANTHROPIC_KINDS = {

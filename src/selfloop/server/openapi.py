@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from selfloop.server.auth import public_base
+from selfloop.server.shared.auth import public_base
 
 Json = dict[str, Any]
 

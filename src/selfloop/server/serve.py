@@ -14,12 +14,12 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from selfloop.control.control import Control
-from selfloop.control.disk_room import OUTCOME_BYTES, SPARE_BYTES
-from selfloop.control.installation import make_folder
-from selfloop.server.connections import PatientConnection
-from selfloop.server.headers import is_local
+from selfloop.control.data_dir.disk_space import OUTCOME_BYTES, SPARE_BYTES
+from selfloop.control.data_dir.identity import make_folder
+from selfloop.control.gateway import Control
 from selfloop.server.listening import bound
+from selfloop.server.middleware.connections import PatientConnection
+from selfloop.server.middleware.headers import is_local
 from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from selfloop.control.control import ControlConfig
+from selfloop.control.capacity.placement import Capacity
+from selfloop.control.gateway import ControlConfig
 from selfloop.control.observe.billing import Prices
-from selfloop.control.resources.capacity import Capacity
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.server.key_limits import Limits
+from selfloop.control.queue.scheduler import SchedulerConfig
+from selfloop.server.middleware.key_limits import Limits
 from selfloop.server.telemetry import LogFormat
 
 StableReinforce = Literal["stand-in", "refuse"]

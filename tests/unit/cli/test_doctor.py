@@ -18,10 +18,10 @@ import tiny_models
 from selfloop.cli import client_env, doctor, engine_libraries
 from selfloop.cli.doctor import Verdict
 from selfloop.cli.main import app
+from selfloop.convert import embedded
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
 from selfloop.types.speed import Speed
-from selfloop.worker import smollm2
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def test_bfloat16(tmp_path: Path):
 
 
 def test_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert (doctor.EMBEDDED_PACKAGE, doctor.EMBEDDED_VERSION) == (smollm2.PACKAGE, smollm2.VERSION)
+    assert (doctor.EMBEDDED_PACKAGE, doctor.EMBEDDED_VERSION) == (embedded.PACKAGE, embedded.VERSION)
 
     def not_installed(name: str) -> str:
         raise doctor.metadata.PackageNotFoundError(name)

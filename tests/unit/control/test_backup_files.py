@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from selfloop.cli.main import app
-from selfloop.control import backup
-from selfloop.control.backup import check_backup, clear_leftovers, make_backup, restore
-from selfloop.control.control import DataDirectory, database_url
-from selfloop.control.installation import DATABASE_FILE
+from selfloop.control.data_dir import backup
+from selfloop.control.data_dir.backup import check_backup, clear_leftovers, make_backup, restore
+from selfloop.control.data_dir.identity import DATABASE_FILE
+from selfloop.control.gateway import DataDirectory, database_url
 from selfloop.storage.db.frozen import Damaged
 from selfloop.types.errors import BadRequest, CheckpointDamaged, Conflict
 

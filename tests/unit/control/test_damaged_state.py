@@ -10,9 +10,9 @@ from sqlalchemy import text
 
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
-from selfloop.control import retention
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
+from selfloop.control.resources.checkpoints import retention
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, Operation, OptimStep, SaveState
 from selfloop.types.result import Result, StepResult
 

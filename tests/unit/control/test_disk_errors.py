@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from sqlalchemy.exc import OperationalError
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control import scheduler
-from selfloop.control.disk_room import DiskRoom
-from selfloop.control.outages import Setbacks, is_passing
+from selfloop.control.data_dir.disk_space import DiskRoom
+from selfloop.control.data_dir.transient_errors import Setbacks, is_passing
+from selfloop.control.queue import scheduler
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.resources.catalogue import Catalogue
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed, Unavailable

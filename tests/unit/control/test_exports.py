@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import stores
-from selfloop.control.control import DataDirectory
-from selfloop.control.installation import DATABASE_FILE
-from selfloop.control.resources import exports
-from selfloop.control.resources.imports import Owner, _Facts
+from selfloop.control.data_dir.identity import DATABASE_FILE
+from selfloop.control.gateway import DataDirectory
+from selfloop.control.resources.checkpoints import exports
+from selfloop.control.resources.checkpoints.imports import Owner, _Facts
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed

@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 
 from fake_worker import FakeWorker
-from selfloop.control.lifecycle import Lifecycle
-from selfloop.control.workers import WorkerPool, WorkerState
+from selfloop.control.capacity.lifecycle import Lifecycle
+from selfloop.control.capacity.workers import WorkerPool, WorkerState
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import OperationFailed

@@ -9,9 +9,9 @@ import pytest
 
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
-from selfloop.control.operations import Pending
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
+from selfloop.control.queue.operations import Pending
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.operation import (

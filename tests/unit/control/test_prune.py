@@ -11,7 +11,7 @@ from sqlalchemy.engine import URL
 
 import stores
 from bench.harness.aged_rows import DAY_S, Owner, Sizes, fill, id_of
-from selfloop.control.resources.prune import Prune, Pruned, read_archive
+from selfloop.control.resources.checkpoints.prune import Prune, Pruned, read_archive
 from selfloop.storage.db import migrate, tables
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.database import Database

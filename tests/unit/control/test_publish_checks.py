@@ -11,8 +11,8 @@ import pytest
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeWorker
 from selfloop.control.observe import instruments
-from selfloop.control.operations import Outcome
-from selfloop.control.publish_checks import PublishChecks
+from selfloop.control.queue.operations import Outcome
+from selfloop.control.sampling.publish_checks import PublishChecks
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
 from selfloop.types.logline import current
@@ -77,7 +77,11 @@ def _with_scope(record: logging.LogRecord) -> bool:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Those in the run's log."""
-    found = [r for r in caplog.records if r.levelno == logging.WARNING and r.name == "selfloop.control.publish_checks"]
+    found = [
+        r
+        for r in caplog.records
+        if r.levelno == logging.WARNING and r.name == "selfloop.control.sampling.publish_checks"
+    ]
     for record in found:
         scope = record.__dict__["about"]
         assert (scope.team_id, scope.deployment_id, scope.run_id) == ("team", "deploy", RUN_ID)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.scheduler import SchedulerConfig
-from selfloop.control.settle import Outcome
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.types.operation import ForwardBackward
 
 NUM = 200

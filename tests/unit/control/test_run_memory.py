@@ -6,9 +6,9 @@ from typing import cast
 
 import pytest
 
-from selfloop.control.run_memory import RunMemory, needed
+from selfloop.control.queue.run_memory import RunMemory, needed
 from selfloop.types.errors import OperationFailed
-from selfloop.worker.client import WorkerClient
+from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.protocol import ModelInfo
 
 # Room for two of these at a time, with what one of them takes besides.

@@ -4,8 +4,8 @@ from typing import cast
 
 import pytest
 
+from selfloop.control.capacity.hardware import Machine
 from selfloop.control.context import Context
-from selfloop.control.machine import Machine
 from selfloop.control.resources.user_config import UserConfig, UserConfigs, checked_accelerators
 from selfloop.types.errors import BadRequest
 

@@ -6,11 +6,11 @@ from typing import cast
 
 import pytest
 
-from selfloop.control import workers
-from selfloop.control.workers import WorkerSlot
+from selfloop.control.capacity import workers
+from selfloop.control.capacity.workers import WorkerSlot
 from selfloop.types.errors import OperationFailed, WorkerLost, model_invalid
-from selfloop.worker.client import WorkerClient
-from selfloop.worker.launch_local import WorkerCommand
+from selfloop.worker.client.worker_client import WorkerClient
+from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.protocol import ModelInfo
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfloop.server.anthropic.answers import Answer
-from selfloop.server.tools import ToolUse
+from selfloop.server.shared.tools import ToolUse
 from selfloop.types.sampling import SampleDelta, SampledSequence
 
 USE = ToolUse(frozenset({"f"}), "tags")

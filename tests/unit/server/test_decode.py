@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from selfloop.server.anthropic import wire as anthropic
-from selfloop.server.decode import convert, decode
 from selfloop.server.openai import wire as openai
+from selfloop.server.shared.decode import convert, decode
 from selfloop.types.errors import BadRequest
 
 

@@ -13,12 +13,12 @@ from fastapi.responses import PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.errors import body_of
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
-from selfloop.server.polls import Poll, Polls
+from selfloop.server.middleware.polls import Poll, Polls
 from selfloop.server.settings import Settings
 from selfloop.server.tinker import futures
 from selfloop.types.errors import NotFound

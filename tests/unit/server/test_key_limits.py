@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from selfloop.server import key_limits
 from selfloop.server.errors import response_of
-from selfloop.server.key_limits import KeyLimits, Limits
+from selfloop.server.middleware import key_limits
+from selfloop.server.middleware.key_limits import KeyLimits, Limits
 from selfloop.types.errors import RateLimited
 
 

@@ -9,9 +9,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 from selfloop.server import errors
-from selfloop.server.connections import MAX_HEAD_BYTES, PatientConnection
-from selfloop.server.limits import BodyLimit
-from selfloop.server.strangers import Strangers
+from selfloop.server.middleware.body_limit import BodyLimit
+from selfloop.server.middleware.connections import MAX_HEAD_BYTES, PatientConnection
+from selfloop.server.middleware.strangers import Strangers
 
 START = b"GET /name HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"POST /size HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selfloop.server.openai import wire
 from selfloop.server.openai.tools import tool_use
-from selfloop.server.tools import CallReader, ToolUse, call_form
+from selfloop.server.shared.tools import CallReader, ToolUse, call_form
 from selfloop.types.errors import BadRequest
 
 QWEN = 'tools <tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'

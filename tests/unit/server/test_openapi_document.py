@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from selfloop.control.control import Control
-from selfloop.control.resources.capacity import Capacity, Offered
+from selfloop.control.capacity.placement import Capacity, Offered
+from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.settings import Settings
 

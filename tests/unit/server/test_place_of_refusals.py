@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfloop.server.refusals import JsonPlace, Place
+from selfloop.server.shared.refusals import JsonPlace, Place
 from selfloop.server.tinker import schema
 
 JSON = st.recursive(

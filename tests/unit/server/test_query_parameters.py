@@ -2,7 +2,7 @@
 
 import pytest
 
-from selfloop.server.query_parameters import check
+from selfloop.server.shared.query_parameters import check
 from selfloop.types.errors import BadRequest
 
 DECLARED = {"page_size": False, "page_token": False, "includes": True}

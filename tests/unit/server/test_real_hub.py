@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from selfloop.server.hub import DEFAULT_HUB_URL, RealHub, hub_url, router
-from selfloop.server.limits import BodyLimit
+from selfloop.server.middleware.body_limit import BodyLimit
 
 SHA = "1" * 40
 ROWS = b'{"text": "ahoy"}\n' * 1000

@@ -9,9 +9,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from selfloop.server import connections, errors, limits
-from selfloop.server.connections import PatientConnection
-from selfloop.server.limits import BodyLimit
+from selfloop.server import errors
+from selfloop.server.middleware import body_limit, connections
+from selfloop.server.middleware.body_limit import BodyLimit
+from selfloop.server.middleware.connections import PatientConnection
 
 CHUNK_BYTES = 64 * 1024
 LARGE_BYTES = 64 * 2**20
@@ -22,7 +23,7 @@ TCP_REPAIR = 19
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
     monkeypatch.setattr(connections, "HEAD_PATIENCE_S", 0.3)
-    monkeypatch.setattr(limits, "BODY_PATIENCE_S", 0.3)
+    monkeypatch.setattr(body_limit, "BODY_PATIENCE_S", 0.3)
     monkeypatch.setattr(connections, "_PROBE_AFTER_S", 1)
     monkeypatch.setattr(connections, "_PROBE_EVERY_S", 1)
     monkeypatch.setattr(connections, "_UNREAD_MS", 1000)

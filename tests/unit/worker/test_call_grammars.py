@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import served_model
 from selfloop.engine.engine import Engine
-from selfloop.server.tools import CallReader, Choice, Function, ToolUse, tool_use
+from selfloop.server.shared.tools import CallReader, Choice, Function, ToolUse, tool_use
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import SampledSequence, SampleRequest, SamplingParams
-from selfloop.worker.grammars import GrammarCompiler
-from selfloop.worker.tokens import ModelTokenizer
+from selfloop.worker.text.grammars import GrammarCompiler
+from selfloop.worker.text.tokens import ModelTokenizer
 
 TAGS = 'tools <tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call>'
 WHOLE = 'tools {"name": function name, "parameters": dictionary of argument name and its value}.'

@@ -11,11 +11,12 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import served_model
+from selfloop.convert import prepare
 from selfloop.types.errors import BadRequest
-from selfloop.worker import chat, prepare
-from selfloop.worker.chat import ChatTemplate
 from selfloop.worker.protocol import RenderChat
-from selfloop.worker.tokens import ModelTokenizer
+from selfloop.worker.text import chat
+from selfloop.worker.text.chat import ChatTemplate
+from selfloop.worker.text.tokens import ModelTokenizer
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}},

@@ -16,9 +16,9 @@ import served_model
 from selfloop.engine.engine import Engine
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.sampling import SampleRequest, SamplingParams, StructuredOutput
-from selfloop.worker import grammars
-from selfloop.worker.grammars import GrammarCompiler
-from selfloop.worker.tokens import ModelTokenizer
+from selfloop.worker.text import grammars
+from selfloop.worker.text.grammars import GrammarCompiler
+from selfloop.worker.text.tokens import ModelTokenizer
 
 PROMPT = [72 + 3, 105 + 3]
 SCHEMA = {

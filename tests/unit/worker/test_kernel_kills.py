@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from selfloop.worker import kernel_kills
+from selfloop.worker.launchers import kernel_kills
 
 
 def test_kills_are_counted_in_groups_of_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from selfloop.convert import prepare
 from selfloop.engine.models.config import read_config
 from selfloop.types.errors import BadRequest
-from selfloop.worker import prepare
-from selfloop.worker.chat import ChatTemplate
-from selfloop.worker.tokens import ModelTokenizer
+from selfloop.worker.text.chat import ChatTemplate
+from selfloop.worker.text.tokens import ModelTokenizer
 
 CODE = "custom.py"
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}{{ messages[0]['content'] }}"

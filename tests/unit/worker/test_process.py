@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, StructuredOutput
-from selfloop.worker.client import WorkerClient
-from selfloop.worker.host_client import find_or_launch
-from selfloop.worker.launch_local import WorkerCommand
+from selfloop.worker.client.worker_client import WorkerClient
+from selfloop.worker.launchers.fork_client import find_or_launch
+from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.protocol import CancelSample, Detokenize, RenderChat, Sample, Tokenize
 
 decode = msgspec.msgpack.decode

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from selfloop.types.errors import BadRequest
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
-from selfloop.worker.text import TextDesk
-from selfloop.worker.tokens import MAX_CHARS, ModelTokenizer
+from selfloop.worker.text.calls import TextDesk
+from selfloop.worker.text.tokens import MAX_CHARS, ModelTokenizer
 
 
 class SlowTokens:

@@ -8,9 +8,9 @@ from typing import cast
 import pytest
 
 from selfloop.types.errors import WorkerLost
-from selfloop.worker.client import WorkerClient
-from selfloop.worker.host_client import WorkerHost, WorkerProcess
-from selfloop.worker.launch_local import WorkerCommand, _environment
+from selfloop.worker.client.worker_client import WorkerClient
+from selfloop.worker.launchers.fork_client import WorkerHost, WorkerProcess
+from selfloop.worker.launchers.local import WorkerCommand, _environment
 from selfloop.worker.protocol import ModelInfo, Tokenize
 
 # Connects, says that it is ready, and answers the first call.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from selfloop.control import machine
-from selfloop.control.links import LINK_LIFE_S, Links
+from selfloop.control.capacity import hardware
+from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, Links
 from selfloop.control.observe import worker_output
 from selfloop.control.observe.logs import LogQuery, read
 from selfloop.storage.db.tables import StatusChangeRow
@@ -103,8 +103,8 @@ class Archives:
         ]
         for name, facts in (
             ("status_history.json", history),
-            ("versions.json", machine.versions()),
-            ("machine.json", machine.facts(self._data_dir)),
+            ("versions.json", hardware.versions()),
+            ("machine.json", hardware.facts(self._data_dir)),
         ):
             (folder / name).write_bytes(msgspec.json.format(msgspec.json.encode(facts)))
 

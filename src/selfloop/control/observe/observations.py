@@ -11,18 +11,18 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from selfloop.control.capacity.workers import WorkerState
 from selfloop.control.context import Context
-from selfloop.control.links import Links
+from selfloop.control.data_dir.signed_urls import Links
+from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.observe import instruments, logs, meter, worker_output
 from selfloop.control.observe.archive import ArchiveFile, Archives, ArchiveSource
 from selfloop.control.observe.logs import LogQuery
 from selfloop.control.observe.meter import MINUTE_S, Minute, Step
 from selfloop.control.observe.processes import Processes, resident_bytes
 from selfloop.control.observe.usage import Usage
-from selfloop.control.outages import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Deployment, Runs
-from selfloop.control.workers import WorkerState
 from selfloop.storage.db import queries_observations, queries_resources
 from selfloop.types.errors import NotFound, Unavailable
 from selfloop.types.logline import LogLine

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import msgspec
 
-from selfloop.control.programs import run_program
+from selfloop.control.capacity.subprocesses import run_program
 from selfloop.control.resources.model_paths import ModelPaths
 from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.model_folder import ModelFacts, read_facts
-from selfloop.worker.launch_local import launch_prepare
+from selfloop.worker.launchers.local import launch_prepare
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.placement import Scope
 from selfloop.control.context import Context
-from selfloop.control.journal import END_OF_TIME, cancelled
-from selfloop.control.lifecycle import record_change
-from selfloop.control.readable import may_read
-from selfloop.control.recovery import identity
+from selfloop.control.queue.journal import END_OF_TIME, cancelled
+from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.capacity import Scope
 from selfloop.control.resources.catalogue import Model
+from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Sequence
 
-from selfloop.control import held
+from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.placement import Scope
 from selfloop.control.context import Context
-from selfloop.control.lifecycle import record_change
-from selfloop.control.readable import may_read
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.capacity import Scope
+from selfloop.control.resources.checkpoints import pinned
+from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.control.resources.checkpoints.zero_adapters import warn_of_zero
 from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
-from selfloop.control.resources.zero_adapters import warn_of_zero
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
@@ -122,7 +122,7 @@ class Samplers:
                 await session.flush()
                 if await queries_checkpoints.get(session, checkpoint.id) is None:
                     raise NotFound("checkpoint", str(model_path))
-                await held.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
+                await pinned.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
         if checkpoint is not None:
             await warn_of_zero(self._c.store, row, [checkpoint])
         self._register(row, row.id)
@@ -149,7 +149,7 @@ class Samplers:
     async def deactivate(self, caller: Caller, id: str) -> SamplerRow:
         await self.get(caller, id)
         await self._c.lifecycle.end(id, "deactivated by request")
-        await held.release(self._c.db, self._c.blobs, id)
+        await pinned.release(self._c.db, self._c.blobs, id)
         return await self.get(caller, id)
 
     async def deactivate_version(self, caller: Caller, model_id: str, deployment_id: str) -> bool:
@@ -178,12 +178,12 @@ class Samplers:
     @staticmethod
     def path_of(row: HeldCheckpointRow) -> str:
         """The URI under which a held checkpoint is asked for."""
-        return held.uri_of(row)
+        return pinned.uri_of(row)
 
     async def served_named(self, sampler: Sampler, name: str) -> HeldCheckpointRow | None:
         """The held checkpoint of that URI, id, or name (where only one has it)."""
         rows = await self.served(sampler)
-        exact = [row for row in rows if name in (held.uri_of(row), row.checkpoint_id)]
+        exact = [row for row in rows if name in (pinned.uri_of(row), row.checkpoint_id)]
         named = [row for row in rows if row.name == name]
         return exact[0] if exact else named[0] if len(named) == 1 else None
 
@@ -195,7 +195,7 @@ class Samplers:
         async with self._c.db.look_up() as session:
             row = await queries_models_deployed.held_one(session, sampler.id, id)
             row = row or await queries_checkpoints.get(session, id)
-        return None if row is None else held.uri_of(row)
+        return None if row is None else pinned.uri_of(row)
 
     async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
         """The checkpoint at a ``bt://`` path that a team may read; trainer and sampler ones both hold an adapter."""

@@ -7,11 +7,11 @@ from collections.abc import Coroutine
 
 import msgspec
 
+from selfloop.control.capacity.lifecycle import record_change
 from selfloop.control.context import Context
-from selfloop.control.lifecycle import record_change
-from selfloop.control.outages import tried
+from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.resources.access import Caller
-from selfloop.control.sampling.jobs import Jobs
+from selfloop.control.sampling.futures import Jobs
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound

@@ -3,8 +3,8 @@
 import asyncio
 import time
 
+from selfloop.control.capacity.lifecycle import record_change
 from selfloop.control.context import Context
-from selfloop.control.lifecycle import record_change
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfigs

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from selfloop.control.capacity.hardware import CPU, this_machine
 from selfloop.control.context import Context
-from selfloop.control.machine import CPU, this_machine
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_access
 from selfloop.types.errors import BadRequest, Conflict

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from selfloop.server.events import frame
-from selfloop.server.tools import Call, CallReader, ToolUse
+from selfloop.server.shared.events import frame
+from selfloop.server.shared.tools import Call, CallReader, ToolUse
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import SampleDelta, SampledSequence
 

@@ -8,23 +8,23 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling.draw import Draw, Weights
-from selfloop.server import served_models
+from selfloop.control.sampling.service import Draw, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.request import draw_of, prompt_of
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.connection import EventStream, while_connected
-from selfloop.server.decode import decode
 from selfloop.server.errors import anthropic_body_of
-from selfloop.server.events import frame
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_answer, json_body
-from selfloop.server.sampling import POLICY_VERSION_HEADER, refuse_idempotency_key, weights_of
-from selfloop.server.served_models import target_of
+from selfloop.server.shared import served_models
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.connection import EventStream, while_connected
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.events import frame
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, refuse_idempotency_key, weights_of
+from selfloop.server.shared.served_models import target_of
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.sampling import SampleDelta, SampleResult
 

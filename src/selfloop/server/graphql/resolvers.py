@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from selfloop.control.control import Control
-from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
+from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_machine
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.checkpoints import Checkpoint
-from selfloop.control.resources.deploys import DeployRequest
-from selfloop.server.permissions import check_may_change
+from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
+from selfloop.control.resources.deployments import DeployRequest
+from selfloop.server.middleware.permissions import check_may_change
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import JSONResponse
 
 from selfloop.server import errors
-from selfloop.server.auth import CallerOf, control_of
 from selfloop.server.graphql.resolvers import Root
 from selfloop.server.openapi import ErrorV1
+from selfloop.server.shared.auth import CallerOf, control_of
 from selfloop.types.errors import SelfloopError
 
 # The library is loaded with the first query, not with the server, which is up the sooner for it.

@@ -4,22 +4,22 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from selfloop.control.control import Control
-from selfloop.control.operations import Pending, checked_operation_id
+from selfloop.control.gateway import Control
+from selfloop.control.queue.operations import Pending, checked_operation_id
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling.draw import Draw
-from selfloop.control.sampling.once import Answer
-from selfloop.control.sampling.queued import Drawn, Failed
+from selfloop.control.sampling.durable_queue import Drawn, Failed
+from selfloop.control.sampling.idempotency import Answer
 from selfloop.control.sampling.recorded import sequence_id
-from selfloop.server.auth import CallerOf, ControlOf, control_of
-from selfloop.server.connection import while_connected
+from selfloop.control.sampling.service import Draw
 from selfloop.server.errors import body_of
-from selfloop.server.guard import caller_of
-from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
+from selfloop.server.middleware.body_limit import poll_hold_s, read_body
+from selfloop.server.middleware.guard import caller_of
+from selfloop.server.middleware.polls import Poll
 from selfloop.server.openapi import json_answer
-from selfloop.server.polls import Poll
-from selfloop.server.sampling import (
+from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.connection import while_connected
+from selfloop.server.shared.sampling import (
     MAX_SAMPLES,
     MAX_TOP_LOGPROBS,
     POLICY_VERSION_HEADER,

@@ -6,22 +6,22 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from selfloop.control.control import Control
-from selfloop.control.journal import Submission
-from selfloop.control.operations import Pending, checked_operation_id
+from selfloop.control.gateway import Control
+from selfloop.control.queue.journal import Submission
+from selfloop.control.queue.operations import Pending, checked_operation_id
+from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.runs import Run
-from selfloop.control.settle import Outcome
-from selfloop.server.auth import CallerOf, ControlOf, control_of
 from selfloop.server.errors import body_of
-from selfloop.server.guard import caller_of
-from selfloop.server.limits import poll_hold_s, read_body
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import render
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import poll_hold_s, read_body
+from selfloop.server.middleware.guard import caller_of
+from selfloop.server.middleware.polls import Poll
 from selfloop.server.openapi import json_answer, json_body
-from selfloop.server.polls import Poll
-from selfloop.server.provenance import Known
-from selfloop.server.refusals import OperationRoute, check_not_refused, json_place
+from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.provenance import Known
+from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place
 from selfloop.types.datum import Datum
 from selfloop.types.errors import BadRequest, Conflict
 from selfloop.types.ids import new_id

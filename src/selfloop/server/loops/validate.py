@@ -5,9 +5,9 @@ import math
 from array import array
 from dataclasses import dataclass
 
-from selfloop.server.decode import decode as decode
 from selfloop.server.loops import wire
-from selfloop.server.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check
+from selfloop.server.shared.decode import decode as decode
+from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
 from selfloop.types.losses import LOSSES, LossSpec, one_of

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from selfloop.server.sampling import PenaltyFields, StructuredOutputs
+from selfloop.server.shared.sampling import PenaltyFields, StructuredOutputs
 
 Number = int | float | None
 

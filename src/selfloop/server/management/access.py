@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from fastapi import Depends, Query, Request
 
 from selfloop.control.resources.access import Caller
-from selfloop.server.auth import CallerOf
 from selfloop.server.management.render import Renderer
+from selfloop.server.shared.auth import CallerOf
 from selfloop.types.errors import NotFound
 
 

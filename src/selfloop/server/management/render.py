@@ -5,13 +5,12 @@ from typing import Literal
 
 from fastapi import Request
 
-from selfloop.control.control import Control
-from selfloop.control.machine import INSTANCE_TYPE_ID, this_machine
-from selfloop.control.resources.checkpoints import Checkpoint
-from selfloop.control.resources.deploys import ModelView, Version
+from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_machine
+from selfloop.control.gateway import Control
+from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
+from selfloop.control.resources.deployments import ModelView, Version
 from selfloop.control.resources.runs import DeploymentView, Run, RunView
 from selfloop.control.resources.samplers import Sampler
-from selfloop.server.auth import control_of, public_base
 from selfloop.server.management.schemas.checkpoints import CheckpointFileV1, LoopsCheckpointV1, LoraAdapterConfigV1
 from selfloop.server.management.schemas.common import (
     CapacityV1,
@@ -30,6 +29,7 @@ from selfloop.server.management.schemas.runs import (
     LoopsTrainerRunV1,
 )
 from selfloop.server.management.schemas.samplers import LoopsSamplerStatusV1, LoopsSamplerV1
+from selfloop.server.shared.auth import control_of, public_base
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.lora import LoraTargets

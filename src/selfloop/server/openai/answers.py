@@ -13,7 +13,7 @@ from selfloop.server.openai.logprobs import (
     prompt_logprobs,
 )
 from selfloop.server.openai.tools import rendered
-from selfloop.server.tools import CallReader, Piece, ToolUse
+from selfloop.server.shared.tools import CallReader, Piece, ToolUse
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import SampleResult
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from selfloop.server.openai import wire
 from selfloop.server.openai.params import Asked, asked
-from selfloop.server.sampling import MAX_TOP_LOGPROBS, within
+from selfloop.server.shared.sampling import MAX_TOP_LOGPROBS, within
 from selfloop.types.errors import BadRequest
 
 # What OpenAI's route draws when it is told nothing.

@@ -8,21 +8,21 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling.draw import Draw, Weights
-from selfloop.server.connection import EventStream, while_connected
+from selfloop.control.sampling.service import Draw, Weights
 from selfloop.server.errors import openai_body_of
-from selfloop.server.events import DONE, frame, merged
-from selfloop.server.offload import off_loop
 from selfloop.server.openai import wire
 from selfloop.server.openai.answers import ChatChoice, CompletionChoice, Echo, Head, Json, usage
 from selfloop.server.openai.chat import chat_request
 from selfloop.server.openai.completions import CompletionRequest, completion_request
 from selfloop.server.openai.params import Asked, draw_of
-from selfloop.server.sampling import POLICY_VERSION_HEADER, room_for, weights_of, within
-from selfloop.server.served_models import Target
+from selfloop.server.shared.connection import EventStream, while_connected
+from selfloop.server.shared.events import DONE, frame, merged
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, room_for, weights_of, within
+from selfloop.server.shared.served_models import Target
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.sampling import SampleDelta, SampleResult
 

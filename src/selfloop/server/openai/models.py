@@ -1,8 +1,8 @@
 """The names that a sampler answers to: its base model, and checkpoints of it."""
 
-from selfloop.control.control import Control
-from selfloop.control.held import uri_of
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
+from selfloop.control.resources.checkpoints.pinned import uri_of
 from selfloop.control.resources.samplers import Sampler
 from selfloop.types.errors import BadRequest, NotFound
 

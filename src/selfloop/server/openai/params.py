@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from selfloop.control.sampling.draw import Draw
+from selfloop.control.sampling.service import Draw
 from selfloop.server.openai import wire
-from selfloop.server.sampling import (
+from selfloop.server.shared.sampling import (
     MAX_SAMPLES,
     check_ranges,
     choice_of,

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfloop.server.decode import convert, to_json
 from selfloop.server.openai import responses_wire as wire
 from selfloop.server.openai import wire as chat_wire
 from selfloop.server.openai.params import refuse_unserved
+from selfloop.server.shared.decode import convert, to_json
 from selfloop.types.errors import BadRequest
 
 # The fields of a chat request by the names that they have here.

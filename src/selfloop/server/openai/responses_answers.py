@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from selfloop.server.errors import openai_body_of
-from selfloop.server.events import frame
 from selfloop.server.openai import responses_wire as wire
 from selfloop.server.openai.logprobs import Grown
 from selfloop.server.openai.wire import ErrorAnswer
-from selfloop.server.tools import Call, CallReader, ToolUse
+from selfloop.server.shared.events import frame
+from selfloop.server.shared.tools import Call, CallReader, ToolUse
 from selfloop.types.errors import SelfloopError
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import SampledSequence

@@ -6,18 +6,18 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.server.connection import EventStream, while_connected
-from selfloop.server.offload import off_loop
 from selfloop.server.openai import responses_wire as wire
 from selfloop.server.openai.chat import ChatRequest, chat_request
 from selfloop.server.openai.drawing import as_asked, checked_max_tokens
 from selfloop.server.openai.params import draw_of
 from selfloop.server.openai.responses import Conversation, chat_of
 from selfloop.server.openai.responses_answers import ResponseAnswer
-from selfloop.server.sampling import POLICY_VERSION_HEADER, weights_of
-from selfloop.server.served_models import Target
+from selfloop.server.shared.connection import EventStream, while_connected
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, weights_of
+from selfloop.server.shared.served_models import Target
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.sampling import SampleDelta, SampleResult
 

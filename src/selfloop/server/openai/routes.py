@@ -6,21 +6,21 @@ import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.server import served_models
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.decode import decode
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openai import responses_wire, tokens, wire
 from selfloop.server.openai.drawing import chat_answer, completion_answer
 from selfloop.server.openai.models import entry, listed, pinned_by
 from selfloop.server.openai.responses_drawing import responses_answer
 from selfloop.server.openapi import json_answer, json_body
-from selfloop.server.sampling import SamplerOf, check_identity, refuse_idempotency_key
-from selfloop.server.served_models import Target, target_of
+from selfloop.server.shared import served_models
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.sampling import SamplerOf, check_identity, refuse_idempotency_key
+from selfloop.server.shared.served_models import Target, target_of
 from selfloop.types.errors import BadRequest
 
 B = TypeVar("B", bound=msgspec.Struct)

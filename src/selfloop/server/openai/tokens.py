@@ -5,13 +5,13 @@ import asyncio
 import msgspec
 from fastapi import Request
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.samplers import Sampler
-from selfloop.server.connection import while_connected
 from selfloop.server.openai import wire
 from selfloop.server.openai.chat import chat_request
 from selfloop.server.openai.logprobs import token_text
 from selfloop.server.openai.params import refuse_unserved
+from selfloop.server.shared.connection import while_connected
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.model_folder import read_chat_template
 

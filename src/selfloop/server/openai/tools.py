@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from selfloop.server import tools
 from selfloop.server.openai import wire
-from selfloop.server.tools import Call, Choice, Function, ToolUse
+from selfloop.server.shared import tools
+from selfloop.server.shared.tools import Call, Choice, Function, ToolUse
 from selfloop.types.errors import BadRequest
 
 _FORCING = "none, required or a function"

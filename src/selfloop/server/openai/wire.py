@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from selfloop.server.sampling import PenaltyFields, StructuredOutputs
+from selfloop.server.shared.sampling import PenaltyFields, StructuredOutputs
 
 Unserved = Any
 Label = dict[str, Any] | None

@@ -5,13 +5,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from selfloop.control.links import LINK_LIFE_S
+from selfloop.control.data_dir.signed_urls import LINK_LIFE_S
+from selfloop.control.resources.checkpoints.sharing import Address, CopyRequest
 from selfloop.control.resources.listings import CheckpointSearch
-from selfloop.control.resources.sharing import Address, CopyRequest
-from selfloop.server.auth import CallerOf, ControlOf, public_base
-from selfloop.server.decode import decode
-from selfloop.server.limits import read_body
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_body
+from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.runs import checkpoint, rfc3339, target_of_type

@@ -5,14 +5,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.decode import decode
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_body
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.offload import off_loop
 from selfloop.server.tinker import futures, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.custom_loss import CustomLoss

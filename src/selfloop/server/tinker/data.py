@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from selfloop.server.provenance import NOTHING_KNOWN, Known, add_recorded, check
+from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, add_recorded, check
 from selfloop.server.tinker import provenance, schema
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor

@@ -6,19 +6,19 @@ An id says what it is the future of, so that it means the same after a restart.
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from selfloop.control.control import Control
-from selfloop.control.operations import Pending
+from selfloop.control.gateway import Control
+from selfloop.control.queue.operations import Pending
+from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.access import Caller
 from selfloop.control.sampling.completions import Completion
-from selfloop.control.settle import Outcome
-from selfloop.server.auth import CallerOf, ControlOf, control_of
-from selfloop.server.decode import decode
 from selfloop.server.errors import body_of
-from selfloop.server.guard import caller_of
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
+from selfloop.server.middleware.guard import caller_of
+from selfloop.server.middleware.polls import Poll
 from selfloop.server.openapi import json_body
-from selfloop.server.polls import Poll
+from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.offload import off_loop
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.server.tinker.results import render

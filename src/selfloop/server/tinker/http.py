@@ -7,9 +7,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.server.errors import body_of, reason_of
-from selfloop.server.guard import authenticated_key
+from selfloop.server.middleware.guard import authenticated_key
 from selfloop.server.openapi import ErrorV1
 from selfloop.types.errors import (
     BadRequest,

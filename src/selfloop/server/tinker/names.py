@@ -1,6 +1,6 @@
 """This dialect's names for runs, samplers and checkpoints, and ours for the same things."""
 
-from selfloop.server.tinker_paths import (
+from selfloop.server.shared.tinker_paths import (
     URI_FORM,
     any_path,
     as_written,

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.server.provenance import Known, Span
+from selfloop.server.shared.provenance import Known, Span
 from selfloop.server.tinker import names
 from selfloop.types.errors import SelfloopError
 

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import APIRouter, Query, Response
 
-from selfloop.control.resources.checkpoints import Checkpoint
+from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.listings import ListedRun, Page
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import page_of, streamed
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import page_of, streamed
 from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.status import CheckpointTarget

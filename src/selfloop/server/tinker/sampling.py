@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 from fastapi import APIRouter, Request
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.samplers import Sampler
-from selfloop.control.sampling.draw import Draw
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.decode import decode
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.control.sampling.service import Draw
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_body
-from selfloop.server.sampling import room_for
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.results import SampleView, sample_response

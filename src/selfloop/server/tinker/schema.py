@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from selfloop.server.refusals import Place
+from selfloop.server.shared.refusals import Place
 from selfloop.types.errors import BadRequest
 
 STOP, LENGTH = 0, 1

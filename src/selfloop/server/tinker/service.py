@@ -5,11 +5,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.resources.sessions import SessionDetails
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.decode import check_json, decode
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_body
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.decode import check_json, decode
+from selfloop.server.shared.offload import off_loop
 from selfloop.server.tinker import wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.types.errors import BadRequest, NotFound

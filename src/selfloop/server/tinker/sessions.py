@@ -4,14 +4,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.listings import NO_PROJECT, FoundSession, Page, SessionSearch
 from selfloop.control.resources.sessions import SILENT, Session, details_of
-from selfloop.server.auth import CallerOf, ControlOf, public_base
-from selfloop.server.decode import decode
-from selfloop.server.limits import read_body
+from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openapi import json_body
+from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.runs import AccessScope, Limit, Offset, rfc3339

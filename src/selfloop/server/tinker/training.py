@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import msgspec
 from fastapi import APIRouter, Request
 
-from selfloop.control.control import Control
-from selfloop.control.journal import Submission
+from selfloop.control.gateway import Control
+from selfloop.control.queue.journal import Submission
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run, RunRequest
-from selfloop.server.auth import CallerOf, ControlOf, control_of
-from selfloop.server.decode import decode
-from selfloop.server.guard import caller_of
-from selfloop.server.limits import read_body
-from selfloop.server.offload import off_loop
+from selfloop.server.middleware.body_limit import read_body
+from selfloop.server.middleware.guard import caller_of
 from selfloop.server.openapi import json_body, protobuf_body
-from selfloop.server.refusals import OperationRoute, check_not_refused, json_place, plain_start
+from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.decode import decode
+from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place, plain_start
 from selfloop.server.tinker import custom_losses, data, futures, names, provenance, schema, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings

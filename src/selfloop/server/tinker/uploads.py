@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from selfloop.control.resources.uploads import UploadRequest
-from selfloop.server.auth import CallerOf, ControlOf, public_base
-from selfloop.server.decode import decode
-from selfloop.server.limits import RequestBody, read_body
+from selfloop.control.resources.checkpoints.uploads import UploadRequest
+from selfloop.server.middleware.body_limit import RequestBody, read_body
 from selfloop.server.openapi import json_body
+from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.runs import rfc3339

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from selfloop.control.operations import Pending
+from selfloop.control.queue.operations import Pending
 from selfloop.control.sampling.completions import Completion
-from selfloop.control.sampling.jobs import Answer, Jobs
-from selfloop.control.sampling.open_jobs import OpenJobs
+from selfloop.control.sampling.futures import Answer, Jobs
+from selfloop.control.sampling.open_futures import OpenJobs
 from selfloop.types.errors import BadRequest, NotFound
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
-from selfloop.control.operations import Pending
-from selfloop.control.sampling.draw import Weights
-from selfloop.control.sampling.once import Answer, SampledOnce
-from selfloop.control.sampling.queued import Drawn, Failed
+from selfloop.control.queue.operations import Pending
+from selfloop.control.sampling.durable_queue import Drawn, Failed
+from selfloop.control.sampling.idempotency import Answer, SampledOnce
+from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.sampling import AdapterRef
 

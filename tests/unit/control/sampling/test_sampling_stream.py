@@ -9,7 +9,7 @@ import pytest
 from fake_house import FakeHouse
 from fake_worker import drawn
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
-from selfloop.control.sampling.draw import Chat, Draw, Sampling, Weights
+from selfloop.control.sampling.service import Chat, Draw, Sampling, Weights
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams

@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from selfloop.control.resources.capacity import Capacity
+from selfloop.control.capacity.placement import Capacity
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.user_config import UserConfig, checked_accelerators
-from selfloop.server.auth import CallerOf, ControlOf
 from selfloop.server.management.render import instance_type
 from selfloop.server.management.schemas.account import (
     EnablementDetailsV1,
@@ -24,6 +23,7 @@ from selfloop.server.management.schemas.account import (
     TeamV1,
 )
 from selfloop.server.management.schemas.common import iso
+from selfloop.server.shared.auth import CallerOf, ControlOf
 
 router = APIRouter()
 

@@ -5,16 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.checkpoints import Checkpoint
-from selfloop.control.resources.cleanup import CheckpointFilter
-from selfloop.control.resources.deploys import DeployRequest
+from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
+from selfloop.control.resources.checkpoints.cleanup import CheckpointFilter
+from selfloop.control.resources.deployments import DeployRequest
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
 from selfloop.control.resources.samplers import exactly_one
-from selfloop.server import tinker_paths
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import RenderOf, Scope
 from selfloop.server.management.schemas.checkpoints import (
     DeleteLoopsCheckpointsRequestV1,
@@ -29,6 +26,9 @@ from selfloop.server.management.schemas.checkpoints import (
     ValidateLoopsCheckpointRequestV1,
     ValidateLoopsCheckpointResponseV1,
 )
+from selfloop.server.shared import tinker_paths
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.ids import is_id
 from selfloop.types.status import CheckpointTarget
 

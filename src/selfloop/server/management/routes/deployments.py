@@ -4,11 +4,11 @@ from fastapi import APIRouter, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.runs import DeploymentView
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import RenderOf, Scope
 from selfloop.server.management.schemas.common import DeactivateLoopsDeploymentResponseV1
 from selfloop.server.management.schemas.deployments import GetLoopsDeploymentResponseV1, ListLoopsDeploymentsResponseV1
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 
 router = APIRouter()
 

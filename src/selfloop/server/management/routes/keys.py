@@ -6,8 +6,6 @@ from fastapi import APIRouter, Query, Response
 
 from selfloop.control.resources.access import Caller, Key
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.keys import (
@@ -22,6 +20,8 @@ from selfloop.server.management.schemas.keys import (
     UserInfoV1,
     UsersResponseV1,
 )
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.roles import Role
 

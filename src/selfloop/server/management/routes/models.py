@@ -5,12 +5,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from selfloop.control.control import Control
+from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.deploys import ModelView
+from selfloop.control.resources.deployments import ModelView
 from selfloop.control.resources.listings import Cut, Part
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf
 from selfloop.server.management.schemas.models import (
     DeactivateResponseV1,
@@ -19,6 +17,8 @@ from selfloop.server.management.schemas.models import (
     ModelsV1,
     ModelV1,
 )
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 
 router = APIRouter()
 

@@ -8,13 +8,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from selfloop.control.machine import NODE
+from selfloop.control.capacity.hardware import NODE
 from selfloop.control.observe.meter import Minute, Step
 from selfloop.control.observe.observations import LogWindow
 from selfloop.control.observe.usage import UsageLine
 from selfloop.control.resources.listings import Cut, Part, Place, part_of_sorted
-from selfloop.server.auth import CallerOf, ControlOf, public_base
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import Scope
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.observations import (
@@ -37,6 +35,8 @@ from selfloop.server.management.schemas.observations import (
     ResponseTimeDatapointV1,
     StorageMetricsV1,
 )
+from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.errors import BadRequest
 from selfloop.types.logline import LogLine
 

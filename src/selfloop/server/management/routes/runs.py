@@ -6,8 +6,6 @@ from fastapi import APIRouter, Body, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.runs import RunRequest, RunView
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_unserved
 from selfloop.server.management.schemas.common import DeactivateLoopsRunResponseV1
@@ -25,6 +23,8 @@ from selfloop.server.management.schemas.runs import (
 )
 from selfloop.server.management.schemas.samplers import NewestSamplerResponseV1, NewestWeightsV1
 from selfloop.server.openapi import code_samples
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 
 router = APIRouter()
 

@@ -4,8 +4,6 @@ from fastapi import APIRouter, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.samplers import Sampler, exactly_one
-from selfloop.server.auth import CallerOf, ControlOf
-from selfloop.server.lists import PagingOf, listed
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_replicas, refuse_spot, refuse_with_serverless
 from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
@@ -15,6 +13,8 @@ from selfloop.server.management.schemas.samplers import (
     GetLoopsSamplerResponseV1,
     ListLoopsSamplersResponseV1,
 )
+from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.errors import BadRequest
 
 router = APIRouter()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr
 
-from selfloop.control.resources.capacity import Scope
+from selfloop.control.capacity.placement import Scope
 from selfloop.server.management.schemas.common import (
     SCOPE,
     Answer,

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, StrictInt, StrictStr
 
-from selfloop.control.resources.capacity import Scope
+from selfloop.control.capacity.placement import Scope
 from selfloop.server.management.schemas.common import (
     SCOPE,
     Answer,

@@ -1,0 +1,373 @@
+"""The one place where statuses change: capacity comes up, serves, goes idle, frees its memory, wakes, ends."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from selfloop.control.capacity.workers import WorkerPool, WorkerState
+from selfloop.control.data_dir.transient_errors import tried
+from selfloop.control.observe.observer import status_extra
+from selfloop.storage.db import queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import StatusChangeRow
+from selfloop.types.errors import Conflict
+from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
+from selfloop.worker.client.worker_client import WorkerClient
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["deployment", "sampler"]
+
+_DEPLOYMENT_STATUS: dict[WorkerState, DeploymentStatus] = {
+    "preparing": DeploymentStatus.DEPLOYING,
+    "loading": DeploymentStatus.DEPLOYING,
+    "restarting": DeploymentStatus.DEPLOYING,
+    "crashing": DeploymentStatus.FAILED,
+    "ready": DeploymentStatus.RUNNING,
+    "failed": DeploymentStatus.FAILED,
+}
+_SAMPLER_STATUS: dict[WorkerState, SamplerStatus] = {
+    "preparing": SamplerStatus.DEPLOYING,
+    "loading": SamplerStatus.LOADING_MODEL,
+    "restarting": SamplerStatus.LOADING_MODEL,
+    "crashing": SamplerStatus.UNHEALTHY,
+    "ready": SamplerStatus.ACTIVE,
+    "failed": SamplerStatus.DEPLOY_FAILED,
+}
+_ENDED = {DeploymentStatus.STOPPED, SamplerStatus.INACTIVE}
+_SLEEPING = {DeploymentStatus.SCALED_TO_ZERO, SamplerStatus.SCALED_TO_ZERO}
+# A sampler that has been up before: what it cannot load now, it could.
+_HAS_SERVED = {
+    SamplerStatus.ACTIVE,
+    SamplerStatus.SCALED_TO_ZERO,
+    SamplerStatus.WAKING_UP,
+    SamplerStatus.UNHEALTHY,
+    SamplerStatus.FAILED,
+}
+_SETTLED = {
+    SamplerStatus.ACTIVE,
+    SamplerStatus.UNHEALTHY,
+    SamplerStatus.DEPLOY_FAILED,
+    SamplerStatus.INACTIVE,
+    SamplerStatus.SCALED_TO_ZERO,
+    SamplerStatus.FAILED,
+}
+_REAPER_PAUSE_S = 0.25
+# How long a deactivated sampler waits for the samples that it is drawing, and how long its caller for the worker's
+# end: together less than the 5 s after which common HTTP clients give up.
+_DRAIN_S = 3.0
+_STOP_WAIT_S = 1.0
+
+
+@dataclass(slots=True)
+class _Member:
+    kind: Kind
+    id: str
+    status: str
+    reason: str = ""
+    has_served: bool = False
+    num_uses: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Capacity that lives and sleeps together: a trainer deployment with its paired samplers, or one sampler."""
+
+    key: str
+    model_name: str
+    delay_s: float
+    last_used: float
+    num_uses: int = 0
+    members: dict[str, _Member] = field(default_factory=dict[str, _Member])
+
+    @property
+    def is_awake(self) -> bool:
+        return any(m.status not in _SLEEPING and m.status not in _ENDED for m in self.members.values())
+
+
+class Lifecycle:
+    """Statuses of runs, deployments and samplers, and when their memory is given back."""
+
+    def __init__(self, db: Database, pool: WorkerPool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._db = db
+        self._pool = pool
+        self._clock = clock
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[str, _Group] = {}
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.park: Callable[[str], Awaitable[None]] | None = None
+        """Set by the scheduler: stores the state of a deployment's runs and takes them out of the worker."""
+
+    async def start(self) -> None:
+        """Take up what the database knows; whatever was awake sleeps until it is needed again, save what stands."""
+        async with self._db.read() as session:
+            deployments = await queries_resources.live_deployments(session)
+            samplers = await queries_resources.live_samplers(session)
+            run_ids = {row.run_id for row in samplers if row.run_id is not None}
+            deployment_of = await queries_resources.deployments_of_runs(session, run_ids)
+        for row in deployments:
+            self.add("deployment", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
+        for row in samplers:
+            key = deployment_of[row.run_id] if row.run_id else row.id
+            delay_s = math.inf if row.standing else row.scale_down_delay_s
+            self.add("sampler", row.id, key, row.model_name, delay_s, row.status)
+            if row.status == SamplerStatus.DEACTIVATING:
+                await self.end(row.id, "deactivated before the server was restarted")
+        for group in list(self._groups.values()):
+            if group.is_awake:
+                await self._set_sleeping(group, "the server was restarted")
+            if group.delay_s == math.inf:
+                self.wake_soon(next(iter(group.members)))
+        self._spawn(self._keep_reaping(), "reaper")
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- who is there ---------------------------------------------------------------------------------
+
+    def add(self, kind: Kind, id: str, key: str, model_name: str, delay_s: float, status: str) -> None:
+        """Register capacity; ``key`` is the trainer deployment it lives with, or its own id.
+
+        A ``delay_s`` of infinity is for what never sleeps, and is brought up at every start.
+        """
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group(key, model_name, delay_s, self._clock())
+        group.delay_s = delay_s
+        group.members[id] = _Member(kind, id, status, has_served=status in _HAS_SERVED)
+        self._group_of[id] = group
+
+    def status(self, id: str) -> str | None:
+        """The present status of live capacity, None for what ended or never was."""
+        group = self._group_of.get(id)
+        return group.members[id].status if group else None
+
+    def key_of(self, id: str) -> str | None:
+        """The trainer deployment that live capacity belongs to (or its own id), None for what ended."""
+        group = self._group_of.get(id)
+        return group.key if group else None
+
+    def awake(self) -> list[tuple[str, str]]:
+        """Key and base model of all capacity that is not asleep."""
+        return [(group.key, group.model_name) for group in self._groups.values() if group.is_awake]
+
+    def describe(self, id: str) -> str:
+        """Why the capacity is in its status, in words."""
+        group = self._group_of.get(id)
+        if group is None:
+            return ""
+        slot = self._pool.slot(group.model_name)
+        member = group.members[id]
+        return slot.reason if slot.state in ("preparing", "loading", "restarting") else member.reason
+
+    # -- use and wake ---------------------------------------------------------------------------------
+
+    def touch(self, id: str) -> None:
+        """Somebody cares about this capacity: its idle time starts anew."""
+        group = self._group_of.get(id)
+        if group is not None:
+            group.last_used = self._clock()
+
+    @contextmanager
+    def using(self, id: str) -> Generator[None]:
+        """While the block runs, the capacity is not idle."""
+        group = self._group_of.get(id)
+        if group is None:
+            yield
+            return
+        member = group.members[id]
+        group.num_uses += 1
+        member.num_uses += 1
+        try:
+            yield
+        finally:
+            group.num_uses -= 1
+            member.num_uses -= 1
+            group.last_used = self._clock()
+            if member.status == SamplerStatus.DEACTIVATING and not member.num_uses:
+                member.idle.set()
+
+    async def wake(self, id: str) -> WorkerClient:
+        """Bring the capacity up (if it is not) and give its worker.
+
+        Raises:
+            OperationFailed: the base model cannot be loaded.
+            Conflict: the capacity was deactivated.
+        """
+        group = self._group_of.get(id)
+        if group is None:
+            raise Conflict(f"{id} was deactivated")
+        slot = self._pool.slot(group.model_name)
+        with self.using(id):
+            if not group.is_awake or any(m.status in _SLEEPING for m in group.members.values()):
+                await self._set_waking(group)
+            client = await slot.acquire()
+            await self._follow(group, "ready", slot.reason)
+            return client
+
+    def is_asleep(self, id: str) -> bool:
+        return self.status(id) in _SLEEPING
+
+    def wake_soon(self, id: str) -> "asyncio.Task[None]":
+        """Start waking; the task ends when it is up or cannot be, which the status shows."""
+
+        async def wake() -> None:
+            with contextlib.suppress(Exception):  # Reported as the status, with its cause.
+                await self.wake(id)
+
+        return self._spawn(wake(), f"wake-{id}")
+
+    async def settled(self, id: str, timeout_s: float) -> None:
+        """Wait until the status is one that lasts, at most ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _SETTLED)
+
+    async def end(self, id: str, reason: str) -> None:
+        """Deactivate capacity for good; the worker ends when nothing else needs it.
+
+        A sampler first finishes what it is drawing, for at most 3 s, and takes nothing new meanwhile. A worker
+        that is still loading is ended once it can be told to; nobody waits for that.
+        """
+        group = self._group_of.get(id)
+        if group is None:
+            return
+        member = group.members[id]
+        final = DeploymentStatus.STOPPED
+        if member.kind == "sampler":
+            final = SamplerStatus.INACTIVE
+            member.idle.clear()
+            if member.num_uses:
+                await self._set(member, SamplerStatus.DEACTIVATING, f"{reason}; {member.num_uses} requests are running")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(member.idle.wait(), _DRAIN_S)
+        if self._group_of.pop(id, None) is None:
+            return  # Somebody else ended it meanwhile.
+        await self._set(member, final, reason)
+        del group.members[id]
+        if not group.members:
+            self._groups.pop(group.key, None)
+        stopping = self._spawn(self._stop_unneeded(group.model_name, reason), f"stop-{group.model_name}")
+        await asyncio.wait({stopping}, timeout=_STOP_WAIT_S)
+
+    # -- transitions ----------------------------------------------------------------------------------
+
+    async def on_worker_state(self, model_name: str, state: WorkerState, reason: str) -> None:
+        """The worker of a base model changed: so did the capacity on it that is awake."""
+        if state == "stopped":
+            return
+        awake = [g for g in list(self._groups.values()) if g.model_name == model_name and g.is_awake]
+        for group in awake:
+            await self._follow(group, state, reason)
+        members = [id for group in awake for id in group.members]
+        if state == "restarting" and members:
+            self.wake_soon(members[0])
+
+    async def _follow(self, group: _Group, state: WorkerState, reason: str) -> None:
+        for member in list(group.members.values()):
+            waking = member.status == SamplerStatus.WAKING_UP and state in ("preparing", "loading")
+            if member.status in _SLEEPING or member.status == SamplerStatus.DEACTIVATING or waking:
+                continue
+            if member.kind == "deployment":
+                await self._set(member, _DEPLOYMENT_STATUS[state], reason)
+            elif state == "failed" and member.has_served:
+                await self._set(member, SamplerStatus.FAILED, reason)
+            else:
+                await self._set(member, _SAMPLER_STATUS[state], reason)
+
+    async def _set_waking(self, group: _Group) -> None:
+        for member in group.members.values():
+            if member.status in _SLEEPING:
+                status = DeploymentStatus.DEPLOYING if member.kind == "deployment" else SamplerStatus.WAKING_UP
+                await self._set(member, status, "woken by a request")
+
+    async def _set_sleeping(self, group: _Group, reason: str) -> None:
+        for member in group.members.values():
+            is_deployment = member.kind == "deployment"
+            status = DeploymentStatus.SCALED_TO_ZERO if is_deployment else SamplerStatus.SCALED_TO_ZERO
+            await self._set(member, status, reason)
+
+    async def _set(self, member: _Member, status: str, reason: str) -> None:
+        member.reason = reason
+        member.has_served = member.has_served or status == SamplerStatus.ACTIVE
+        if member.status == status:
+            return
+        extra = status_extra(member.kind, member.id, status)
+        log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason, extra=extra)
+        member.status = status
+        async with self._db.write() as session:
+            if member.kind == "deployment":
+                await queries_resources.update_deployment(session, member.id, status=status)
+            else:
+                await queries_resources.update_sampler(session, member.id, status=status)
+            record_change(session, member.kind, member.id, status, reason)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def end_run(self, run_id: str, reason: str) -> None:
+        """A run becomes INACTIVE; its checkpoints stay."""
+        async with self._db.write() as session:
+            await queries_resources.update_run(session, run_id, status=RunStatus.INACTIVE)
+            record_change(session, "run", run_id, RunStatus.INACTIVE, reason)
+
+    # -- scale to zero --------------------------------------------------------------------------------
+
+    async def reap(self) -> None:
+        """Put to sleep whatever has been idle for longer than its delay."""
+        now = self._clock()
+        for group in list(self._groups.values()):
+            if group.is_awake and not group.num_uses and now - group.last_used >= group.delay_s:
+                await self._scale_to_zero(group, f"idle for {now - group.last_used:.0f} s")
+
+    async def rest(self, id: str, reason: str) -> None:
+        """Put capacity to sleep now, rather than after its idle time, unless it is in use."""
+        group = self._group_of.get(id)
+        if group is not None and group.is_awake and not group.num_uses:
+            await self._scale_to_zero(group, reason)
+
+    async def _keep_reaping(self) -> None:
+        while True:
+            with tried("scale to zero"):
+                await self.reap()
+            await asyncio.sleep(_REAPER_PAUSE_S)
+
+    async def _scale_to_zero(self, group: _Group, reason: str) -> None:
+        assert self.park is not None
+        used_at = group.last_used
+        for member in list(group.members.values()):
+            if member.kind == "deployment":
+                await self.park(member.id)
+        if group.num_uses or group.last_used != used_at:
+            return  # Somebody came while the state was being stored: the run reopens by itself.
+        await self._set_sleeping(group, reason)
+        await self._stop_unneeded(group.model_name, reason)
+
+    async def _stop_unneeded(self, model_name: str, reason: str) -> None:
+        def is_needed() -> bool:
+            return any(g.model_name == model_name and g.is_awake for g in self._groups.values())
+
+        if not is_needed():
+            await self._pool.slot(model_name).stop(reason, is_needed)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def record_change(session: AsyncSession, resource: str, id: str, status: str, reason: str) -> None:
+    """Note a transition with its time and cause."""
+    session.add(StatusChangeRow(resource=resource, resource_id=id, status=status, reason=reason, at=time.time()))

@@ -1,0 +1,186 @@
+"""One worker a base model: started when needed, watched, brought back, stopped when idle."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.worker.client.worker_client import WorkerClient
+from selfloop.worker.launchers.fork_client import WorkerHost, find_or_launch
+from selfloop.worker.launchers.local import WorkerCommand
+
+log = logging.getLogger(__name__)
+
+WorkerState = Literal["stopped", "preparing", "loading", "ready", "restarting", "crashing", "failed"]
+
+# A model that could not be loaded is not tried again before this, so that a queue of waiters fails fast.
+_RETRY_FAILED_S = 10.0
+# Deaths in a row before a worker counts as unable to start.
+_MAX_STARTS = 3
+# A loaded worker that died this often within this time is crashing over and over.
+_MAX_CRASHES = 3
+_CRASH_WINDOW_S = 60.0
+
+
+class WorkerSlot:
+    """The place of one base model's worker; ``acquire`` gives a loaded one."""
+
+    def __init__(
+        self,
+        model_name: str,
+        prepare: Callable[[str, Callable[[str], None]], Awaitable[Path]],
+        command: Callable[[str, Path], WorkerCommand],
+        on_state: Callable[[str, WorkerState, str], Awaitable[None]],
+    ) -> None:
+        self.model_name = model_name
+        self.state: WorkerState = "stopped"
+        self.reason = ""
+        self._prepare = prepare
+        self._command = command
+        self._on_state = on_state
+        self._host: WorkerHost | None = None
+        self._client: WorkerClient | None = None
+        self._lock = asyncio.Lock()
+        self._failed_at = float("-inf")
+        self._failure = "LoadFailed"
+        self._crashed_at: list[float] = []
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def client(self) -> WorkerClient | None:
+        """The loaded worker, if there is one now."""
+        return self._client if self.state == "ready" else None
+
+    async def acquire(self) -> WorkerClient:
+        """A worker with the base model in memory; starts one if need be.
+
+        Raises:
+            OperationFailed: the model cannot be prepared or loaded, with the cause.
+        """
+        async with self._lock:
+            if self._client is not None:
+                if not self._client.lost.done():
+                    return self._client
+                await self._crashed(self._client.lost.result())
+            if self.state == "failed" and time.monotonic() - self._failed_at < _RETRY_FAILED_S:
+                raise OperationFailed(self.reason, self._failure)
+            try:
+                return await self._start()
+            except OperationFailed as error:
+                self._failed_at, self._failure = time.monotonic(), error.error_class
+                await self._set("failed", str(error))
+                raise
+
+    async def _start(self) -> WorkerClient:
+        self._client = None
+        if self.state not in ("restarting", "crashing"):
+            await self._set("preparing", "preparing the model's files")
+        folder = await self._prepare(self.model_name, self._note)
+        lost = ""
+        for attempt in range(1, _MAX_STARTS + 1):
+            if self.state != "crashing":
+                await self._set("loading", "starting the worker process")
+            command = self._command(self.model_name, folder)
+            client = WorkerClient(command, self._note)
+            try:
+                await client.start(await self._loaded_host(command))
+                info = await client.ready
+            except WorkerLost as error:
+                lost = str(error)
+                await client.kill(lost)
+                log.warning("worker of %s died while loading (%d): %s", self.model_name, attempt, lost)
+                continue
+            except BaseException as error:
+                await client.kill(str(error))
+                raise
+            log.info("worker of %s is ready (pid %d): %s", self.model_name, client.pid, info)
+            self._client = client
+            await self._set("ready", f"serving on {info.device} in {info.dtype}")
+            self._watch = asyncio.create_task(self._watch_client(client), name=f"watch-{self.model_name}")
+            return client
+        raise OperationFailed(f"the worker died {_MAX_STARTS} times while loading: {lost}", "LoadFailed")
+
+    async def _loaded_host(self, command: WorkerCommand) -> WorkerHost:
+        if self._host is None or not self._host.serves(command):
+            if self._host is not None:
+                await self._host.stop()
+            self._host = await find_or_launch(command)
+        self._note("loading the base model")
+        await self._host.ready()
+        return self._host
+
+    async def _watch_client(self, client: WorkerClient) -> None:
+        reason = await asyncio.shield(client.lost)
+        await client.kill(reason)
+        if self._client is client:
+            await self._crashed(reason)
+
+    async def _crashed(self, reason: str) -> None:
+        """The loaded worker is gone, seen by whoever looks first."""
+        self._client = None
+        log.warning("worker of %s is lost: %s", self.model_name, reason)
+        now = time.monotonic()
+        self._crashed_at = [at for at in self._crashed_at if now - at < _CRASH_WINDOW_S] + [now]
+        if len(self._crashed_at) < _MAX_CRASHES:
+            await self._set("restarting", reason)
+        else:
+            died = f"the worker died {len(self._crashed_at)} times within {_CRASH_WINDOW_S:.0f} s"
+            await self._set("crashing", f"{died}: {reason}; it is started again on use")
+
+    async def stop(self, reason: str, is_needed: Callable[[], bool] = lambda: False) -> None:
+        """End the process and give its memory back; not if it is needed again by the time that its load is over."""
+        async with self._lock:
+            if is_needed():
+                return
+            client, self._client = self._client, None
+            await self._set("stopped", reason)
+            if self._watch is not None:
+                self._watch.cancel()
+                await asyncio.gather(self._watch, return_exceptions=True)
+                self._watch = None
+            try:
+                if client is not None:
+                    await client.stop()
+            finally:
+                self.end_host()
+
+    def end_host(self) -> None:
+        """Give back the memory of the base model, and of a worker that there may be, now."""
+        host, self._host = self._host, None
+        if host is not None:
+            host.end()
+
+    def _note(self, stage: str) -> None:
+        self.reason = stage
+
+    async def _set(self, state: WorkerState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        await self._on_state(self.model_name, state, reason)
+
+
+class WorkerPool:
+    """The slots, made on first use."""
+
+    def __init__(self, make_slot: Callable[[str], WorkerSlot]) -> None:
+        self._make_slot = make_slot
+        self._slots: dict[str, WorkerSlot] = {}
+
+    def slot(self, model_name: str) -> WorkerSlot:
+        if model_name not in self._slots:
+            self._slots[model_name] = self._make_slot(model_name)
+        return self._slots[model_name]
+
+    def slots(self) -> list[WorkerSlot]:
+        """Those that were used since the start."""
+        return list(self._slots.values())
+
+    async def stop(self) -> None:
+        try:
+            await asyncio.gather(*(slot.stop("the server is stopping") for slot in self._slots.values()))
+        finally:
+            # Also where one was still loading.
+            for slot in self._slots.values():
+                slot.end_host()

@@ -1,0 +1,366 @@
+"""The durable operation queue on disk: what was accepted, in which order, and how it ended."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqlalchemy import Connection, Update
+from sqlalchemy.exc import IntegrityError
+
+from selfloop.control.data_dir.transient_errors import is_passing
+from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.storage.db import queries_operations, queries_resources
+from selfloop.storage.db.database import Database
+from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.digests import digest_of
+from selfloop.types.disk_full import disk_full
+from selfloop.types.errors import Conflict, OperationFailed
+from selfloop.types.logline import current
+from selfloop.types.operation import CHANGES_STATE
+from selfloop.types.status import OperationState
+
+log = logging.getLogger(__name__)
+
+# Below this a payload or result lies in its row: one write instead of two.
+_INLINE_BYTES = 16 * 1024
+_PURGED_AT_ONCE = 500
+_STARTS_EPOCH = "init_trainer_server"
+
+END_OF_TIME = (2**62, 2**62)
+"""A position after every operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An operation as a dialect hands it over.
+
+    Args:
+        id: the client's idempotency key, which becomes the operation's id.
+        seq: the client's sequence id, or None to take the next free place.
+        fingerprint: digest of the request as the client sent it, to tell a retry from a different request.
+        payload: msgpack bytes of the ``types.operation`` struct.
+    """
+
+    id: str
+    kind: str
+    seq: int | None
+    fingerprint: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Where a submission landed; ``is_new`` is False for a retry of one that was accepted before."""
+
+    row: OperationRow
+    is_new: bool
+
+
+class Failure(NamedTuple):
+    """An operation that ends without a result, and its cause."""
+
+    row: OperationRow
+    error: str
+    error_class: str
+    state: OperationState = OperationState.ERROR
+
+
+class Journal:
+    """Order and durability. One instance a data directory; calls about one run are serialised by the caller."""
+
+    def __init__(self, db: Database, blobs: LocalBlobs) -> None:
+        self._db = db
+        self._blobs = blobs
+
+    async def accept(self, run: RunRow, submission: Submission, parked: Collection[int]) -> Accepted:
+        """Give the submission its place in the run's order and make it durable.
+
+        Args:
+            run: the live row; its ``epoch`` and ``next_seq`` go on as this operation arrives.
+            parked: sequence ids of the epoch, at or above ``run.next_seq``, that are here already.
+
+        Raises:
+            Conflict: the id or the sequence id was used for a different request, or the place has passed.
+        """
+        # Named by its content too: a different request under a used id must not touch the payload that is there.
+        name = f"{submission.id}-{submission.fingerprint[:16]}.op"
+        payload_key = await self._store(f"journal/{run.id}/{name}", submission.payload)
+        epoch, next_seq = run.epoch, run.next_seq
+        if submission.kind == _STARTS_EPOCH and submission.seq == 1 and next_seq > 1:
+            if (known := await self.get(run.id, submission.id)) is not None:
+                return Accepted(_same_request(known, submission, "Idempotency-Key"), is_new=False)
+            # A client that attaches starts counting anew; what is queued before it still runs first.
+            epoch, next_seq, parked = epoch + 1, 1, ()
+        seq = max([next_seq - 1, *parked]) + 1 if submission.seq is None else submission.seq
+        row = OperationRow(
+            run_id=run.id,
+            id=submission.id,
+            epoch=epoch,
+            seq=seq,
+            kind=submission.kind,
+            fingerprint=submission.fingerprint,
+            state=OperationState.QUEUED,
+            created_at=time.time(),
+            payload=None if payload_key else submission.payload,
+            payload_key=payload_key,
+            key_id=current().key_id or None,
+        )
+        row.payload_digest = payload_digest(row, submission.payload)
+        if seq < next_seq:
+            return Accepted(await self._known(row, submission, next_seq), is_new=False)
+        if seq == next_seq:
+            next_seq = first_missing(seq + 1, parked)
+        try:
+            await self._db.write_grouped(lambda connection: queries_operations.add(connection, row, next_seq))
+        except IntegrityError:
+            return Accepted(await self._known(row, submission, next_seq), is_new=False)
+        run.epoch, run.next_seq = epoch, next_seq
+        return Accepted(row, is_new=True)
+
+    async def _known(self, row: OperationRow, submission: Submission, next_seq: int) -> OperationRow:
+        """The operation that holds the id or the place of ``row``, if it is the same request."""
+        async with self._db.look_up() as session:
+            by_id = await queries_operations.get(session, row.run_id, row.id)
+            by_seq = await queries_operations.at_seq(session, row.run_id, row.epoch, row.seq)
+        if by_id is not None:
+            return _same_request(by_id, submission, "Idempotency-Key")
+        if by_seq is not None:
+            return _same_request(by_seq, submission, "seq_id")
+        raise Conflict(f"seq_id {row.seq} came too late: the run has gone on to seq_id {next_seq} without it")
+
+    async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> Accepted:
+        """Note at the submission's place that it was refused; the run's order goes on by :meth:`skip_gap`.
+
+        Raises:
+            Conflict: the id or the sequence id was used for a different request.
+        """
+        assert submission.seq is not None
+        now = time.time()
+        row = OperationRow(
+            run_id=run.id,
+            id=submission.id,
+            epoch=run.epoch,
+            seq=submission.seq,
+            kind=submission.kind,
+            fingerprint=submission.fingerprint,
+            state=OperationState.ERROR,
+            created_at=now,
+            error=error,
+            error_class=error_class,
+            finished_at=now,
+        )
+        try:
+            async with self._db.write() as session:
+                session.add(row)
+                await session.flush()
+        except IntegrityError:
+            return Accepted(await self._known(row, submission, run.next_seq), is_new=False)
+        return Accepted(row, is_new=True)
+
+    async def leave_out(self, run: RunRow, seq: int) -> None:
+        """Note that nothing is to be expected at ``seq``, until the run has gone past it."""
+        run_id, epoch = run.id, run.epoch
+        await self._db.write_grouped(lambda connection: queries_operations.leave_out(connection, run_id, epoch, seq))
+
+    async def left_out(self) -> Sequence[tuple[str, int, int]]:
+        """Places (run, epoch, seq) ahead of a run's order that nothing is to be expected at."""
+        async with self._db.read() as session:
+            return await queries_operations.left_out(session)
+
+    async def note_attempts(self, row: OperationRow, num_attempts: int) -> None:
+        """Make durable how many workers have died at an operation."""
+        async with self._db.write() as session:
+            await queries_operations.note_attempts(session, row, num_attempts)
+        row.num_attempts = num_attempts
+
+    async def skip_gap(self, run: RunRow, next_seq: int) -> None:
+        """Stop waiting for the sequence ids below ``next_seq``."""
+        async with self._db.write() as session:
+            await queries_resources.update_run(session, run.id, next_seq=next_seq)
+        run.next_seq = next_seq
+
+    async def payload(self, row: OperationRow) -> bytes:
+        """What was accepted, bit for bit.
+
+        Raises:
+            OperationFailed: it is gone, or is not what was accepted (``RecoveryFailed``); the operation is named.
+        """
+        inline = row.payload
+        if inline is None and row.payload_key is None:
+            # Let go of by the queue that the row waited in.
+            stored = await self.get(row.run_id, row.id)
+            inline = None if stored is None else stored.payload
+            if inline is None:
+                raise _unreadable(row, "its row has it no more")
+        try:
+            payload = await stored_bytes(self._blobs, inline, row.payload_key)
+        except FileNotFoundError as error:
+            raise _unreadable(row, str(error)) from error
+        if row.payload_digest not in (None, payload_digest(row, payload)):
+            raise _unreadable(row, f"{row.payload_key or 'its row'} is damaged: that is not what was accepted")
+        return payload
+
+    async def store_result(self, row: OperationRow, result: bytes) -> "StoredResult":
+        """Put a large result aside."""
+        digest = result_digest(row, result)
+        try:
+            key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
+        except OSError as error:
+            if disk_full(error) is None:
+                raise
+            # A disk may be out of files and not of bytes: then the row takes it.
+            key = None
+        return StoredResult(None if key else result, key, digest)
+
+    async def clear_leftovers(self) -> None:
+        """Remove files that a crash left without a row."""
+        for run_id in list(self._blobs.children("journal")):
+            names = list(self._blobs.children(f"journal/{run_id}"))
+            async with self._db.read() as session:
+                kept = await queries_operations.blob_keys(session, run_id) if names else set[str]()
+            await self._delete([key for name in names if (key := f"journal/{run_id}/{name}") not in kept])
+
+    async def result(self, row: OperationRow) -> bytes | None:
+        """The stored result, or None once it has expired.
+
+        Raises:
+            OperationFailed: it is not what was stored, or its file is gone (``ResultLost``).
+        """
+        if row.result_key is None and row.result is None:
+            return None
+        try:
+            result = await stored_bytes(self._blobs, row.result, row.result_key)
+        except FileNotFoundError as error:
+            raise _result_lost(row, str(error)) from error
+        if row.result_digest not in (None, result_digest(row, result)):
+            raise _result_lost(row, f"{row.result_key or 'its row'} is damaged")
+        return result
+
+    async def fail(self, failures: Sequence[Failure]) -> list[Failure]:
+        """Settle queued operations without a result, all at once; returns those that were not settled before."""
+
+        def store(connection: Connection) -> list[Failure]:
+            return [
+                failure for failure in failures if queries_operations.is_changed(connection.execute(_failing(failure)))
+            ]
+
+        return await self._db.write_grouped(store)
+
+    async def get(self, run_id: str, operation_id: str) -> OperationRow | None:
+        async with self._db.look_up() as session:
+            return await queries_operations.get(session, run_id, operation_id)
+
+    async def queued(self) -> Sequence[OperationRow]:
+        """Everything that was accepted and has no outcome yet, in execution order."""
+        async with self._db.read() as session:
+            return await queries_operations.in_state(session, OperationState.QUEUED)
+
+    async def to_replay(self, run: RunRow, position: tuple[int, int]) -> Sequence[OperationRow]:
+        """What must be done again on top of the state at ``position`` to get back the run's."""
+        async with self._db.read() as session:
+            return await queries_operations.done_after(session, run.id, position, CHANGES_STATE)
+
+    async def forget_payloads(self, run_id: str, position: tuple[int, int]) -> None:
+        """Drop the payloads that a snapshot at ``position`` makes superfluous."""
+        async with self._db.write() as session:
+            rows = await queries_operations.covered_payloads(session, run_id, position)
+            keys = [row.payload_key for row in rows]
+            await queries_operations.drop_payloads(session, run_id, [row.id for row in rows])
+        await self._delete(keys)
+
+    async def purge(self, before: float) -> None:
+        """Let go of results finished ``before``, and of rows that recovery no longer needs.
+
+        A few at a time: however many there are, nobody else waits long for its turn to write.
+        """
+        for purge_some in (queries_operations.purge_rows, queries_operations.purge_results):
+            while True:
+                async with self._db.write() as session:
+                    purged = await purge_some(session, before, _PURGED_AT_ONCE)
+                await self._delete(purged.result_keys)
+                if purged.num_rows < _PURGED_AT_ONCE:
+                    break
+        async with self._db.write() as session:
+            await queries_operations.forget_left_out(session)
+
+    async def _store(self, key: str, data: bytes) -> str | None:
+        if len(data) <= _INLINE_BYTES:
+            return None
+        await asyncio.to_thread(self._blobs.put, key, data)
+        return key
+
+    async def _delete(self, keys: Sequence[str | None]) -> None:
+        for key in keys:
+            if key is not None:
+                await asyncio.to_thread(self._blobs.delete, key)
+
+
+class StoredResult(NamedTuple):
+    """Where a result lies: in the row or in a file of that key; and its digest."""
+
+    inline: bytes | None
+    key: str | None
+    digest: str
+
+
+async def stored_bytes(blobs: LocalBlobs, inline: bytes | None, key: str | None) -> bytes:
+    """What a row keeps in itself or in a file. Raises :class:`FileNotFoundError`, in words, where it is gone."""
+    if key is None:
+        if inline is None:
+            raise FileNotFoundError("its row has lost it")
+        return inline
+    try:
+        return await asyncio.to_thread(blobs.get, key)
+    except OSError as error:
+        if is_passing(error):
+            raise
+        gone = isinstance(error, FileNotFoundError)
+        raise FileNotFoundError(f"{key} {'is gone' if gone else f'cannot be read: {error.strerror}'}") from error
+
+
+def payload_digest(row: OperationRow, payload: bytes) -> str:
+    """Of a payload as that of this operation."""
+    # With its place: what lies under another operation's name is not what was accepted as this one.
+    place = f"{row.run_id}\0{row.id}\0{row.epoch}\0{row.seq}\0{row.kind}\0"
+    return digest_of(place.encode(), payload)
+
+
+def result_digest(row: OperationRow, result: bytes) -> str:
+    """Of a result as that of this operation."""
+    return digest_of(f"{row.run_id}\0{row.id}\0".encode(), result)
+
+
+def _unreadable(row: OperationRow, how: str) -> OperationFailed:
+    return OperationFailed(f"{row.kind} (seq_id {row.seq}, operation {row.id}) cannot be read: {how}", "RecoveryFailed")
+
+
+def _result_lost(row: OperationRow, how: str) -> OperationFailed:
+    return OperationFailed(
+        f"{row.kind} (seq_id {row.seq}) was carried out, and its result cannot be read: {how}", "ResultLost"
+    )
+
+
+def cancelled(row: OperationRow, why: str) -> Failure:
+    return Failure(row, why, "Cancelled", OperationState.CANCELLED)
+
+
+def _failing(failure: Failure) -> Update:
+    row, error, error_class, state = failure
+    return queries_operations.finishing(row, state=state, at=time.time(), error=error, error_class=error_class)
+
+
+def _same_request(row: OperationRow, submission: Submission, what: str) -> OperationRow:
+    if row.fingerprint != submission.fingerprint:
+        value = submission.id if what == "Idempotency-Key" else submission.seq
+        raise Conflict(f"{what} {value} was already used for a different request ({row.kind})")
+    return row
+
+
+def first_missing(start: int, arrived: Collection[int]) -> int:
+    """The lowest number from ``start`` on that is not in ``arrived``."""
+    while start in arrived:
+        start += 1
+    return start

@@ -1,0 +1,311 @@
+"""The operation queue as the dialects see it: accept, wait for, cancel."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from selfloop.control.context import Context
+from selfloop.control.data_dir.transient_errors import OUTAGES, Ages, tried
+from selfloop.control.queue.journal import Submission, cancelled, first_missing
+from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.recovery import clear_leftovers
+from selfloop.control.queue.scheduler import RunActor
+from selfloop.control.queue.waiters import Waiters
+from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.storage.db import queries_checkpoints, queries_resources
+from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
+from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
+from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
+from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
+from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
+
+log = logging.getLogger(__name__)
+
+RESULT_KEPT_S = 3600.0
+_PURGE_EVERY_S = 60.0
+# Refused calls further ahead than this are not remembered: no client sends so many at a time.
+_LEFT_OUT_AHEAD = 1024
+_RECENT_COUNT = 128
+_REFUSALS_COUNT = 1024
+_RECENT_MAX_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An operation without an outcome yet, and why."""
+
+    reason: str
+
+
+class _Live:
+    """An operation without an outcome, and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.waiters = Waiters()
+        self.outcome: Outcome | None = None
+
+
+class Refusal(NamedTuple):
+    """What a call was answered that did not become an operation; ``digest`` tells a repetition of it."""
+
+    digest: str
+    error: SelfloopError
+
+
+class Operations:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self._live: dict[tuple[str, str], _Live] = {}
+        self._left_out: dict[str, set[tuple[int, int]]] = {}
+        self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
+        self._refused: OrderedDict[tuple[str, int], Refusal] = OrderedDict()
+        self._closing = False
+        self._purger: asyncio.Task[None] | None = None
+        context.settlement.on_settled = self._settled
+
+    async def start(self) -> None:
+        """Take up every operation that was accepted before a restart, and clear away what it left half-done."""
+        await clear_leftovers(self._c.db, self._c.blobs)
+        await self._c.journal.clear_leftovers()
+        queued = await self._c.journal.queued()
+        async with self._c.db.read() as session:
+            runs = await queries_resources.runs_named(session, {row.run_id for row in queued})
+        for row in queued:
+            run = runs[row.run_id]
+            if run.status != RunStatus.ACTIVE:
+                await self._c.settlement.fail(cancelled(row, f"run {run.id} was deactivated"))
+                continue
+            self._live[row.run_id, row.id] = _Live()
+            self._c.settlement.observer.accepted(run, row)
+            self._c.scheduler.actor(run).push(row)
+        for run_id, epoch, seq in await self._c.journal.left_out():
+            self._left_out.setdefault(run_id, set()).add((epoch, seq))
+        for run_id in list(self._left_out):
+            if (actor := self._c.scheduler.known(run_id)) is not None:
+                async with actor.accepting:
+                    await self._pass_left_out(actor)
+        if queued:
+            log.info("resuming %d queued operations", len(queued))
+        self._purger = asyncio.create_task(self._purge(), name="purge-results")
+
+    async def stop(self) -> None:
+        """Send the long polls home; their clients ask again."""
+        self._closing = True
+        for live in self._live.values():
+            live.waiters.release()
+        if self._purger is not None:
+            self._purger.cancel()
+            await asyncio.gather(self._purger, return_exceptions=True)
+
+    async def accept(self, run: RunRow, submission: Submission) -> str:
+        """Make an operation durable and queue it; returns its id.
+
+        Raises:
+            Conflict: the run is inactive, or the id or sequence id was used for a different request.
+            NotReady: the disk is full.
+            Unavailable: it needs the store of checkpoints (a load of what is at hand does not), or the database, which
+                cannot be reached.
+        """
+        if run.status != RunStatus.ACTIVE:
+            raise Conflict(
+                f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
+            )
+        if self._c.settlement.disk_room is not None:
+            self._c.settlement.disk_room.check_accept(len(submission.payload))
+        if submission.kind in USES_CHECKPOINTS:
+            await self._check_store(operation_decoder.decode(submission.payload))
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
+            accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
+            self._c.lifecycle.touch(run.deployment_id)
+            if accepted.is_new:
+                self._live[run.id, accepted.row.id] = _Live()
+                self._c.settlement.observer.accepted(actor.run, accepted.row)
+                actor.push(accepted.row)
+                await self._pass_left_out(actor)
+        return accepted.row.id
+
+    async def _check_store(self, operation: Operation) -> None:
+        """Check that the store of checkpoints is there for what is not at hand without it."""
+        if isinstance(operation, LoadState):
+            row = await self._checkpoint(parse_checkpoint_uri(operation.path))
+            if row is not None and self._c.store.is_at_hand(row.id):
+                return
+        await self._c.store.check_reachable()
+
+    async def _checkpoint(self, uri: CheckpointUri) -> CheckpointRow | None:
+        async with self._c.db.look_up() as session:
+            return await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
+
+    async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> str:
+        """Give an operation that cannot be served its place and an error as its outcome; returns its id.
+
+        For a client that has counted its sequence id and asks for the outcome: those behind do not wait for it.
+
+        Raises:
+            Conflict: the run is inactive, or the id or sequence id was used for a different request.
+        """
+        if run.status != RunStatus.ACTIVE:
+            raise Conflict(
+                f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
+            )
+        assert submission.seq is not None
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
+            accepted = await self._c.journal.refuse(actor.run, submission, error, error_class)
+            await self._leave_out(actor, submission.seq)
+        return accepted.row.id
+
+    async def leave_out(self, run: RunRow, seq: int) -> None:
+        """Nothing is to be expected at ``seq``: its call was refused. Those behind it do not wait for it.
+
+        A corrected call may still take the place, as long as none behind it has been accepted.
+        """
+        if run.status != RunStatus.ACTIVE:
+            return
+        actor = self._c.scheduler.actor(run)
+        async with actor.accepting:
+            next_seq = actor.run.next_seq
+            known = self._left_out.get(run.id, set())
+            if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD and (actor.run.epoch, seq) not in known:
+                await self._c.journal.leave_out(actor.run, seq)
+                await self._leave_out(actor, seq)
+
+    def remember_refusal(self, run_id: str, seq: int, digest: str, error: SelfloopError) -> None:
+        self._refused[run_id, seq] = Refusal(digest, error)
+        if len(self._refused) > _REFUSALS_COUNT:
+            self._refused.popitem(last=False)
+
+    def refusal(self, run_id: str, seq: int) -> Refusal | None:
+        """The last refusal of a call for this place, if it was not long ago."""
+        return self._refused.get((run_id, seq))
+
+    async def _leave_out(self, actor: RunActor, seq: int) -> None:
+        """Go on without ``seq``, of which the journal knows."""
+        self._left_out.setdefault(actor.run.id, set()).add((actor.run.epoch, seq))
+        await self._pass_left_out(actor)
+
+    async def _pass_left_out(self, actor: RunActor) -> None:
+        """Go past places that were left out, once something waits behind them."""
+        run = actor.run
+        left_out = self._left_out.get(run.id, set())
+        while (run.epoch, run.next_seq) in left_out and (waiting := actor.parked_seqs()):
+            await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, waiting))
+            actor.look_again()
+        left_out -= {(epoch, seq) for epoch, seq in left_out if epoch < run.epoch or seq < run.next_seq}
+
+    async def wait(self, run_id: str, operation_id: str, timeout_s: float) -> Outcome | Pending:
+        """The operation's outcome, as soon as there is one within ``timeout_s``.
+
+        Raises:
+            NotFound: no such operation, or its result has expired.
+        """
+        key = (run_id, operation_id)
+        live = self._live.get(key)
+        if live is None:
+            outcome = self._recent.get(key)
+            return await self._stored(run_id, operation_id) if outcome is None else outcome
+        if live.outcome is None and not self._closing:
+            await live.waiters.wait(timeout_s)
+        if live.outcome is not None:
+            return live.outcome
+        actor = self._c.scheduler.known(run_id)
+        return Pending(actor.waiting_for(operation_id) if actor else "queued")
+
+    async def cancel(self, run_id: str, operation_id: str) -> None:
+        """Take a queued operation back. Raises :class:`Conflict` once it runs or has ended."""
+        row = await self._row(run_id, operation_id)
+        actor = self._c.scheduler.known(run_id)
+        if row.state == OperationState.CANCELLED:
+            return
+        if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
+            raise Conflict(f"operation {operation_id} is already running or has ended")
+        try:
+            await self._c.settlement.fail(cancelled(row, "cancelled by request"))
+        except (*OUTAGES, Unavailable):
+            actor.push(row)
+            raise
+        async with actor.accepting:
+            await self._leave_out(actor, row.seq)
+
+    async def check_loadable(
+        self, run: RunRow, path: str, *, with_optimizer: bool, granted_team_id: str | None = None
+    ) -> None:
+        """Check that ``path`` names a checkpoint this run may load, stored or still being saved by it.
+
+        Args:
+            granted_team_id: another team, whose checkpoints the caller may read.
+
+        Raises:
+            BadRequest: malformed, or of another base model.
+            NotFound: there is no such checkpoint.
+        """
+        uri = parse_checkpoint_uri(path)
+        if with_optimizer and uri.target is not CheckpointTarget.TRAINER:
+            raise BadRequest("path", "a trainer checkpoint (.../weights/<name>): a sampler's has no optimizer state")
+        row = await self._checkpoint(uri)
+        if row is not None and may_read(row, run.team_id, granted_team_id):
+            await self._c.catalogue.same_model(row.base_model, run.base_model, "path")
+            return
+        kind = "save_state" if uri.target is CheckpointTarget.TRAINER else "save_weights_for_sampler"
+        actor = self._c.scheduler.known(run.id)
+        if uri.run_id != run.id or actor is None or not actor.saves_named(uri.name, kind):
+            raise NotFound("checkpoint", path)
+
+    async def check_name_is_free(self, run: RunRow, name: str) -> None:
+        """Check that the run has no trainer checkpoint of that name, stored or still being saved.
+
+        Raises:
+            BadRequest: it has one.
+        """
+        async with self._c.db.look_up() as session:
+            row = await queries_checkpoints.named(session, run.id, CheckpointTarget.TRAINER, name)
+        actor = self._c.scheduler.known(run.id)
+        if row is not None or (actor is not None and actor.saves_named(name, "save_state")):
+            raise BadRequest("path", f"a name that is free, or overwrite: this run has a checkpoint {name!r}")
+
+    async def _row(self, run_id: str, operation_id: str) -> OperationRow:
+        row = await self._c.journal.get(run_id, operation_id)
+        if row is None:
+            raise NotFound("operation", operation_id)
+        return row
+
+    async def _stored(self, run_id: str, operation_id: str) -> Outcome:
+        row = await self._row(run_id, operation_id)
+        if row.state != OperationState.DONE:
+            return Outcome(None, row.error, row.error_class)
+        try:
+            result = await self._c.journal.result(row)
+        except OperationFailed as error:
+            return Outcome(None, str(error), error.error_class)
+        if result is None:
+            raise NotFound("operation", operation_id, f"its result was kept for {RESULT_KEPT_S:.0f} s")
+        return Outcome(result)
+
+    def _settled(self, row: OperationRow, outcome: Outcome) -> None:
+        key = (row.run_id, row.id)
+        live = self._live.pop(key, None)
+        if live is not None:
+            live.outcome = outcome
+            live.waiters.release()
+        # The poll that asks for it is mostly on its way: save it the look into the database.
+        if len(outcome.result or b"") <= _RECENT_MAX_BYTES:
+            self._recent[key] = outcome
+            if len(self._recent) > _RECENT_COUNT:
+                self._recent.popitem(last=False)
+
+    async def _purge(self) -> None:
+        ages = Ages(RESULT_KEPT_S)
+        while True:
+            await asyncio.sleep(_PURGE_EVERY_S)
+            with tried("purge of results"):
+                await self._c.journal.purge(ages.old())
+
+
+def checked_operation_id(key: str) -> str:
+    """An idempotency key that may name an operation (and a file). Raises :class:`BadRequest`."""
+    if not 1 <= len(key) <= 128 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in key):
+        raise BadRequest("Idempotency-Key", "1-128 characters of A-Z a-z 0-9 - _")
+    return key

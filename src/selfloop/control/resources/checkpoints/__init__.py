@@ -1,0 +1,1 @@
+"""Checkpoints: saved, listed, shared, exported, imported, pruned."""

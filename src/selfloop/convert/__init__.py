@@ -1,0 +1,1 @@
+"""Model folders and adapters in and out; each conversion is a process of its own."""

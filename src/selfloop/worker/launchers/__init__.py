@@ -1,0 +1,1 @@
+"""Where workers run: on this machine, as forks of a process that holds the base model."""

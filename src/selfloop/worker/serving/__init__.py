@@ -1,0 +1,1 @@
+"""The worker process: one loop that trains and samples."""

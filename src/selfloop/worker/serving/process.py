@@ -1,0 +1,105 @@
+"""A worker's life: take calls from its gateway until it is told to stop."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
+from selfloop.engine.models.config import read_config
+from selfloop.types.digests import check_folder
+from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
+from selfloop.worker.launchers.fork_protocol import ForkWorker
+from selfloop.worker.protocol import LoadFailed, Loading, ModelInfo, Ready
+from selfloop.worker.serving.background import Pulse
+from selfloop.worker.serving.loop import Worker
+from selfloop.worker.serving.replies import Outbox
+from selfloop.worker.serving.sampling import SamplingDesk
+from selfloop.worker.serving.training import TrainingDesk
+from selfloop.worker.text.calls import TextDesk
+from selfloop.worker.text.chat import ChatTemplate
+from selfloop.worker.text.grammars import GrammarCompiler
+from selfloop.worker.text.tokens import ModelTokenizer
+
+log = logging.getLogger("selfloop.worker")
+
+
+class Model(NamedTuple):
+    """A base model in memory, and what its tokens and conversations are."""
+
+    engine: Engine
+    tokenizer: ModelTokenizer
+    chat: ChatTemplate
+
+
+def load_model(
+    model_dir: Path,
+    device: str,
+    dtype: str,
+    *,
+    deterministic: bool,
+    limits: EngineLimits,
+) -> Model:
+    """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
+    check_folder(model_dir)
+    config = read_config(model_dir)
+    try:
+        tokenizer = ModelTokenizer.load(model_dir, config.vocab_size)
+    except Exception as error:  # The library raises the base class for every file that it cannot read.
+        raise model_invalid(f"the tokenizer of {model_dir} cannot be read: {error}") from error
+    chat = ChatTemplate.load(model_dir, tokenizer)
+    engine = Engine.load(
+        model_dir,
+        device=device,
+        dtype=dtype,
+        vocabulary=tokenizer,
+        compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
+        deterministic=deterministic,
+        limits=limits,
+    )
+    log.info("loaded %s: %s", model_dir, engine.info)
+    return Model(engine, tokenizer, chat)
+
+
+def load_failure(error: Exception) -> tuple[str, str]:
+    """Why a model could not be loaded, and the kind of error: its folder's, or one that may pass."""
+    if isinstance(error, OperationFailed) and error.error_class == MODEL_INVALID:
+        return str(error), MODEL_INVALID
+    return f"{type(error).__name__}: {error}", "LoadFailed"
+
+
+def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
+    """Serve the gateway at ``order``'s addresses to the end; raises SystemExit when the model cannot be loaded."""
+    pulse = Pulse(order.pulse_address)
+    pulse.start()
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(order.address)
+    outbox = Outbox(socket, Path(order.begun_path))
+    try:
+        outbox.send(Loading("loading the base model"))
+        engine, tokenizer, chat = load()
+    except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
+        log.exception("cannot load the model")
+        outbox.send(LoadFailed(*load_failure(error)))
+        socket.close(linger=2000)
+        zmq.Context.instance().term()
+        raise SystemExit(1) from error
+    info = engine.info
+    ready = Ready(
+        ModelInfo(
+            info.vocab_size,
+            info.max_position_embeddings,
+            info.num_parameters,
+            str(info.dtype),
+            str(info.device),
+            info.run_bytes,
+        )
+    )
+    outbox.send(ready)
+    training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)
+    text = TextDesk(tokenizer, chat, outbox)
+    Worker(socket, outbox, pulse, training, sampling, text, training_share=order.training_share).run()

@@ -1,0 +1,1 @@
+"""Text in a worker: tokens, chat templates, grammars."""

@@ -1,0 +1,189 @@
+"""The queues of runs in the worker: who shares a pass, who waits, and who is to blame."""
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import tiny_models
+from selfloop.engine.engine import Engine
+from selfloop.engine.limits import EngineLimits
+from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
+from selfloop.types.result import LossResult
+from selfloop.worker.protocol import Call, CloseRun, Event, Execute, Reply, ReplyError
+from selfloop.worker.serving.replies import Outbox
+from selfloop.worker.serving.training import TrainingDesk
+
+
+class Told(Outbox):
+    """Keeps what would be sent."""
+
+    def __init__(self, begun_path: Path) -> None:
+        super().__init__(None, begun_path)
+        self.events: list[Event | int] = []
+        """What was sent, and in between the ticket of each operation that began."""
+        self.bodies: dict[int, bytes] = {}
+
+    def send(self, event: Event, body: bytes = b"") -> None:
+        self.events.append(event)
+        if isinstance(event, Reply):
+            self.bodies[event.ticket] = body
+
+    def begin(self, ticket: int) -> None:
+        super().begin(ticket)
+        self.events.append(ticket)
+
+    @property
+    def answered(self) -> list[int]:
+        return [event.ticket for event in self.events if isinstance(event, Reply | ReplyError)]
+
+
+class Desk(TrainingDesk):
+    """A desk with calls made simple: tickets count from 1."""
+
+    def __init__(self, engine: Engine, told: Told) -> None:
+        super().__init__(engine, told)
+        self.told = told
+        self._num = 0
+
+    def ask(self, run_id: str, operation, *, alone: bool = False) -> int:
+        self._num += 1
+        execute = Execute(run_id, 0, alone=alone)
+        self.take(Call(self._num, execute), execute, msgspec.msgpack.encode(operation))
+        return self._num
+
+
+def loss(num_tokens: int, num_sequences: int = 1) -> ForwardBackward:
+    data = [tiny_models.next_token_datum(tiny_models.random_ids(num_tokens + 1, i)) for i in range(num_sequences)]
+    return ForwardBackward(data, "cross_entropy", {})
+
+
+STEP = OptimStep(AdamParams(learning_rate=1e-3))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save("llama-tied", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def engine(model_dir: Path) -> Engine:
+    engine = Engine.load(model_dir, device="cpu", dtype="float32", limits=EngineLimits(train_token_budget=32))
+    for name in "abcd":
+        engine.init_run(name, rank=2, seed=1)
+    return engine
+
+
+@pytest.fixture
+def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Tokens of each micro-batch of each pass."""
+    made: list[list[int]] = []
+    advance = engine.advance
+
+    def noted(requests):
+        made.append([request.job.num_next_tokens for request in requests])
+        advance(requests)
+
+    monkeypatch.setattr(engine, "advance", noted)
+    return made
+
+
+@pytest.fixture
+def desk(engine: Engine, tmp_path: Path) -> Desk:
+    return Desk(engine, Told(tmp_path / "begun"))
+
+
+def finish(desk: Desk) -> None:
+    for _ in range(100):
+        if not desk.has_work:
+            return
+        desk.step()
+    raise AssertionError("it does not end")
+
+
+def test_what_is_ready_shares_a_pass_and_each_gets_its_own_result(desk: Desk, passes: list[list[int]]):
+    tickets = [desk.ask(run, loss(num)) for run, num in (("a", 10), ("b", 12), ("c", 9), ("d", 20))]
+    steps = [desk.ask(run, STEP) for run in "abcd"]
+    finish(desk)
+    assert sorted(map(sum, passes)) == [20, 31]
+    results = [msgspec.msgpack.decode(desk.told.bodies[ticket], type=LossResult) for ticket in tickets]
+    assert [len(result.logprobs[0].values()) for result in results] == [10, 12, 9, 20]
+    assert [result.spent.num_tokens for result in results] == [10, 12, 9, 20]
+    assert set(desk.told.answered) == {*tickets, *steps}
+    assert not any(isinstance(event, ReplyError) for event in desk.told.events)
+
+
+def test_a_small_operation_overtakes_a_large_one(desk: Desk, passes: list[list[int]]):
+    large = desk.ask("a", loss(30, num_sequences=12))
+    desk.step()
+    small = desk.ask("b", loss(10))
+    finish(desk)
+    assert desk.told.answered == [small, large]
+    # The small one waited for one pass, or for two if it was level with the large one.
+    assert [10] in passes[1:3]
+    assert len(passes) == 13
+
+
+def test_alone_means_alone_from_begin_to_end(desk: Desk, passes: list[list[int]]):
+    alone = desk.ask("a", loss(10, num_sequences=7), alone=True)
+    others = [desk.ask(run, loss(5)) for run in "bc"]
+    finish(desk)
+    begun = [event for event in desk.told.events if isinstance(event, int)]
+    between = desk.told.events[desk.told.events.index(alone) : desk.told.events.index(Reply(alone))]
+    assert between == [alone]
+    assert sorted(begun) == [alone, *others]
+    assert [30] in passes
+    assert [5, 5] in passes
+
+
+def test_one_that_breaks_the_pass_fails_alone(desk: Desk, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """An error of the whole pass, as of memory: the others are computed all the same."""
+    advance = engine.advance
+
+    def breaks(requests):
+        if any(request.job.run is engine._runs["b"] for request in requests):
+            raise MemoryError("not enough")
+        advance(requests)
+
+    monkeypatch.setattr(engine, "advance", breaks)
+    tickets = {run: desk.ask(run, loss(8)) for run in "abc"}
+    finish(desk)
+    errors = [event for event in desk.told.events if isinstance(event, ReplyError)]
+    assert [(error.ticket, error.error_class) for error in errors] == [(tickets["b"], "MemoryError")]
+    assert sorted(desk.told.bodies) == [tickets["a"], tickets["c"]]
+    assert engine._runs["b"].accumulated is None
+
+
+def test_refusals_come_at_once_and_closed_runs_are_forgotten(desk: Desk, engine: Engine):
+    bad = desk.ask("a", ForwardBackward(loss(4).data, "nonsense", {}))
+    desk.ask("nobody", loss(4))
+    good = desk.ask("b", loss(4))
+    finish(desk)
+    errors = [event for event in desk.told.events if isinstance(event, ReplyError)]
+    assert [error.error_class for error in errors] == ["BadRequest", "NotFound"]
+    assert errors[0].ticket == bad
+    assert list(desk.told.bodies) == [good]
+    close = CloseRun("b")
+    desk.take(Call(99, close), close, b"")
+    finish(desk)
+    assert not engine.has_run("b")
+    assert kind_of(STEP) == "optim_step"
+
+
+def test_it_waits_for_company_only_where_some_is_likely(desk: Desk):
+    desk.ask("a", loss(10))
+    assert desk.patience_s() == 0.0, "nobody else was here"
+    desk.ask("b", loss(10))
+    finish(desk)
+    desk._last_pass_s = 10.0
+    desk.ask("a", loss(10))
+    assert 0 < desk.patience_s() < 0.051, "b is likely to come"
+    desk.ask("b", loss(10))
+    assert desk.patience_s() == 0.0, "all are here"
+    desk.ask("b", STEP)
+    finish(desk)
+    desk.ask("a", STEP)
+    assert desk.patience_s() == 0.0, "a step needs no company"
