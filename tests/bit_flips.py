@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.queue.journal import Journal
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import reopen
 from selfloop.engine.engine import Engine
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
@@ -112,7 +112,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
     """What a server would train on, sample from or give out; ``about`` the part that reads a file, or all of it."""
     db, blobs = Database(sqlite_url(data_dir / "selfloop.db")), LocalBlobs(data_dir)
     store, journal = LocalCheckpoints(blobs), Journal(db, blobs)
-    settlement = Settlement(db, store, journal)
+    outcomes = Outcomes(db, store, journal)
     facts: Facts = {}
 
     async def note(name: str, read: Callable[[], Awaitable[str]]) -> None:
@@ -131,7 +131,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
         if run is None:
             raise NotFound("run", run_id)
         recorder = Recorder(engine)
-        await reopen(run, cast(WorkerClient, recorder), journal, blobs, settlement)
+        await reopen(run, cast(WorkerClient, recorder), journal, blobs, outcomes)
         return digest_of(*(line.encode() for line in recorder.seen))
 
     async def outcome(run_id: str, id: str) -> str:
@@ -147,7 +147,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
             raise NotFound("run", run_id)
         folder = "weights" if target == "trainer" else "sampler_weights"
         payload = msgspec.msgpack.encode(LoadState(f"bt://loops:{run_id}/{folder}/{name}", target == "trainer"))
-        path = await settlement.read_from(run, payload)
+        path = await outcomes.read_from(run, payload)
         engine.init_run("loaded", rank=run.initial_rank, seed=0)
         engine.load_checkpoint("loaded", Path(path), with_optimizer=target == "trainer")
         engine.load_adapter("loaded", Path(path))

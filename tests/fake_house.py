@@ -13,7 +13,7 @@ from selfloop.control.context import Context
 from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal, Submission
 from selfloop.control.queue.operations import Operations
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import identity
 from selfloop.control.queue.run_memory import RunMemories
 from selfloop.control.queue.scheduler import RunActor, SchedulerConfig
@@ -37,20 +37,20 @@ class FakeHouse:
         self.blobs = LocalBlobs(folder)
         self.store = LocalCheckpoints(self.blobs)
         self.journal = Journal(self.db, self.blobs)
-        self.settlement = Settlement(self.db, self.store, self.journal)
+        self.outcomes = Outcomes(self.db, self.store, self.journal)
         self.lifecycle = FakeLifecycle()
         lifecycle = cast(Lifecycle, self.lifecycle)
         catalogue = Catalogue(self.db, folder)
         memories = RunMemories(catalogue)
         self.scheduler = Scheduler(
-            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.settlement, config, memories)
+            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.outcomes, config, memories)
         )
         self.context = Context(
             self.db,
             self.blobs,
             self.store,
             self.journal,
-            self.settlement,
+            self.outcomes,
             cast(WorkerPool, None),
             lifecycle,
             self.scheduler,

@@ -22,7 +22,7 @@ from selfloop.server.settings import Settings
 from selfloop.storage.db.tables import OperationRow
 
 ready_at: dict[str, float] = {}
-settled = Operations._settled
+settled = Operations._completed
 plain = Settings.control.fget
 
 
@@ -35,7 +35,7 @@ def patient(self: Settings) -> ControlConfig:
     return dataclasses.replace(plain(self), scheduler=SchedulerConfig(gap_grace_s=3600.0))
 
 
-Operations._settled = noting  # type: ignore[method-assign]
+Operations._completed = noting  # type: ignore[method-assign]
 Settings.control = property(patient)  # type: ignore[assignment, method-assign]
 
 parser = argparse.ArgumentParser()

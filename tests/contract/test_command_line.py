@@ -234,10 +234,10 @@ def test_what_equals_the_base_model_is_told_when_it_is_deployed(cli: Cli, http: 
     said = cli.run("checkpoints", "deploy", fresh, trained, "--name", "untrained").stderr
     assert said == f"warning: checkpoint {fresh} equals the base model: its adapter changes nothing\n"
     assert cli.run("checkpoints", "deploy", trained, "--name", "trained").stderr == ""
-    for path, is_told in ((fresh, True), (trained, False)):
+    for path, is_reported in ((fresh, True), (trained, False)):
         body = {"session_id": new_session(http), "model_path": path}
         made = ok(http.post("/v1/loops/samplers", json=body))["sampler"]
-        assert ("equals the base model" in cli.text("logs", made["id"])) == is_told
+        assert ("equals the base model" in cli.text("logs", made["id"])) == is_reported
 
 
 def far_trained(http: httpx.Client, name: str) -> Run:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from selfloop.cli.checkpoints import _inside
 from selfloop.cli.remote import CommandFailed
-from selfloop.control.data_dir.signed_urls import Links
+from selfloop.control.data_dir.signed_urls import SignedUrls
 from selfloop.control.observe.archive import Archives
 from selfloop.control.queue.operations import checked_operation_id
 from selfloop.control.resources.catalogue import _NAME
@@ -96,10 +96,10 @@ def test_no_key_of_a_blob_leads_out(house: Path, key: str):
 @given(HOSTILE | st.just(".."), HOSTILE | st.sampled_from(["../../api_key", "api_key", "/etc/passwd"]))
 def test_even_a_link_of_ours_opens_only_a_file_of_the_archive(house: Path, id: str, name: str):
     """With the right signature of a name that we would never sign."""
-    links = Links(house)
+    links = SignedUrls(house)
     signed = links.sign("debug", id, name)
     try:
-        path = Archives(house, links).open_link(id, name, signed.expires, signed.signature)
+        path = Archives(house, links).open_signed_url(id, name, signed.expires, signed.signature)
     except (NotFound, ValueError):
         return
     assert path.resolve().is_relative_to((house / "debug").resolve())

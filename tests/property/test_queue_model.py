@@ -47,7 +47,7 @@ async def _play(plan: list[Operation], arrival: list[int], what: list[str], conf
                 case "kill worker" if house.lifecycle.workers:
                     house.lifecycle.workers[-1].die()
                 case "park":
-                    await house.scheduler.park("deploy")
+                    await house.scheduler.suspend("deploy")
                 case "kill gateway":
                     await house.crash()
                     house = await FakeHouse.open(folder, config)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import stores
 from gateway import MODEL, Gateway, Run, datum, ok, selfloop, words
 from selfloop.cli.main import app
-from selfloop.control.data_dir.identity import Installation
+from selfloop.control.data_dir.identity import DataDirIdentity
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base
@@ -141,10 +141,10 @@ def test_everything_goes_on_in_the_new_database(moving: Moving):
 
 
 def _cut_before_the_note(patched: pytest.MonkeyPatch) -> None:
-    def cut(_self: Installation, _url: URL) -> None:
+    def cut(_self: DataDirIdentity, _url: URL) -> None:
         raise PowerCut
 
-    patched.setattr(Installation, "move_to", cut)
+    patched.setattr(DataDirIdentity, "move_to", cut)
 
 
 def _cut_before_the_file_is_put_aside(patched: pytest.MonkeyPatch) -> None:

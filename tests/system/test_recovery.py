@@ -258,7 +258,7 @@ def test_second_gateway_is_refused(gateway: Gateway):
     assert "Traceback" not in said
 
 
-def test_port_in_use_is_told(gateway: Gateway, data_template: Path, tmp_path: Path):
+def test_port_in_use_is_reported(gateway: Gateway, data_template: Path, tmp_path: Path):
     data_dir = copy_data(data_template, tmp_path / "data")
     arguments = ["serve", "--port", str(gateway.port), "--data-dir", str(data_dir)]
     second = subprocess.run(

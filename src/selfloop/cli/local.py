@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from selfloop.control.data_dir.transient_errors import OUTAGES, not_ready
+from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, not_ready
 from selfloop.control.gateway import DataDirectory
 from selfloop.server.settings import default_data_dir, given_database_url, given_store
 from selfloop.types.errors import SelfloopError
@@ -60,7 +60,7 @@ def failing_in_one_line() -> Generator[None]:
     except SelfloopError as error:
         complain(str(error))
         raise typer.Exit(1) from None
-    except OUTAGES as error:
+    except TRANSIENT_ERRORS as error:
         if not_ready(error) is None:
             raise
         cause = error.strerror if isinstance(error, OSError) else getattr(error, "orig", error)

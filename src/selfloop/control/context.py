@@ -7,7 +7,7 @@ from selfloop.control.capacity.placement import Capacity
 from selfloop.control.capacity.workers import WorkerPool
 from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.run_memory import RunMemories
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.checkpoints import CheckpointStore
@@ -21,7 +21,7 @@ class Context:
     blobs: LocalBlobs
     store: CheckpointStore
     journal: Journal
-    settlement: Settlement
+    outcomes: Outcomes
     pool: WorkerPool
     lifecycle: Lifecycle
     scheduler: Scheduler

@@ -19,8 +19,8 @@ from selfloop.control.capacity.workers import WorkerPool, WorkerSlot, WorkerStat
 from selfloop.control.context import Context
 from selfloop.control.data_dir import backup
 from selfloop.control.data_dir.disk_space import DiskRoom
-from selfloop.control.data_dir.identity import DATABASE_FILE, Installation, hold, make_folder
-from selfloop.control.data_dir.signed_urls import Links
+from selfloop.control.data_dir.identity import DATABASE_FILE, DataDirIdentity, hold, make_folder
+from selfloop.control.data_dir.signed_urls import SignedUrls
 from selfloop.control.data_dir.transient_errors import in_words
 from selfloop.control.data_dir.verify import Report, Verification
 from selfloop.control.observe.billing import Billing, Prices
@@ -30,7 +30,7 @@ from selfloop.control.observe.usage import Usage
 from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.operations import Operations
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.run_memory import RunMemories
 from selfloop.control.queue.scheduler import RunActor, SchedulerConfig
 from selfloop.control.resources.access import Access
@@ -54,7 +54,7 @@ from selfloop.control.resources.shared_samplers import SharedSamplers
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.control.sampling.durable_queue import QueuedSamples
 from selfloop.control.sampling.futures import Jobs
-from selfloop.control.sampling.idempotency import SampledOnce
+from selfloop.control.sampling.idempotency import SampleIdempotency
 from selfloop.control.sampling.publish_checks import PublishChecks
 from selfloop.control.sampling.service import Sampling
 from selfloop.storage.blobs.checkpoints import LOCAL, CheckpointStore, LocalCheckpoints
@@ -126,7 +126,7 @@ class DataDirectory:
 
     def __init__(self, path: Path, database: str | None = None, store: str | None = None) -> None:
         make_folder(path)
-        self._installation = Installation(path)
+        self._identity = DataDirIdentity(path)
         url = database_url(path, database)
         if migrate.schema_of(url) == "older":
             # Not under a server of an older version, which may be running.
@@ -145,7 +145,7 @@ class DataDirectory:
 
     async def seed(self) -> None:
         """Give a new data directory what a server's start would give it: the first team, the embedded model."""
-        await self._installation.check(self._db, self._store)
+        await self._identity.check(self._db, self._store)
         await self.access.ensure_default_team()
         await self.catalogue.seed()
 
@@ -189,35 +189,35 @@ class Control:
         data_dir = config.data_dir
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = hold(data_dir)
-        self._installation = Installation(data_dir)
+        self._identity = DataDirIdentity(data_dir)
         self.db = Database(database_url(data_dir, config.database_url))
         self._claim = self.db.claim()
         migrate.upgrade(self.db.url)
         blobs = LocalBlobs(data_dir)
         store = checkpoint_store(data_dir, config.store)
         journal = Journal(self.db, blobs)
-        settlement = Settlement(self.db, store, journal)
+        outcomes = Outcomes(self.db, store, journal)
         self.catalogue = Catalogue(self.db, data_dir)
-        settlement.disk_room = DiskRoom(blobs, self.catalogue)
+        outcomes.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
         self.lifecycle = Lifecycle(self.db, pool)
-        self._publish_checks = PublishChecks(store, settlement.observer.meter, lambda name: pool.slot(name).client)
-        settlement.on_probed = self._publish_checks.begin
+        self._publish_checks = PublishChecks(store, outcomes.observer.meter, lambda name: pool.slot(name).client)
+        outcomes.on_probed = self._publish_checks.begin
 
         memories = RunMemories(self.catalogue)
 
         def make_actor(run: RunRow) -> RunActor:
-            return RunActor(run, journal, blobs, self.lifecycle, settlement, config.scheduler, memories)
+            return RunActor(run, journal, blobs, self.lifecycle, outcomes, config.scheduler, memories)
 
         scheduler = Scheduler(make_actor)
-        self.lifecycle.park = scheduler.park
+        self.lifecycle.suspend = scheduler.suspend
         self.capacity = config.capacity
         self._context = Context(
             self.db,
             blobs,
             store,
             journal,
-            settlement,
+            outcomes,
             pool,
             self.lifecycle,
             scheduler,
@@ -233,13 +233,13 @@ class Control:
         self.shared_samplers = SharedSamplers(self._context, self.user_configs)
         self.cleanup = Cleanup(self._context)
         self.deploys = Deploys(self._context, self.user_configs)
-        links = Links(data_dir)
+        links = SignedUrls(data_dir)
         self.checkpoints = Checkpoints(self._context, links)
         self.observations = Observations(self._context, self.runs, data_dir, links)
         self.operations = Operations(self._context)
         self.sampling = Sampling(self._context)
         self.queued_samples = QueuedSamples(self._context, self.sampling)
-        self.sampled_once = SampledOnce()
+        self.sample_idempotency = SampleIdempotency()
         self.custom_losses = CustomLosses(self._context)
         self.listings = Listings(self._context)
         imports = Imports(self.db, store, self.catalogue, self.access)
@@ -257,7 +257,7 @@ class Control:
         if self._claim is not None:
             self._claiming = asyncio.create_task(self._claim.keep(_end_at_once), name="keep-database")
         await self.catalogue.seed()
-        await self._installation.check(self.db, self._context.store)
+        await self._identity.check(self.db, self._context.store)
         await self.catalogue.report_missing()
         made = await self.access.ensure_first_key(first_key)
         await self.access.start()
@@ -317,7 +317,7 @@ class Control:
                 memory_bytes=config.memory_bytes,
                 record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
                 linger_s=config.keep_loaded_s,
-                owner=self._installation.owner,
+                owner=self._identity.owner,
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

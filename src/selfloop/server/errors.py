@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from selfloop.control.data_dir.transient_errors import OUTAGES, not_ready
+from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, not_ready
 from selfloop.types.errors import (
     MODEL_INVALID,
     BadRequest,
@@ -231,7 +231,7 @@ def install(app: FastAPI) -> None:
         log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
         return _answer(request, 500, "internal error; the server's log has the cause", "INTERNAL", {})
 
-    async def outage(request: Request, error: Exception) -> Response:
+    async def transient_error(request: Request, error: Exception) -> Response:
         told = not_ready(error)
         if told is None:
             return await unexpected(request, error)
@@ -246,7 +246,7 @@ def install(app: FastAPI) -> None:
         (RequestValidationError, invalid),
         (HTTPException, http_error),
         (ClientDisconnect, gone),
-        *((kind, outage) for kind in OUTAGES),
+        *((kind, transient_error) for kind in TRANSIENT_ERRORS),
         (Exception, unexpected),
     ]
     for kind, handler in handlers:

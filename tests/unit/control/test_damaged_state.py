@@ -88,19 +88,19 @@ async def test_a_damaged_snapshot_falls_back_to_the_one_before(house: FakeHouse,
     for position, operation in enumerate(done, 1):
         await do(house, operation)
         if position in (2, 4):
-            await house.scheduler.park("deploy")
+            await house.scheduler.suspend("deploy")
     flip(tmp_path / f"snapshots/{RUN_ID}/0-4/state.json")
     await kill(house)
     assert await do(house, STEP) == StepResult({"step": 3.0, "weights": weights_after(*done, STEP)})
     # From then on the older one is the newest, and two are kept again after the next.
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     run = await house.run()
     assert (run.older_key, run.snapshot_key) == (f"snapshots/{RUN_ID}/0-2", f"snapshots/{RUN_ID}/0-6")
 
 
 async def test_a_first_snapshot_falls_back_to_the_start(house: FakeHouse, tmp_path: Path) -> None:
     await do(house, train(1), STEP)
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     for file in (tmp_path / f"snapshots/{RUN_ID}/0-2").iterdir():
         file.unlink()
     (tmp_path / f"snapshots/{RUN_ID}/0-2").rmdir()
@@ -111,7 +111,7 @@ async def test_a_first_snapshot_falls_back_to_the_start(house: FakeHouse, tmp_pa
 async def test_where_neither_can_be_used_both_are_named(house: FakeHouse, tmp_path: Path) -> None:
     for _ in range(2):
         await do(house, train(1), STEP)
-        await house.scheduler.park("deploy")
+        await house.scheduler.suspend("deploy")
     for name in ("0-2", "0-4"):
         flip(tmp_path / f"snapshots/{RUN_ID}/{name}/state.json")
     await kill(house)

@@ -81,7 +81,7 @@ async def test_a_large_result_goes_into_its_row(house: FakeHouse, monkeypatch) -
 
 
 async def test_what_does_not_pass_ends_in_its_cause(house: FakeHouse, monkeypatch) -> None:
-    monkeypatch.setattr(house.settlement, "write_to", failing(errno.EACCES))
+    monkeypatch.setattr(house.outcomes, "write_to", failing(errno.EACCES))
     await house.submit(SaveState("ckpt001", "first"), 1, "op1")
     failed = await outcome(house, "op1")
     assert failed.error_class == "InternalError"

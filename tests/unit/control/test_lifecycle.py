@@ -53,12 +53,12 @@ class House:
         self.parked: list[str] = []
         self.slots: dict[str, FakeSlot] = {}
         self.lifecycle = Lifecycle(self.db, cast(WorkerPool, self), clock=lambda: self.now)
-        self.lifecycle.park = self._park
+        self.lifecycle.suspend = self._suspend
 
     def slot(self, model_name: str) -> FakeSlot:
         return self.slots.setdefault(model_name, FakeSlot(model_name, self.lifecycle))
 
-    async def _park(self, deployment_id: str) -> None:
+    async def _suspend(self, deployment_id: str) -> None:
         self.parked.append(deployment_id)
 
     def add_run(self, deployment: str, sampler: str, delay_s: float = 10.0) -> None:

@@ -167,7 +167,7 @@ async def test_an_operation_that_kills_its_worker_twice_is_failed_and_the_run_go
 async def test_parking_stores_accumulated_gradients(house: FakeHouse) -> None:
     await house.submit(forward_backward(7), 1, "op1")
     await result(house, "op1")
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     assert house.lifecycle.workers[-1].runs == {}
     assert (await house.run()).snapshot_key == f"snapshots/{RUN_ID}/0-1"
     await house.submit(STEP, 2, "op2")
@@ -227,11 +227,11 @@ async def test_large_payloads_and_results_go_to_files(house: FakeHouse, tmp_path
     await house.submit(big, 1, "op1")
     assert isinstance(await result(house, "op1"), LossResult)
     assert len(list((tmp_path / "journal" / RUN_ID).glob("op1-*.op"))) == 1
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     assert len(list((tmp_path / "journal" / RUN_ID).glob("op1-*.op"))) == 1, "until there are two snapshots behind it"
     await house.submit(STEP, 2, "op2")
     await result(house, "op2")
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     assert list((tmp_path / "journal" / RUN_ID).glob("op1-*.op")) == []
 
 
@@ -288,7 +288,7 @@ async def test_a_snapshot_that_fails_costs_nothing_but_replay(tmp_path: Path) ->
     for seq in (2, 3):
         await house.submit(STEP, seq, f"op{seq}")
         await result(house, f"op{seq}")
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     await house.submit(STEP, 4, "op4")
     expected = weights_after(STEP, STEP, STEP, STEP)
     assert await result(house, "op4") == StepResult({"step": 4.0, "weights": expected})
@@ -311,7 +311,7 @@ async def test_what_a_crash_left_behind_is_cleared_at_start(tmp_path: Path) -> N
     house = await FakeHouse.open(tmp_path, SchedulerConfig())
     await house.submit(STEP, 1, "op1")
     await result(house, "op1")
-    await house.scheduler.park("deploy")
+    await house.scheduler.suspend("deploy")
     await house.crash()
     leftovers = ("snapshots/run0001/0-9.part", "snapshots/run0001/0-8", "snapshots/gone", "initial/gone")
     for folder in leftovers:

@@ -123,7 +123,7 @@ async def test_what_is_needed_stays(db: Database, tmp_path: Path):
 
     def need(connection: Connection) -> None:
         held = {"checkpoint_id": "x", "position": 0, "target": "sampler", "name": "x", "step": 0}
-        connection.execute(insert(tables.HeldCheckpointRow), held | {"sampler_id": id_of("p", 89), "run_id": pinned})
+        connection.execute(insert(tables.PinnedCheckpointRow), held | {"sampler_id": id_of("p", 89), "run_id": pinned})
         operation = tables.OperationRow.run_id == waiting
         connection.execute(update(tables.OperationRow).where(operation).values(state="queued", finished_at=None))
         change = {"resource": "run", "resource_id": changed, "status": "INACTIVE", "reason": "now", "at": young}

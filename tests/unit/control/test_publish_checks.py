@@ -48,7 +48,7 @@ class CheckedHouse(FakeHouse):
 
     def gap(self) -> float | None:
         """The largest of the run's deployment."""
-        minutes = self.settlement.observer.meter.take_all()
+        minutes = self.outcomes.observer.meter.take_all()
         gaps = [minute.publish_gap for id, _, minute in minutes if id == "deploy" and minute.publish_gap is not None]
         return max(gaps, default=None)
 
@@ -59,10 +59,10 @@ async def house(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncGenera
     assert isinstance(house, CheckedHouse)
     house.checks = PublishChecks(
         house.store,
-        house.settlement.observer.meter,
+        house.outcomes.observer.meter,
         lambda _name: next((w for w in house.lifecycle.workers if not w.lost.done()), None),  # type: ignore[arg-type]
     )
-    house.settlement.on_probed = house.checks.begin
+    house.outcomes.on_probed = house.checks.begin
     caplog.handler.addFilter(_with_scope)
     yield house
     caplog.handler.removeFilter(_with_scope)

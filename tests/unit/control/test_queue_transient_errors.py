@@ -12,7 +12,7 @@ from fake_house import RUN_ID, FakeHouse
 from selfloop.control.queue.journal import Failure, Submission
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.queue.scheduler import SchedulerConfig
-from selfloop.storage.db.tables import LeftOutRow
+from selfloop.storage.db.tables import SkippedRow
 from selfloop.types.errors import OperationFailed, Unavailable
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, OptimStep, SaveState, kind_of
 
@@ -43,7 +43,7 @@ async def step_of(house: FakeHouse, id: str) -> float:
 
 
 @pytest.fixture
-def outage(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def transient_error(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The next outcomes that are errors cannot be stored; returns whose they are."""
     monkeypatch.setattr("selfloop.control.queue.scheduler._RETRY_S", 0.01)
     store, met = house.journal.fail, list[str]()
@@ -58,12 +58,12 @@ def outage(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return met
 
 
-async def test_an_error_is_told_once_it_can_be_stored(house: FakeHouse, outage: list[str]) -> None:
+async def test_an_error_is_told_once_it_can_be_stored(house: FakeHouse, transient_error: list[str]) -> None:
     await house.submit(FAILS, 1, "op1")
     await house.submit(STEP, 2, "op2")
     assert (await ended(house, "op1")).error == "asked to fail"
     assert await step_of(house, "op2") == 1.0
-    assert outage == ["op1", "op1"]
+    assert transient_error == ["op1", "op1"]
 
 
 async def test_an_error_that_is_being_stored_when_its_run_ends_is_told(
@@ -85,15 +85,15 @@ async def test_an_error_that_is_being_stored_when_its_run_ends_is_told(
     assert (await asyncio.wait_for(asking, 5)).error == "asked to fail"
 
 
-async def test_a_load_of_what_is_gone(house: FakeHouse, outage: list[str]) -> None:
+async def test_a_load_of_what_is_gone(house: FakeHouse, transient_error: list[str]) -> None:
     await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/never", with_optimizer=True), 1, "op1")
     await house.submit(STEP, 2, "op2")
     assert (await ended(house, "op1")).error_class == "NotFound"
     assert await step_of(house, "op2") == 1.0
-    assert outage == ["op1", "op1"]
+    assert transient_error == ["op1", "op1"]
 
 
-async def test_a_load_that_cannot_be_kept(house: FakeHouse, outage: list[str]) -> None:
+async def test_a_load_that_cannot_be_kept(house: FakeHouse, transient_error: list[str]) -> None:
     await house.submit(SaveState("ckpt001", "first"), 1, "op1")
     await ended(house, "op1")
     house.lifecycle.workers[-1].full_disk = True
@@ -101,10 +101,10 @@ async def test_a_load_that_cannot_be_kept(house: FakeHouse, outage: list[str]) -
     assert "could not be stored" in ((await ended(house, "op2")).error or "")
     await house.submit(STEP, 3, "op3")
     assert await step_of(house, "op3") == 1.0
-    assert outage == ["op2", "op2"]
+    assert transient_error == ["op2", "op2"]
 
 
-async def test_a_model_that_cannot_be_loaded(house: FakeHouse, outage: list[str]) -> None:
+async def test_a_model_that_cannot_be_loaded(house: FakeHouse, transient_error: list[str]) -> None:
     house.lifecycle.failure = OperationFailed("no such folder", "LoadFailed")
     for seq in (1, 2):
         await house.submit(STEP, seq, f"op{seq}")
@@ -112,19 +112,19 @@ async def test_a_model_that_cannot_be_loaded(house: FakeHouse, outage: list[str]
     house.lifecycle.failure = None
     await house.submit(STEP, 3, "op3")
     assert await step_of(house, "op3") == 1.0
-    assert outage == ["op1", "op1"]
+    assert transient_error == ["op1", "op1"]
 
 
-async def test_a_gap_that_stays_open(house: FakeHouse, outage: list[str]) -> None:
+async def test_a_gap_that_stays_open(house: FakeHouse, transient_error: list[str]) -> None:
     for seq in (2, 3):
         await house.submit(STEP, seq, f"op{seq}")
     assert {(await ended(house, f"op{seq}")).error_class for seq in (2, 3)} == {"MissingOperation"}
     await house.submit(STEP, 4, "op4")
     assert await step_of(house, "op4") == 1.0
-    assert outage == ["op2", "op2"]
+    assert transient_error == ["op2", "op2"]
 
 
-async def test_an_operation_that_kills(house: FakeHouse, outage: list[str]) -> None:
+async def test_an_operation_that_kills(house: FakeHouse, transient_error: list[str]) -> None:
     await house.submit(STEP, 1, "op1")
     await ended(house, "op1")
     house.lifecycle.workers[-1].dies_at = 0
@@ -133,11 +133,13 @@ async def test_an_operation_that_kills(house: FakeHouse, outage: list[str]) -> N
     assert (await ended(house, "op2")).error_class == "WorkerLost"
     await house.submit(STEP, 3, "op3")
     assert await step_of(house, "op3") == 2.0
-    assert outage == ["op2", "op2"]
+    assert transient_error == ["op2", "op2"]
     assert len(house.lifecycle.workers) == 3
 
 
-async def test_a_cancellation_that_cannot_be_stored_takes_nothing_away(house: FakeHouse, outage: list[str]) -> None:
+async def test_a_cancellation_that_cannot_be_stored_takes_nothing_away(
+    house: FakeHouse, transient_error: list[str]
+) -> None:
     await house.submit(STEP, 2, "op2")
     for _ in range(2):
         with pytest.raises(Unavailable):
@@ -185,7 +187,7 @@ async def test_attempts_are_counted_across_a_restart(house: FakeHouse, tmp_path:
 async def test_a_refused_place_is_not_waited_for_after_a_restart(house: FakeHouse, tmp_path: Path, waits: bool) -> None:
     await house.submit(STEP, 1, "op1")
     await ended(house, "op1")
-    await house.operations.leave_out(await house.run(), 3)
+    await house.operations.skip(await house.run(), 3)
     if waits:
         await house.submit(STEP, 4, "op4")
     again = await restarted(house, tmp_path)
@@ -195,12 +197,12 @@ async def test_a_refused_place_is_not_waited_for_after_a_restart(house: FakeHous
     assert await step_of(again, "op4") == 3.0
     await again.journal.purge(0.0)
     async with again.db.read() as session:
-        assert await session.scalar(select(func.count()).select_from(LeftOutRow)) == 0
+        assert await session.scalar(select(func.count()).select_from(SkippedRow)) == 0
     await again.crash()
 
 
 async def test_a_corrected_call_may_take_its_place_after_a_restart(house: FakeHouse, tmp_path: Path) -> None:
-    await house.operations.leave_out(await house.run(), 1)
+    await house.operations.skip(await house.run(), 1)
     again = await restarted(house, tmp_path)
     await again.submit(STEP, 1, "op1")
     assert await step_of(again, "op1") == 1.0
@@ -225,5 +227,5 @@ async def test_places_of_refused_and_cancelled_operations_are_known_after_a_rest
 async def test_what_is_refused_behind_the_order_is_not_noted(house: FakeHouse) -> None:
     await house.submit(STEP, 1, "op1")
     for seq in (0, 1, 5000):
-        await house.operations.leave_out(await house.run(), seq)
-    assert await house.journal.left_out() == []
+        await house.operations.skip(await house.run(), seq)
+    assert await house.journal.skipped() == []

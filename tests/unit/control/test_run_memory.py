@@ -46,7 +46,7 @@ class Run:
     def is_busy(self) -> bool:
         return self.id in self.house.busy
 
-    async def park(self) -> None:
+    async def suspend(self) -> None:
         self.house.parked.append(self.id)
         self.house.memory.leave(self.id)
 

@@ -46,7 +46,7 @@ async def test_it_takes_no_place_and_changes_nothing(house: FakeHouse):
     await house.submit(STEP, 4, "d")  # waits for 3
     await step_result(house, "b")
     body = await asyncio.wait_for(actor.saves_beside.ask(beside()), 10)
-    row = await house.settlement.saved_beside(actor.run, beside(), body)
+    row = await house.outcomes.saved_beside(actor.run, beside(), body)
     assert (row.step, row.sampler_id, row.name) == (1, "sampler1", ".sampler1")
     assert json.loads(((await house.store.folder(row.id)) / "state.json").read_text())["step"] == 1
     async with house.db.read() as session:
@@ -66,7 +66,7 @@ async def test_a_worker_that_dies_is_reported_and_the_next_one_saves(house: Fake
     with pytest.raises(WorkerLost):
         await asyncio.wait_for(actor.saves_beside.ask(beside()), 10)
     body = await asyncio.wait_for(actor.saves_beside.ask(beside()), 10)
-    row = await house.settlement.saved_beside(actor.run, beside(), body)
+    row = await house.outcomes.saved_beside(actor.run, beside(), body)
     stored = json.loads(((await house.store.folder(row.id)) / "state.json").read_text())
     assert (stored["weights"], stored["step"]) == (weights, 1)
 

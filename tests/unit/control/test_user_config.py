@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from selfloop.control.capacity.hardware import Machine
+from selfloop.control.capacity.hardware import Hardware
 from selfloop.control.context import Context
 from selfloop.control.resources.user_config import UserConfig, UserConfigs, checked_accelerators
 from selfloop.types.errors import BadRequest
@@ -44,4 +44,4 @@ def test_lists_that_say_nothing_are_refused(wrong: list[str]) -> None:
     ],
 )
 def test_accelerators_by_their_short_names(driver: str | None, short: str) -> None:
-    assert Machine(1, 1, 0 if driver is None else 1, driver).accelerator == short
+    assert Hardware(1, 1, 0 if driver is None else 1, driver).accelerator == short

@@ -198,7 +198,7 @@ def test_an_exported_adapter_loads_in_peft(tiny_model_folder: Path, tmp_path: Pa
     assert (ours - expected).abs().max() < 1e-4
 
 
-def run_program(*arguments: object) -> tuple[int, list[dict]]:
+def run_subprocess(*arguments: object) -> tuple[int, list[dict]]:
     command = [sys.executable, "-m", "selfloop.convert.adapters", *map(str, arguments)]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
@@ -206,7 +206,9 @@ def run_program(*arguments: object) -> tuple[int, list[dict]]:
 
 def test_the_program_tells_how_far_it_is(tiny_model_folder: Path, tmp_path: Path):
     checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
-    code, lines = run_program("merged", checkpoint, tiny_model_folder, tmp_path / "out", "--base-model", "tiny/llama")
+    code, lines = run_subprocess(
+        "merged", checkpoint, tiny_model_folder, tmp_path / "out", "--base-model", "tiny/llama"
+    )
     assert code == 0
     fractions = [line["fraction"] for line in lines]
     assert fractions == sorted(fractions)
@@ -219,7 +221,7 @@ def test_a_failure_is_one_json_line_and_leaves_nothing(tiny_model_folder: Path, 
     path = checkpoint / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     out = tmp_path / "out"
-    code, lines = run_program("merged", checkpoint, tiny_model_folder, out, "--base-model", "tiny/llama")
+    code, lines = run_subprocess("merged", checkpoint, tiny_model_folder, out, "--base-model", "tiny/llama")
     assert code == 1
     assert "checkpoint/adapter_model.safetensors is damaged" in lines[-1]["error"]
     assert not out.exists()
@@ -242,7 +244,7 @@ def test_an_existing_folder_is_left_alone(tiny_model_folder: Path, tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
-    code, lines = run_program("peft", tmp_path, tiny_model_folder, out, "--base-model", "tiny/llama")
+    code, lines = run_subprocess("peft", tmp_path, tiny_model_folder, out, "--base-model", "tiny/llama")
     assert code == 1
     assert "exists already" in lines[-1]["error"]
     assert (out / "mine").read_text() == "mine"
@@ -569,7 +571,7 @@ def test_an_adapter_config_that_is_none_is_refused(content: str, tiny_model_fold
 def test_an_adapter_of_another_model_is_refused(tiny_model_folder: Path, tmp_path: Path):
     other = tiny_models.save("qwen2", tmp_path / "other")
     folder = served_model.save_adapter(other, tmp_path / "adapter")
-    code, lines = run_program("import", folder, tiny_model_folder, tmp_path / "checkpoint")
+    code, lines = run_subprocess("import", folder, tiny_model_folder, tmp_path / "checkpoint")
     assert code == 1
     assert "has shape" in lines[-1]["error"]
     assert not (tmp_path / "checkpoint").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from test_adapters import IDS, load, load_adapter, logits, make_checkpoint, quiet, run_program, untied
+from test_adapters import IDS, load, load_adapter, logits, make_checkpoint, quiet, run_subprocess, untied
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -227,7 +227,7 @@ def test_the_program_writes_checks_and_reports(tmp_path: Path):
     model_dir = gguf_models.save("llama", tmp_path / "model")
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
     arguments = ["gguf", checkpoint, model_dir, tmp_path / "out", "--base-model", "org/base", "--dtype", "f16"]
-    code, lines = run_program(*arguments)
+    code, lines = run_subprocess(*arguments)
     assert code == 0, lines
     assert [line["fraction"] for line in lines] == sorted(line["fraction"] for line in lines)
     assert lines[-1]["facts"]["dtype"] == "float16"

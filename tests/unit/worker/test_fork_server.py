@@ -18,7 +18,7 @@ from gateway import is_gone
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers import fork_client, local
-from selfloop.worker.launchers.fork_client import HostRecord, WorkerHost, find_or_launch
+from selfloop.worker.launchers.fork_client import ForkServerClient, ForkServerRecord, find_or_launch
 from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.protocol import Tokenize
 
@@ -32,7 +32,7 @@ def command(tmp_path: Path) -> WorkerCommand:
     return WorkerCommand(folder, "cpu", "float32", tmp_path / "log", record_path=record, linger_s=LINGER_S)
 
 
-async def worker_of(host: WorkerHost, command: WorkerCommand) -> WorkerClient:
+async def worker_of(host: ForkServerClient, command: WorkerCommand) -> WorkerClient:
     await host.ready()
     client = WorkerClient(command, lambda stage: None)
     await client.start(host)
@@ -47,7 +47,7 @@ def process_of(client: WorkerClient) -> psutil.Process:
     return parent
 
 
-def vanish(host: WorkerHost) -> None:
+def vanish(host: ForkServerClient) -> None:
     """What a gateway's death is to its host: the connection ends, and nobody does anything more."""
     host._lose()
 
@@ -119,7 +119,7 @@ async def test_a_host_that_nobody_comes_for_leaves_nothing(command: WorkerComman
     client = await worker_of(host, short)
     parent = process_of(client)
     assert short.record_path is not None
-    record = msgspec.json.decode(short.record_path.read_bytes(), type=HostRecord)
+    record = msgspec.json.decode(short.record_path.read_bytes(), type=ForkServerRecord)
     vanish(host)
     await gone(parent.pid)
     assert not short.record_path.exists()
@@ -242,7 +242,7 @@ async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerC
     assert await client.call(Tokenize(["a"]))
     # A note of another boot, or of a process whose number is another's now, leads nowhere, either.
     vanish(host)
-    known = msgspec.json.decode(record, type=HostRecord)
+    known = msgspec.json.decode(record, type=ForkServerRecord)
     for boot, started in (("another", 0), (known.process.boot, 1)):
         process = msgspec.structs.replace(known.process, boot=boot, started=known.process.started + started)
         own.record_path.write_bytes(msgspec.json.encode(msgspec.structs.replace(known, process=process)))

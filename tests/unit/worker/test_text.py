@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from selfloop.types.errors import BadRequest
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
-from selfloop.worker.text.calls import TextDesk
+from selfloop.worker.text.calls import TextQueue
 from selfloop.worker.text.tokens import MAX_CHARS, ModelTokenizer
 
 
@@ -56,13 +56,13 @@ class Replies:
 class House:
     def __init__(self) -> None:
         self.tokens, self.replies = SlowTokens(), Replies()
-        self.desk = TextDesk(self.tokens, Template(), self.replies)
+        self.queue = TextQueue(self.tokens, Template(), self.replies)
 
     def answers(self, number: int) -> list[tuple[int, object]]:
         deadline = time.monotonic() + 20
         while len(self.replies.answers) < number:
             assert time.monotonic() < deadline, self.replies.answers
-            self.desk.tell()
+            self.queue.tell()
             time.sleep(0.002)
         return self.replies.answers
 
@@ -77,10 +77,10 @@ class House:
 def test_a_team_that_asks_for_much_does_not_hold_up_another() -> None:
     house = House()
     for ticket in range(8):
-        house.desk.take(ticket, Tokenize([f"a{ticket}", f"A{ticket}"], team_id="a"))
+        house.queue.take(ticket, Tokenize([f"a{ticket}", f"A{ticket}"], team_id="a"))
     house.begun(1)
-    house.desk.take(100, Tokenize(["b"], team_id="b"))
-    house.desk.take(101, Detokenize([65, 66]))
+    house.queue.take(100, Tokenize(["b"], team_id="b"))
+    house.queue.take(101, Detokenize([65, 66]))
     assert house.answers(1) == [(101, [b"A", b"B"])], "short answers wait for no text"
     house.tokens.may_go_on.release()
     assert house.begun(2) == ["a0", "b"], "and a list of texts takes a turn for each of them"
@@ -93,12 +93,12 @@ def test_a_team_that_asks_for_much_does_not_hold_up_another() -> None:
 def test_conversations_are_written_and_tokenized_beside_the_main_loop_in_turns() -> None:
     house = House()
     for ticket in range(4):
-        house.desk.take(ticket, RenderChat(b"a", team_id="a"))
+        house.queue.take(ticket, RenderChat(b"a", team_id="a"))
     house.begun(1)
-    house.desk.take(50, RenderChat(b"bad", team_id="b"))
-    house.desk.take(51, RenderChat(b"b" * 20, team_id="b", max_tokens=19))
-    house.desk.take(52, RenderChat(b"b", team_id="b", max_tokens=19))
-    house.desk.take(100, Detokenize([65]))
+    house.queue.take(50, RenderChat(b"bad", team_id="b"))
+    house.queue.take(51, RenderChat(b"b" * 20, team_id="b", max_tokens=19))
+    house.queue.take(52, RenderChat(b"b", team_id="b", max_tokens=19))
+    house.queue.take(100, Detokenize([65]))
     assert house.answers(1) == [(100, [b"A"])], "the main loop goes on while a conversation is at work"
     house.tokens.may_go_on.release(20)
     answers = house.answers(8)
@@ -112,14 +112,14 @@ def test_conversations_are_written_and_tokenized_beside_the_main_loop_in_turns()
 def test_what_cannot_be_read_is_answered_and_the_next_goes_on() -> None:
     house = House()
     house.tokens.may_go_on.release(5)
-    house.desk.take(1, Tokenize(["good", "bad", "never"], team_id="a"))
-    house.desk.take(2, Tokenize(["x"], team_id="a"))
-    house.desk.take(3, Tokenize([], team_id="a"))
+    house.queue.take(1, Tokenize(["good", "bad", "never"], team_id="a"))
+    house.queue.take(2, Tokenize(["x"], team_id="a"))
+    house.queue.take(3, Tokenize([], team_id="a"))
     assert house.answers(3) == [(1, "cannot be read"), (2, [[120]]), (3, [])]
     with pytest.raises(BadRequest, match="characters"):
-        house.desk.take(4, Tokenize(["x" * (MAX_CHARS + 1)]))
+        house.queue.take(4, Tokenize(["x" * (MAX_CHARS + 1)]))
     with pytest.raises(BadRequest, match=r"prompt\[1\]"):
-        house.desk.take(4, Tokenize(["x", "yy"], max_tokens=1))
+        house.queue.take(4, Tokenize(["x", "yy"], max_tokens=1))
 
 
 def byte_level(*, normalizer: object = None) -> Tokenizer:

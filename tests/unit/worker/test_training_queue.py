@@ -14,11 +14,11 @@ from selfloop.engine.limits import EngineLimits
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
 from selfloop.types.result import LossResult
 from selfloop.worker.protocol import Call, CloseRun, Event, Execute, Reply, ReplyError
-from selfloop.worker.serving.replies import Outbox
-from selfloop.worker.serving.training import TrainingDesk
+from selfloop.worker.serving.replies import Replies
+from selfloop.worker.serving.training import TrainingQueue
 
 
-class Told(Outbox):
+class Reported(Replies):
     """Keeps what would be sent."""
 
     def __init__(self, begun_path: Path) -> None:
@@ -41,10 +41,10 @@ class Told(Outbox):
         return [event.ticket for event in self.events if isinstance(event, Reply | ReplyError)]
 
 
-class Desk(TrainingDesk):
+class Queue(TrainingQueue):
     """A desk with calls made simple: tickets count from 1."""
 
-    def __init__(self, engine: Engine, told: Told) -> None:
+    def __init__(self, engine: Engine, told: Reported) -> None:
         super().__init__(engine, told)
         self.told = told
         self._num = 0
@@ -92,54 +92,54 @@ def passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.fixture
-def desk(engine: Engine, tmp_path: Path) -> Desk:
-    return Desk(engine, Told(tmp_path / "begun"))
+def queue(engine: Engine, tmp_path: Path) -> Queue:
+    return Queue(engine, Reported(tmp_path / "begun"))
 
 
-def finish(desk: Desk) -> None:
+def finish(queue: Queue) -> None:
     for _ in range(100):
-        if not desk.has_work:
+        if not queue.has_work:
             return
-        desk.step()
+        queue.step()
     raise AssertionError("it does not end")
 
 
-def test_what_is_ready_shares_a_pass_and_each_gets_its_own_result(desk: Desk, passes: list[list[int]]):
-    tickets = [desk.ask(run, loss(num)) for run, num in (("a", 10), ("b", 12), ("c", 9), ("d", 20))]
-    steps = [desk.ask(run, STEP) for run in "abcd"]
-    finish(desk)
+def test_what_is_ready_shares_a_pass_and_each_gets_its_own_result(queue: Queue, passes: list[list[int]]):
+    tickets = [queue.ask(run, loss(num)) for run, num in (("a", 10), ("b", 12), ("c", 9), ("d", 20))]
+    steps = [queue.ask(run, STEP) for run in "abcd"]
+    finish(queue)
     assert sorted(map(sum, passes)) == [20, 31]
-    results = [msgspec.msgpack.decode(desk.told.bodies[ticket], type=LossResult) for ticket in tickets]
+    results = [msgspec.msgpack.decode(queue.told.bodies[ticket], type=LossResult) for ticket in tickets]
     assert [len(result.logprobs[0].values()) for result in results] == [10, 12, 9, 20]
     assert [result.spent.num_tokens for result in results] == [10, 12, 9, 20]
-    assert set(desk.told.answered) == {*tickets, *steps}
-    assert not any(isinstance(event, ReplyError) for event in desk.told.events)
+    assert set(queue.told.answered) == {*tickets, *steps}
+    assert not any(isinstance(event, ReplyError) for event in queue.told.events)
 
 
-def test_a_small_operation_overtakes_a_large_one(desk: Desk, passes: list[list[int]]):
-    large = desk.ask("a", loss(30, num_sequences=12))
-    desk.step()
-    small = desk.ask("b", loss(10))
-    finish(desk)
-    assert desk.told.answered == [small, large]
+def test_a_small_operation_overtakes_a_large_one(queue: Queue, passes: list[list[int]]):
+    large = queue.ask("a", loss(30, num_sequences=12))
+    queue.step()
+    small = queue.ask("b", loss(10))
+    finish(queue)
+    assert queue.told.answered == [small, large]
     # The small one waited for one pass, or for two if it was level with the large one.
     assert [10] in passes[1:3]
     assert len(passes) == 13
 
 
-def test_alone_means_alone_from_begin_to_end(desk: Desk, passes: list[list[int]]):
-    alone = desk.ask("a", loss(10, num_sequences=7), alone=True)
-    others = [desk.ask(run, loss(5)) for run in "bc"]
-    finish(desk)
-    begun = [event for event in desk.told.events if isinstance(event, int)]
-    between = desk.told.events[desk.told.events.index(alone) : desk.told.events.index(Reply(alone))]
+def test_alone_means_alone_from_begin_to_end(queue: Queue, passes: list[list[int]]):
+    alone = queue.ask("a", loss(10, num_sequences=7), alone=True)
+    others = [queue.ask(run, loss(5)) for run in "bc"]
+    finish(queue)
+    begun = [event for event in queue.told.events if isinstance(event, int)]
+    between = queue.told.events[queue.told.events.index(alone) : queue.told.events.index(Reply(alone))]
     assert between == [alone]
     assert sorted(begun) == [alone, *others]
     assert [30] in passes
     assert [5, 5] in passes
 
 
-def test_one_that_breaks_the_pass_fails_alone(desk: Desk, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_one_that_breaks_the_pass_fails_alone(queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """An error of the whole pass, as of memory: the others are computed all the same."""
     advance = engine.advance
 
@@ -149,41 +149,41 @@ def test_one_that_breaks_the_pass_fails_alone(desk: Desk, engine: Engine, monkey
         advance(requests)
 
     monkeypatch.setattr(engine, "advance", breaks)
-    tickets = {run: desk.ask(run, loss(8)) for run in "abc"}
-    finish(desk)
-    errors = [event for event in desk.told.events if isinstance(event, ReplyError)]
+    tickets = {run: queue.ask(run, loss(8)) for run in "abc"}
+    finish(queue)
+    errors = [event for event in queue.told.events if isinstance(event, ReplyError)]
     assert [(error.ticket, error.error_class) for error in errors] == [(tickets["b"], "MemoryError")]
-    assert sorted(desk.told.bodies) == [tickets["a"], tickets["c"]]
+    assert sorted(queue.told.bodies) == [tickets["a"], tickets["c"]]
     assert engine._runs["b"].accumulated is None
 
 
-def test_refusals_come_at_once_and_closed_runs_are_forgotten(desk: Desk, engine: Engine):
-    bad = desk.ask("a", ForwardBackward(loss(4).data, "nonsense", {}))
-    desk.ask("nobody", loss(4))
-    good = desk.ask("b", loss(4))
-    finish(desk)
-    errors = [event for event in desk.told.events if isinstance(event, ReplyError)]
+def test_refusals_come_at_once_and_closed_runs_are_forgotten(queue: Queue, engine: Engine):
+    bad = queue.ask("a", ForwardBackward(loss(4).data, "nonsense", {}))
+    queue.ask("nobody", loss(4))
+    good = queue.ask("b", loss(4))
+    finish(queue)
+    errors = [event for event in queue.told.events if isinstance(event, ReplyError)]
     assert [error.error_class for error in errors] == ["BadRequest", "NotFound"]
     assert errors[0].ticket == bad
-    assert list(desk.told.bodies) == [good]
+    assert list(queue.told.bodies) == [good]
     close = CloseRun("b")
-    desk.take(Call(99, close), close, b"")
-    finish(desk)
+    queue.take(Call(99, close), close, b"")
+    finish(queue)
     assert not engine.has_run("b")
     assert kind_of(STEP) == "optim_step"
 
 
-def test_it_waits_for_company_only_where_some_is_likely(desk: Desk):
-    desk.ask("a", loss(10))
-    assert desk.patience_s() == 0.0, "nobody else was here"
-    desk.ask("b", loss(10))
-    finish(desk)
-    desk._last_pass_s = 10.0
-    desk.ask("a", loss(10))
-    assert 0 < desk.patience_s() < 0.051, "b is likely to come"
-    desk.ask("b", loss(10))
-    assert desk.patience_s() == 0.0, "all are here"
-    desk.ask("b", STEP)
-    finish(desk)
-    desk.ask("a", STEP)
-    assert desk.patience_s() == 0.0, "a step needs no company"
+def test_it_waits_for_company_only_where_some_is_likely(queue: Queue):
+    queue.ask("a", loss(10))
+    assert queue.patience_s() == 0.0, "nobody else was here"
+    queue.ask("b", loss(10))
+    finish(queue)
+    queue._last_pass_s = 10.0
+    queue.ask("a", loss(10))
+    assert 0 < queue.patience_s() < 0.051, "b is likely to come"
+    queue.ask("b", loss(10))
+    assert queue.patience_s() == 0.0, "all are here"
+    queue.ask("b", STEP)
+    finish(queue)
+    queue.ask("a", STEP)
+    assert queue.patience_s() == 0.0, "a step needs no company"

@@ -9,7 +9,7 @@ import pytest
 
 from selfloop.types.errors import WorkerLost
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.launchers.fork_client import WorkerHost, WorkerProcess
+from selfloop.worker.launchers.fork_client import ForkServerClient, WorkerProcess
 from selfloop.worker.launchers.local import WorkerCommand, _environment
 from selfloop.worker.protocol import ModelInfo, Tokenize
 
@@ -36,7 +36,7 @@ async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path):
     addresses: list[str] = []
 
     class Host:
-        async def fork(self, address: str, _pulse: str, _begun: Path) -> WorkerProcess:
+        async def fork(self, address: str, _heartbeats: str, _begun: Path) -> WorkerProcess:
             addresses.append(address)
             launched = await speak(address, 1.5, "worker")
             process = WorkerProcess(launched.pid)
@@ -48,7 +48,7 @@ async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path):
 
     waiting: list[asyncio.Task[None]] = []
     client = WorkerClient(WorkerCommand(tmp_path, "cpu", "float32", tmp_path / "log"), lambda stage: None)
-    await client.start(cast(WorkerHost, Host()))
+    await client.start(cast(ForkServerClient, Host()))
     folder = Path(addresses[0].removeprefix("ipc://")).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     stranger = await speak(addresses[0], 0, "stranger")

@@ -25,7 +25,7 @@ _PACKAGES = ("selfloop", "torch", "transformers", "tokenizers", "safetensors", "
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Hardware:
     """``gpu_type`` is the driver's name of the first GPU, None without one."""
 
     cpus: int
@@ -44,12 +44,12 @@ class Machine:
 
 
 @functools.cache
-def this_machine() -> Machine:
+def this_hardware() -> Hardware:
     gpus = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
     model = re.search(r"^Model:\s*(.+)$", gpus[0], re.MULTILINE) if gpus else None
     memory = _gpu_memory_mib() if gpus else None
     name = model[1].strip() if model else None
-    return Machine(os.cpu_count() or 1, psutil.virtual_memory().total, len(gpus), name, memory)
+    return Hardware(os.cpu_count() or 1, psutil.virtual_memory().total, len(gpus), name, memory)
 
 
 def _gpu_memory_mib() -> int | None:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str | None]:
 
 def facts(data_dir: Path) -> dict[str, str | int | None]:
     """What the machine is; no names of users or hosts."""
-    disk, memory, own = shutil.disk_usage(data_dir), psutil.virtual_memory(), this_machine()
+    disk, memory, own = shutil.disk_usage(data_dir), psutil.virtual_memory(), this_hardware()
     return {
         "system": platform.platform(),
         "processor": platform.machine(),

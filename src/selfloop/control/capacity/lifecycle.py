@@ -105,7 +105,7 @@ class Lifecycle:
         self._group_of: dict[str, _Group] = {}
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.park: Callable[[str], Awaitable[None]] | None = None
+        self.suspend: Callable[[str], Awaitable[None]] | None = None
         """Set by the scheduler: stores the state of a deployment's runs and takes them out of the worker."""
 
     async def start(self) -> None:
@@ -229,7 +229,7 @@ class Lifecycle:
 
         return self._spawn(wake(), f"wake-{id}")
 
-    async def settled(self, id: str, timeout_s: float) -> None:
+    async def completed(self, id: str, timeout_s: float) -> None:
         """Wait until the status is one that lasts, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
@@ -344,11 +344,11 @@ class Lifecycle:
             await asyncio.sleep(_REAPER_PAUSE_S)
 
     async def _scale_to_zero(self, group: _Group, reason: str) -> None:
-        assert self.park is not None
+        assert self.suspend is not None
         used_at = group.last_used
         for member in list(group.members.values()):
             if member.kind == "deployment":
-                await self.park(member.id)
+                await self.suspend(member.id)
         if group.num_uses or group.last_used != used_at:
             return  # Somebody came while the state was being stored: the run reopens by itself.
         await self._set_sleeping(group, reason)

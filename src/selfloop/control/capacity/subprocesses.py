@@ -18,7 +18,7 @@ class _Line(msgspec.Struct):
     facts: msgspec.Raw = msgspec.Raw(b"null")
 
 
-async def run_program(process: asyncio.subprocess.Process, on_progress: Callable[[str, float], None]) -> msgspec.Raw:
+async def run_subprocess(process: asyncio.subprocess.Process, on_progress: Callable[[str, float], None]) -> msgspec.Raw:
     """Follow a program to its end; returns the ``facts`` of its last line.
 
     Raises:

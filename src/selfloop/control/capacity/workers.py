@@ -9,7 +9,7 @@ from typing import Literal
 
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.launchers.fork_client import WorkerHost, find_or_launch
+from selfloop.worker.launchers.fork_client import ForkServerClient, find_or_launch
 from selfloop.worker.launchers.local import WorkerCommand
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class WorkerSlot:
         self._prepare = prepare
         self._command = command
         self._on_state = on_state
-        self._host: WorkerHost | None = None
+        self._host: ForkServerClient | None = None
         self._client: WorkerClient | None = None
         self._lock = asyncio.Lock()
         self._failed_at = float("-inf")
@@ -86,7 +86,7 @@ class WorkerSlot:
             command = self._command(self.model_name, folder)
             client = WorkerClient(command, self._note)
             try:
-                await client.start(await self._loaded_host(command))
+                await client.start(await self._loaded_fork_server(command))
                 info = await client.ready
             except WorkerLost as error:
                 lost = str(error)
@@ -103,7 +103,7 @@ class WorkerSlot:
             return client
         raise OperationFailed(f"the worker died {_MAX_STARTS} times while loading: {lost}", "LoadFailed")
 
-    async def _loaded_host(self, command: WorkerCommand) -> WorkerHost:
+    async def _loaded_fork_server(self, command: WorkerCommand) -> ForkServerClient:
         if self._host is None or not self._host.serves(command):
             if self._host is not None:
                 await self._host.stop()
@@ -145,9 +145,9 @@ class WorkerSlot:
                 if client is not None:
                     await client.stop()
             finally:
-                self.end_host()
+                self.end_fork_server()
 
-    def end_host(self) -> None:
+    def end_fork_server(self) -> None:
         """Give back the memory of the base model, and of a worker that there may be, now."""
         host, self._host = self._host, None
         if host is not None:
@@ -183,4 +183,4 @@ class WorkerPool:
         finally:
             # Also where one was still loading.
             for slot in self._slots.values():
-                slot.end_host()
+                slot.end_fork_server()

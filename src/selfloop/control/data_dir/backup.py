@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
 import selfloop
-from selfloop.control.data_dir.identity import DATABASE_FILE, Installation
+from selfloop.control.data_dir.identity import DATABASE_FILE, DataDirIdentity
 from selfloop.control.data_dir.migrate_database import move_rows
 from selfloop.control.resources.checkpoints import pinned
 from selfloop.storage.blobs.checkpoints import LOCAL
@@ -80,7 +80,7 @@ def make_backup(data_dir: Path, database: URL, store: str, target: Path, on_stag
         Conflict: another backup is under way, the database has another version's schema, or it or the store are not
             those of this data directory.
     """
-    Installation(data_dir).check_parts(database, store)
+    DataDirIdentity(data_dir).check_parts(database, store)
     _check_target(target, "DIR")
     if target.resolve().is_relative_to(data_dir.resolve()):
         raise BadRequest("DIR", f"a folder outside of the data directory {data_dir}")
@@ -153,7 +153,7 @@ async def restore(
         check_folder(part)
         for name in (MANIFEST_FILE, _FACTS_FILE):
             (part / name).unlink()
-        Installation(part).restored(address, is_same=take_over)
+        DataDirIdentity(part).restored(address, is_same=take_over)
         _rename(part, data_dir, "--data-dir")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -242,7 +242,7 @@ def _stage(data_dir: Path, database: URL, store: str, staging: Path, on_stage: O
 def _keys(connection: Connection, store: str) -> set[str]:
     """Relative paths of all files and folders that the rows name and that are ours to keep."""
     named = frozen.named(connection)
-    keys = named.keys | {pinned.held_key(*pair) for pair in named.held}
+    keys = named.keys | {pinned.pinned_key(*pair) for pair in named.held}
     keys |= {path for path in named.models.values() if not Path(path).is_absolute()}
     if store == LOCAL:
         keys |= {f"checkpoints/{id}" for id in named.checkpoints}

@@ -36,7 +36,7 @@ class _Parts(msgspec.Struct, frozen=True):
     data_dir: str = ""
 
 
-class Installation:
+class DataDirIdentity:
     def __init__(self, data_dir: Path) -> None:
         """To be made before the database is: it looks at what an earlier start left."""
         self._path = data_dir / _FILE

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from selfloop.control.data_dir.identity import DATABASE_FILE, Installation, hold
+from selfloop.control.data_dir.identity import DATABASE_FILE, DataDirIdentity, hold
 from selfloop.storage.db import migrate, move
 from selfloop.storage.db.address import parse_database_url, shown, sqlite_url
 from selfloop.storage.db.database import Database
@@ -33,7 +33,7 @@ async def move_rows(data_dir: Path, database: str, on_table: move.OnTable) -> Mo
     if not file.exists():
         raise Conflict(f"{data_dir} has no {DATABASE_FILE}: there are no rows to move")
     with hold(data_dir):
-        installation = Installation(data_dir)
+        identity = DataDirIdentity(data_dir)
         source, target = Database(sqlite_url(file)), Database(url)
         try:
             num_rows = _copy(source, target, on_table)
@@ -41,7 +41,7 @@ async def move_rows(data_dir: Path, database: str, on_table: move.OnTable) -> Mo
             await source.close()
             await target.close()
         # In this order: after a death between two of these either start works, and so does this call.
-        installation.move_to(url)
+        identity.move_to(url)
         left = file.with_name(file.name + ".moved")
         file.rename(left)
     return Moved(num_rows, shown(url), left)

@@ -25,7 +25,7 @@ class Signed(NamedTuple):
     signature: str
 
 
-class Links:
+class SignedUrls:
     """Signs and checks links with the secret in the data directory, which another process may rotate at any time."""
 
     def __init__(self, data_dir: Path) -> None:

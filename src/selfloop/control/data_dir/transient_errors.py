@@ -31,7 +31,7 @@ _PASSING_SQLITE = {
 _MAX_SETBACKS = 3
 _TOLD = (1, 2, 3, 10, 60)
 
-OUTAGES: tuple[type[Exception], ...] = (OSError, OperationalError, InterfaceError, PoolTimeout)
+TRANSIENT_ERRORS: tuple[type[Exception], ...] = (OSError, OperationalError, InterfaceError, PoolTimeout)
 """Errors that :func:`not_ready` looks at."""
 
 

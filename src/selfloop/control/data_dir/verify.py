@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from selfloop.control.data_dir.transient_errors import in_words
 from selfloop.control.queue.journal import payload_digest, result_digest, stored_bytes
 from selfloop.control.queue.recovery import identity
-from selfloop.control.resources.checkpoints.pinned import held_key
+from selfloop.control.resources.checkpoints.pinned import pinned_key
 from selfloop.control.sampling.durable_queue import sample_digest
 from selfloop.storage.blobs.checkpoints import CheckpointStore, check_whole
 from selfloop.storage.blobs.local import LocalBlobs
@@ -194,7 +194,7 @@ class Verification:
             self._known.add(f"checkpoints/{id}")
             await self._checkpoint(id)
         for row in held:
-            await self._folder("held checkpoints", held_key(row.sampler_id, row.checkpoint_id))
+            await self._folder("held checkpoints", pinned_key(row.sampler_id, row.checkpoint_id))
         for name in await self._store.strays(set(ids)):
             self.report.note("files", "unknown", name, "no row knows it")
 

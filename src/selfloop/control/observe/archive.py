@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from selfloop.control.capacity import hardware
-from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, Links
+from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, SignedUrls
 from selfloop.control.observe import worker_output
 from selfloop.control.observe.logs import LogQuery, read
 from selfloop.storage.db.tables import StatusChangeRow
@@ -51,10 +51,10 @@ class ArchiveSource:
 class Archives:
     """Made anew for each first page and removed once its links have expired."""
 
-    def __init__(self, data_dir: Path, links: Links) -> None:
+    def __init__(self, data_dir: Path, links: SignedUrls) -> None:
         self._data_dir = data_dir
         self._folder = data_dir / "debug"
-        self._links = links
+        self._signed_urls = links
 
     async def make(self, source: ArchiveSource) -> str:
         """Write an archive; returns its id, by which :meth:`files` and page tokens know it."""
@@ -82,9 +82,9 @@ class Archives:
             raise BadRequest("page_token", "the next_page_token of an answer about this deployment")
         return await asyncio.to_thread(self._list, archive_id)
 
-    def open_link(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
+    def open_signed_url(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
         """The file behind a link. Raises :class:`Denied` for a bad or old link, :class:`NotFound` when gone."""
-        self._links.check("debug", archive_id, name, expires, signature)
+        self._signed_urls.check("debug", archive_id, name, expires, signature)
         path = self._folder / archive_id / name
         if path.resolve().parent.parent != self._folder.resolve() or not path.is_file():
             raise NotFound("file", f"{archive_id}/{name}")
@@ -115,7 +115,7 @@ class Archives:
         files: list[ArchiveFile] = []
         for path in sorted(folder.iterdir()):
             stat = path.stat()
-            link = self._links.sign("debug", archive_id, path.name)
+            link = self._signed_urls.sign("debug", archive_id, path.name)
             files.append(ArchiveFile(archive_id, path.name, stat.st_size, stat.st_mtime, link.expires, link.signature))
         return files
 

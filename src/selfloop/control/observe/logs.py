@@ -36,16 +36,16 @@ _BLOCK_BYTES = 64 * 1024
 class _Target(RotatingFileHandler):
     """Tells once that lines cannot be written, not with a traceback of each, until some can be again."""
 
-    _is_told = False
+    _is_reported = False
 
     def emit(self, record: logging.LogRecord) -> None:
         self._has_failed = False
         super().emit(record)
-        self._is_told = self._has_failed
+        self._is_reported = self._has_failed
 
     def handleError(self, record: logging.LogRecord) -> None:
         self._has_failed = True
-        if not self._is_told:
+        if not self._is_reported:
             log.warning("lines of the log cannot be written to %s: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.capacity.workers import WorkerState
 from selfloop.control.context import Context
-from selfloop.control.data_dir.signed_urls import Links
+from selfloop.control.data_dir.signed_urls import SignedUrls
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.observe import instruments, logs, meter, worker_output
 from selfloop.control.observe.archive import ArchiveFile, Archives, ArchiveSource
@@ -55,19 +55,19 @@ class LogWindow:
 
 
 class Observations:
-    def __init__(self, context: Context, runs: Runs, data_dir: Path, links: Links) -> None:
+    def __init__(self, context: Context, runs: Runs, data_dir: Path, links: SignedUrls) -> None:
         self._c = context
         self._runs = runs
         self._data_dir = data_dir
         self._processes = Processes(data_dir)
         self.archives = Archives(data_dir, links)
-        self._meter = context.settlement.observer.meter
+        self._meter = context.outcomes.observer.meter
         self._output_from: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def usage(self) -> Usage:
-        return self._c.settlement.observer.usage
+        return self._c.outcomes.observer.usage
 
     async def start(self) -> None:
         self._tasks = [
@@ -204,7 +204,7 @@ class Observations:
             states[slot.state] = states.get(slot.state, 0) + 1
         for state, count in states.items():
             instruments.WORKERS.labels(state).set(count)
-        instruments.QUEUED.set(self._c.settlement.observer.num_queued)
+        instruments.QUEUED.set(self._c.outcomes.observer.num_queued)
         pids = {slot.client.pid for slot in slots if slot.client is not None}
         instruments.RESIDENT.labels("workers").set(await asyncio.to_thread(resident_bytes, pids))
         instruments.RESIDENT.labels("gateway").set(resident_bytes({os.getpid()}))
@@ -220,8 +220,8 @@ class Observations:
             archive_id = await self.archives.make(await self._source(caller, row, run_ids))
         return archive_id, await self.archives.files(id, archive_id)
 
-    def open_archive_link(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
-        return self.archives.open_link(archive_id, name, expires, signature)
+    def open_archive_signed_url(self, archive_id: str, name: str, expires: int, signature: str) -> Path:
+        return self.archives.open_signed_url(archive_id, name, expires, signature)
 
     async def _source(self, caller: Caller, row: Deployment, run_ids: Sequence[str]) -> ArchiveSource:
         async with self._c.db.read() as session:

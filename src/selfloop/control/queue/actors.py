@@ -24,10 +24,10 @@ class Scheduler:
     def known(self, run_id: str) -> RunActor | None:
         return self._actors.get(run_id)
 
-    async def park(self, deployment_id: str) -> None:
+    async def suspend(self, deployment_id: str) -> None:
         """Store and unload every run of a deployment."""
         actors = [actor for actor in self._actors.values() if actor.run.deployment_id == deployment_id]
-        await asyncio.gather(*(actor.park() for actor in actors))
+        await asyncio.gather(*(actor.suspend() for actor in actors))
 
     async def end(self, run_id: str) -> list[OperationRow]:
         """Stop a run's actor; returns the operations that will now never run."""

@@ -160,15 +160,15 @@ class Journal:
             return Accepted(await self._known(row, submission, run.next_seq), is_new=False)
         return Accepted(row, is_new=True)
 
-    async def leave_out(self, run: RunRow, seq: int) -> None:
+    async def skip(self, run: RunRow, seq: int) -> None:
         """Note that nothing is to be expected at ``seq``, until the run has gone past it."""
         run_id, epoch = run.id, run.epoch
-        await self._db.write_grouped(lambda connection: queries_operations.leave_out(connection, run_id, epoch, seq))
+        await self._db.write_grouped(lambda connection: queries_operations.skip(connection, run_id, epoch, seq))
 
-    async def left_out(self) -> Sequence[tuple[str, int, int]]:
+    async def skipped(self) -> Sequence[tuple[str, int, int]]:
         """Places (run, epoch, seq) ahead of a run's order that nothing is to be expected at."""
         async with self._db.read() as session:
-            return await queries_operations.left_out(session)
+            return await queries_operations.skipped(session)
 
     async def note_attempts(self, row: OperationRow, num_attempts: int) -> None:
         """Make durable how many workers have died at an operation."""
@@ -284,7 +284,7 @@ class Journal:
                 if purged.num_rows < _PURGED_AT_ONCE:
                     break
         async with self._db.write() as session:
-            await queries_operations.forget_left_out(session)
+            await queries_operations.forget_skipped(session)
 
     async def _store(self, key: str, data: bytes) -> str | None:
         if len(data) <= _INLINE_BYTES:

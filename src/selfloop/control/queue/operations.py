@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from selfloop.control.context import Context
-from selfloop.control.data_dir.transient_errors import OUTAGES, Ages, tried
+from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, Ages, tried
 from selfloop.control.queue.journal import Submission, cancelled, first_missing
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.queue.recovery import clear_leftovers
@@ -58,12 +58,12 @@ class Operations:
     def __init__(self, context: Context) -> None:
         self._c = context
         self._live: dict[tuple[str, str], _Live] = {}
-        self._left_out: dict[str, set[tuple[int, int]]] = {}
+        self._skipped: dict[str, set[tuple[int, int]]] = {}
         self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
         self._refused: OrderedDict[tuple[str, int], Refusal] = OrderedDict()
         self._closing = False
         self._purger: asyncio.Task[None] | None = None
-        context.settlement.on_settled = self._settled
+        context.outcomes.on_completed = self._completed
 
     async def start(self) -> None:
         """Take up every operation that was accepted before a restart, and clear away what it left half-done."""
@@ -75,17 +75,17 @@ class Operations:
         for row in queued:
             run = runs[row.run_id]
             if run.status != RunStatus.ACTIVE:
-                await self._c.settlement.fail(cancelled(row, f"run {run.id} was deactivated"))
+                await self._c.outcomes.fail(cancelled(row, f"run {run.id} was deactivated"))
                 continue
             self._live[row.run_id, row.id] = _Live()
-            self._c.settlement.observer.accepted(run, row)
+            self._c.outcomes.observer.accepted(run, row)
             self._c.scheduler.actor(run).push(row)
-        for run_id, epoch, seq in await self._c.journal.left_out():
-            self._left_out.setdefault(run_id, set()).add((epoch, seq))
-        for run_id in list(self._left_out):
+        for run_id, epoch, seq in await self._c.journal.skipped():
+            self._skipped.setdefault(run_id, set()).add((epoch, seq))
+        for run_id in list(self._skipped):
             if (actor := self._c.scheduler.known(run_id)) is not None:
                 async with actor.accepting:
-                    await self._pass_left_out(actor)
+                    await self._pass_skipped(actor)
         if queued:
             log.info("resuming %d queued operations", len(queued))
         self._purger = asyncio.create_task(self._purge(), name="purge-results")
@@ -112,19 +112,19 @@ class Operations:
             raise Conflict(
                 f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
             )
-        if self._c.settlement.disk_room is not None:
-            self._c.settlement.disk_room.check_accept(len(submission.payload))
+        if self._c.outcomes.disk_room is not None:
+            self._c.outcomes.disk_room.check_accept(len(submission.payload))
         if submission.kind in USES_CHECKPOINTS:
             await self._check_store(operation_decoder.decode(submission.payload))
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
-            accepted = await self._c.journal.accept(actor.run, submission, actor.parked_seqs())
+            accepted = await self._c.journal.accept(actor.run, submission, actor.out_of_order_seqs())
             self._c.lifecycle.touch(run.deployment_id)
             if accepted.is_new:
                 self._live[run.id, accepted.row.id] = _Live()
-                self._c.settlement.observer.accepted(actor.run, accepted.row)
+                self._c.outcomes.observer.accepted(actor.run, accepted.row)
                 actor.push(accepted.row)
-                await self._pass_left_out(actor)
+                await self._pass_skipped(actor)
         return accepted.row.id
 
     async def _check_store(self, operation: Operation) -> None:
@@ -155,10 +155,10 @@ class Operations:
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             accepted = await self._c.journal.refuse(actor.run, submission, error, error_class)
-            await self._leave_out(actor, submission.seq)
+            await self._skip(actor, submission.seq)
         return accepted.row.id
 
-    async def leave_out(self, run: RunRow, seq: int) -> None:
+    async def skip(self, run: RunRow, seq: int) -> None:
         """Nothing is to be expected at ``seq``: its call was refused. Those behind it do not wait for it.
 
         A corrected call may still take the place, as long as none behind it has been accepted.
@@ -168,10 +168,10 @@ class Operations:
         actor = self._c.scheduler.actor(run)
         async with actor.accepting:
             next_seq = actor.run.next_seq
-            known = self._left_out.get(run.id, set())
+            known = self._skipped.get(run.id, set())
             if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD and (actor.run.epoch, seq) not in known:
-                await self._c.journal.leave_out(actor.run, seq)
-                await self._leave_out(actor, seq)
+                await self._c.journal.skip(actor.run, seq)
+                await self._skip(actor, seq)
 
     def remember_refusal(self, run_id: str, seq: int, digest: str, error: SelfloopError) -> None:
         self._refused[run_id, seq] = Refusal(digest, error)
@@ -182,19 +182,19 @@ class Operations:
         """The last refusal of a call for this place, if it was not long ago."""
         return self._refused.get((run_id, seq))
 
-    async def _leave_out(self, actor: RunActor, seq: int) -> None:
+    async def _skip(self, actor: RunActor, seq: int) -> None:
         """Go on without ``seq``, of which the journal knows."""
-        self._left_out.setdefault(actor.run.id, set()).add((actor.run.epoch, seq))
-        await self._pass_left_out(actor)
+        self._skipped.setdefault(actor.run.id, set()).add((actor.run.epoch, seq))
+        await self._pass_skipped(actor)
 
-    async def _pass_left_out(self, actor: RunActor) -> None:
+    async def _pass_skipped(self, actor: RunActor) -> None:
         """Go past places that were left out, once something waits behind them."""
         run = actor.run
-        left_out = self._left_out.get(run.id, set())
-        while (run.epoch, run.next_seq) in left_out and (waiting := actor.parked_seqs()):
+        skipped = self._skipped.get(run.id, set())
+        while (run.epoch, run.next_seq) in skipped and (waiting := actor.out_of_order_seqs()):
             await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, waiting))
             actor.look_again()
-        left_out -= {(epoch, seq) for epoch, seq in left_out if epoch < run.epoch or seq < run.next_seq}
+        skipped -= {(epoch, seq) for epoch, seq in skipped if epoch < run.epoch or seq < run.next_seq}
 
     async def wait(self, run_id: str, operation_id: str, timeout_s: float) -> Outcome | Pending:
         """The operation's outcome, as soon as there is one within ``timeout_s``.
@@ -223,12 +223,12 @@ class Operations:
         if row.state != OperationState.QUEUED or actor is None or not actor.remove(operation_id):
             raise Conflict(f"operation {operation_id} is already running or has ended")
         try:
-            await self._c.settlement.fail(cancelled(row, "cancelled by request"))
-        except (*OUTAGES, Unavailable):
+            await self._c.outcomes.fail(cancelled(row, "cancelled by request"))
+        except (*TRANSIENT_ERRORS, Unavailable):
             actor.push(row)
             raise
         async with actor.accepting:
-            await self._leave_out(actor, row.seq)
+            await self._skip(actor, row.seq)
 
     async def check_loadable(
         self, run: RunRow, path: str, *, with_optimizer: bool, granted_team_id: str | None = None
@@ -284,7 +284,7 @@ class Operations:
             raise NotFound("operation", operation_id, f"its result was kept for {RESULT_KEPT_S:.0f} s")
         return Outcome(result)
 
-    def _settled(self, row: OperationRow, outcome: Outcome) -> None:
+    def _completed(self, row: OperationRow, outcome: Outcome) -> None:
         key = (row.run_id, row.id)
         live = self._live.pop(key, None)
         if live is not None:

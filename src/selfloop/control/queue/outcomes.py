@@ -51,15 +51,15 @@ class Outcome:
     error_class: str | None = None
 
 
-class Settlement:
-    """Writes outcomes. ``on_settled`` hears of each one after it is durable."""
+class Outcomes:
+    """Writes outcomes. ``on_completed`` hears of each one after it is durable."""
 
     def __init__(self, db: Database, store: CheckpointStore, journal: Journal) -> None:
         self._db = db
         self._store = store
         self._journal = journal
         self.observer = Observer(Usage(db))
-        self.on_settled: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
+        self.on_completed: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
         self.on_published: Callable[[], None] = lambda: None
         self.on_probed: Callable[[RunRow, SaveResult], None] = lambda _run, _result: None
         """Hears of weights that a sampler is to serve, once they are durable."""
@@ -119,8 +119,8 @@ class Settlement:
                 result_key=stored.key,
                 result_digest=stored.digest,
             )
-            settled = queries_operations.is_changed(await session.execute(finishing))
-            if settled:
+            completed = queries_operations.is_changed(await session.execute(finishing))
+            if completed:
                 if counted:
                     await queries_resources.update_run(session, run.id, **counted)
                 # In this transaction: what is replayed or settled twice counts once.
@@ -163,11 +163,11 @@ class Settlement:
                     pass
         for id in gone:
             await self._store.delete(id)
-        if settled:
+        if completed:
             for name, value in counted.items():
                 setattr(run, name, value)
             self.observer.finished(row, result, counts)
-            self.on_settled(row, Outcome(body))
+            self.on_completed(row, Outcome(body))
             if isinstance(result, SaveResult):
                 self.on_probed(run, result)
         if operation is not None:
@@ -208,7 +208,7 @@ class Settlement:
             return
         for row, error, error_class, state in await self._journal.fail(failures):
             self.observer.failed(row, error, error_class, state)
-            self.on_settled(row, Outcome(None, error, error_class))
+            self.on_completed(row, Outcome(None, error, error_class))
 
     async def snapshot_taken(self, run: RunRow, key: str, position: Position, older: StoredState) -> None:
         """Record the newest stored state of a run, and the one to go back to if it is damaged."""

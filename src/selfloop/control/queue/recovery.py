@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.data_dir.transient_errors import in_words, is_passing
 from selfloop.control.queue.journal import Journal
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.stored_states import Position, StoredState, newest_state, older_state
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources
@@ -35,12 +35,10 @@ class _Files(NamedTuple):
 
     journal: Journal
     blobs: LocalBlobs
-    settlement: Settlement
+    outcomes: Outcomes
 
 
-async def reopen(
-    run: RunRow, worker: WorkerClient, journal: Journal, blobs: LocalBlobs, settlement: Settlement
-) -> float:
+async def reopen(run: RunRow, worker: WorkerClient, journal: Journal, blobs: LocalBlobs, outcomes: Outcomes) -> float:
     """Bring ``run`` into ``worker`` exactly as it was after its last finished operation.
 
     Results that were given out stay as they are: a replay only rebuilds the state. A damaged snapshot is replaced by
@@ -55,7 +53,7 @@ async def reopen(
     """
     if run.digest not in (None, identity(run)):
         raise _failed("its row in the database is damaged: rank, seed or targets are not those that it was made with")
-    files, newest = _Files(journal, blobs, settlement), newest_state(run)
+    files, newest = _Files(journal, blobs, outcomes), newest_state(run)
     try:
         await _open(run, worker, files, newest)
     except OperationFailed as error:
@@ -71,7 +69,7 @@ async def reopen(
             replayed_s = await _bring_back(run, worker, files, older)
         except OperationFailed as second:
             raise _failed(f"its snapshot cannot be used: {error}; nor can the one before it: {second}") from second
-        await settlement.fell_back(run, older)
+        await outcomes.fell_back(run, older)
         return replayed_s
     return await _replay(run, worker, files, newest)
 
@@ -115,7 +113,7 @@ async def _replay(run: RunRow, worker: WorkerClient, files: _Files, state: Store
         context = Execute(run.id, run.seed, initial=initial, targets=LoraTargets.parse(run.targets), alone=True)
         try:
             if row.kind == "load_state":
-                context = msgspec.structs.replace(context, read_from=await files.settlement.read_from(run, payload))
+                context = msgspec.structs.replace(context, read_from=await files.outcomes.read_from(run, payload))
             await worker.call(context, payload)
         except OperationFailed as error:
             raise _failed(f"replaying {row.kind} (seq_id {row.seq}, operation {row.id}) failed: {error}") from error

@@ -41,7 +41,7 @@ class Held(Protocol):
     @property
     def is_busy(self) -> bool: ...
 
-    async def park(self) -> None: ...
+    async def suspend(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class RunMemory:
                 if not idle and now - started >= _TURN_S:
                     idle = [entry for entry in others if now - entry.since >= _TURN_S]
                 if idle:
-                    await min(idle, key=lambda entry: entry.used_at).run.park()
+                    await min(idle, key=lambda entry: entry.used_at).run.suspend()
                 else:
                     await asyncio.sleep(_LOOK_EVERY_S)
             now = self.clock()

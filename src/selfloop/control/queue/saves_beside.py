@@ -8,7 +8,7 @@ from functools import partial
 
 import msgspec
 
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
 from selfloop.types.operation import SaveWeightsForSampler
@@ -25,9 +25,9 @@ class _Save:
 class SavesBeside:
     """Those that a run is asked for; its actor sends them between two operations. Nothing here outlives a restart."""
 
-    def __init__(self, run: RunRow, settlement: Settlement, on_asked: Callable[[], None]) -> None:
+    def __init__(self, run: RunRow, outcomes: Outcomes, on_asked: Callable[[], None]) -> None:
         self._run = run
-        self._settlement = settlement
+        self._outcomes = outcomes
         self._on_asked = on_asked
         self._waiting: deque[_Save] = deque()
         self._ended = False
@@ -62,7 +62,7 @@ class SavesBeside:
 
     async def _send_one(self, worker: WorkerClient, save: _Save) -> None:
         try:
-            write_to = await self._settlement.write_to(self._run, save.operation)
+            write_to = await self._outcomes.write_to(self._run, save.operation)
         except OperationFailed as error:
             if not save.reply.done():
                 save.reply.set_exception(error)

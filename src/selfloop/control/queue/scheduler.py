@@ -12,7 +12,7 @@ import msgspec
 from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.data_dir.transient_errors import Setbacks, in_words
 from selfloop.control.queue.journal import Failure, Journal
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import reopen
 from selfloop.control.queue.run_memory import RunMemories
 from selfloop.control.queue.saves_beside import SavesBeside
@@ -76,7 +76,7 @@ class RunActor:
         journal: Journal,
         blobs: LocalBlobs,
         lifecycle: Lifecycle,
-        settlement: Settlement,
+        outcomes: Outcomes,
         config: SchedulerConfig,
         memories: RunMemories,
     ) -> None:
@@ -84,7 +84,7 @@ class RunActor:
         self._journal = journal
         self._blobs = blobs
         self._lifecycle = lifecycle
-        self._settlement = settlement
+        self._outcomes = outcomes
         self._config = config
         self._memories = memories
         self._memory = memories.of(run.model_name)
@@ -92,20 +92,20 @@ class RunActor:
         self.accepting = asyncio.Lock()
         """Held while the run's order of arrival is looked at and changed."""
         self._queue: list[_Queued] = []
-        self._parked: set[int] = set()
-        self._parked_at = (run.epoch, run.next_seq)
+        self._out_of_order: set[int] = set()
+        self._suspended_at = (run.epoch, run.next_seq)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[Failure] = []
         self._wakeup = asyncio.Event()
         self._worker: WorkerClient | None = None
         self._snapshots = RunSnapshots(
-            run, journal, blobs, settlement, config.snapshot_every_s, on_written=self._wakeup.set
+            run, journal, blobs, outcomes, config.snapshot_every_s, on_written=self._wakeup.set
         )
         self._last_reply_at = 0.0
         self._last_done: Position | None = None
-        self._park_requests: list[asyncio.Future[None]] = []
-        self.saves_beside = SavesBeside(run, settlement, on_asked=self._wakeup.set)
-        self._settling = asyncio.Lock()
+        self._suspend_requests: list[asyncio.Future[None]] = []
+        self.saves_beside = SavesBeside(run, outcomes, on_asked=self._wakeup.set)
+        self._completing = asyncio.Lock()
         self._halted = False
         self._num_lost_reopening = 0
         self._setbacks = Setbacks(f"run {run.id}")
@@ -120,21 +120,23 @@ class RunActor:
         queued = _Queued((row.epoch, row.seq), row, row.num_attempts)
         heapq.heappush(self._queue, queued)
         if not self._is_ready(queued):
-            self.parked_seqs().add(row.seq)
+            self.out_of_order_seqs().add(row.seq)
         self._wakeup.set()
 
     def look_again(self) -> None:
         """The run's ``next_seq`` was moved on."""
         self._wakeup.set()
 
-    def parked_seqs(self) -> set[int]:
+    def out_of_order_seqs(self) -> set[int]:
         """Sequence ids of the present epoch that came before one they must wait for."""
         epoch, next_seq = self.run.epoch, self.run.next_seq
-        if self._parked_at != (epoch, next_seq):
+        if self._suspended_at != (epoch, next_seq):
             # Kept from call to call: every acceptance asks, and a queue can be thousands long.
-            self._parked = {seq for seq in self._parked if seq >= next_seq and epoch == self._parked_at[0]}
-            self._parked_at = (epoch, next_seq)
-        return self._parked
+            self._out_of_order = {
+                seq for seq in self._out_of_order if seq >= next_seq and epoch == self._suspended_at[0]
+            }
+            self._suspended_at = (epoch, next_seq)
+        return self._out_of_order
 
     def remove(self, operation_id: str) -> bool:
         """Take an operation out of the queue; False when it is no longer there to be taken."""
@@ -142,7 +144,7 @@ class RunActor:
         removed = len(kept) < len(self._queue)
         self._queue = kept
         heapq.heapify(self._queue)
-        self.parked_seqs().intersection_update(q.row.seq for q in kept if not self._is_ready(q))
+        self.out_of_order_seqs().intersection_update(q.row.seq for q in kept if not self._is_ready(q))
         self._wakeup.set()
         return removed
 
@@ -170,26 +172,26 @@ class RunActor:
             return f"queued behind {len(self._in_flight)} running and earlier queued operations of this run"
         return self._lifecycle.describe(self.run.deployment_id) or "queued"
 
-    async def park(self) -> None:
+    async def suspend(self) -> None:
         """Store the run's state and take it out of the worker, once it has nothing to do."""
         if self._worker is None or self._task.done():
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._park_requests.append(done)
+        self._suspend_requests.append(done)
         self._wakeup.set()
         await done
 
     async def halt(self) -> None:
         """Let the running operations finish, store the state, and start nothing more."""
         self._halted = True
-        await self.park()
+        await self.suspend()
 
     async def stop(self) -> None:
         # An outcome that is just being stored is also told to those who wait for it.
-        async with self._settling:
+        async with self._completing:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._end_park_requests()
+        self._end_suspend_requests()
         self.saves_beside.end()
 
     async def close(self) -> None:
@@ -207,7 +209,7 @@ class RunActor:
         self._failed.clear()
         self._in_flight.clear()
         self._queue.clear()
-        self._parked.clear()
+        self._out_of_order.clear()
         return rows
 
     # -- the run's own task ---------------------------------------------------------------------------
@@ -244,14 +246,14 @@ class RunActor:
 
     async def _turn(self) -> None:
         try:
-            await self._settle_failed()
-            await self._snapshots.collect(self._is_settled)
+            await self._complete_failed()
+            await self._snapshots.collect(self._is_complete)
             await self._fill()
             await self._send_saves_beside()
             if self._in_flight:
                 await self._await_head()
-            elif self._park_requests:
-                await self._park_now()
+            elif self._suspend_requests:
+                await self._suspend_now()
             elif self._queue and not self._halted:
                 await self._await_missing()
             else:
@@ -264,11 +266,11 @@ class RunActor:
             self.saves_beside.refuse(error)
             self._wakeup.set()
 
-    async def _settle_failed(self) -> None:
+    async def _complete_failed(self) -> None:
         """Store the outcomes of what failed; while they cannot be stored, the run waits."""
         if self._failed:
-            async with self._settling:
-                await self._settlement.fail(*self._failed)
+            async with self._completing:
+                await self._outcomes.fail(*self._failed)
                 self._failed.clear()
 
     def _is_ready(self, queued: _Queued) -> bool:
@@ -304,7 +306,7 @@ class RunActor:
             heapq.heappop(self._queue)
             reply = worker.call(command, payload)
             self._in_flight.append(_InFlight(queued, reply, time.monotonic()))
-            self._settlement.observer.begun(queued.row)
+            self._outcomes.observer.begun(queued.row)
             await self._begin_snapshot()
 
     async def _send_saves_beside(self) -> None:
@@ -318,10 +320,10 @@ class RunActor:
     async def _fail_queued(self, queued: _Queued, error: str, error_class: str) -> None:
         self.remove(queued.row.id)
         self._failed.append(Failure(queued.row, error, error_class))
-        await self._settle_failed()
+        await self._complete_failed()
 
     def _may_send(self) -> bool:
-        if self._halted or self._park_requests or not self._queue or not self._is_ready(self._queue[0]):
+        if self._halted or self._suspend_requests or not self._queue or not self._is_ready(self._queue[0]):
             return False
         if self._snapshots.is_pending and self._queue[0].row.kind == "load_state":
             return False
@@ -343,7 +345,7 @@ class RunActor:
         try:
             num_bytes = await self._memories.open_bytes(self.run)
             await self._memory.enter(self.run.id, self, worker, num_bytes, self._wait_for_memory)
-            replayed_s = await reopen(self.run, worker, self._journal, self._blobs, self._settlement)
+            replayed_s = await reopen(self.run, worker, self._journal, self._blobs, self._outcomes)
         except OperationFailed:
             self._memory.leave(self.run.id)
             raise
@@ -375,12 +377,12 @@ class RunActor:
             self.run.id, self.run.seed, initial=self._folder(self.run.initial_key), targets=targets, alone=alone
         )
         if row.kind == "load_state":
-            return msgspec.structs.replace(context, read_from=await self._settlement.read_from(self.run, payload))
+            return msgspec.structs.replace(context, read_from=await self._outcomes.read_from(self.run, payload))
         if row.kind in _SAVES:
             operation = operation_decoder.decode(payload)
             assert isinstance(operation, Save)
             try:
-                write_to = await self._settlement.write_to(self.run, operation)
+                write_to = await self._outcomes.write_to(self.run, operation)
             except OSError as error:
                 raise disk_full(error) or error from error
             return msgspec.structs.replace(context, write_to=write_to)
@@ -404,14 +406,14 @@ class RunActor:
                 body = flight.reply.result()
             except OperationFailed as error:
                 if row.kind in _SAVES:
-                    await self._settlement.discard(row)
+                    await self._outcomes.discard(row)
                 self._in_flight.popleft()
                 self._failed.append(Failure(row, str(error), error.error_class))
                 if error.state_lost:
                     self._return_in_flight()
                     self._worker = None
                     self._memory.leave(self.run.id)
-                await self._settle_failed()
+                await self._complete_failed()
                 if error.state_lost:
                     await self._snapshots.drop()
                 return
@@ -421,8 +423,8 @@ class RunActor:
             self._last_reply_at = now
             if row.kind == "load_state" and not await self._pin_loaded(flight):
                 return
-            async with self._settling:
-                await self._settlement.done(self.run, row, body)
+            async with self._completing:
+                await self._outcomes.done(self.run, row, body)
                 self._in_flight.popleft()
             self._last_done = (row.epoch, row.seq)
             self._memory.used(self.run.id)
@@ -439,7 +441,7 @@ class RunActor:
             self._in_flight.popleft()
             self._failed.append(Failure(row, f"the loaded state could not be stored: {error}", error.error_class))
             await self._close_in_worker()
-            await self._settle_failed()
+            await self._complete_failed()
             return False
         return True
 
@@ -454,7 +456,7 @@ class RunActor:
         if position is not None:
             await self._snapshots.begin(self._worker, position)
 
-    def _is_settled(self, position: Position) -> bool:
+    def _is_complete(self, position: Position) -> bool:
         """Whether everything of the run up to ``position`` that was ever sent to a worker has its outcome."""
         return not any(flight.queued.position <= position for flight in self._in_flight)
 
@@ -478,22 +480,22 @@ class RunActor:
             parked = sorted(self._queue)
             await self._journal.skip_gap(self.run, parked[-1].row.seq + 1)
             self._queue.clear()
-            self._parked.clear()
+            self._out_of_order.clear()
         cause = f"the operation with seq_id {missing} did not arrive within {self._config.gap_grace_s:g} s"
         for row in (queued.row for queued in parked):
             told = f"{cause}, so this one (seq_id {row.seq}) was not run"
             self._failed.append(Failure(row, told, "MissingOperation"))
-        await self._settle_failed()
+        await self._complete_failed()
 
-    def _end_park_requests(self) -> None:
-        requests, self._park_requests = self._park_requests, []
+    def _end_suspend_requests(self) -> None:
+        requests, self._suspend_requests = self._suspend_requests, []
         for request in requests:
             if not request.done():
                 request.set_result(None)
 
-    async def _park_now(self) -> None:
+    async def _suspend_now(self) -> None:
         try:
-            await self._snapshots.settled(self._is_settled)
+            await self._snapshots.completed(self._is_complete)
             if self._worker is not None and not self._worker.lost.done() and self._last_done is not None:
                 try:
                     await self._snapshots.take(self._worker, self._last_done)
@@ -502,7 +504,7 @@ class RunActor:
                     log.warning("run %s: no snapshot: %s", self.run.id, error)
             await self._close_in_worker()
         finally:
-            self._end_park_requests()
+            self._end_suspend_requests()
 
     async def _recover(self, lost: WorkerLost) -> None:
         log.warning("run %s lost its worker: %s", self.run.id, lost)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from selfloop.control.queue.journal import Journal
-from selfloop.control.queue.outcomes import Settlement
+from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.stored_states import Position, StoredState, newest_state
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
@@ -55,14 +55,14 @@ class RunSnapshots:
         run: RunRow,
         journal: Journal,
         blobs: LocalBlobs,
-        settlement: Settlement,
+        outcomes: Outcomes,
         every_s: float,
         on_written: Callable[[], None],
     ) -> None:
         self._run = run
         self._journal = journal
         self._blobs = blobs
-        self._settlement = settlement
+        self._outcomes = outcomes
         self._every_s = every_s
         self._on_written = on_written
         self._pending: _Pending | None = None
@@ -102,13 +102,13 @@ class RunSnapshots:
         self._pending = _Pending(position, worker.call(command))
         self._pending.reply.add_done_callback(self._written)
 
-    async def collect(self, is_settled: Callable[[Position], bool]) -> None:
+    async def collect(self, is_complete: Callable[[Position], bool]) -> None:
         """Record the one that was begun, once it is on disk and everything that it holds has its outcome.
 
         Before that it must not count: a restart would carry out again what it holds already.
         """
         pending = self._pending
-        if pending is None or not pending.reply.done() or not is_settled(pending.position):
+        if pending is None or not pending.reply.done() or not is_complete(pending.position):
             return
         try:
             written = _written_decoder.decode(pending.reply.result())
@@ -125,11 +125,11 @@ class RunSnapshots:
             self._pending = None
             self._work_s, self._cost_s = 0.0, written.stall_s + written.cpu_s
 
-    async def settled(self, is_settled: Callable[[Position], bool]) -> None:
+    async def completed(self, is_complete: Callable[[Position], bool]) -> None:
         """Wait for the one that was begun, and record it."""
         if self._pending is not None:
             await asyncio.wait({self._pending.reply})
-            await self.collect(is_settled)
+            await self.collect(is_complete)
 
     async def drop(self) -> None:
         """Let go of the one that was begun: its worker is gone, or it holds what must not be kept."""
@@ -183,7 +183,7 @@ class RunSnapshots:
         # Where an error ended an earlier try of this, it lies there already.
         if self._blobs.exists(key + ".part"):
             await asyncio.to_thread(self._blobs.publish_folder, key + ".part", key)
-        await self._settlement.snapshot_taken(self._run, key, position, older)
+        await self._outcomes.snapshot_taken(self._run, key, position, older)
         for gone in known - {None, key, older.key}:
             assert gone is not None
             await asyncio.to_thread(self._blobs.delete, gone)

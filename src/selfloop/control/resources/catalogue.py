@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from selfloop.control.capacity.subprocesses import run_program
+from selfloop.control.capacity.subprocesses import run_subprocess
 from selfloop.control.resources.model_paths import ModelPaths
 from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
@@ -295,7 +295,7 @@ async def run_prepare(arguments: Sequence[str], on_progress: Callable[[str, floa
         OperationFailed: with what it said.
     """
     try:
-        facts = await run_program(await launch_prepare(*arguments), on_progress)
+        facts = await run_subprocess(await launch_prepare(*arguments), on_progress)
         return msgspec.json.decode(facts, type=_Prepared).path
     except OperationFailed as error:
         log.warning("preparing %s failed", " ".join(arguments))

@@ -208,15 +208,15 @@ async def _versions(session: AsyncSession, model_name: str, samplers: Sequence[S
         return []
     ids = [row.id for row in samplers]
     records = await queries_models_deployed.versions(session, ids)
-    held_rows = await queries_models_deployed.held_by(session, ids)
-    wanted = {row.checkpoint_id or row.live_checkpoint_id for row in samplers if row.id not in held_rows} - {None}
+    pinned_rows = await queries_models_deployed.held_by(session, ids)
+    wanted = {row.checkpoint_id or row.live_checkpoint_id for row in samplers if row.id not in pinned_rows} - {None}
     served = await queries_checkpoints.named_by_id(session, [id for id in wanted if id is not None])
     newest = await queries_resources.newest_of_model(session, samplers[0].team_id, samplers[0].model_id)
     assert newest is not None
 
     def paths(sampler: SamplerRow) -> list[str]:
-        if sampler.id in held_rows:
-            return [pinned.uri_of(row) for row in held_rows[sampler.id]]
+        if sampler.id in pinned_rows:
+            return [pinned.uri_of(row) for row in pinned_rows[sampler.id]]
         live = served.get(sampler.checkpoint_id or sampler.live_checkpoint_id or "")
         return [] if live is None else [pinned.uri_of(live)]
 

@@ -253,7 +253,7 @@ class Runs:
         if view.run.status == RunStatus.INACTIVE:
             return view
         await self._c.lifecycle.end_run(id, reason)
-        await self._c.settlement.fail(
+        await self._c.outcomes.fail(
             *(cancelled(row, f"run {id} was deactivated") for row in await self._c.scheduler.end(id))
         )
         for key in (f"snapshots/{id}", f"initial/{id}"):

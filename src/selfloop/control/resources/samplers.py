@@ -14,7 +14,7 @@ from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
+from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.status import RunStatus, SamplerStatus
@@ -170,17 +170,17 @@ class Samplers:
         if sampler.status in (SamplerStatus.INACTIVE, SamplerStatus.DEACTIVATING):
             raise Conflict(f"sampler {sampler.id} is {sampler.status}: it was deactivated", reason="SAMPLER_INACTIVE")
 
-    async def served(self, sampler: Sampler) -> Sequence[HeldCheckpointRow]:
+    async def served(self, sampler: Sampler) -> Sequence[PinnedCheckpointRow]:
         """The checkpoints that the sampler holds files of, its default first; empty for one of a run or a base."""
         async with self._c.db.read() as session:
             return await queries_models_deployed.held(session, sampler.id)
 
     @staticmethod
-    def path_of(row: HeldCheckpointRow) -> str:
+    def path_of(row: PinnedCheckpointRow) -> str:
         """The URI under which a held checkpoint is asked for."""
         return pinned.uri_of(row)
 
-    async def served_named(self, sampler: Sampler, name: str) -> HeldCheckpointRow | None:
+    async def served_named(self, sampler: Sampler, name: str) -> PinnedCheckpointRow | None:
         """The held checkpoint of that URI, id, or name (where only one has it)."""
         rows = await self.served(sampler)
         exact = [row for row in rows if name in (pinned.uri_of(row), row.checkpoint_id)]
@@ -193,7 +193,7 @@ class Samplers:
         if id is None:
             return None
         async with self._c.db.look_up() as session:
-            row = await queries_models_deployed.held_one(session, sampler.id, id)
+            row = await queries_models_deployed.pinned_one(session, sampler.id, id)
             row = row or await queries_checkpoints.get(session, id)
         return None if row is None else pinned.uri_of(row)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfloop.control.capacity.hardware import CPU, this_machine
+from selfloop.control.capacity.hardware import CPU, this_hardware
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_access
@@ -25,7 +25,7 @@ class UserConfigs:
 
     def __init__(self, context: Context, device: str) -> None:
         self._c = context
-        self.accelerator = CPU if device == "cpu" else this_machine().accelerator
+        self.accelerator = CPU if device == "cpu" else this_hardware().accelerator
 
     async def get(self, caller: Caller) -> UserConfig:
         async with self._c.db.read() as session:

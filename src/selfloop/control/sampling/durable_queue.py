@@ -162,9 +162,9 @@ class QueuedSamples:
         await self._sampling.check(sampler, draw)
         is_known = (sampler.id, id) in self._live or (sampler.id, id) in self._recent
         if not is_known:
-            payload = msgspec.msgpack.encode(_settled_request(weights, draw, with_logprobs))
-            if self._c.settlement.disk_room is not None:
-                self._c.settlement.disk_room.check_accept(len(payload))
+            payload = msgspec.msgpack.encode(_completed_request(weights, draw, with_logprobs))
+            if self._c.outcomes.disk_room is not None:
+                self._c.outcomes.disk_room.check_accept(len(payload))
             row = QueuedSampleRow(
                 sampler_id=sampler.id,
                 id=id,
@@ -221,7 +221,7 @@ class QueuedSamples:
             raise Conflict(f"sample {id} is already being drawn or has ended")
         live.is_taken = True
         live.task.cancel()
-        await self._settle(
+        await self._complete(
             (sampler_id, id), OperationState.CANCELLED, _Stored(error="cancelled by request", error_class="Cancelled")
         )
 
@@ -238,7 +238,7 @@ class QueuedSamples:
 
         async def attempt() -> None:
             state, stored = await self._draw(sampler, id, live)
-            await self._settle((sampler.id, id), state, stored)
+            await self._complete((sampler.id, id), state, stored)
 
         room = self._room.setdefault(sampler.model_name, asyncio.Semaphore(_MAX_IN_WORKER))
         with self._c.lifecycle.using(sampler.id):
@@ -254,8 +254,8 @@ class QueuedSamples:
         if self._live.get(key) is live:
             live.is_taken = True
             failed = _Stored(error=_UNFORESEEN, error_class="InternalError")
-            settling = self._keep_trying(key, lambda: self._settle(key, OperationState.ERROR, failed))
-            live.task = asyncio.create_task(settling, name=f"sample-{key[1]}")
+            completing = self._keep_trying(key, lambda: self._complete(key, OperationState.ERROR, failed))
+            live.task = asyncio.create_task(completing, name=f"sample-{key[1]}")
 
     async def _keep_trying(self, key: Key, attempt: Callable[[], Awaitable[None]]) -> None:
         """Do ``attempt``, again after errors of our own (disk, database)."""
@@ -301,7 +301,7 @@ class QueuedSamples:
             raise NotFound("checkpoint", request.checkpoint_id, hint) from None
         return AdapterRef(request.checkpoint_id, str(folder))
 
-    async def _settle(self, key: Key, state: OperationState, stored: _Stored) -> None:
+    async def _complete(self, key: Key, state: OperationState, stored: _Stored) -> None:
         """Make an outcome durable, then wake who waits for it."""
         sampler_id, id = key
         result = stored.result
@@ -408,7 +408,7 @@ def sample_digest(sampler_id: str, id: str, content: bytes) -> str:
     return digest_of(f"{sampler_id}\0{id}\0".encode(), content)
 
 
-def _settled_request(weights: Weights, draw: Draw, with_logprobs: bool) -> AcceptedSample:
+def _completed_request(weights: Weights, draw: Draw, with_logprobs: bool) -> AcceptedSample:
     params = draw.params
     if params.seed is None:
         params = msgspec.structs.replace(params, seed=secrets.randbits(63))

@@ -33,7 +33,7 @@ class _Entry:
     finished_at: float = 0.0
 
 
-class SampledOnce:
+class SampleIdempotency:
     """Answers by key, in memory: those being drawn, and those that were given out within the last ten minutes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = _LEAVE_S) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from selfloop.control.context import Context
-from selfloop.control.resources.checkpoints.pinned import held_key
+from selfloop.control.resources.checkpoints.pinned import pinned_key
 from selfloop.control.sampling.recorded import RecordedSequences
 from selfloop.control.sampling.stream_resume import Continuation
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
-from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow, SamplerRow
+from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
 from selfloop.types.model_folder import read_chat_template
 from selfloop.types.sampling import (
@@ -95,12 +95,12 @@ class Sampling:
         self.recorded = RecordedSequences(context.db)
         self._published = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        context.settlement.on_published = self._announce
+        context.outcomes.on_published = self._announce
 
     async def weights(
         self,
         sampler: SamplerRow,
-        checkpoint: CheckpointRow | HeldCheckpointRow | None,
+        checkpoint: CheckpointRow | PinnedCheckpointRow | None,
         min_version: int | None,
         timeout_s: float,
     ) -> Weights:
@@ -120,19 +120,19 @@ class Sampling:
             live = await self._await_version(live, min_version, timeout_s)
         return await self._weights_of(live, checkpoint)
 
-    async def _weights_of(self, live: SamplerRow, checkpoint: CheckpointRow | HeldCheckpointRow | None) -> Weights:
+    async def _weights_of(self, live: SamplerRow, checkpoint: CheckpointRow | PinnedCheckpointRow | None) -> Weights:
         """Those of ``checkpoint``, or what the sampler serves by its row."""
         if checkpoint is None:
             live_id = live.checkpoint_id or live.live_checkpoint_id
             if live_id is None:
                 return Weights(None, 0)
             async with self._c.db.look_up() as session:
-                checkpoint = await queries_models_deployed.held_one(session, live.id, live_id)
+                checkpoint = await queries_models_deployed.pinned_one(session, live.id, live_id)
                 checkpoint = checkpoint or await queries_checkpoints.stored(session, live_id)
             if checkpoint is None:
                 raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
-        if isinstance(checkpoint, HeldCheckpointRow):
-            path = self._c.blobs.path(held_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
+        if isinstance(checkpoint, PinnedCheckpointRow):
+            path = self._c.blobs.path(pinned_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
             return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step, checkpoint.run_id)
         try:
             path = await self._c.store.folder(checkpoint.id)
@@ -266,7 +266,7 @@ class Sampling:
             prompt_draws=draw.prompt_draws,
         )
         continuation = Continuation()
-        observer = self._c.settlement.observer
+        observer = self._c.outcomes.observer
         with self._c.lifecycle.using(sampler.id), observer.sampling(self._c.lifecycle.key_of(sampler.id)) as drawn:
             for attempt in range(1, _MAX_ATTEMPTS + 1):
                 worker = await self._c.lifecycle.wake(sampler.id)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_machine
+from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
@@ -50,7 +50,7 @@ class Root:
         return {"email": self._caller.key_name}
 
     async def listed_instances(self, info: Info) -> list[Json]:
-        machine = this_machine()
+        machine = this_hardware()
         # The command line can ask only for GPUs that it has a name for; any other it must be able to pass over.
         accelerator = machine.accelerator if machine.accelerator in _ACCELERATORS else None
         shape = {
@@ -112,7 +112,7 @@ def _checkpoint_ids(sources: Sequence[Json]) -> list[str]:
 
 def _truss_config(name: str, checkpoints: Sequence[Checkpoint]) -> Json:
     """The deployment as a truss configuration describes one: what is served, and on what."""
-    machine = this_machine()
+    machine = this_hardware()
     return {
         "model_name": name,
         "description": "LoRA checkpoints served by Selfloop on its own base model",

@@ -70,7 +70,7 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
         completion = _completion(result, draw, sampler.id, sampler.base_model, with_logprobs=body.logprobs is not None)
         return Answer(msgspec.json.encode(completion), weights.policy_version)
 
-    drawn = answer() if key is None else control.sampled_once.answer(sampler.id, key, fingerprint, answer)
+    drawn = answer() if key is None else control.sample_idempotency.answer(sampler.id, key, fingerprint, answer)
     answered = await while_connected(request, drawn)
     headers = {POLICY_VERSION_HEADER: str(answered.policy_version)}
     return Response(answered.content, media_type="application/json", headers=headers)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastapi import Request
 
-from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_machine
+from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
 from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.deployments import ModelView, Version
@@ -195,7 +195,7 @@ class Renderer:
 
 
 def instance_type() -> InstanceTypeV1:
-    machine = this_machine()
+    machine = this_hardware()
     return InstanceTypeV1(
         id=INSTANCE_TYPE_ID,
         name=_MACHINE_NAME,

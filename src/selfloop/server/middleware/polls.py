@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from selfloop.control.data_dir.transient_errors import OUTAGES, not_ready
+from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, not_ready
 from selfloop.server.errors import response_of
 from selfloop.types.errors import SelfloopError
 
@@ -49,7 +49,7 @@ async def _answer(poll: Poll, request: Request, ids: dict[str, str]) -> Response
         return await poll.answer(request, **ids)
     except SelfloopError as error:
         return response_of(error, request.url.path)
-    except OUTAGES as error:
+    except TRANSIENT_ERRORS as error:
         if (told := not_ready(error)) is None:
             raise
         return response_of(told, request.url.path)

@@ -11,9 +11,9 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openai import responses_wire, tokens, wire
-from selfloop.server.openai.drawing import chat_answer, completion_answer
 from selfloop.server.openai.models import entry, listed, pinned_by
-from selfloop.server.openai.responses_drawing import responses_answer
+from selfloop.server.openai.responses_sampling import responses_answer
+from selfloop.server.openai.sampling import chat_answer, completion_answer
 from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf

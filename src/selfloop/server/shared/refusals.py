@@ -213,7 +213,7 @@ class OperationRoute(APIRoute):
                 if is_final(error) and (found := await self._found(request)) is not None:
                     run, seq = found
                     operations = control_of(request).operations
-                    await operations.leave_out(run, seq)
+                    await operations.skip(run, seq)
                     if isinstance(error, SelfloopError) and (digest := await _digest(request)) is not None:
                         operations.remember_refusal(run.id, seq, digest, error)
                 raise

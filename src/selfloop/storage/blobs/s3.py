@@ -94,19 +94,17 @@ class S3Checkpoints:
         await self._call(lambda: self._claim(owner))
 
     @property
-    def _installation_key(self) -> str:
+    def _identity_key(self) -> str:
         return self._prefix.removesuffix("checkpoints/") + "installation"
 
     async def check_reachable(self) -> None:
         if time.monotonic() - self._reached_at < _TRUSTED_S:
             return
         # Not among our own threads: those may all be waiting for the same.
-        await self._answered(
-            asyncio.to_thread(self._probe.head_object, Bucket=self._bucket, Key=self._installation_key)
-        )
+        await self._answered(asyncio.to_thread(self._probe.head_object, Bucket=self._bucket, Key=self._identity_key))
 
     def _claim(self, owner: str) -> None:
-        key = self._installation_key
+        key = self._identity_key
         held_by = self._object(key)
         if held_by is None:
             self._client.put_object(Bucket=self._bucket, Key=key, Body=owner.encode())

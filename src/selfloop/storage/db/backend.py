@@ -66,7 +66,7 @@ class Backend(Protocol):
         """For single rows by their keys; may be ``beside``, the engine of all else."""
         ...
 
-    def is_outage(self, error: DBAPIError) -> bool:
+    def is_transient_error(self, error: DBAPIError) -> bool:
         """Whether the server could not be reached or broke off, so that the same work may succeed later."""
         ...
 
@@ -85,7 +85,7 @@ def reached(url: URL) -> Generator[None]:
     try:
         yield
     except DBAPIError as error:
-        if not backend_of(url).is_outage(error):
+        if not backend_of(url).is_transient_error(error):
             raise
         raise Unavailable(f"{shown(url)} cannot be reached: {str(error.orig).strip()}", _RETRY_AFTER_S) from error
 
@@ -119,7 +119,7 @@ class Sqlite:
         event.listen(engine.sync_engine, "connect", self._do_not_wait)
         return engine
 
-    def is_outage(self, error: DBAPIError) -> bool:
+    def is_transient_error(self, error: DBAPIError) -> bool:
         return False
 
     def transaction(self, connection: Connection) -> Transaction | None:
@@ -212,7 +212,7 @@ class Postgres:
         }
         return {name: value for name, value in chosen.items() if name not in self.url.query}
 
-    def is_outage(self, error: DBAPIError) -> bool:
+    def is_transient_error(self, error: DBAPIError) -> bool:
         if error.connection_invalidated:
             return True
         state = getattr(error.orig, "sqlstate", None)
@@ -238,7 +238,7 @@ class Postgres:
                         # The server has not heard that nobody is there any more.
                         connection.exec_driver_sql(f"SELECT pg_terminate_backend({transaction.server_pid})")
             except DBAPIError as error:
-                if not self.is_outage(error):
+                if not self.is_transient_error(error):
                     raise
             closing.wait(_ASK_AGAIN_S)
         return False

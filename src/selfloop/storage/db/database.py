@@ -80,7 +80,7 @@ class Database:
             await self._connect(session, {})
             yield session
         except DBAPIError as error:
-            self._raise_outage(error)
+            self._raise_transient_error(error)
             raise
         finally:
             if is_inline:
@@ -103,7 +103,7 @@ class Database:
                 yield session
             except DBAPIError as error:
                 await self._finish(session.close())
-                self._raise_outage(error)
+                self._raise_transient_error(error)
                 raise
             except BaseException:
                 await self._finish(session.close())
@@ -127,10 +127,10 @@ class Database:
         return self._closing.is_set() or time.monotonic() - since >= _OUTAGE_WAIT_S
 
     def _may_pass(self, error: DBAPIError | Unavailable) -> bool:
-        return isinstance(error, Unavailable) or self._backend.is_outage(error)
+        return isinstance(error, Unavailable) or self._backend.is_transient_error(error)
 
-    def _raise_outage(self, error: DBAPIError) -> None:
-        if self._backend.is_outage(error):
+    def _raise_transient_error(self, error: DBAPIError) -> None:
+        if self._backend.is_transient_error(error):
             raise Unavailable(f"the database cannot be reached: {error.orig}", _RETRY_AFTER_S) from error
 
     async def _commit(self, session: AsyncSession) -> None:
@@ -142,14 +142,14 @@ class Database:
                 await session.commit()
             except DBAPIError as error:
                 if not await asyncio.to_thread(self._was_committed, error, transaction):
-                    self._raise_outage(error)
+                    self._raise_transient_error(error)
                     raise
         finally:
             await session.close()
 
     def _was_committed(self, error: DBAPIError, transaction: Transaction | None) -> bool:
         """Whether a commit that ended in ``error`` took effect all the same."""
-        if transaction is None or not self._backend.is_outage(error):
+        if transaction is None or not self._backend.is_transient_error(error):
             return False
         return self._backend.was_committed(transaction, self._beside, self._closing)
 
@@ -169,7 +169,7 @@ class Database:
                     raise
                 if self._is_over(since):
                     if isinstance(error, DBAPIError):
-                        self._raise_outage(error)
+                        self._raise_transient_error(error)
                     raise
             self._closing.wait(_TRY_AGAIN_S)
 
@@ -183,7 +183,7 @@ class Database:
             with self._beside.connect() as connection:
                 return work(connection)
         except DBAPIError as error:
-            self._raise_outage(error)
+            self._raise_transient_error(error)
             raise
 
     def _committed(self, connection: Connection, work: Callable[[Connection], T]) -> T:

@@ -13,7 +13,7 @@ from selfloop.storage.db import migrate
 from selfloop.storage.db.address import is_sqlite, sqlite_url
 from selfloop.storage.db.backend import IMMEDIATE, backend_of, reached
 from selfloop.storage.db.move import copy_table
-from selfloop.storage.db.tables import Base, CheckpointRow, HeldCheckpointRow, ModelRow, RunRow
+from selfloop.storage.db.tables import Base, CheckpointRow, ModelRow, PinnedCheckpointRow, RunRow
 from selfloop.types.errors import SelfloopError
 from selfloop.types.status import RunStatus
 
@@ -63,7 +63,7 @@ def named(connection: Connection) -> Named:
                 if table is RunRow.__table__:
                     query = query.where(RunRow.status == RunStatus.ACTIVE)
                 keys.update(connection.scalars(query))
-    held = select(HeldCheckpointRow.sampler_id, HeldCheckpointRow.checkpoint_id)
+    held = select(PinnedCheckpointRow.sampler_id, PinnedCheckpointRow.checkpoint_id)
     models = connection.execute(select(ModelRow.name, ModelRow.path))
     return Named(
         keys,

@@ -6,7 +6,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
-from selfloop.storage.db.tables import DeployedModelRow, HeldCheckpointRow, ModelVersionRow
+from selfloop.storage.db.tables import DeployedModelRow, ModelVersionRow, PinnedCheckpointRow
 
 
 async def models(session: AsyncSession, team_id: str, name: str | None = None) -> Sequence[DeployedModelRow]:
@@ -37,29 +37,29 @@ async def next_number(session: AsyncSession, model_id: str) -> int:
     return (highest or 0) + 1
 
 
-async def held(session: AsyncSession, sampler_id: str) -> Sequence[HeldCheckpointRow]:
+async def held(session: AsyncSession, sampler_id: str) -> Sequence[PinnedCheckpointRow]:
     """What a sampler holds, its default first."""
-    query = select(HeldCheckpointRow).filter_by(sampler_id=sampler_id).order_by(HeldCheckpointRow.position)
+    query = select(PinnedCheckpointRow).filter_by(sampler_id=sampler_id).order_by(PinnedCheckpointRow.position)
     return (await session.scalars(query)).all()
 
 
-async def held_by(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, list[HeldCheckpointRow]]:
+async def held_by(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, list[PinnedCheckpointRow]]:
     """What each sampler holds, its default first; samplers that hold nothing are absent."""
-    query = select(HeldCheckpointRow).where(HeldCheckpointRow.sampler_id.in_(list(sampler_ids)))
-    found: dict[str, list[HeldCheckpointRow]] = {}
-    for row in await session.scalars(query.order_by(HeldCheckpointRow.sampler_id, HeldCheckpointRow.position)):
+    query = select(PinnedCheckpointRow).where(PinnedCheckpointRow.sampler_id.in_(list(sampler_ids)))
+    found: dict[str, list[PinnedCheckpointRow]] = {}
+    for row in await session.scalars(query.order_by(PinnedCheckpointRow.sampler_id, PinnedCheckpointRow.position)):
         found.setdefault(row.sampler_id, []).append(row)
     return found
 
 
-async def held_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> HeldCheckpointRow | None:
-    return await session.get(HeldCheckpointRow, (sampler_id, checkpoint_id))
+async def pinned_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> PinnedCheckpointRow | None:
+    return await session.get(PinnedCheckpointRow, (sampler_id, checkpoint_id))
 
 
 async def holders(session: AsyncSession) -> set[str]:
     """Samplers that hold anything."""
-    return set((await session.scalars(select(HeldCheckpointRow.sampler_id))).all())
+    return set((await session.scalars(select(PinnedCheckpointRow.sampler_id))).all())
 
 
 async def release(session: AsyncSession, sampler_id: str) -> None:
-    await session.execute(delete(HeldCheckpointRow).where(HeldCheckpointRow.sampler_id == sampler_id))
+    await session.execute(delete(PinnedCheckpointRow).where(PinnedCheckpointRow.sampler_id == sampler_id))

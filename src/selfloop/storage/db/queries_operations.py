@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Connection, Result, Row, Update, delete, f
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
-from selfloop.storage.db.tables import LeftOutRow, OperationRow, RunRow
+from selfloop.storage.db.tables import OperationRow, RunRow, SkippedRow
 from selfloop.types.status import RunStatus
 
 
@@ -43,32 +43,32 @@ async def note_attempts(session: AsyncSession, row: OperationRow, num_attempts: 
     await session.execute(at_row.values(num_attempts=num_attempts))
 
 
-def leave_out(connection: Connection, run_id: str, epoch: int, seq: int) -> None:
+def skip(connection: Connection, run_id: str, epoch: int, seq: int) -> None:
     """Note that nothing is to be expected at this place; once more is fine."""
     place = {"run_id": run_id, "epoch": epoch, "seq": seq}
-    connection.execute(insert_or_update(connection, LeftOutRow).values(place).on_conflict_do_nothing())
+    connection.execute(insert_or_update(connection, SkippedRow).values(place).on_conflict_do_nothing())
 
 
-async def left_out(session: AsyncSession) -> Sequence[tuple[str, int, int]]:
+async def skipped(session: AsyncSession) -> Sequence[tuple[str, int, int]]:
     """Places (run, epoch, seq) ahead of a run's order that nothing is to be expected at.
 
     They were noted so, or their operation was cancelled or refused before its turn.
     """
-    noted = select(LeftOutRow.run_id, LeftOutRow.epoch, LeftOutRow.seq).join(RunRow).where(~_passed())
+    noted = select(SkippedRow.run_id, SkippedRow.epoch, SkippedRow.seq).join(RunRow).where(~_passed())
     ahead = RunRow.epoch == OperationRow.epoch, RunRow.next_seq <= OperationRow.seq, RunRow.status == RunStatus.ACTIVE
-    settled = select(OperationRow.run_id, OperationRow.epoch, OperationRow.seq).join(RunRow)
-    settled = settled.where(*ahead, OperationRow.state != "queued")
-    return [(row[0], row[1], row[2]) for row in await session.execute(noted.union(settled))]
+    completed = select(OperationRow.run_id, OperationRow.epoch, OperationRow.seq).join(RunRow)
+    completed = completed.where(*ahead, OperationRow.state != "queued")
+    return [(row[0], row[1], row[2]) for row in await session.execute(noted.union(completed))]
 
 
-async def forget_left_out(session: AsyncSession) -> None:
+async def forget_skipped(session: AsyncSession) -> None:
     """Remove the notes that their runs have gone past, or have left behind by their end."""
-    passed = select(RunRow.id).where(RunRow.id == LeftOutRow.run_id, _passed())
-    await session.execute(delete(LeftOutRow).where(passed.exists()))
+    passed = select(RunRow.id).where(RunRow.id == SkippedRow.run_id, _passed())
+    await session.execute(delete(SkippedRow).where(passed.exists()))
 
 
 def _passed() -> ColumnElement[bool]:
-    is_behind = tuple_(LeftOutRow.epoch, LeftOutRow.seq) < tuple_(RunRow.epoch, RunRow.next_seq)
+    is_behind = tuple_(SkippedRow.epoch, SkippedRow.seq) < tuple_(RunRow.epoch, RunRow.next_seq)
     return or_(is_behind, RunRow.status != RunStatus.ACTIVE)
 
 

@@ -13,14 +13,14 @@ from selfloop.storage.db.tables import (
     DeployedModelRow,
     DeploymentMinuteRow,
     DeploymentRow,
-    HeldCheckpointRow,
-    LeftOutRow,
     ModelVersionRow,
     OperationRow,
+    PinnedCheckpointRow,
     QueuedSampleRow,
     RunRow,
     SamplerRow,
     SessionRow,
+    SkippedRow,
     StatusChangeRow,
 )
 from selfloop.types.status import DeploymentStatus, OperationState, RunStatus, SamplerStatus
@@ -44,7 +44,7 @@ def runs(before: float) -> ColumnElement[bool]:
         RunRow.created_at < before,
         ~_changed(id, before),
         ~exists().where(CheckpointRow.run_id == id),
-        ~exists().where(HeldCheckpointRow.run_id == id),
+        ~exists().where(PinnedCheckpointRow.run_id == id),
         ~exists().where(OperationRow.run_id == id, asked),
         ~exists().where(or_(SamplerRow.run_id == id, SamplerRow.follows == id), ~_sampler_may_go(before)),
     )
@@ -157,7 +157,7 @@ def _steps_of_samplers(which: ColumnElement[bool]) -> list[Step]:
     named = select(SamplerRow.id).where(which)
     return [
         Step(QueuedSampleRow, QueuedSampleRow.sampler_id.in_(named)),
-        Step(HeldCheckpointRow, HeldCheckpointRow.sampler_id.in_(named)),
+        Step(PinnedCheckpointRow, PinnedCheckpointRow.sampler_id.in_(named)),
         Step(ModelVersionRow, ModelVersionRow.sampler_id.in_(named)),
         Step(StatusChangeRow, StatusChangeRow.resource_id.in_(named)),
         Step(SamplerRow, which),
@@ -169,7 +169,7 @@ def steps_of_runs(ids: Sequence[str]) -> list[Step]:
     return [
         *_steps_of_samplers(SamplerRow.run_id.in_(named)),
         Step(OperationRow, OperationRow.run_id.in_(named)),
-        Step(LeftOutRow, LeftOutRow.run_id.in_(named)),
+        Step(SkippedRow, SkippedRow.run_id.in_(named)),
         Step(StatusChangeRow, StatusChangeRow.resource_id.in_(named)),
         Step(RunRow, RunRow.id.in_(named)),
     ]

@@ -7,9 +7,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.tables import (
     CheckpointRow,
-    HeldCheckpointRow,
     ModelRow,
     OperationRow,
+    PinnedCheckpointRow,
     QueuedSampleRow,
 )
 
@@ -36,8 +36,8 @@ async def checkpoint_ids(session: AsyncSession) -> Sequence[str]:
     return (await session.scalars(select(CheckpointRow.id).order_by(CheckpointRow.id))).all()
 
 
-async def held(session: AsyncSession) -> Sequence[HeldCheckpointRow]:
-    return (await session.scalars(select(HeldCheckpointRow))).all()
+async def held(session: AsyncSession) -> Sequence[PinnedCheckpointRow]:
+    return (await session.scalars(select(PinnedCheckpointRow))).all()
 
 
 async def models(session: AsyncSession) -> Sequence[ModelRow]:

@@ -237,7 +237,7 @@ class SamplerRow(Base):
     serverless: Mapped[bool | None] = mapped_column(default=None)
 
 
-class HeldCheckpointRow(Base):
+class PinnedCheckpointRow(Base):
     """A checkpoint that a sampler holds files of its own of, whatever becomes of the original; 0 is its default."""
 
     __tablename__ = "held_checkpoints"
@@ -355,7 +355,7 @@ class OperationRow(Base):
     result_digest: Mapped[str | None] = mapped_column(default=None)
 
 
-class LeftOutRow(Base):
+class SkippedRow(Base):
     """A place in a run's order that nothing is to be expected at: the call that had it was refused."""
 
     __tablename__ = "left_out"

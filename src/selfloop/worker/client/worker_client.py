@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
-from selfloop.worker.launchers.fork_client import SILENCE_AT_START, WorkerHost, WorkerProcess, describe_exit
+from selfloop.worker.launchers.fork_client import SILENCE_AT_START, ForkServerClient, WorkerProcess, describe_exit
 from selfloop.worker.launchers.kernel_kills import num_kernel_kills
 from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.launchers.processes import make_socket_folder
@@ -62,7 +62,7 @@ class WorkerClient:
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def start(self, host: WorkerHost) -> None:
+    async def start(self, host: ForkServerClient) -> None:
         """Have ``host`` make the process; returns before it answers (see ``ready``).
 
         The socket lies in a folder of mode 0700 and takes that process alone.
@@ -76,21 +76,21 @@ class WorkerClient:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._pulse = self._context.socket(zmq.PULL)
-        pulse = f"ipc://{self._folder}/pulse.sock"
+        self._heartbeats = self._context.socket(zmq.PULL)
+        heartbeats = f"ipc://{self._folder}/pulse.sock"
         try:
-            self._process = await host.fork(address, pulse, self._folder / "begun")
+            self._process = await host.fork(address, heartbeats, self._folder / "begun")
         except WorkerLost as lost:
             self._lose(str(lost))
             raise
         # The kernel says who connects; the worker tries again until there is something to connect to.
-        for socket, at in ((self._socket, address), (self._pulse, pulse)):
+        for socket, at in ((self._socket, address), (self._heartbeats, heartbeats)):
             socket.setsockopt(zmq.IPC_FILTER_PID, self._process.pid)
             socket.bind(at)
         self._tasks = [
             asyncio.create_task(self._receive(), name="worker-receive"),
             asyncio.create_task(self._watch(self._process), name="worker-watch"),
-            asyncio.create_task(self._watch_pulse(), name="worker-pulse"),
+            asyncio.create_task(self._watch_heartbeats(), name="worker-pulse"),
         ]
 
     @property
@@ -152,7 +152,7 @@ class WorkerClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._folder is not None:
             self._socket.close()
-            self._pulse.close(linger=0)
+            self._heartbeats.close(linger=0)
             self._context.term()
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -161,10 +161,10 @@ class WorkerClient:
             frames = await self._socket.recv_multipart()
             match event_decoder.decode(frames[0]):
                 case Reply(ticket):
-                    self._settle(ticket, lambda future, body=frames[1]: future.set_result(body))
+                    self._complete(ticket, lambda future, body=frames[1]: future.set_result(body))
                 case ReplyError(ticket, error, error_class, state_lost):
                     failure = _failure(error, error_class, state_lost=state_lost)
-                    self._settle(ticket, lambda future, failure=failure: future.set_exception(failure))
+                    self._complete(ticket, lambda future, failure=failure: future.set_exception(failure))
                 case Partial(ticket):
                     if ticket in self._streams:
                         self._streams[ticket].put_nowait(frames[1])
@@ -180,10 +180,10 @@ class WorkerClient:
                         self.ready.set_exception(OperationFailed(cause, error_class))
                         self.ready.exception()
 
-    def _settle(self, ticket: int, settle: Callable[[asyncio.Future[bytes]], None]) -> None:
+    def _complete(self, ticket: int, complete: Callable[[asyncio.Future[bytes]], None]) -> None:
         future = self._waiting.pop(ticket, None)
         if future is not None and not future.done():
-            settle(future)
+            complete(future)
 
     async def _watch(self, process: WorkerProcess) -> None:
         code = await asyncio.shield(process.ended)
@@ -191,14 +191,14 @@ class WorkerClient:
         await asyncio.sleep(0.05)
         self._lose("stopped" if self._stopping else self._dying or process.cause or describe_exit(code))
 
-    async def _watch_pulse(self) -> None:
+    async def _watch_heartbeats(self) -> None:
         """End the process when nothing is heard of it, or when it has been at one thing for too long."""
         command = self._command
         now = time.monotonic()
         heard_at, busy_s = now + (SILENCE_AT_START - 1) * command.silence_s, 0.0
         while True:
-            while await self._pulse.poll(0):
-                heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._pulse.recv()).busy_s
+            while await self._heartbeats.poll(0):
+                heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._heartbeats.recv()).busy_s
             if time.monotonic() - heard_at > command.silence_s:
                 self._end(f"worker process gave no sign of life for {command.silence_s:g} s")
             elif busy_s > command.stuck_s:

@@ -26,7 +26,12 @@ from selfloop.worker.launchers.fork_protocol import (
     peer_user,
     to_line,
 )
-from selfloop.worker.launchers.local import WorkerCommand, host_arguments, launch_host, put_aside_large_log
+from selfloop.worker.launchers.local import (
+    WorkerCommand,
+    fork_server_arguments,
+    launch_fork_server,
+    put_aside_large_log,
+)
 from selfloop.worker.launchers.processes import (
     ProcessIdentity,
     boot_id,
@@ -49,7 +54,7 @@ SILENCE_AT_START = 5
 """Times the usual limit: before its first heartbeat a process only imports, which a busy machine can draw out."""
 
 
-class HostRecord(msgspec.Struct, frozen=True):
+class ForkServerRecord(msgspec.Struct, frozen=True):
     """Where a host listens, whose it is, and what it was loaded with: it is of use to who wants just that.
 
     Args:
@@ -87,7 +92,7 @@ class WorkerProcess:
             self._descriptor = None
 
 
-class WorkerHost:
+class ForkServerClient:
     """One host process. Make it with :func:`find_or_launch`.
 
     It is watched from the first moment on: one that is silent for as long as a worker may be is ended, with its worker.
@@ -253,15 +258,15 @@ class WorkerHost:
             self._greeted.exception()  # Seen: there may be nobody who waits for it any more.
 
 
-async def find_or_launch(command: WorkerCommand) -> WorkerHost:
+async def find_or_launch(command: WorkerCommand) -> ForkServerClient:
     """The host that a gateway which died has left, if it is made of the same; else a new one."""
     found = None if command.record_path is None else await _find(command, command.record_path)
     return found or await _launch(command)
 
 
-async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
+async def _find(command: WorkerCommand, record_path: Path) -> ForkServerClient | None:
     try:
-        record = msgspec.json.decode(record_path.read_bytes(), type=HostRecord)
+        record = msgspec.json.decode(record_path.read_bytes(), type=ForkServerRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     if record.owner != command.owner:
@@ -288,7 +293,7 @@ async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
         connection[1].close()
         os.close(descriptor)
         return None
-    host = WorkerHost(command, folder, connection, descriptor)
+    host = ForkServerClient(command, folder, connection, descriptor)
     if record.made_of != host._made_of:
         await host.stop()
         return None
@@ -296,7 +301,7 @@ async def _find(command: WorkerCommand, record_path: Path) -> WorkerHost | None:
     return host
 
 
-async def _launch(command: WorkerCommand) -> WorkerHost:
+async def _launch(command: WorkerCommand) -> ForkServerClient:
     folder = make_socket_folder()
     path = folder / "host.sock"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -304,12 +309,12 @@ async def _launch(command: WorkerCommand) -> WorkerHost:
         listener.listen()
         # Before there is a host: if it dies at once, this connection ends, too.
         connection = await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES)
-        launched = await launch_host(command, listener)
-    host = WorkerHost(command, folder, connection, open_process(launched.pid), launched)
+        launched = await launch_fork_server(command, listener)
+    host = ForkServerClient(command, folder, connection, open_process(launched.pid), launched)
     if command.record_path is not None and (process := identify(launched.pid)) is not None:
         command.record_path.parent.mkdir(parents=True, exist_ok=True)
         aside = command.record_path.with_suffix(".part")
-        aside.write_bytes(msgspec.json.encode(HostRecord(str(path), host._made_of, command.owner, process)))
+        aside.write_bytes(msgspec.json.encode(ForkServerRecord(str(path), host._made_of, command.owner, process)))
         aside.replace(command.record_path)
     return host
 
@@ -319,7 +324,7 @@ def made_of(command: WorkerCommand) -> list[str]:
     package = Path(selfloop.__file__).parent
     code = max(path.stat().st_mtime_ns for path in package.rglob("*.py"))
     files = sorted((path.name, path.stat().st_mtime_ns) for path in command.model_dir.iterdir())
-    return [*host_arguments(command), selfloop.__version__, str(code), str(files)]
+    return [*fork_server_arguments(command), selfloop.__version__, str(code), str(files)]
 
 
 def describe_exit(code: int) -> str:

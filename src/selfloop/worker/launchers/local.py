@@ -58,12 +58,12 @@ class WorkerCommand:
     owner: str = ""
 
 
-async def launch_host(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:
+async def launch_fork_server(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:
     """Launch the process that loads a base model, makes workers of it, and hears whoever connects to ``listener``."""
     command.log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
         return await asyncio.create_subprocess_exec(
-            *host_arguments(command),
+            *fork_server_arguments(command),
             "--listener-fd",
             str(listener.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
@@ -77,7 +77,7 @@ async def launch_host(command: WorkerCommand, listener: socket.socket) -> asynci
         )
 
 
-def host_arguments(command: WorkerCommand) -> list[str]:
+def fork_server_arguments(command: WorkerCommand) -> list[str]:
     """The command line of a host, which says all that it was loaded with."""
     arguments = [
         sys.executable,
@@ -115,15 +115,15 @@ def put_aside_large_log(path: Path) -> None:
 
 async def launch_prepare(*arguments: str) -> asyncio.subprocess.Process:
     """Launch the program that turns a model source into a served folder; progress on its stdout."""
-    return await _launch_program("selfloop.convert.prepare", *arguments, keep=_HUB_SECRETS)
+    return await _launch_subprocess("selfloop.convert.prepare", *arguments, keep=_HUB_SECRETS)
 
 
 async def launch_adapters(*arguments: str) -> asyncio.subprocess.Process:
     """Launch the program that takes adapters out of checkpoints and into them; progress on its stdout."""
-    return await _launch_program("selfloop.convert.adapters", *arguments)
+    return await _launch_subprocess("selfloop.convert.adapters", *arguments)
 
 
-async def _launch_program(module: str, *arguments: str, keep: Sequence[str] = ()) -> asyncio.subprocess.Process:
+async def _launch_subprocess(module: str, *arguments: str, keep: Sequence[str] = ()) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

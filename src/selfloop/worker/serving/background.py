@@ -43,7 +43,7 @@ class SnapshotWriter:
         return finished
 
 
-class Pulse:
+class Heartbeats:
     """Tells the gateway, from a thread of its own, how long the main loop has been at one piece of work."""
 
     def __init__(self, address: str) -> None:

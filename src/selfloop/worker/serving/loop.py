@@ -23,12 +23,12 @@ from selfloop.worker.protocol import (
     Tokenize,
     call_decoder,
 )
-from selfloop.worker.serving.background import Pulse
+from selfloop.worker.serving.background import Heartbeats
 from selfloop.worker.serving.fair_share import FairShare
-from selfloop.worker.serving.replies import Outbox
-from selfloop.worker.serving.sampling import SamplingDesk
-from selfloop.worker.serving.training import TrainingDesk
-from selfloop.worker.text.calls import TextDesk
+from selfloop.worker.serving.replies import Replies
+from selfloop.worker.serving.sampling import SamplingQueue
+from selfloop.worker.serving.training import TrainingQueue
+from selfloop.worker.text.calls import TextQueue
 
 log = logging.getLogger("selfloop.worker")
 
@@ -50,17 +50,17 @@ class Worker:
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
-        outbox: Outbox,
-        pulse: Pulse,
-        training: TrainingDesk,
-        sampling: SamplingDesk,
-        text: TextDesk,
+        replies: Replies,
+        heartbeats: Heartbeats,
+        training: TrainingQueue,
+        sampling: SamplingQueue,
+        text: TextQueue,
         *,
         training_share: float,
     ) -> None:
         self._socket = socket
-        self._outbox = outbox
-        self._pulse = pulse
+        self._replies = replies
+        self._heartbeats = heartbeats
         self._training = training
         self._sampling = sampling
         self._text = text
@@ -77,7 +77,7 @@ class Worker:
             self._run()
         except Exception as error:  # The process's edge: a device that is lost, or an error of our own.
             log.critical("the worker ends itself", exc_info=error)
-            self._outbox.send(Dying(f"worker process ended itself: {type(error).__name__}: {error}"))
+            self._replies.send(Dying(f"worker process ended itself: {type(error).__name__}: {error}"))
             self._socket.close(linger=2000)
             # Not through the interpreter's exit: the device's own clean-up can hang on what broke it.
             os._exit(1)
@@ -85,12 +85,12 @@ class Worker:
     def _run(self) -> None:
         while not self._stopping:
             self._receive()
-            self._training.tell_of_snapshots()
+            self._training.report_snapshots()
             self._note(_TRAINING, self._training.has_work, self._training_share)
             self._note(_SAMPLING, self._sampling.has_work, 1 - self._training_share)
             for kind in self._shares.in_turn()[:1]:
                 started = time.monotonic()
-                with self._pulse.at_work():
+                with self._heartbeats.at_work():
                     if kind == _TRAINING:
                         self._training.step()
                     else:
@@ -135,6 +135,6 @@ class Worker:
             case CancelSample(request_id):
                 self._sampling.cancel(call.ticket, request_id)
             case Tokenize() | Detokenize() | RenderChat() as command:
-                self._outbox.guard(call.ticket, lambda: self._text.take(call.ticket, command))
+                self._replies.guard(call.ticket, lambda: self._text.take(call.ticket, command))
             case Shutdown():
                 self._stopping = True

@@ -14,12 +14,12 @@ from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
 from selfloop.worker.launchers.fork_protocol import ForkWorker
 from selfloop.worker.protocol import LoadFailed, Loading, ModelInfo, Ready
-from selfloop.worker.serving.background import Pulse
+from selfloop.worker.serving.background import Heartbeats
 from selfloop.worker.serving.loop import Worker
-from selfloop.worker.serving.replies import Outbox
-from selfloop.worker.serving.sampling import SamplingDesk
-from selfloop.worker.serving.training import TrainingDesk
-from selfloop.worker.text.calls import TextDesk
+from selfloop.worker.serving.replies import Replies
+from selfloop.worker.serving.sampling import SamplingQueue
+from selfloop.worker.serving.training import TrainingQueue
+from selfloop.worker.text.calls import TextQueue
 from selfloop.worker.text.chat import ChatTemplate
 from selfloop.worker.text.grammars import GrammarCompiler
 from selfloop.worker.text.tokens import ModelTokenizer
@@ -73,18 +73,18 @@ def load_failure(error: Exception) -> tuple[str, str]:
 
 def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
     """Serve the gateway at ``order``'s addresses to the end; raises SystemExit when the model cannot be loaded."""
-    pulse = Pulse(order.pulse_address)
-    pulse.start()
+    heartbeats = Heartbeats(order.pulse_address)
+    heartbeats.start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(order.address)
-    outbox = Outbox(socket, Path(order.begun_path))
+    replies = Replies(socket, Path(order.begun_path))
     try:
-        outbox.send(Loading("loading the base model"))
+        replies.send(Loading("loading the base model"))
         engine, tokenizer, chat = load()
     except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
         log.exception("cannot load the model")
-        outbox.send(LoadFailed(*load_failure(error)))
+        replies.send(LoadFailed(*load_failure(error)))
         socket.close(linger=2000)
         zmq.Context.instance().term()
         raise SystemExit(1) from error
@@ -99,7 +99,7 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
             info.run_bytes,
         )
     )
-    outbox.send(ready)
-    training, sampling = TrainingDesk(engine, outbox), SamplingDesk(engine, outbox)
-    text = TextDesk(tokenizer, chat, outbox)
-    Worker(socket, outbox, pulse, training, sampling, text, training_share=order.training_share).run()
+    replies.send(ready)
+    training, sampling = TrainingQueue(engine, replies), SamplingQueue(engine, replies)
+    text = TextQueue(tokenizer, chat, replies)
+    Worker(socket, replies, heartbeats, training, sampling, text, training_share=order.training_share).run()

@@ -18,7 +18,7 @@ log = logging.getLogger("selfloop.worker")
 _Answer = TypeVar("_Answer")
 
 
-class Outbox:
+class Replies:
     """Sends events; turns what a call raises into its answer."""
 
     def __init__(self, socket: "zmq.Socket[bytes]", begun_path: Path) -> None:

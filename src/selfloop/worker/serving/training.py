@@ -31,7 +31,7 @@ from selfloop.worker.protocol import Call, CloseRun, Execute, OpenRun, Reply, Sn
 from selfloop.worker.serving.background import SnapshotWriter
 from selfloop.worker.serving.fair_share import FairShare
 from selfloop.worker.serving.operations import carry_out, open_run
-from selfloop.worker.serving.replies import Outbox, attempt, is_device_lost
+from selfloop.worker.serving.replies import Replies, attempt, is_device_lost
 
 log = logging.getLogger("selfloop.worker")
 
@@ -75,12 +75,12 @@ class _Work:
         return 0
 
 
-class TrainingDesk:
+class TrainingQueue:
     """The queues of all runs."""
 
-    def __init__(self, engine: Engine, outbox: Outbox) -> None:
+    def __init__(self, engine: Engine, replies: Replies) -> None:
         self._engine = engine
-        self._outbox = outbox
+        self._replies = replies
         self._queues: dict[str, deque[_Work]] = {}
         self._turns: FairShare[str] = FairShare()
         self._last_pass_s = 0.0
@@ -212,7 +212,7 @@ class TrainingDesk:
             self._leave(work)
         elif isinstance(answer, bytes):
             self._leave(work)
-            self._outbox.send(Reply(work.ticket), answer)
+            self._replies.send(Reply(work.ticket), answer)
         else:
             self._reply(work, answer)
 
@@ -252,17 +252,17 @@ class TrainingDesk:
         write = self._engine.begin_snapshot(command.run_id, Path(command.write_to))
         self._snapshots.begin(ticket, write, time.monotonic() - started)
 
-    def tell_of_snapshots(self) -> None:
+    def report_snapshots(self) -> None:
         """Answer the call whose snapshot has been written meanwhile."""
         finished = self._snapshots.take_finished()
         if finished is not None:
             ticket, written = finished
-            self._outbox.guard(ticket, lambda: self._outbox.reply(ticket, written.result()))
+            self._replies.guard(ticket, lambda: self._replies.reply(ticket, written.result()))
 
     def _begin(self, works: list[_Work]) -> None:
         for work in works:
             if not work.has_begun and isinstance(work.command, Execute):
-                self._outbox.begin(work.ticket)
+                self._replies.begin(work.ticket)
             work.has_begun = True
 
     def _charge(self, work: _Work, seconds: float) -> None:
@@ -279,11 +279,11 @@ class TrainingDesk:
     def _reply(self, work: _Work, result: Result) -> None:
         self._leave(work)
         result = msgspec.structs.replace(result, spent=Spent(work.spent_s, work.num_tokens))
-        self._outbox.reply(work.ticket, result)
+        self._replies.reply(work.ticket, result)
 
     def _refuse(self, work: _Work, error: Exception) -> None:
         self._leave(work)
-        self._outbox.refuse(work.ticket, error)
+        self._replies.refuse(work.ticket, error)
 
     def _leave(self, work: _Work) -> None:
         queue = self._queues[work.run_id]

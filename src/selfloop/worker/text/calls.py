@@ -91,13 +91,13 @@ class _Job:
     done: list[list[int]] = field(default_factory=list)
 
 
-class TextDesk:
+class TextQueue:
     """Takes calls at any time; all methods are for the main loop."""
 
-    def __init__(self, tokenizer: Tokens, chat: Template, outbox: Replies) -> None:
+    def __init__(self, tokenizer: Tokens, chat: Template, replies: Replies) -> None:
         self._tokenizer = tokenizer
         self._chat = chat
-        self._outbox = outbox
+        self._replies = replies
         self._texts: TeamQueues[_Job] = TeamQueues()
         self._changed = threading.Condition()
         self._finished: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
@@ -120,7 +120,7 @@ class TextDesk:
                     team_id, _Job(ticket, texts, add_special_tokens, lambda tokens: tokens, lambda at, _: names[at])
                 )
             case Detokenize(tokens):
-                self._outbox.reply(ticket, [self._tokenizer.token_bytes(token) for token in tokens])
+                self._replies.reply(ticket, [self._tokenizer.token_bytes(token) for token in tokens])
             case RenderChat(team_id=team_id):
                 self._put(
                     team_id, _Job(ticket, [], False, _first, lambda _, token: field_with(token, command), command)
@@ -135,9 +135,9 @@ class TextDesk:
         while not self._finished.empty():
             ticket, result = self._finished.get()
             if isinstance(result, Exception):
-                self._outbox.refuse(ticket, result)
+                self._replies.refuse(ticket, result)
             else:
-                self._outbox.reply(ticket, result)
+                self._replies.reply(ticket, result)
 
     def _put(self, team_id: str, job: _Job) -> None:
         with self._changed:

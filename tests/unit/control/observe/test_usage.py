@@ -26,7 +26,7 @@ async def outcome(house: FakeHouse, id: str) -> None:
 
 
 async def total(house: FakeHouse) -> Counts:
-    lines = await house.settlement.observer.usage.report(None, "run")
+    lines = await house.outcomes.observer.usage.report(None, "run")
     return lines[0].counts if lines else Counts()
 
 
@@ -75,7 +75,7 @@ async def test_settling_twice_counts_once(house: FakeHouse):
     assert row is not None
     from msgspec.msgpack import encode
 
-    await house.settlement.done(await house.run(), row, encode(LossResult(0.0, [], {}, spent=Spent(9.0, 9))))
+    await house.outcomes.done(await house.run(), row, encode(LossResult(0.0, [], {}, spent=Spent(9.0, 9))))
     assert (await total(house)) == Counts(operations=1)
 
 
@@ -84,7 +84,7 @@ async def test_an_operation_goes_to_the_key_that_sent_it(house: FakeHouse):
         await house.submit(backward(1), 1, "op1")
     await house.submit(backward(2), 2, "op2")
     await outcome(house, "op2")
-    usage = house.settlement.observer.usage
+    usage = house.outcomes.observer.usage
     by_key = {line.id: line.counts.operations for line in await usage.report(None, "key")}
     assert by_key == {"other": 1, "key": 1}
     own = await usage.report(Caller("team", "key", "k"), "run", whole_team=False)
@@ -117,7 +117,7 @@ async def test_hours_are_chosen_by_their_start(house: FakeHouse):
             for _ in range(2):
                 key = UsageKey("team", hour, "key", RUN_ID, "")
                 await queries_observations.add_usage(session, key, Counts(operations=1))
-    usage = house.settlement.observer.usage
+    usage = house.outcomes.observer.usage
 
     async def operations(start: float | None, end: float | None) -> int:
         return sum(line.counts.operations for line in await usage.report(None, "team", start=start, end=end))

@@ -8,7 +8,7 @@ import pytest
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
 from selfloop.control.queue.operations import Pending
 from selfloop.control.sampling.durable_queue import Drawn, Failed
-from selfloop.control.sampling.idempotency import Answer, SampledOnce
+from selfloop.control.sampling.idempotency import Answer, SampleIdempotency
 from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.sampling import AdapterRef
@@ -161,7 +161,7 @@ def test_long_polls_are_sent_home(tmp_path: Path):
 def test_a_repeated_request_joins_and_then_gets_the_same():
     async def play() -> None:
         now = 0.0
-        once = SampledOnce(lambda: now)
+        once = SampleIdempotency(lambda: now)
         made = 0
         gate = asyncio.Event()
 
@@ -187,7 +187,7 @@ def test_a_repeated_request_joins_and_then_gets_the_same():
 
 def test_an_error_is_not_kept_and_nobody_left_ends_the_draw():
     async def play() -> None:
-        once = SampledOnce(leave_s=0.0)
+        once = SampleIdempotency(leave_s=0.0)
         ended: list[str] = []
 
         async def fail() -> Answer:
@@ -221,7 +221,7 @@ def test_an_error_is_not_kept_and_nobody_left_ends_the_draw():
 
 def test_answers_are_kept_within_bounds():
     async def play() -> None:
-        once = SampledOnce()
+        once = SampleIdempotency()
         made = 0
 
         async def large() -> Answer:

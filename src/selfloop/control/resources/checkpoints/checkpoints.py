@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfloop.control.context import Context
-from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, Links
+from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, SignedUrls
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import retention
@@ -29,9 +29,9 @@ _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 class Checkpoints:
-    def __init__(self, context: Context, links: Links) -> None:
+    def __init__(self, context: Context, links: SignedUrls) -> None:
         self._c = context
-        self._links = links
+        self._signed_urls = links
         self._expirer: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -134,11 +134,11 @@ class Checkpoints:
 
         It is the store's own where that gives out links, else one of the server, whose address is ``base``.
         """
-        signed = self._links.sign("checkpoint", id, name)
+        signed = self._signed_urls.sign("checkpoint", id, name)
         own = f"{base}/files/{id}/{name}?expires={signed.expires}&signature={signed.signature}"
         return self._c.store.link(id, name, LINK_LIFE_S) or own, signed.expires
 
-    async def open_link(self, id: str, name: str, expires: int, signature: str) -> Path:
+    async def open_signed_url(self, id: str, name: str, expires: int, signature: str) -> Path:
         """The file behind a link.
 
         Raises:
@@ -146,7 +146,7 @@ class Checkpoints:
             NotFound: it is gone.
             CheckpointDamaged: it is not what was written.
         """
-        self._links.check("checkpoint", id, name, expires, signature)
+        self._signed_urls.check("checkpoint", id, name, expires, signature)
         try:
             folder = (await self._c.store.folder(id)).resolve()
         except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from selfloop.control.capacity.subprocesses import run_program
+from selfloop.control.capacity.subprocesses import run_subprocess
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import sync_directory
@@ -119,7 +119,7 @@ class Exports:
             arguments = [plan.format, str(source), str(plan.model_dir), str(aside), "--base-model", plan.base_model]
             if plan.dtype is not None:
                 arguments += ["--dtype", plan.dtype]
-            facts = await run_program(await launch_adapters(*arguments), on_progress)
+            facts = await run_subprocess(await launch_adapters(*arguments), on_progress)
             await asyncio.to_thread(_publish, aside, plan.target)
         except OSError as error:
             raise OperationFailed(f"{plan.target} cannot be written: {error}") from error

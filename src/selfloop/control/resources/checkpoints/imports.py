@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from selfloop.control.capacity.lifecycle import record_change
-from selfloop.control.capacity.subprocesses import run_program
+from selfloop.control.capacity.subprocesses import run_subprocess
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue, Model
 from selfloop.control.resources.sessions import SessionDetails
@@ -113,7 +113,7 @@ class Imports:
         aside = self._store.staging(checkpoint_id)
         try:
             arguments = ["import", str(folder), str(model_dir), str(aside)]
-            body = await run_program(await launch_adapters(*arguments), on_progress)
+            body = await run_subprocess(await launch_adapters(*arguments), on_progress)
             facts = msgspec.json.decode(body, type=_Facts)
             run = await self._record(checkpoint_id, model, facts, owner, name)
         except OSError as error:

@@ -82,12 +82,12 @@ class NewestWeights:
         operation = SaveWeightsForSampler(
             new_id(), snapshot_name(sampler_id), publish=False, ttl_seconds=_LIFE_S, sampler_id=sampler_id
         )
-        settlement = self._c.settlement
+        outcomes = self._c.outcomes
         for _attempt in range(_MAX_ATTEMPTS):
             try:
                 body = await self._c.scheduler.actor(run).saves_beside.ask(operation)
             except WorkerLost as lost:
                 log.warning("run %s lost its worker while its newest weights were saved: %s", run.id, lost)
             else:
-                return await settlement.saved_beside(run, operation, body)
+                return await outcomes.saved_beside(run, operation, body)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times while it saved the weights of run {run.id}")

@@ -10,7 +10,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_models_deployed as queries
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import CheckpointRow, HeldCheckpointRow
+from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow
 from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
@@ -18,12 +18,12 @@ from selfloop.types.uris import CheckpointUri
 _ROOT = "held"
 
 
-def held_key(sampler_id: str, checkpoint_id: str) -> str:
+def pinned_key(sampler_id: str, checkpoint_id: str) -> str:
     """Where the files lie in the blob store."""
     return f"{_ROOT}/{sampler_id}/{checkpoint_id}"
 
 
-def uri_of(row: CheckpointRow | HeldCheckpointRow) -> str:
+def uri_of(row: CheckpointRow | PinnedCheckpointRow) -> str:
     return str(CheckpointUri(RunId(row.run_id), CheckpointTarget(row.target), row.name))
 
 
@@ -35,10 +35,10 @@ async def hold(
     The folders come first: one without its row is cleared away at the next start.
     """
     for position, row in enumerate(rows):
-        key = held_key(sampler_id, row.id)
+        key = pinned_key(sampler_id, row.id)
         await asyncio.to_thread(blobs.link_folder, await store.folder(row.id), key)
         session.add(
-            HeldCheckpointRow(
+            PinnedCheckpointRow(
                 sampler_id=sampler_id,
                 checkpoint_id=row.id,
                 position=position,

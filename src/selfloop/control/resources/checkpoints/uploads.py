@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, Links
+from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, SignedUrls
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints.imports import Imports, Owner
@@ -70,11 +70,11 @@ class Upload:
 
 
 class Uploads:
-    def __init__(self, imports: Imports, catalogue: Catalogue, blobs: LocalBlobs, links: Links) -> None:
+    def __init__(self, imports: Imports, catalogue: Catalogue, blobs: LocalBlobs, links: SignedUrls) -> None:
         self._imports = imports
         self._catalogue = catalogue
         self._root = blobs.path(_FOLDER)
-        self._links = links
+        self._signed_urls = links
         self._finishing: dict[str, asyncio.Lock] = {}
 
     async def start(self, caller: Caller, request: UploadRequest) -> Upload:
@@ -106,7 +106,7 @@ class Uploads:
         await asyncio.to_thread(self._make, id, record)
         links: dict[str, str] = {}
         for name in record.max_bytes:
-            expires, signature = self._links.sign("upload", id, name)
+            expires, signature = self._signed_urls.sign("upload", id, name)
             links[name] = f"/uploads/{id}/{name}?expires={expires}&signature={signature}"
         return Upload(id, links, record.expires)
 
@@ -119,7 +119,7 @@ class Uploads:
             Conflict: it is being finished, or is finished.
             TooLarge: longer than an adapter of that rank can be.
         """
-        self._links.check("upload", id, name, expires, signature)
+        self._signed_urls.check("upload", id, name, expires, signature)
         record = await asyncio.to_thread(self._read, id)
         if record is None or name not in record.max_bytes:
             raise NotFound("upload", id)

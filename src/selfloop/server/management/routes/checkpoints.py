@@ -165,4 +165,4 @@ public = APIRouter(tags=["management"])
 
 @public.get("/files/{checkpoint_id}/{name:path}", summary="Download a file by its link; Range is served.")
 async def file(checkpoint_id: str, name: str, control: ControlOf, expires: int, signature: str) -> FileResponse:
-    return FileResponse(await control.checkpoints.open_link(checkpoint_id, name, expires, signature))
+    return FileResponse(await control.checkpoints.open_signed_url(checkpoint_id, name, expires, signature))

@@ -125,7 +125,7 @@ async def debug_archive_files(
 async def debug_archive_file(
     archive_id: str, name: str, control: ControlOf, expires: int, signature: str
 ) -> FileResponse:
-    return FileResponse(control.observations.open_archive_link(archive_id, name, expires, signature))
+    return FileResponse(control.observations.open_archive_signed_url(archive_id, name, expires, signature))
 
 
 @router.get(
