@@ -152,7 +152,7 @@ async def test_waking_brings_trainer_and_sampler_back(house: House) -> None:
 
 async def test_readiness_is_waited_for(house: House) -> None:
     house.add_run("dep", "sam")
-    waiting = asyncio.create_task(house.lifecycle.settled("sam", 10.0))
+    waiting = asyncio.create_task(house.lifecycle.wait_until_stable("sam", 10.0))
     await asyncio.sleep(0)
     await house.lifecycle.wake("dep")
     await asyncio.wait_for(waiting, 1.0)

@@ -259,7 +259,7 @@ async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerC
 
 
 async def test_a_host_that_does_not_even_begin_says_so(command: WorkerCommand, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "host_arguments", lambda command: ["/bin/false"])
+    monkeypatch.setattr(local, "fork_server_arguments", lambda command: ["/bin/false"])
     host = await find_or_launch(command)
     with pytest.raises(WorkerLost, match="exited with status 1"):
         await host.ready()

@@ -52,7 +52,7 @@ _HAS_SERVED = {
     SamplerStatus.UNHEALTHY,
     SamplerStatus.FAILED,
 }
-_SETTLED = {
+_STABLE = {
     SamplerStatus.ACTIVE,
     SamplerStatus.UNHEALTHY,
     SamplerStatus.DEPLOY_FAILED,
@@ -229,11 +229,11 @@ class Lifecycle:
 
         return self._spawn(wake(), f"wake-{id}")
 
-    async def completed(self, id: str, timeout_s: float) -> None:
+    async def wait_until_stable(self, id: str, timeout_s: float) -> None:
         """Wait until the status is one that lasts, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _SETTLED)
+                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _STABLE)
 
     async def end(self, id: str, reason: str) -> None:
         """Deactivate capacity for good; the worker ends when nothing else needs it.

@@ -90,7 +90,7 @@ async def readiness(
     if control.lifecycle.is_asleep(sampler_id) and user_agent.startswith(_ABOUT_TO_SAMPLE):
         await asyncio.wait({control.lifecycle.wake_soon(sampler_id)}, timeout=_READINESS_HOLD_S)
     else:
-        await control.lifecycle.completed(sampler_id, _READINESS_HOLD_S)
+        await control.lifecycle.wait_until_stable(sampler_id, _READINESS_HOLD_S)
     return render.model_deployment(await control.deploys.version(caller, model_id, deployment_id))
 
 
