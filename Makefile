@@ -108,7 +108,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/clang-format --dry-run --Werror src/selfloop/engine/native/*.h src/selfloop/engine/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror src/selfloop/engine/backends/cpu_native/csrc/*.h src/selfloop/engine/backends/cpu_native/csrc/*.cpp
 
 types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python

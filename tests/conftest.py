@@ -21,7 +21,11 @@ hypothesis.settings.load_profile("selfloop")
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say by which path this CPU computed; of those that it has none is skipped in silence (tests/numerics)."""
     if os.environ.get("CI") or "torch" in sys.modules:
-        look = "from selfloop.engine.native import build; print(getattr(build.look(), 'reason', 'CPU kernels'))"
+        program = (
+            "from selfloop.engine.backends.cpu_native.build import look",
+            "print(getattr(look(), 'reason', 'CPU kernels'))",
+        )
+        look = "; ".join(program)
         found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
         terminalreporter.write_line(f"computed by: {found.stdout.strip() or found.stderr.strip()[-200:]}")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tiny_models
+from selfloop.engine.backends.torch.attention import PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import positions_of
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.logprob import score
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.losses.logprob import score
-from selfloop.engine.models.attention import PackedCausalAttention
-from selfloop.engine.models.decoder import positions_of
-from selfloop.engine.models.linear import FrozenLinear
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

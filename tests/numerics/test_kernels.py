@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_models
+from selfloop.engine.backends.cpu_native import build
+from selfloop.engine.backends.cpu_native.library import Kernels
+from selfloop.engine.backends.torch.attention import PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import Decoder, positions_of
+from selfloop.engine.backends.torch.linear import Layout
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.attention import PackedCausalAttention
 from selfloop.engine.models.config import read_config
-from selfloop.engine.models.decoder import Decoder, positions_of
-from selfloop.engine.models.linear import Layout
-from selfloop.engine.native import build
-from selfloop.engine.native.library import Kernels
 from selfloop.engine.sample.sampler import Row, draw
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfloop.engine.backends.torch.decoder import BaseWeights, Decoder, LayerWeights
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.kv.pages import KvRows, PagePool
 from selfloop.engine.lora.targets import linear_groups
 from selfloop.engine.models.config import ModelConfig, parse_config
-from selfloop.engine.models.decoder import BaseWeights, Decoder, LayerWeights
-from selfloop.engine.models.linear import FrozenLinear
-from selfloop.engine.sample.kv_cache import KvRows, PagePool
-from selfloop.engine.sample.passes import cache_passes
+from selfloop.engine.sample.model_runner import cache_passes
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.types.sampling import SampleRequest, SamplingParams
 

@@ -7,10 +7,10 @@ from test_engine_kv_cache import tiny_config
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows, PagePool
+from selfloop.engine.kv.prefix_cache import PrefixCache
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, PagePool
-from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
 NUM_PAGES = 12

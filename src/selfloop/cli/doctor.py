@@ -42,7 +42,7 @@ _TIGHT_DISK_BYTES = _GIB // 10
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 _PROBE_TORCH = """
 import json, torch
-from selfloop.engine.native.build import Lacking, look
+from selfloop.engine.backends.cpu_native.build import Lacking, look
 found = look()
 lacking = list(found) if isinstance(found, Lacking) else None
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from selfloop.engine.backends.cpu_native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
 from selfloop.types.errors import OperationFailed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from selfloop.engine.backends.torch.decoder import Decoder, num_parameters
+from selfloop.engine.backends.torch.linear import Layout, best_layout
 from selfloop.engine.device import (
     default_kept_bytes,
     default_kv_tokens,
@@ -32,14 +34,12 @@ from selfloop.engine.files.peft import read_peft
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
-from selfloop.engine.models.decoder import Decoder, num_parameters
-from selfloop.engine.models.linear import Layout, best_layout
-from selfloop.engine.sample.bank import AdapterBank
+from selfloop.engine.sample.adapter_cache import AdapterCache
 from selfloop.engine.sample.grammar import CompileGrammar
-from selfloop.engine.sample.passes import cache_passes
+from selfloop.engine.sample.model_runner import cache_passes
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
-from selfloop.engine.train.kept import KeptForwards
+from selfloop.engine.train.forward_cache import ForwardCache
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.optim import optim_step
 from selfloop.engine.train.probe import probe
@@ -122,13 +122,13 @@ class Engine:
             fitting = memory.longest(usual, with_gradient=True, recompute=False)
             train_token_budget = min(default_train_budget(device), max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
-        self._kept = KeptForwards(kept_bytes)
+        self._kept = ForwardCache(kept_bytes)
         self._workshop = Workshop(config, device, train_token_budget, memory, self._kept)
         max_kv_tokens = limits.max_kv_tokens
         if max_kv_tokens is None:
             max_kv_tokens = default_kv_tokens(config, device, decoder.dtype)
         self._runs: dict[str, Run] = {}
-        self._bank = AdapterBank(limits.max_adapters)
+        self._bank = AdapterCache(limits.max_adapters)
         self._scheduler = SamplingScheduler(
             decoder,
             cache_passes(decoder, max_kv_tokens, default_window_tokens(config, decoder.device)),

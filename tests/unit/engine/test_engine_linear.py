@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny_models
+from selfloop.engine.backends.torch.linear import FrozenLinear, best_layout
 from selfloop.engine.models.config import parse_config
-from selfloop.engine.models.linear import FrozenLinear, best_layout
 
 SHAPES = [(96, 32), (33, 17), (1, 8), (640, 64), (48, 2600)]
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 import tiny_models
 from selfloop.engine import device
 from selfloop.engine import engine as engine_module
+from selfloop.engine.backends.cpu_native.build import kernels
+from selfloop.engine.backends.torch.attention import PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import positions_of
+from selfloop.engine.backends.torch.linear import Layout
 from selfloop.engine.engine import Engine
 from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.attention import PackedCausalAttention
-from selfloop.engine.models.decoder import positions_of
-from selfloop.engine.models.linear import Layout
-from selfloop.engine.native.build import kernels
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.lora import LoraTargets

@@ -7,7 +7,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.train.kept import KeptForwards
+from selfloop.engine.train.forward_cache import ForwardCache
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
@@ -56,9 +56,9 @@ def test_a_probe_touches_no_state(load, monkeypatch):
     engine.forward_backward("run", data, "cross_entropy", {})
     calls = []
     for name in ("begin_forward", "begin_backward", "put", "drop"):
-        own = getattr(KeptForwards, name)
+        own = getattr(ForwardCache, name)
         monkeypatch.setattr(
-            KeptForwards, name, lambda kept, *args, own=own, **more: calls.append(kept) or own(kept, *args, **more)
+            ForwardCache, name, lambda kept, *args, own=own, **more: calls.append(kept) or own(kept, *args, **more)
         )
     run = engine._runs["run"]
     before = run.theta_P.clone(), run.accumulated, run.accumulated.grad_P.clone(), run.moments, run.step

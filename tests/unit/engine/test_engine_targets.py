@@ -9,9 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny_models
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.logprob import HeadAdapter, score
 from selfloop.engine.engine import Engine
-from selfloop.engine.losses.logprob import HeadAdapter, score
-from selfloop.engine.models.linear import FrozenLinear
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams

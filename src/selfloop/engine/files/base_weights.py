@@ -5,16 +5,17 @@ Which files and tensors it means is read by :mod:`selfloop.types.model_weights`;
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from selfloop.engine.backends.torch.decoder import BaseWeights, LayerWeights
+from selfloop.engine.backends.torch.linear import FrozenLinear, Layout
 from selfloop.engine.lora.targets import LinearGroup, linear_groups
 from selfloop.engine.models.config import ModelConfig, read_config
-from selfloop.engine.models.decoder import BaseWeights, LayerWeights
-from selfloop.engine.models.linear import FrozenLinear, Layout
+from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
 from selfloop.types.model_weights import EMBEDDING, HEAD, ModelWeights, read_weights
 from selfloop.types.safetensors_header import StoredTensor
@@ -137,16 +138,6 @@ def _finish(config: ModelConfig, weights: BaseWeights, layout: Layout) -> None:
         for linear in layer.linears:
             linear.lay_out(layout)
     weights.head.lay_out(layout, shared=weights.tied)
-
-
-class TensorSource(Protocol):
-    """Named tensors that are read when they are asked for."""
-
-    def names(self) -> Collection[str]: ...
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each of ``names``, in any order, in the layout of a Hugging Face checkpoint."""
-        ...
 
 
 class SafetensorsSource:

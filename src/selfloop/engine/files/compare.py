@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.files.base_weights import SafetensorsSource, TensorSource, open_base_weights
+from selfloop.engine.backends.torch.attention import PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.files.base_weights import SafetensorsSource, open_base_weights
 from selfloop.engine.files.peft import LoadedAdapter
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.attention import PackedCausalAttention
 from selfloop.engine.models.config import ModelConfig, read_config
-from selfloop.engine.models.decoder import Decoder
+from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import OperationFailed
 
 # The largest difference of logits, as a part of the largest logit, that rounding to the base's dtype may make.

@@ -4,13 +4,27 @@ y = x W^T + bias + scaling * (x A^T) B^T, with W fused over n projections and A 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfloop.engine.models.linear import FrozenLinear
+
+class Linear(Protocol):
+    """A frozen weight W (out, in) with its bias, in whatever layout. Follows no gradient."""
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """(T, in) -> (T, out) in the compute dtype."""
+        ...
+
+    def input_grad(self, dy_TO: Tensor) -> Tensor:
+        """(T, out) -> (T, in): dy W."""
+        ...
+
+    def in_float32(self, x_TI: Tensor) -> Tensor:
+        """(T, in) -> float32 (T, out): the sum is never rounded to the compute dtype."""
+        ...
 
 
 class LoraSegment(NamedTuple):
@@ -23,7 +37,7 @@ class LoraSegment(NamedTuple):
     b: tuple[Tensor, ...]
 
 
-def lora_linear(x_TI: Tensor, linear: FrozenLinear, segments: list[LoraSegment]) -> Tensor:
+def lora_linear(x_TI: Tensor, linear: Linear, segments: list[LoraSegment]) -> Tensor:
     """(T, in) -> (T, sum of out). Gradients reach x and the adapters, never the frozen weight."""
     if not torch.is_grad_enabled():
         return _forward(x_TI, linear, segments)[0]
@@ -31,7 +45,7 @@ def lora_linear(x_TI: Tensor, linear: FrozenLinear, segments: list[LoraSegment])
     return _LoraLinear.apply(x_TI, linear, segments, *parameters)  # pyright: ignore[reportReturnType]
 
 
-def lora_logits(h_ND: Tensor, head: FrozenLinear, segments: list[LoraSegment]) -> Tensor:
+def lora_logits(h_ND: Tensor, head: Linear, segments: list[LoraSegment]) -> Tensor:
     """(N, D) -> float32 (N, V), summed in float32; follows no gradient."""
     logits_NV = head.in_float32(h_ND)
     for start, stop, scaling, a_RD, (b_VR,) in segments:
@@ -44,7 +58,7 @@ def add_low_rank(logits_CV: Tensor, u_CR: Tensor, b_VR: Tensor, scaling: float) 
     return logits_CV.addmm_(u_CR.float(), b_VR.float().t(), alpha=scaling)
 
 
-def _forward(x_TI: Tensor, linear: FrozenLinear, segments: list[LoraSegment]) -> tuple[Tensor, list[Tensor]]:
+def _forward(x_TI: Tensor, linear: Linear, segments: list[LoraSegment]) -> tuple[Tensor, list[Tensor]]:
     y_TO = linear(x_TI)
     low_ranks: list[Tensor] = []
     for segment in segments:
@@ -68,7 +82,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        linear: FrozenLinear,
+        linear: Linear,
         segments: list[LoraSegment],
         *parameters: Tensor,
     ) -> Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.backends.torch.logprob import chunk_rows
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.losses.logprob import chunk_rows
-from selfloop.engine.models.decoder import Decoder
 from selfloop.engine.sample.sampler import draw_with_replacement
 from selfloop.engine.sample.sequence import sample_generator
 from selfloop.types.sampling import PromptDraws, SampleRequest, TokenLogprob

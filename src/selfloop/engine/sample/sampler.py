@@ -4,48 +4,18 @@ A draw inverts the cumulative distribution at the row's uniform number: over the
 min-p over those that are left, the likeliest first. So it depends on the row alone.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfloop.engine.native.build import kernels as native
-from selfloop.engine.native.library import Kernels
-from selfloop.engine.sample.penalties import Penalties
+from selfloop.engine.backends.base import Draw, Row
+from selfloop.engine.backends.cpu_native.build import kernels as native
+from selfloop.engine.backends.cpu_native.library import Kernels
 from selfloop.types.sampling import SamplingParams
 
 _MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
 _BLOCK = 256  # tokens that are summed before the block that holds the draw is looked into
 _NUCLEUS = 1024  # top-p looks among so many of the likeliest tokens first
-
-
-class Row(NamedTuple):
-    """How to draw one row.
-
-    Args:
-        uniform: a number in [0, 1), the row's only randomness.
-        mask_V: tokens that may be drawn, on the CPU; None for all.
-        num_top: how many of the likeliest tokens to report.
-        penalties: what is added to the logits first; None for nothing.
-    """
-
-    params: SamplingParams
-    uniform: float
-    mask_V: Tensor | None = None
-    num_top: int = 0
-    penalties: Penalties | None = None
-
-
-class Draw(NamedTuple):
-    """Tokens, their logprobs, and the likeliest (token, logprob) pairs where asked for.
-
-    Logprobs are those of the model: untempered, unfiltered, without penalties and the mask of a grammar.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    tops: list[list[tuple[int, float]]]
 
 
 def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> Draw:

@@ -12,15 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.torch.cached_attention import PromptChunk
+from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.kv.pages import PAGE_TOKENS
+from selfloop.engine.kv.prefix_cache import PrefixCache
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.decoder import Decoder
-from selfloop.engine.sample.attention import PromptChunk
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS
-from selfloop.engine.sample.passes import CachePasses
+from selfloop.engine.sample.model_runner import CachePasses
 from selfloop.engine.sample.penalties import Penalties
-from selfloop.engine.sample.prefix_cache import PrefixCache
 from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.kv.pages import PAGE_TOKENS, pages_for
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.grammar import Constraint, Grammar
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, pages_for
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
 if TYPE_CHECKING:
-    from selfloop.engine.sample.kv_window import Shelf
+    from selfloop.engine.backends.torch.kv_buckets import Shelf
     from selfloop.engine.sample.prompt_logprobs import PromptScores
 
 StopReason = Literal["stop", "length"]

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.logprob import HeadAdapter, Scores, score
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.losses.custom import CustomLossRunner, with_gradients
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.logprob import HeadAdapter, Scores, score
 from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
-from selfloop.engine.models.linear import FrozenLinear
 from selfloop.engine.train.batch import MicroBatch
-from selfloop.engine.train.kept import RunShelf
+from selfloop.engine.train.forward_cache import RunShelf
 from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Run
 from selfloop.types.custom_loss import CustomLoss

@@ -12,50 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.base import Cost, LayerCosts
+from selfloop.engine.backends.cpu_native.layers import KernelLayers
+from selfloop.engine.backends.cpu_native.library import LANES
+from selfloop.engine.backends.torch.allocations import UNIT, Work, profile
+from selfloop.engine.backends.torch.attention import BatchInvariantAttention, PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import Decoder, positions_of
+from selfloop.engine.backends.torch.logprob import chunk_rows
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.losses.logprob import chunk_rows
-from selfloop.engine.models.attention import ApartAttention, PackedCausalAttention
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.models.decoder import Decoder, positions_of
-from selfloop.engine.native.layers import KernelLayers
-from selfloop.engine.native.library import LANES
-from selfloop.engine.train.allocations import UNIT, Work, profile
 from selfloop.types.errors import OperationFailed
 
 # Queries and keys of the largest blocks of PyTorch's fused attention on a CPU.
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
-
-
-class Cost(NamedTuple):
-    """Bytes: of each token, of each token for each unit of the adapter's rank, and besides."""
-
-    token: int
-    rank: int
-    fixed: int
-
-    def of(self, num_tokens: int, rank: int) -> int:
-        return num_tokens * (self.token + rank * self.rank) + self.fixed
-
-    def __add__(self, other: object) -> "Cost":
-        assert isinstance(other, Cost)
-        return Cost(self.token + other.token, self.rank + other.rank, self.fixed + other.fixed)
-
-    def times(self, factor: float) -> "Cost":
-        return Cost(*(round(part * factor) for part in self))
-
-
-class LayerCosts(NamedTuple):
-    """Of all layers: what a pass takes without a backward; what it keeps for one, and what it takes beside that.
-
-    The last two once more for a backward that computes the layers again.
-    """
-
-    forward: Cost
-    kept: Cost
-    work: Cost
-    kept_less: Cost
-    work_again: Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +226,7 @@ def _layer_run(decoder: Decoder, units: int, rank: int) -> _LayerRun:
     adapter: Adapter = shape.adapter(leaf_P, 1.0)
     long, short = UNIT // 3 * units, UNIT // 6 * units
     blocks = [[long, short], [short, long]]
-    attention = ApartAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
+    attention = BatchInvariantAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
     adapters = AdapterBatch.apart([(sum(block), adapter) for block in blocks])
     rotation = decoder.rotary(positions_of(attention.lengths, decoder.device))
     h_TD = torch.zeros(UNIT * units, decoder.config.hidden_size, device=decoder.device).requires_grad_()

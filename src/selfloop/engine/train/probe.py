@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from selfloop.engine.train.kept import KeptForwards
+from selfloop.engine.train.forward_cache import ForwardCache
 from selfloop.engine.train.request import LossRequest, Workshop
 from selfloop.engine.train.run import Run
 from selfloop.types.datum import Datum, Tensor
@@ -31,7 +31,7 @@ def probe(
     datum = Datum(Tensor.of(tokens[:-1], "int64"), {"target_tokens": Tensor.of(tokens[1:], "int64")})
     # Kept forwards of its own: what is known of the run's own operations stays as it is.
     request = LossRequest(
-        run_id, run, Forward([datum], "cross_entropy", {}), replace(workshop, kept=KeptForwards(limit_bytes=0))
+        run_id, run, Forward([datum], "cross_entropy", {}), replace(workshop, kept=ForwardCache(limit_bytes=0))
     )
     while not request.job.is_done:
         advance([request])

@@ -9,8 +9,8 @@ import torch
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.config import ModelConfig
 from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
+from selfloop.engine.train.forward_cache import ForwardCache, RunShelf
 from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
-from selfloop.engine.train.kept import KeptForwards, RunShelf
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Accumulated, Run
@@ -33,7 +33,7 @@ class Workshop:
     device: torch.device
     token_budget: int
     memory: PassMemory
-    kept: KeptForwards
+    kept: ForwardCache
 
 
 class LossRequest:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
+from selfloop.engine.backends.torch.decoder import Decoder, positions_of
+from selfloop.engine.backends.torch.logprob import Scores
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.losses.logprob import Scores
-from selfloop.engine.models.attention import ApartAttention, Attention, PackedCausalAttention
-from selfloop.engine.models.decoder import Decoder, positions_of
 from selfloop.engine.train.job import LossJob, LossPart
 from selfloop.engine.train.memory import PassMemory
 
@@ -71,7 +71,7 @@ def _forward(
     attention: Attention = PackedCausalAttention(lengths)
     if deterministic:
         each = [PackedCausalAttention(part.batch.lengths) for part in parts]
-        attention = ApartAttention(list(zip(sizes, each, strict=True)))
+        attention = BatchInvariantAttention(list(zip(sizes, each, strict=True)))
     widest = max((job.run.shape for job in jobs), key=lambda shape: shape.rank)
     with torch.set_grad_enabled(with_graph):
         h_TD = decoder.forward(

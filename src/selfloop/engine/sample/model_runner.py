@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.cpu_native.layers import TiledCache, TokenRows
+from selfloop.engine.backends.torch.cached_attention import PrefillAttention, PromptChunk, StepAttentionOverCache
+from selfloop.engine.backends.torch.decode_step import StepDecoder
+from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.backends.torch.kv_buckets import KvBuckets
+from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows, PagePool, pages_for, storage_pages
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.decoder import Decoder
-from selfloop.engine.native.layers import TiledCache, TokenRows
-from selfloop.engine.sample.attention import PrefillAttention, PromptChunk, StepAttentionOverCache
-from selfloop.engine.sample.decode import StepDecoder
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, PagePool, pages_for, storage_pages
-from selfloop.engine.sample.kv_window import KvWindow
 from selfloop.engine.sample.sequence import Sample
 
 
@@ -94,7 +94,7 @@ class OperatorPasses:
         self._step_decoder = StepDecoder(decoder)
         config, device = decoder.config, decoder.device
         self._cache = KvRows(config, num_tokens, device, decoder.dtype)
-        self.window = KvWindow(config, self._cache, window_tokens, device, torch.float32)
+        self.window = KvBuckets(config, self._cache, window_tokens, device, torch.float32)
         self.pool = PagePool(self._cache)
 
     def prompts(self, tokens: list[int], chunks: list[PromptChunk], adapters: AdapterBatch) -> Tensor:

@@ -1,7 +1,7 @@
 """Which models the kernels compute."""
 
+from selfloop.engine.backends.cpu_native.library import LANES, MAX_HEAD_DIM
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.native.library import LANES, MAX_HEAD_DIM
 
 
 def covers(config: ModelConfig) -> bool:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.cpu_native import library
+from selfloop.engine.backends.cpu_native.adapters import PackedAdapter
+from selfloop.engine.backends.cpu_native.library import LANES, NUM_GROUPS, PAGE_TOKENS, Kernels
+from selfloop.engine.backends.cpu_native.sizes import covers
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch, AdapterRows
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.native import library
-from selfloop.engine.native.adapters import PackedAdapter
-from selfloop.engine.native.library import LANES, NUM_GROUPS, PAGE_TOKENS, Kernels
-from selfloop.engine.native.sizes import covers
 
 if TYPE_CHECKING:
-    from selfloop.engine.models.decoder import BaseWeights
+    from selfloop.engine.backends.torch.decoder import BaseWeights
 
 _ALIGN = 64
 _BF16, _FLOAT = 2, 4  # bytes

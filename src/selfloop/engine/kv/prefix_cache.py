@@ -4,8 +4,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from selfloop.engine.kv.pages import PAGE_TOKENS, PagePool
 from selfloop.engine.lora.adapter import Adapter
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, PagePool
 
 
 @dataclass(slots=True, eq=False)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.backends.base import Scores
+from selfloop.engine.backends.cpu_native.panels import Panels
+from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.lora.grouped_matmul import add_low_rank
-from selfloop.engine.models.linear import FrozenLinear
-from selfloop.engine.native.panels import Panels
 
 # On a CPU a chunk's logits should stay in its cache, but fewer rows make the products slow.
 _CPU_CHUNK_ROWS = (32, 256)
@@ -30,20 +31,6 @@ class HeadAdapter(NamedTuple):
     a_RD: Tensor
     b_VR: Tensor
     scaling: float
-
-
-class Scores(NamedTuple):
-    """Logprobs of targets, and of each row's likeliest tokens.
-
-    Args:
-        logprobs: float32 (N,) or (N, K), as the targets; carries the gradient.
-        top_tokens_NJ: int64, the likeliest first; J is 0 when none were asked for.
-        top_logprobs_NJ: float32.
-    """
-
-    logprobs: Tensor
-    top_tokens_NJ: Tensor
-    top_logprobs_NJ: Tensor
 
 
 def score(

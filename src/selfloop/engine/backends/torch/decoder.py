@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from selfloop.engine.backends.cpu_native.build import kernels
+from selfloop.engine.backends.cpu_native.layers import KernelLayers, TiledCache, TokenRows
+from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.norm import rms_norm
+from selfloop.engine.backends.torch.swiglu import swiglu
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV
-from selfloop.engine.models.attention import ApartAttention, Attention, PackedCausalAttention
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.models.linear import FrozenLinear
-from selfloop.engine.models.norm import rms_norm
 from selfloop.engine.models.rope import Rotary, rotate
-from selfloop.engine.models.swiglu import swiglu
-from selfloop.engine.native.build import kernels
-from selfloop.engine.native.layers import KernelLayers, TiledCache, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Decoder:
         rotation = self.rotary(positions_T)
         h_TD = F.embedding(tokens_T, self.weights.embedding_VD).float()
         if self.kernels is not None:
-            assert isinstance(attention, PackedCausalAttention | ApartAttention), "a cache has its own way in"
+            assert isinstance(attention, PackedCausalAttention | BatchInvariantAttention), "a cache has its own way in"
             return self.kernels.in_sequences(h_TD, rotation, attention.lengths, adapters, recompute=recompute)
         for index in range(len(self.weights.layers)):
             if recompute:

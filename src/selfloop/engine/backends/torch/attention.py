@@ -39,7 +39,7 @@ class PackedCausalAttention:
         return torch.cat(out)
 
 
-class ApartAttention:
+class BatchInvariantAttention:
     """Blocks of rows that lie one after another, each with the attention that it would have alone."""
 
     def __init__(self, blocks: list[tuple[int, PackedCausalAttention]]) -> None:

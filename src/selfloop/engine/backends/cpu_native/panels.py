@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from selfloop.engine.native.library import LANES, Kernels, RowLogprobs
+from selfloop.engine.backends.cpu_native.library import LANES, Kernels, RowLogprobs
 
 
 class Panels:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from selfloop.engine.losses.logprob import Scores
+from selfloop.engine.backends.torch.logprob import Scores
 from selfloop.engine.train.batch import MicroBatch
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.run import Run
@@ -53,7 +53,7 @@ class _OfRun:
     was_used: bool = False
 
 
-class KeptForwards:
+class ForwardCache:
     """Of all runs, within a limit of bytes: the oldest run's go first when it is exceeded.
 
     A run's forwards are kept when its last ones were followed by their backward; before anything is known of it, when
@@ -131,13 +131,13 @@ class KeptForwards:
 
 
 class RunShelf:
-    """One operation's view of :class:`KeptForwards`.
+    """One operation's view of :class:`ForwardCache`.
 
     Args:
         keeps: the operation is a forward whose backward is expected.
     """
 
-    def __init__(self, kept: KeptForwards, memory: PassMemory, run_id: str, run: Run, *, keeps: bool) -> None:
+    def __init__(self, kept: ForwardCache, memory: PassMemory, run_id: str, run: Run, *, keeps: bool) -> None:
         self._kept = kept
         self._memory = memory
         self._run_id = run_id

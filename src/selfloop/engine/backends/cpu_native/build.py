@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-from selfloop.engine.native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
-from selfloop.engine.native.library import VERSION, Kernels
+from selfloop.engine.backends.base import Lacking
+from selfloop.engine.backends.cpu_native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
+from selfloop.engine.backends.cpu_native.library import VERSION, Kernels
 
 log = logging.getLogger("selfloop.engine")
 
@@ -28,13 +28,6 @@ _FLAGS = (
 # GNU, as PyTorch brings the library that their OpenMP calls.
 _COMPILERS = ("g++", "c++")
 _TIMEOUT_S = 300
-
-
-class Lacking(NamedTuple):
-    """Why there are no kernels; ``remedy`` is empty where nothing can be done about it."""
-
-    reason: str
-    remedy: str = ""
 
 
 @functools.cache
@@ -74,7 +67,7 @@ def _built() -> Path:
     compiler = os.environ.get("CXX") or next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NoCompiler
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "csrc"
     digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
     for name in _SOURCES:
         digest.update((here / name).read_bytes())

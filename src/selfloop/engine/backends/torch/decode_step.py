@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.lora.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.lora.targets import DOWN, GATE_UP, OUT, QKV, linear_groups
-from selfloop.engine.models.decoder import Decoder
-from selfloop.engine.models.linear import FrozenLinear
 
 StepAttention = Callable[[int, Tensor], Tensor]
 """Layer, rotated (B, H + 2G, head_dim) float32 with queries scaled by head_dim^-1/2 -> (B, H * head_dim) float32."""

@@ -2,8 +2,8 @@
 
 import torch
 
+from selfloop.engine.backends.cpu_native.library import LANES, NUM_GROUPS, Kernels, Lora
 from selfloop.engine.lora.adapter import Adapter, LoraGroup
-from selfloop.engine.native.library import LANES, NUM_GROUPS, Kernels, Lora
 
 _ITEM = torch.bfloat16.itemsize
 

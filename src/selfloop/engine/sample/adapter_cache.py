@@ -6,7 +6,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.types.errors import NotFound
 
 
-class AdapterBank:
+class AdapterCache:
     """At most ``max_adapters``, beyond which only adapters in use stay."""
 
     def __init__(self, max_adapters: int) -> None:

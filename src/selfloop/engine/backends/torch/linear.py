@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.backends.cpu_native.build import kernels
+from selfloop.engine.backends.cpu_native.library import Kernels
+from selfloop.engine.backends.cpu_native.panels import Panels
+from selfloop.engine.backends.cpu_native.sizes import covers
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.native.build import kernels
-from selfloop.engine.native.library import Kernels
-from selfloop.engine.native.panels import Panels
-from selfloop.engine.native.sizes import covers
 
 Layout = Literal["plain", "blocked", "panels"]
 

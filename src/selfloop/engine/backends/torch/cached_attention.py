@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.models.attention import causal_attention, masked_attention
+from selfloop.engine.backends.torch.attention import causal_attention, masked_attention
+from selfloop.engine.backends.torch.kv_buckets import Seated, Shelf
+from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows, cell, page_table, pages_for
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows, cell, page_table, pages_for
-from selfloop.engine.sample.kv_window import Seated, Shelf
 from selfloop.engine.sample.sequence import Sample
 
 

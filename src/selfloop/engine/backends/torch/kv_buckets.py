@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows
 from selfloop.engine.models.config import ModelConfig
-from selfloop.engine.sample.kv_cache import PAGE_TOKENS, KvRows
 
 if TYPE_CHECKING:
     from selfloop.engine.sample.sequence import Sample
@@ -66,7 +66,7 @@ class Seated(NamedTuple):
     outside: "list[Sample]"
 
 
-class KvWindow:
+class KvBuckets:
     """Shelves for samples of about equal lengths, at most ``max_tokens`` in all."""
 
     def __init__(self, config: ModelConfig, cache: KvRows, max_tokens: int, device: torch.device, dtype: torch.dtype):
