@@ -23,6 +23,7 @@ _MAX_WAIT_S = 5.0
 _RETRY_S = 2.0
 # Freed memory is kept by the allocator for the next body; beyond this it goes back to the system.
 _TRIM_AFTER_BYTES = 256 * 2**20
+_TRIM_DELAY_S = 3.0
 
 
 def default_body_memory() -> int:
@@ -83,8 +84,13 @@ class BodyMemory:
         self._let_in()
         is_idle = self._used < self._total // 8
         if self._freed >= _TRIM_AFTER_BYTES and is_idle and (self._trimming is None or self._trimming.done()):
-            self._freed = 0
-            self._trimming = asyncio.create_task(asyncio.to_thread(_trim), name="give-memory-back")
+            self._trimming = asyncio.create_task(self._trim_soon(), name="give-memory-back")
+
+    async def _trim_soon(self) -> None:
+        """A little later, for the last of a crowd of bodies, and what their requests leave, too."""
+        await asyncio.sleep(_TRIM_DELAY_S)
+        self._freed = 0
+        await asyncio.to_thread(_trim)
 
     def _let_in(self) -> None:
         while self._waiting and self._used + self._waiting[0][0] <= self._total:
