@@ -1,4 +1,4 @@
-# make setup | demo | test | test-stores | test-fast | fuzz | chaos | bit-flips | soak | audit | newest | lint | types | bench | docs | clean
+# make setup | demo | test | test-stores | test-fast | fuzz | chaos | bit-flips | soak | audit | newest | lint | types | bench | docs | release | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), JOBS how many processes test at once, ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 OPENAPI_READY := $(OPENAPI)/.ready
 CLIENTS_READY := $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY) $(OPENAPI_READY)
 
-.PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit newest lint types bench docs clean
+.PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit newest lint types bench docs release clean
 
 setup: $(READY) $(CLIENTS_READY)
 	@echo "Set up. Next: make demo"
@@ -123,6 +123,10 @@ $(AUDIT)/.ready: requirements/audit.txt
 
 audit: $(AUDIT)/.ready
 	@$(AUDIT)/bin/python .ci/audit.py $(AUDIT)/bin/pip-audit
+
+# Version, changelog, a data directory for the tests of later versions, wheel, commit and tag: make release VERSION=0.2.0
+release: $(READY)
+	@$(BIN)/python .ci/release.py $(VERSION)
 
 # The newest published version of each official client, beside the pinned ones: ARGS names some of them.
 newest: $(READY)
