@@ -12,7 +12,7 @@ from selfloop.types import datum as types
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import IGNORED_TARGET, Datum
 from selfloop.types.errors import BadRequest
-from selfloop.types.losses import LossSpec, one_of
+from selfloop.types.loss_spec import LossSpec, one_of
 
 _TORCH_DTYPE: dict[types.DType, torch.dtype] = {"int64": torch.int64, "float32": torch.float32}
 

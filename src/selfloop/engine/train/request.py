@@ -16,7 +16,8 @@ from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, OperationFailed
-from selfloop.types.losses import LOSSES, LossSpec
+from selfloop.types.loss_spec import LossSpec
+from selfloop.types.losses import LOSSES
 from selfloop.types.operation import Forward, ForwardBackward
 from selfloop.types.result import LossResult
 

@@ -10,7 +10,8 @@ from selfloop.server.shared.decode import decode as decode
 from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
-from selfloop.types.losses import LOSSES, LossSpec, one_of
+from selfloop.types.loss_spec import LossSpec, one_of
+from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
 from selfloop.types.uris import NAME_RULE, is_checkpoint_name
 

@@ -11,7 +11,8 @@ from selfloop.server.tinker import provenance, schema
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest
-from selfloop.types.losses import LOSSES, LossSpec
+from selfloop.types.loss_spec import LossSpec
+from selfloop.types.losses import LOSSES
 from selfloop.types.operation import Forward, ForwardBackward
 
 assert sys.byteorder == "little", "tensors travel in little-endian bytes, and are read in place"
