@@ -13,9 +13,13 @@ from typing import cast
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from selfloop.control.data_dir.disk_space import DiskRoom
+from selfloop.control.observe.observer import Observer
+from selfloop.control.observe.usage import Usage
 from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import reopen
+from selfloop.control.resources.catalogue import Catalogue
 from selfloop.engine.engine import Engine
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
@@ -112,7 +116,8 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
     """What a server would train on, sample from or give out; ``about`` the part that reads a file, or all of it."""
     db, blobs = Database(sqlite_url(data_dir / "selfloop.db")), LocalBlobs(data_dir)
     store, journal = LocalCheckpoints(blobs), Journal(db, blobs)
-    outcomes = Outcomes(db, store, journal)
+    disk_room = DiskRoom(blobs, Catalogue(db, data_dir))
+    outcomes = Outcomes(db, store, journal, Observer(Usage(db)), disk_room, lambda _run, _result: None)
     facts: Facts = {}
 
     async def note(name: str, read: Callable[[], Awaitable[str]]) -> None:

@@ -10,6 +10,9 @@ from fake_worker import FakeLifecycle
 from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.capacity.workers import WorkerPool
 from selfloop.control.context import Context
+from selfloop.control.data_dir.disk_space import DiskRoom
+from selfloop.control.observe.observer import Observer
+from selfloop.control.observe.usage import Usage
 from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal, Submission
 from selfloop.control.queue.operations import Operations
@@ -24,6 +27,7 @@ from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import DeploymentRow, KeyRow, RunRow, SessionRow, TeamRow
 from selfloop.types.operation import Operation, kind_of
+from selfloop.types.result import SaveResult
 from stores import database_url
 
 RUN_ID = "run0001"
@@ -37,10 +41,12 @@ class FakeHouse:
         self.blobs = LocalBlobs(folder)
         self.store = LocalCheckpoints(self.blobs)
         self.journal = Journal(self.db, self.blobs)
-        self.outcomes = Outcomes(self.db, self.store, self.journal)
+        catalogue = Catalogue(self.db, folder)
+        disk_room = DiskRoom(self.blobs, catalogue)
+        observer = Observer(Usage(self.db))
+        self.outcomes = Outcomes(self.db, self.store, self.journal, observer, disk_room, self.saved)
         self.lifecycle = FakeLifecycle()
         lifecycle = cast(Lifecycle, self.lifecycle)
-        catalogue = Catalogue(self.db, folder)
         memories = RunMemories(catalogue)
         self.scheduler = Scheduler(
             lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.outcomes, config, memories)
@@ -49,6 +55,7 @@ class FakeHouse:
             self.db,
             self.blobs,
             self.store,
+            disk_room,
             self.journal,
             self.outcomes,
             cast(WorkerPool, None),
@@ -58,6 +65,9 @@ class FakeHouse:
             memories,
         )
         self.operations = Operations(self.context)
+
+    def saved(self, run: RunRow, result: SaveResult) -> None:
+        """A run's weights were saved."""
 
     @classmethod
     async def open(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.capacity.placement import Capacity
 from selfloop.control.capacity.workers import WorkerPool
+from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.outcomes import Outcomes
@@ -20,6 +21,7 @@ class Context:
     db: Database
     blobs: LocalBlobs
     store: CheckpointStore
+    disk_room: DiskRoom
     journal: Journal
     outcomes: Outcomes
     pool: WorkerPool

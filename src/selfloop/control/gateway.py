@@ -25,6 +25,7 @@ from selfloop.control.data_dir.transient_errors import in_words
 from selfloop.control.data_dir.verify import Report, Verification
 from selfloop.control.observe.billing import Billing, Prices
 from selfloop.control.observe.observations import Observations
+from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.queue.actors import Scheduler
@@ -196,26 +197,25 @@ class Control:
         blobs = LocalBlobs(data_dir)
         store = checkpoint_store(data_dir, config.store)
         journal = Journal(self.db, blobs)
-        outcomes = Outcomes(self.db, store, journal)
         self.catalogue = Catalogue(self.db, data_dir)
-        outcomes.disk_room = DiskRoom(blobs, self.catalogue)
         pool = WorkerPool(self._make_slot)
-        self.lifecycle = Lifecycle(self.db, pool)
-        self._publish_checks = PublishChecks(store, outcomes.observer.meter, lambda name: pool.slot(name).client)
-        outcomes.on_probed = self._publish_checks.begin
-
+        observer = Observer(Usage(self.db))
+        self._publish_checks = PublishChecks(store, observer.meter, lambda name: pool.slot(name).client)
+        disk_room = DiskRoom(blobs, self.catalogue)
+        outcomes = Outcomes(self.db, store, journal, observer, disk_room, self._publish_checks.begin)
         memories = RunMemories(self.catalogue)
 
         def make_actor(run: RunRow) -> RunActor:
             return RunActor(run, journal, blobs, self.lifecycle, outcomes, config.scheduler, memories)
 
         scheduler = Scheduler(make_actor)
-        self.lifecycle.suspend = scheduler.suspend
+        self.lifecycle = Lifecycle(self.db, pool, scheduler.suspend)
         self.capacity = config.capacity
         self._context = Context(
             self.db,
             blobs,
             store,
+            disk_room,
             journal,
             outcomes,
             pool,

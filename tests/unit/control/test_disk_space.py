@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.data_dir.disk_space import SPARE_BYTES, DiskRoom
+from selfloop.control.data_dir.disk_space import SPARE_BYTES
 from selfloop.control.queue.operations import Pending
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.storage.db.tables import ModelRow
@@ -45,7 +45,6 @@ async def test_a_save_that_does_not_fit_is_refused_and_the_run_goes_on(
     house = await FakeHouse.open(tmp_path)
     async with house.db.write() as session:
         session.add(ModelRow(name="tiny", source="folder", path=str(model), created_at=time.time()))
-    house.outcomes.disk_room = DiskRoom(house.blobs, house.context.catalogue)
     needed = save_bytes(model, 8, LoraTargets(), with_optimizer=True)
     free = needed + SPARE_BYTES - 1
     monkeypatch.setattr(house.blobs, "free_bytes", lambda: free)

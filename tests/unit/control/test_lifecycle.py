@@ -52,8 +52,7 @@ class House:
         self.now = 1000.0
         self.parked: list[str] = []
         self.slots: dict[str, FakeSlot] = {}
-        self.lifecycle = Lifecycle(self.db, cast(WorkerPool, self), clock=lambda: self.now)
-        self.lifecycle.suspend = self._suspend
+        self.lifecycle = Lifecycle(self.db, cast(WorkerPool, self), self._suspend, clock=lambda: self.now)
 
     def slot(self, model_name: str) -> FakeSlot:
         return self.slots.setdefault(model_name, FakeSlot(model_name, self.lifecycle))

@@ -12,6 +12,7 @@ from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeWorker
 from selfloop.control.observe import instruments
 from selfloop.control.queue.operations import Outcome
+from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.sampling.publish_checks import PublishChecks
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
@@ -25,7 +26,16 @@ PROBE = Probe([1, 5, 9], [-1.0, -2.0], bound=0.2)
 class CheckedHouse(FakeHouse):
     """A house that compares what is published; the worker says what the trainer and the sampler make of it."""
 
-    checks: PublishChecks
+    def __init__(self, folder: Path, config: SchedulerConfig) -> None:
+        super().__init__(folder, config)
+        self.checks = PublishChecks(
+            self.store,
+            self.outcomes.observer.meter,
+            lambda _name: next((w for w in self.lifecycle.workers if not w.lost.done()), None),  # type: ignore[arg-type]
+        )
+
+    def saved(self, run: RunRow, result: SaveResult) -> None:
+        self.checks.begin(run, result)
 
     async def check(self, scores: list[float] | OperationFailed, probe: Probe = PROBE) -> FakeWorker:
         """Publish once, and see the comparison to its end."""
@@ -57,12 +67,6 @@ class CheckedHouse(FakeHouse):
 async def house(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncGenerator[CheckedHouse]:
     house = await CheckedHouse.open(tmp_path)
     assert isinstance(house, CheckedHouse)
-    house.checks = PublishChecks(
-        house.store,
-        house.outcomes.observer.meter,
-        lambda _name: next((w for w in house.lifecycle.workers if not w.lost.done()), None),  # type: ignore[arg-type]
-    )
-    house.outcomes.on_probed = house.checks.begin
     caplog.handler.addFilter(_with_scope)
     yield house
     caplog.handler.removeFilter(_with_scope)

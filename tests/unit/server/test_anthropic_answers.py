@@ -27,7 +27,7 @@ def whole(text: str, reason: str = "stop", stop_string: str | None = None, **opt
 def events_of(pieces: list[str], stop_string: str | None = None) -> list[Json]:
     """The events of a stream of one token a piece."""
     streamed = answer()
-    frames = list(streamed.opening())
+    frames = list(streamed.opening(0))
     for i, piece in enumerate(pieces):
         is_last = i + 1 == len(pieces)
         reason, by = ("stop", stop_string) if is_last else (None, None)

@@ -95,18 +95,27 @@ class _Group:
 
 
 class Lifecycle:
-    """Statuses of runs, deployments and samplers, and when their memory is given back."""
+    """Statuses of runs, deployments and samplers, and when their memory is given back.
 
-    def __init__(self, db: Database, pool: WorkerPool, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        suspend: stores the state of a deployment's runs and takes them out of the worker.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        pool: WorkerPool,
+        suspend: Callable[[str], Awaitable[None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._db = db
         self._pool = pool
+        self._suspend = suspend
         self._clock = clock
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group] = {}
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.suspend: Callable[[str], Awaitable[None]] | None = None
-        """Set by the scheduler: stores the state of a deployment's runs and takes them out of the worker."""
 
     async def start(self) -> None:
         """Take up what the database knows; whatever was awake sleeps until it is needed again, save what stands."""
@@ -344,11 +353,10 @@ class Lifecycle:
             await asyncio.sleep(_REAPER_PAUSE_S)
 
     async def _scale_to_zero(self, group: _Group, reason: str) -> None:
-        assert self.suspend is not None
         used_at = group.last_used
         for member in list(group.members.values()):
             if member.kind == "deployment":
-                await self.suspend(member.id)
+                await self._suspend(member.id)
         if group.num_uses or group.last_used != used_at:
             return  # Somebody came while the state was being stored: the run reopens by itself.
         await self._set_sleeping(group, reason)

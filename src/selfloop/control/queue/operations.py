@@ -12,7 +12,6 @@ from selfloop.control.queue.journal import Submission, cancelled, first_missing
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.queue.recovery import clear_leftovers
 from selfloop.control.queue.scheduler import RunActor
-from selfloop.control.queue.waiters import Waiters
 from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
@@ -27,9 +26,7 @@ RESULT_KEPT_S = 3600.0
 _PURGE_EVERY_S = 60.0
 # Refused calls further ahead than this are not remembered: no client sends so many at a time.
 _LEFT_OUT_AHEAD = 1024
-_RECENT_COUNT = 128
 _REFUSALS_COUNT = 1024
-_RECENT_MAX_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +34,6 @@ class Pending:
     """An operation without an outcome yet, and why."""
 
     reason: str
-
-
-class _Live:
-    """An operation without an outcome, and those who wait for it."""
-
-    def __init__(self) -> None:
-        self.waiters = Waiters()
-        self.outcome: Outcome | None = None
 
 
 class Refusal(NamedTuple):
@@ -57,13 +46,10 @@ class Refusal(NamedTuple):
 class Operations:
     def __init__(self, context: Context) -> None:
         self._c = context
-        self._live: dict[tuple[str, str], _Live] = {}
+        self._awaited = context.outcomes.awaited
         self._skipped: dict[str, set[tuple[int, int]]] = {}
-        self._recent: OrderedDict[tuple[str, str], Outcome] = OrderedDict()
         self._refused: OrderedDict[tuple[str, int], Refusal] = OrderedDict()
-        self._closing = False
         self._purger: asyncio.Task[None] | None = None
-        context.outcomes.on_completed = self._completed
 
     async def start(self) -> None:
         """Take up every operation that was accepted before a restart, and clear away what it left half-done."""
@@ -77,7 +63,7 @@ class Operations:
             if run.status != RunStatus.ACTIVE:
                 await self._c.outcomes.fail(cancelled(row, f"run {run.id} was deactivated"))
                 continue
-            self._live[row.run_id, row.id] = _Live()
+            self._awaited.expect((row.run_id, row.id))
             self._c.outcomes.observer.accepted(run, row)
             self._c.scheduler.actor(run).push(row)
         for run_id, epoch, seq in await self._c.journal.skipped():
@@ -92,9 +78,7 @@ class Operations:
 
     async def stop(self) -> None:
         """Send the long polls home; their clients ask again."""
-        self._closing = True
-        for live in self._live.values():
-            live.waiters.release()
+        self._awaited.send_home()
         if self._purger is not None:
             self._purger.cancel()
             await asyncio.gather(self._purger, return_exceptions=True)
@@ -112,8 +96,7 @@ class Operations:
             raise Conflict(
                 f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
             )
-        if self._c.outcomes.disk_room is not None:
-            self._c.outcomes.disk_room.check_accept(len(submission.payload))
+        self._c.disk_room.check_accept(len(submission.payload))
         if submission.kind in USES_CHECKPOINTS:
             await self._check_store(operation_decoder.decode(submission.payload))
         actor = self._c.scheduler.actor(run)
@@ -121,7 +104,7 @@ class Operations:
             accepted = await self._c.journal.accept(actor.run, submission, actor.out_of_order_seqs())
             self._c.lifecycle.touch(run.deployment_id)
             if accepted.is_new:
-                self._live[run.id, accepted.row.id] = _Live()
+                self._awaited.expect((run.id, accepted.row.id))
                 self._c.outcomes.observer.accepted(actor.run, accepted.row)
                 actor.push(accepted.row)
                 await self._pass_skipped(actor)
@@ -203,14 +186,11 @@ class Operations:
             NotFound: no such operation, or its result has expired.
         """
         key = (run_id, operation_id)
-        live = self._live.get(key)
-        if live is None:
-            outcome = self._recent.get(key)
-            return await self._stored(run_id, operation_id) if outcome is None else outcome
-        if live.outcome is None and not self._closing:
-            await live.waiters.wait(timeout_s)
-        if live.outcome is not None:
-            return live.outcome
+        if key not in self._awaited:
+            return self._awaited.recent(key) or await self._stored(run_id, operation_id)
+        outcome = await self._awaited.wait(key, timeout_s)
+        if outcome is not None:
+            return outcome
         actor = self._c.scheduler.known(run_id)
         return Pending(actor.waiting_for(operation_id) if actor else "queued")
 
@@ -283,18 +263,6 @@ class Operations:
         if result is None:
             raise NotFound("operation", operation_id, f"its result was kept for {RESULT_KEPT_S:.0f} s")
         return Outcome(result)
-
-    def _completed(self, row: OperationRow, outcome: Outcome) -> None:
-        key = (row.run_id, row.id)
-        live = self._live.pop(key, None)
-        if live is not None:
-            live.outcome = outcome
-            live.waiters.release()
-        # The poll that asks for it is mostly on its way: save it the look into the database.
-        if len(outcome.result or b"") <= _RECENT_MAX_BYTES:
-            self._recent[key] = outcome
-            if len(self._recent) > _RECENT_COUNT:
-                self._recent.popitem(last=False)
 
     async def _purge(self) -> None:
         ages = Ages(RESULT_KEPT_S)

@@ -10,9 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.observe.observer import Observer
-from selfloop.control.observe.usage import Usage, counts_of, operation_key
+from selfloop.control.observe.usage import counts_of, operation_key
 from selfloop.control.queue.journal import Failure, Journal
 from selfloop.control.queue.stored_states import Position, StoredState, older_state
+from selfloop.control.queue.waiters import Announcements, AwaitedOutcomes
 from selfloop.control.resources.checkpoints import retention
 from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.storage.blobs.checkpoints import CheckpointStore
@@ -41,6 +42,8 @@ from selfloop.types.uris import parse_checkpoint_uri
 
 log = logging.getLogger(__name__)
 
+_NUM_RECENT = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -52,19 +55,31 @@ class Outcome:
 
 
 class Outcomes:
-    """Writes outcomes. ``on_completed`` hears of each one after it is durable."""
+    """Writes outcomes.
 
-    def __init__(self, db: Database, store: CheckpointStore, journal: Journal) -> None:
+    Args:
+        disk_room: refuses saves that do not fit.
+        on_saved: hears of a run's saved weights, once they are durable.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        store: CheckpointStore,
+        journal: Journal,
+        observer: Observer,
+        disk_room: DiskRoom,
+        on_saved: Callable[[RunRow, SaveResult], None],
+    ) -> None:
         self._db = db
         self._store = store
         self._journal = journal
-        self.observer = Observer(Usage(db))
-        self.on_completed: Callable[[OperationRow, Outcome], None] = lambda _row, _outcome: None
-        self.on_published: Callable[[], None] = lambda: None
-        self.on_probed: Callable[[RunRow, SaveResult], None] = lambda _run, _result: None
-        """Hears of weights that a sampler is to serve, once they are durable."""
-        self.disk_room: DiskRoom | None = None
-        """Set by control: refuses saves that do not fit."""
+        self._disk_room = disk_room
+        self._on_saved = on_saved
+        self.observer = observer
+        self.awaited: AwaitedOutcomes[Outcome] = AwaitedOutcomes(lambda o: len(o.result or b""), _NUM_RECENT)
+        self.published = Announcements()
+        """That a sampler may have newer weights."""
 
     async def read_from(self, run: RunRow, payload: bytes) -> str:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
@@ -82,8 +97,7 @@ class Outcomes:
 
     async def write_to(self, run: RunRow, operation: Save) -> str:
         """The folder that a save writes, aside until it is whole. Raises :class:`OperationFailed` without room."""
-        if self.disk_room is not None:
-            await self.disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
+        await self._disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
         return str(self._store.staging(operation.checkpoint_id))
 
     async def discard(self, row: OperationRow) -> None:
@@ -167,11 +181,11 @@ class Outcomes:
             for name, value in counted.items():
                 setattr(run, name, value)
             self.observer.finished(row, result, counts)
-            self.on_completed(row, Outcome(body))
+            self.awaited.complete((row.run_id, row.id), Outcome(body))
             if isinstance(result, SaveResult):
-                self.on_probed(run, result)
+                self._on_saved(run, result)
         if operation is not None:
-            self.on_published()
+            self.published.announce()
 
     async def saved_beside(self, run: RunRow, operation: SaveWeightsForSampler, body: bytes) -> CheckpointRow:
         """Record what was saved beside the run's operations. Raises :class:`OperationFailed` when it is gone."""
@@ -181,7 +195,7 @@ class Outcomes:
         checkpoint = _checkpoint_row(run, operation, result)
         async with self._db.write() as session:
             session.add(checkpoint)
-        self.on_probed(run, result)
+        self._on_saved(run, result)
         return checkpoint
 
     async def _published(self, row: OperationRow, result: SaveResult) -> Save:
@@ -208,7 +222,7 @@ class Outcomes:
             return
         for row, error, error_class, state in await self._journal.fail(failures):
             self.observer.failed(row, error, error_class, state)
-            self.on_completed(row, Outcome(None, error, error_class))
+            self.awaited.complete((row.run_id, row.id), Outcome(None, error, error_class))
 
     async def snapshot_taken(self, run: RunRow, key: str, position: Position, older: StoredState) -> None:
         """Record the newest stored state of a run, and the one to go back to if it is damaged."""

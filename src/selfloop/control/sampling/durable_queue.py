@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from selfloop.control.context import Context
 from selfloop.control.data_dir.transient_errors import Ages, is_passing, tried
 from selfloop.control.queue.journal import stored_bytes
 from selfloop.control.queue.operations import RESULT_KEPT_S, Pending
-from selfloop.control.queue.waiters import Waiters
+from selfloop.control.queue.waiters import AwaitedOutcomes, Key
 from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources, queries_samples
 from selfloop.storage.db.tables import QueuedSampleRow, SamplerRow
@@ -34,13 +33,9 @@ _INLINE_BYTES = 16 * 1024
 _PURGED_AT_ONCE = 500
 _PURGE_EVERY_S = 60.0
 _RETRY_S = 1.0
-_RECENT_COUNT = 256
-_RECENT_MAX_BYTES = 64 * 1024
+_NUM_RECENT = 256
 _BLOBS = "samples"
 _UNFORESEEN = "internal error; the server's log has the cause"
-
-Key = tuple[str, str]
-"""The sampler's id and the sample's."""
 
 
 class AcceptedSample(msgspec.Struct, frozen=True):
@@ -83,6 +78,10 @@ class _Stored:
     error: str = ""
     error_class: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.payload) + len(self.result or b"")
+
     def read(self) -> Drawn | Failed:
         if self.result is None:
             return Failed(self.error, self.error_class)
@@ -90,12 +89,9 @@ class _Stored:
 
 
 class _Live:
-    """A sample without an outcome: who waits for it, and whether it can still be taken back."""
+    """A sample without an outcome: who carries it out, and whether it can still be taken back."""
 
-    def __init__(self, sampler: SamplerRow) -> None:
-        self.sampler = sampler
-        self.waiters = Waiters()
-        self.outcome: _Stored | None = None
+    def __init__(self) -> None:
         self.is_taken = False
         self.task: asyncio.Task[None] | None = None
 
@@ -111,9 +107,8 @@ class QueuedSamples:
         self._c = context
         self._sampling = sampling
         self._live: dict[Key, _Live] = {}
-        self._recent: OrderedDict[Key, _Stored] = OrderedDict()
+        self._awaited: AwaitedOutcomes[_Stored] = AwaitedOutcomes(lambda stored: stored.num_bytes, _NUM_RECENT)
         self._room: dict[str, asyncio.Semaphore] = {}
-        self._closing = False
         self._purger: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -135,9 +130,7 @@ class QueuedSamples:
 
     def send_home(self) -> None:
         """End the long polls; their clients ask again."""
-        self._closing = True
-        for live in self._live.values():
-            live.waiters.release()
+        self._awaited.send_home()
 
     async def stop(self) -> None:
         """Stop drawing; what has no outcome is taken up at the next start."""
@@ -160,11 +153,10 @@ class QueuedSamples:
             NotReady: the disk is full.
         """
         await self._sampling.check(sampler, draw)
-        is_known = (sampler.id, id) in self._live or (sampler.id, id) in self._recent
+        is_known = (sampler.id, id) in self._awaited or self._awaited.recent((sampler.id, id)) is not None
         if not is_known:
             payload = msgspec.msgpack.encode(_completed_request(weights, draw, with_logprobs))
-            if self._c.outcomes.disk_room is not None:
-                self._c.outcomes.disk_room.check_accept(len(payload))
+            self._c.disk_room.check_accept(len(payload))
             row = QueuedSampleRow(
                 sampler_id=sampler.id,
                 id=id,
@@ -197,20 +189,16 @@ class QueuedSamples:
             NotFound: no such sample, or its result has expired.
         """
         key = (sampler_id, id)
-        live = self._live.get(key)
-        if live is None:
-            stored = self._recent.get(key)
+        if key not in self._awaited:
+            stored = self._awaited.recent(key)
             if stored is None:
                 row = await self._row(sampler_id, id)
                 if row.state == OperationState.QUEUED:
                     return Pending("queued")
                 stored = await self._load(row)
             return stored.read()
-        if live.outcome is None and not self._closing:
-            await live.waiters.wait(timeout_s)
-        if live.outcome is not None:
-            return live.outcome.read()
-        return Pending(self._reason(sampler_id, live))
+        stored = await self._awaited.wait(key, timeout_s)
+        return Pending(self._reason(*key)) if stored is None else stored.read()
 
     async def cancel(self, sampler_id: str, id: str) -> None:
         """Take back a sample that is not being drawn yet. Raises :class:`Conflict` once it is, or has ended."""
@@ -227,9 +215,9 @@ class QueuedSamples:
 
     # -- drawing --------------------------------------------------------------------------------------
 
-    def _begin(self, sampler: SamplerRow, id: str, live: _Live | None = None) -> None:
-        live = self._live[sampler.id, id] = live or _Live(sampler)
-        live.is_taken = False
+    def _begin(self, sampler: SamplerRow, id: str) -> None:
+        live = self._live[sampler.id, id] = _Live()
+        self._awaited.expect((sampler.id, id))
         live.task = asyncio.create_task(self._carry_out(sampler, id, live), name=f"sample-{id}")
         live.task.add_done_callback(lambda task: self._ended((sampler.id, id), live, task))
 
@@ -320,17 +308,11 @@ class QueuedSamples:
                 error_class=stored.error_class or None,
             )
         )
-        live = self._live.pop(key)
-        live.outcome = stored
-        live.waiters.release()
-        # The poll that asks for it may be on its way: save it the look into the database.
-        if len(stored.payload) + len(result or b"") <= _RECENT_MAX_BYTES:
-            self._recent[key] = stored
-            if len(self._recent) > _RECENT_COUNT:
-                self._recent.popitem(last=False)
+        del self._live[key]
+        self._awaited.complete(key, stored)
 
-    def _reason(self, sampler_id: str, live: _Live) -> str:
-        if live.is_taken:
+    def _reason(self, sampler_id: str, id: str) -> str:
+        if self._live[sampler_id, id].is_taken:
             return "running"
         if self._c.lifecycle.status(sampler_id) == SamplerStatus.ACTIVE:
             return "queued behind earlier samples of this base model"

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -93,9 +94,6 @@ class Sampling:
     def __init__(self, context: Context) -> None:
         self._c = context
         self.recorded = RecordedSequences(context.db)
-        self._published = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
-        context.outcomes.on_published = self._announce
 
     async def weights(
         self,
@@ -324,25 +322,18 @@ class Sampling:
         return row
 
     async def _await_version(self, live: SamplerRow, min_version: int, timeout_s: float) -> SamplerRow:
-        try:
-            async with asyncio.timeout(timeout_s), self._published:
-                while live.live_version < min_version:
-                    await self._published.wait()
-                    live = await self._row(live.id)
-        except TimeoutError:
-            raise NotReady(
-                f"the live adapter is at policy version {live.live_version}, behind the asked {min_version}", 1.0
-            ) from None
-        return live
-
-    def _announce(self) -> None:
-        async def announce() -> None:
-            async with self._published:
-                self._published.notify_all()
-
-        task = asyncio.create_task(announce())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        published = self._c.outcomes.published
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = published.count
+            live = await self._row(live.id)
+            if live.live_version >= min_version:
+                return live
+            if (left_s := deadline - time.monotonic()) <= 0:
+                raise NotReady(
+                    f"the live adapter is at policy version {live.live_version}, behind the asked {min_version}", 1.0
+                )
+            await published.wait(seen, left_s)
 
 
 async def _parts(

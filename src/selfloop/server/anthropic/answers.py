@@ -55,7 +55,8 @@ class Answer:
             content.append({"type": "text", "text": text})
         return self._message(content, self._usage()) | self._end(sequence)
 
-    def opening(self) -> Iterator[bytes]:
+    def opening(self, num_cached: int) -> Iterator[bytes]:
+        self.num_cached = num_cached
         message = self._message([], self._usage()) | {"stop_reason": None, "stop_sequence": None}
         yield _event("message_start", message=message)
         yield _event("ping")

@@ -158,8 +158,7 @@ async def _streamed(
         return await anext(source)
 
     async def frames() -> AsyncGenerator[bytes]:
-        answer.num_cached = head.num_cached
-        for event in answer.opening():
+        for event in answer.opening(head.num_cached):
             yield event
         part: SampleDelta | SampleResult | None = head
         try:

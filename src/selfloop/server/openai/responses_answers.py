@@ -53,7 +53,8 @@ class ResponseAnswer:
             pass
         return self._response(sequence.stop_reason)
 
-    def opening(self) -> Iterator[bytes]:
+    def opening(self, num_cached: int) -> Iterator[bytes]:
+        self.num_cached = num_cached
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response(None))
 

@@ -66,8 +66,7 @@ async def _frames(
     asked: ChatRequest,
     conversation: Conversation,
 ) -> AsyncGenerator[bytes]:
-    answer.num_cached = head.num_cached
-    for event in answer.opening():
+    for event in answer.opening(head.num_cached):
         yield event
     part: SampleDelta | SampleResult | None = head
     try:

@@ -170,8 +170,11 @@ class Postgres:
 
     def __init__(self, url: URL) -> None:
         self.url = url
-        self.holder_pid: int | None = None
-        """Of the server's process that holds the database for this gateway; where set, none writes without it."""
+        self._holder_pid: int | None = None
+
+    def write_while_held_by(self, pid: int) -> None:
+        """From now on nobody writes unless this process of the server holds the database for this gateway."""
+        self._holder_pid = pid
 
     def engine(self, pool_size: int) -> Engine:
         engine = create_engine(self.url, pool_size=pool_size, hide_parameters=True, connect_args=self._connect_args)
@@ -282,5 +285,5 @@ class Postgres:
         turn = f"SELECT {lock}, pg_current_xact_id()::text, pg_backend_pid()"
         _, id, pid = connection.exec_driver_sql(turn).one()
         connection.info[_TRANSACTION] = Transaction(id, pid)
-        if self.holder_pid is not None and not connection.exec_driver_sql(_HELD.format(self.holder_pid)).scalar():
+        if self._holder_pid is not None and not connection.exec_driver_sql(_HELD.format(self._holder_pid)).scalar():
             raise Unavailable("this server does not hold the database at the moment", _RETRY_AFTER_S)

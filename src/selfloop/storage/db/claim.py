@@ -24,8 +24,8 @@ _HOLDER = (
 class Claim:
     """Holds the database by a lock of a connection of its own, which ends with that connection.
 
-    While the connection is lost nothing is written (``Postgres.holder_pid``); it is taken again, unless another
-    gateway was faster: then ``on_lost`` is called, once.
+    While the connection is lost nothing is written (``Postgres.write_while_held_by``); it is taken again, unless
+    another gateway was faster: then ``on_lost`` is called, once.
     """
 
     def __init__(self, backend: Postgres, address: str) -> None:
@@ -53,7 +53,7 @@ class Claim:
                 "another --database-url"
             )
         self._connection = connection
-        self._backend.holder_pid = int(pid)
+        self._backend.write_while_held_by(int(pid))
 
     async def keep(self, on_lost: Callable[[str], None]) -> None:
         """Watch over the lock, for as long as the gateway lives."""
