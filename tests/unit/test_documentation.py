@@ -1,5 +1,6 @@
 """What the server offers is documented, and the documentation is what the server offers."""
 
+import ast
 import importlib.util
 import pkgutil
 import re
@@ -246,3 +247,23 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_the_glossary_names_what_exists():
+    text = page("glossary.md")
+    source = ROOT / "src" / "selfloop"
+    modules = set(re.findall(r"`([\w/]+\.py)`", text))
+    classes = re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", text)
+    assert len(classes) > 30
+    assert [path for path in modules if not (source / path).is_file()] == []
+    defined = {
+        path: {node.name for node in ast.parse((source / path).read_text()).body if isinstance(node, ast.ClassDef)}
+        for path in modules
+    }
+    assert [(name, path) for name, path in classes if name not in defined[path]] == []
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    terms = [term.lower() for term in re.findall(r"^- \*\*(.+?)\*\*:", page("glossary.md"), re.MULTILINE)]
+    assert len(terms) > 50
+    assert terms == sorted(terms)
