@@ -4,7 +4,7 @@ import asyncio
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.database import Database
+from selfloop.types.blob_ref import DATA, local_path
 from selfloop.types.digests import check_file, digest_of
 from selfloop.types.errors import NotFound, OperationFailed, SelfloopError
 from selfloop.types.operation import LoadState
@@ -43,8 +44,9 @@ _FORESEEN = (SelfloopError, SQLAlchemyError, OSError, UnicodeDecodeError)
 class Recorder:
     """A worker that opens runs, and notes what it would compute instead of computing it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, roots: Mapping[str, Path]) -> None:
         self._engine = engine
+        self._roots = roots
         self.seen: list[str] = []
 
     def call(self, command: Command, payload: bytes = b"") -> "asyncio.Future[bytes]":
@@ -63,9 +65,9 @@ class Recorder:
                 # A run that is opened again begins again.
                 self.seen.clear()
                 if snapshot is not None:
-                    self._engine.restore(run_id, Path(snapshot))
+                    self._engine.restore(run_id, local_path(snapshot, self._roots))
                 else:
-                    start = None if initial is None else Path(initial)
+                    start = None if initial is None else local_path(initial, self._roots)
                     self._engine.init_run(
                         run_id, rank=rank, seed=seed, initial=start, with_optimizer=with_optimizer, targets=targets
                     )
@@ -135,7 +137,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
             run = await queries_resources.run(session, run_id)
         if run is None:
             raise NotFound("run", run_id)
-        recorder = Recorder(engine)
+        recorder = Recorder(engine, {DATA: data_dir})
         await reopen(run, cast(WorkerClient, recorder), journal, blobs, outcomes)
         return digest_of(*(line.encode() for line in recorder.seen))
 
@@ -152,10 +154,10 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
             raise NotFound("run", run_id)
         folder = "weights" if target == "trainer" else "sampler_weights"
         payload = msgspec.msgpack.encode(LoadState(f"bt://loops:{run_id}/{folder}/{name}", target == "trainer"))
-        path = await outcomes.read_from(run, payload)
+        path = local_path(await outcomes.read_from(run, payload), {DATA: data_dir})
         engine.init_run("loaded", rank=run.initial_rank, seed=0)
-        engine.load_checkpoint("loaded", Path(path), with_optimizer=target == "trainer")
-        engine.load_adapter("loaded", Path(path))
+        engine.load_checkpoint("loaded", path, with_optimizer=target == "trainer")
+        engine.load_adapter("loaded", path)
         return state_of(engine, "loaded")
 
     async def downloaded(id: str, name: str) -> str:

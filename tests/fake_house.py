@@ -26,6 +26,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import DeploymentRow, KeyRow, RunRow, SessionRow, TeamRow
+from selfloop.types.blob_ref import DATA
 from selfloop.types.operation import Operation, kind_of
 from selfloop.types.result import SaveResult
 from stores import database_url
@@ -45,7 +46,7 @@ class FakeHouse:
         disk_room = DiskRoom(self.blobs, catalogue)
         observer = Observer(Usage(self.db))
         self.outcomes = Outcomes(self.db, self.store, self.journal, observer, disk_room, self.saved)
-        self.lifecycle = FakeLifecycle()
+        self.lifecycle = FakeLifecycle({DATA: folder})
         lifecycle = cast(Lifecycle, self.lifecycle)
         memories = RunMemories(catalogue)
         self.scheduler = Scheduler(

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from selfloop.types.blob_ref import local_path
 from selfloop.types.digests import check_folder, damaged, seal
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.operation import (
@@ -100,7 +101,8 @@ def drawn(request: SampleRequest, salt: int = 0) -> list[SampledSequence]:
 class FakeWorker:
     """Answers calls in order, each after a turn of the event loop, until it is told to die."""
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self.roots = roots
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.ready.set_result(ModelInfo(1, 1, 1, "float32", "cpu", run_bytes=2**62))
@@ -216,7 +218,7 @@ class FakeWorker:
             except asyncio.CancelledError:
                 self._lose(future)
                 raise
-            state.save(Path(command.write_to))
+            state.save(local_path(command.write_to, self.roots))
             future.set_result(msgspec.msgpack.encode(Written(0.0, 0.0)))
 
         self._writing = asyncio.create_task(write())
@@ -224,8 +226,8 @@ class FakeWorker:
     def _perform(self, command: Command, payload: bytes) -> bytes:
         match command:
             case OpenRun(run_id, lora_rank, _seed, initial, snapshot):
-                start = snapshot or initial
-                self.runs[run_id] = FakeState.load(Path(start)) if start else FakeState(weights=lora_rank)
+                start, fresh = snapshot or initial, FakeState(weights=lora_rank)
+                self.runs[run_id] = FakeState.load(local_path(start, self.roots)) if start else fresh
                 return b""
             case CloseRun(run_id):
                 del self.runs[run_id]
@@ -233,7 +235,7 @@ class FakeWorker:
             case Snapshot() if self.full_disk:
                 raise OperationFailed("no space left", "OSError")
             case Snapshot(run_id, write_to):
-                self.runs[run_id].save(Path(write_to))
+                self.runs[run_id].save(local_path(write_to, self.roots))
                 return msgspec.msgpack.encode(Written(0.0, 0.0))
             case Execute(run_id):
                 self.executed.append(run_id)
@@ -263,14 +265,14 @@ class FakeWorker:
         match operation:
             case SaveState(checkpoint_id, name) | SaveWeightsForSampler(checkpoint_id, name):
                 assert command.write_to is not None
-                state.save(Path(command.write_to))
+                state.save(local_path(command.write_to, self.roots))
                 is_trainer = isinstance(operation, SaveState)
                 target = CheckpointTarget.TRAINER if is_trainer else CheckpointTarget.SAMPLER
                 probe = None if is_trainer else self.probe
                 return SaveResult(checkpoint_id, name, target, state.step, 8, 32.0, 1, probe)
             case LoadState(with_optimizer=with_optimizer):
                 assert command.read_from is not None
-                loaded = FakeState.load(Path(command.read_from))
+                loaded = FakeState.load(local_path(command.read_from, self.roots))
                 state.weights, state.gradient = loaded.weights, 0
                 state.step = loaded.step if with_optimizer else 0
                 return LoadResult(state.step, 8)
@@ -282,6 +284,7 @@ class FakeWorker:
 class FakeLifecycle:
     """Capacity that is always granted; a worker that died is replaced."""
 
+    roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
     workers: list[FakeWorker] = field(default_factory=list)
     failure: OperationFailed | None = None
     dies_at: int | None = None
@@ -296,7 +299,7 @@ class FakeLifecycle:
         if self.failure is not None:
             raise self.failure
         if not self.workers or self.workers[-1].lost.done():
-            worker = FakeWorker()
+            worker = FakeWorker(self.roots)
             worker.dies_after_parts = self.sample_deaths.pop(0) if self.sample_deaths else None
             worker.salt = self.salts.pop(0) if self.salts else 0
             worker.dies_at = self.dies_at if self.always_dies_at is None else self.always_dies_at

@@ -60,7 +60,7 @@ def requests(
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=max_tokens, seed=i, use_end_tokens=use_end_tokens)
         adapter = adapters[i % len(adapters)]
-        ref = None if adapter is None else AdapterRef(adapter, "")
+        ref = None if adapter is None else AdapterRef(adapter)
         made.append(SampleRequest(str(i), list(prompt), num_samples, params, ref))
     return made
 

@@ -202,7 +202,7 @@ def test_the_trainer_gives_sampled_tokens_the_sampler_s_logprobs(folder: Path, f
     on._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     on.publish("run", "it")
     prompts = [tiny_models.random_ids(length, seed=length) for length in (1, 15, 16, 70)]
-    for prompt, sequences in zip(prompts, sampled(on, prompts, 2, [AdapterRef("it", "")]), strict=True):
+    for prompt, sequences in zip(prompts, sampled(on, prompts, 2, [AdapterRef("it")]), strict=True):
         for tokens, logprobs in sequences:
             datum = tiny_models.next_token_datum([*prompt, *tokens])
             (scored,) = on.forward("run", [datum], "cross_entropy", {}).logprobs
@@ -216,7 +216,7 @@ def test_a_sample_has_the_same_bits_alone_and_among_others(folder: Path):
         on._runs[name].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(seed))
         on.publish(name, name)
     prompts = [tiny_models.random_ids(length, seed=length) for length in (5, 33, 64, 20, 7)]
-    adapters = [None, AdapterRef("a", ""), AdapterRef("b", ""), AdapterRef("a", "")]
+    adapters = [None, AdapterRef("a"), AdapterRef("b"), AdapterRef("a")]
     together = sampled(on, prompts, 3, adapters)
     small = engine(folder, limits=EngineLimits(train_token_budget=12, max_kv_tokens=16 * 40))
     for name in ("a", "b"):

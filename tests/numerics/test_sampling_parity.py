@@ -28,7 +28,7 @@ def train(engine, run_id, rank, seed):
         engine.forward_backward(run_id, data, "cross_entropy", {})
         engine.optim_step(run_id, AdamParams(learning_rate=2e-2))
     engine.publish(run_id, f"{run_id}-final")
-    return AdapterRef(f"{run_id}-final", "")
+    return AdapterRef(f"{run_id}-final")
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama3-rope", "llama-yarn", "qwen2", "qwen3", "mistral"])
@@ -80,7 +80,7 @@ def test_divergence_of_sampler_and_trainer_at_the_first_step(tmp_path, dtype, bo
     engine.publish("run", "run-final")
     prompts = [tiny_models.random_ids(5 + i % 20, seed=i) for i in range(64)]
     params = SamplingParams(max_tokens=16, seed=1, use_end_tokens=False)
-    adapter = AdapterRef("run-final", "")
+    adapter = AdapterRef("run-final")
     results = run_all(engine, *[SampleRequest(str(i), p, 1, params, adapter) for i, p in enumerate(prompts)])
     data, sampled = [], []
     for i, prompt in enumerate(prompts):

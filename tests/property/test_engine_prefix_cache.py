@@ -88,7 +88,7 @@ def drawn(engine, requests, *, together):
     results = {}
     for index, (length, text, num_samples, version) in enumerate(requests):
         prompt = tiny_models.random_ids(50, seed=text)[:length]
-        adapter = (None, AdapterRef("first", ""), AdapterRef("second", ""))[version]
+        adapter = (None, AdapterRef("first"), AdapterRef("second"))[version]
         params = SamplingParams(max_tokens=20, seed=index, use_end_tokens=False)
         if not together:
             engine._scheduler._prefixes.clear()

@@ -65,6 +65,7 @@ from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, shown, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
+from selfloop.types.blob_ref import DATA
 from selfloop.types.errors import BadRequest
 from selfloop.worker.launchers.local import DEFAULT_KEEP_LOADED_S, DEFAULT_TRAINING_SHARE, WorkerCommand
 
@@ -318,6 +319,7 @@ class Control:
                 record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
                 linger_s=config.keep_loaded_s,
                 owner=self._identity.owner,
+                roots={DATA: config.data_dir},
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

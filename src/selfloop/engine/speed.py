@@ -134,7 +134,7 @@ def _decode(engine: Engine, num: int, seconds: float) -> float:
     for index in range(num):
         params = SamplingParams(max_tokens=new_tokens, seed=index)
         prompt = _ids(prompt_tokens, engine.info.vocab_size, index)
-        engine.submit_sample(SampleRequest(str(index), prompt, 1, params, AdapterRef(_RUN, "")), stream=True)
+        engine.submit_sample(SampleRequest(str(index), prompt, 1, params, AdapterRef(_RUN)), stream=True)
     fastest = 0.0
     while engine.num_sampling and (time.perf_counter() < end or fastest == 0.0):
         start = time.perf_counter()

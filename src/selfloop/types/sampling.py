@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from selfloop.types.blob_ref import BlobRef
 from selfloop.types.result import Spent
 
 
@@ -58,10 +59,10 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """The weights to sample: a sampler checkpoint by id, and where its files lie if it is not in memory."""
+    """The weights to sample: a sampler checkpoint by id, and its folder if it may not be in memory."""
 
     checkpoint_id: str
-    path: str
+    folder: BlobRef | None = None
 
 
 class PromptTargets(msgspec.Struct, frozen=True):

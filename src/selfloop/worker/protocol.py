@@ -1,12 +1,14 @@
 """The one contract between control and worker: typed messages over a pair of sockets.
 
 Control sends a :class:`Call` frame, for ``Execute`` followed by the operation's own bytes; the worker answers
-each call once, with ``Reply`` (followed by the result's bytes) or ``ReplyError``, and tells of its start with
-``Loading``, ``Ready`` and ``LoadFailed``. Calls about one run are carried out in the order they were sent.
+each call once, with ``Reply`` (followed by the result's bytes) or ``ReplyError``, and reports its start with
+``Loading``, ``Ready`` and ``LoadFailed``. Calls about one run are carried out in the order they were sent. No message
+has a path: what a worker reads or writes is a :class:`BlobRef`, as it may be on another machine.
 """
 
 import msgspec
 
+from selfloop.types.blob_ref import BlobRef
 from selfloop.types.lora import LoraTargets
 from selfloop.types.sampling import SampleRequest
 
@@ -20,8 +22,8 @@ class OpenRun(msgspec.Struct, frozen=True, tag=True):
     run_id: str
     lora_rank: int
     seed: int
-    initial: str | None
-    snapshot: str | None
+    initial: BlobRef | None
+    snapshot: BlobRef | None
     targets: LoraTargets = LoraTargets()
     with_optimizer: bool = False
 
@@ -48,9 +50,9 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
     run_id: str
     seed: int
     alone: bool = False
-    read_from: str | None = None
-    write_to: str | None = None
-    initial: str | None = None
+    read_from: BlobRef | None = None
+    write_to: BlobRef | None = None
+    initial: BlobRef | None = None
     targets: LoraTargets = LoraTargets()
 
 
@@ -63,7 +65,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     """
 
     run_id: str
-    write_to: str
+    write_to: BlobRef
     background: bool = False
 
 

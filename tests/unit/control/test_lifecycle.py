@@ -29,12 +29,12 @@ class FakeSlot:
 
     async def acquire(self) -> FakeWorker:
         if self.state == "ready":
-            return FakeWorker()
+            return FakeWorker({})
         for state in ("preparing", "loading", "failed" if self.failure else "ready"):
             await self._set(cast(WorkerState, state), str(self.failure or state))
         if self.failure:
             raise self.failure
-        return FakeWorker()
+        return FakeWorker({})
 
     async def stop(self, reason: str, is_needed: Callable[[], bool]) -> None:
         assert not is_needed()

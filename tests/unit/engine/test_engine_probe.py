@@ -21,9 +21,7 @@ def train(engine, learning_rate=1e-2):
 
 def sampled(engine, probe, checkpoint_id):
     params = SamplingParams(1, temperature=0.0)
-    engine.submit_sample(
-        SampleRequest("ask", probe.tokens, 1, params, AdapterRef(checkpoint_id, ""), prompt_logprobs=0)
-    )
+    engine.submit_sample(SampleRequest("ask", probe.tokens, 1, params, AdapterRef(checkpoint_id), prompt_logprobs=0))
     while not (done := engine.sample_step()):
         assert engine.num_sampling
     return [position[0].logprob for position in done[0].prompt_logprobs[1:]]

@@ -176,7 +176,7 @@ def test_cancel_frees_the_cache(engine):
 
 def test_unknown_adapter_is_not_found(engine):
     with pytest.raises(NotFound):
-        engine.submit_sample(request(adapter=AdapterRef("nowhere", "")))
+        engine.submit_sample(request(adapter=AdapterRef("nowhere")))
 
 
 def test_published_adapter_is_a_frozen_copy(engine):
@@ -184,7 +184,7 @@ def test_published_adapter_is_a_frozen_copy(engine):
     run = engine._runs["run"]
     run.theta_P.normal_(0, 0.1)
     engine.publish("run", "c1")
-    ref = AdapterRef("c1", "")
+    ref = AdapterRef("c1")
     before = one(engine, adapter=ref)
     assert before != one(engine)
     run.theta_P.zero_()
@@ -197,7 +197,7 @@ def test_adapter_from_files_samples_like_the_published_one(engine, tmp_path):
     engine.publish("run", "memory")
     engine.save_sampler_checkpoint("run", tmp_path / "files")
     engine.load_adapter("files", tmp_path / "files")
-    assert one(engine, adapter=AdapterRef("files", "")) == one(engine, adapter=AdapterRef("memory", ""))
+    assert one(engine, adapter=AdapterRef("files")) == one(engine, adapter=AdapterRef("memory"))
 
 
 def test_the_bank_evicts_the_longest_unused_but_none_in_use(load):
@@ -205,10 +205,10 @@ def test_the_bank_evicts_the_longest_unused_but_none_in_use(load):
     engine.init_run("run", rank=2, seed=1)
     engine.publish("run", "a")
     engine.publish("run", "b")
-    engine.submit_sample(request(adapter=AdapterRef("a", "")))
+    engine.submit_sample(request(adapter=AdapterRef("a")))
     engine.publish("run", "c")
     assert [engine.has_adapter(name) for name in "abc"] == [True, False, True]
-    engine.submit_sample(request("r", adapter=AdapterRef("c", "")))
+    engine.submit_sample(request("r", adapter=AdapterRef("c")))
     engine.publish("run", "d")
     assert [engine.has_adapter(name) for name in "acd"] == [True, True, True]
     run_all(engine)
@@ -220,8 +220,8 @@ def test_dropped_adapter_serves_requests_under_way(engine):
     engine.init_run("run", rank=4, seed=1)
     engine._runs["run"].theta_P.normal_(0, 0.1)
     engine.publish("run", "c")
-    expected = one(engine, adapter=AdapterRef("c", ""))
-    engine.submit_sample(request("r", adapter=AdapterRef("c", "")))
+    expected = one(engine, adapter=AdapterRef("c"))
+    engine.submit_sample(request("r", adapter=AdapterRef("c")))
     engine.drop_adapter("c")
     assert not engine.has_adapter("c")
     assert run_all(engine)["r"].sequences == expected
@@ -231,7 +231,7 @@ def test_logits_that_are_not_finite_fail_their_request_only(engine):
     engine.init_run("run", rank=4, seed=1)
     engine._runs["run"].theta_P.fill_(1e30)
     engine.publish("run", "broken")
-    engine.submit_sample(request("bad", num_samples=2, adapter=AdapterRef("broken", "")))
+    engine.submit_sample(request("bad", num_samples=2, adapter=AdapterRef("broken")))
     engine.submit_sample(request("good"))
     results = []
     while engine.num_sampling:

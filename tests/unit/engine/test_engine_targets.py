@@ -65,7 +65,7 @@ def test_sampler_and_trainer_agree(engine: Engine, targets: LoraTargets):
 
 
 def _request(name: str, params: SamplingParams, checkpoint: str | None) -> SampleRequest:
-    adapter = None if checkpoint is None else AdapterRef(checkpoint, "")
+    adapter = None if checkpoint is None else AdapterRef(checkpoint)
     return SampleRequest(name, IDS, 1, params, adapter, prompt_logprobs=0)
 
 

@@ -1,20 +1,24 @@
 """The queues of runs in the worker: who shares a pass, who waits, and who is to blame."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.limits import EngineLimits
+from selfloop.types.blob_ref import DATA, BlobRef
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
 from selfloop.types.result import LossResult
-from selfloop.worker.protocol import Call, CloseRun, Event, Execute, Reply, ReplyError
+from selfloop.worker.protocol import Call, CloseRun, Event, Execute, OpenRun, Reply, ReplyError, Snapshot
 from selfloop.worker.serving.replies import Replies
+from selfloop.worker.serving.staging import SharedDisk, Staging
 from selfloop.worker.serving.training import TrainingQueue
 
 
@@ -42,12 +46,16 @@ class Reported(Replies):
 
 
 class Queue(TrainingQueue):
-    """A desk with calls made simple: tickets count from 1."""
+    """The queue with calls made simple: tickets count from 1."""
 
-    def __init__(self, engine: Engine, told: Reported) -> None:
-        super().__init__(engine, told)
+    def __init__(self, engine: Engine, told: Reported, staging: Staging | None = None) -> None:
+        super().__init__(engine, staging or SharedDisk({}), told)
         self.told = told
         self._num = 0
+
+    def order(self, command: OpenRun | Snapshot) -> None:
+        self._num += 1
+        self.take(Call(self._num, command), command, b"")
 
     def ask(self, run_id: str, operation, *, alone: bool = False) -> int:
         self._num += 1
@@ -187,3 +195,43 @@ def test_it_waits_for_company_only_where_some_is_likely(queue: Queue):
     finish(queue)
     queue.ask("a", STEP)
     assert queue.patience_s() == 0.0, "a step needs no company"
+
+
+class OtherMachine:
+    """A staging whose disk is not the gateway's: what it works with is copied from and to a store."""
+
+    def __init__(self, store: Path, scratch: Path) -> None:
+        self._store = SharedDisk({DATA: store})
+        self._scratch = SharedDisk({DATA: scratch})
+
+    def to_read(self, ref: BlobRef) -> Path:
+        return Path(shutil.copytree(self._store.to_read(ref), self._scratch.to_read(ref), dirs_exist_ok=True))
+
+    def to_write(self, ref: BlobRef) -> Path:
+        folder = self._scratch.to_write(ref)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def written(self, ref: BlobRef) -> None:
+        shutil.move(self._scratch.to_write(ref), self._store.to_write(ref))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_worker_on_another_machine_writes_and_reads_by_reference(engine: Engine, tmp_path: Path, background: bool):
+    """A snapshot, and a run that is opened from it where nothing of the first is."""
+    queue = Queue(engine, Reported(tmp_path / "begun"), OtherMachine(tmp_path / "store", tmp_path / "scratch"))
+    queue.ask("a", loss(10))
+    queue.ask("a", STEP)
+    ref = BlobRef(DATA, "snapshots/a/0-2")
+    (tmp_path / "store" / ref.key).parent.mkdir(parents=True)
+    queue.order(Snapshot("a", ref, background))
+    finish(queue)
+    while queue.is_writing:
+        queue.report_snapshots()
+    assert (tmp_path / "store" / ref.key).is_dir()
+    assert not (tmp_path / "scratch" / ref.key).exists()
+    queue.order(OpenRun("again", 2, 0, None, ref))
+    finish(queue)
+    assert queue.told.answered == [1, 2, 3, 4]
+    assert not any(isinstance(event, ReplyError) for event in queue.told.events)
+    assert torch.equal(engine._runs["again"].theta_P, engine._runs["a"].theta_P)

@@ -26,6 +26,7 @@ from selfloop.storage.db import (
 )
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
+from selfloop.types.blob_ref import BlobRef
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed
 from selfloop.types.operation import (
@@ -81,7 +82,7 @@ class Outcomes:
         self.published = Announcements()
         """That a sampler may have newer weights."""
 
-    async def read_from(self, run: RunRow, payload: bytes) -> str:
+    async def read_from(self, run: RunRow, payload: bytes) -> BlobRef:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
         operation = operation_decoder.decode(payload)
         assert isinstance(operation, LoadState)
@@ -91,14 +92,14 @@ class Outcomes:
         if row is None or not may_read(row, run.team_id, operation.reader_team_id):
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
         try:
-            return str(await self._store.folder(row.id))
+            return self._store.ref(await self._store.folder(row.id))
         except FileNotFoundError:
             raise OperationFailed(f"the files of checkpoint {operation.path} are gone", "NotFound") from None
 
-    async def write_to(self, run: RunRow, operation: Save) -> str:
+    async def write_to(self, run: RunRow, operation: Save) -> BlobRef:
         """The folder that a save writes, aside until it is whole. Raises :class:`OperationFailed` without room."""
         await self._disk_room.check_save(run, with_optimizer=isinstance(operation, SaveState))
-        return str(self._store.staging(operation.checkpoint_id))
+        return self._store.ref(self._store.staging(operation.checkpoint_id))
 
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""

@@ -90,8 +90,8 @@ async def _bring_back(run: RunRow, worker: WorkerClient, files: _Files, state: S
 
 
 async def _open(run: RunRow, worker: WorkerClient, files: _Files, state: StoredState) -> None:
-    initial = None if run.initial_key is None else str(files.blobs.path(run.initial_key))
-    snapshot = None if state.key is None else str(files.blobs.path(state.key))
+    initial = None if run.initial_key is None else files.blobs.ref(run.initial_key)
+    snapshot = None if state.key is None else files.blobs.ref(state.key)
     targets = LoraTargets.parse(run.targets)
     await worker.call(OpenRun(run.id, run.initial_rank, run.seed, initial, snapshot, targets, run.with_optimizer))
 
@@ -106,7 +106,7 @@ async def _replay(run: RunRow, worker: WorkerClient, files: _Files, state: Store
     await _check(run, rows, files.journal, state)
     if rows:
         log.info("run %s: replaying %d operations", run.id, len(rows))
-    initial = None if run.initial_key is None else str(files.blobs.path(run.initial_key))
+    initial = None if run.initial_key is None else files.blobs.ref(run.initial_key)
     started = time.monotonic()
     for row in rows:
         payload = await files.journal.payload(row)

@@ -20,6 +20,7 @@ from selfloop.control.queue.snapshots import RunSnapshots
 from selfloop.control.queue.stored_states import Position
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
+from selfloop.types.blob_ref import BlobRef
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.logline import Scope, bind_only
@@ -388,8 +389,8 @@ class RunActor:
             return msgspec.structs.replace(context, write_to=write_to)
         return context
 
-    def _folder(self, key: str | None) -> str | None:
-        return None if key is None else str(self._blobs.path(key))
+    def _folder(self, key: str | None) -> BlobRef | None:
+        return None if key is None else self._blobs.ref(key)
 
     async def _await_head(self) -> None:
         flight = self._in_flight[0]

@@ -98,7 +98,7 @@ class RunSnapshots:
         except OSError as error:
             self._failed(error)
             return
-        command = Snapshot(self._run.id, str(self._blobs.path(aside)), background=True)
+        command = Snapshot(self._run.id, self._blobs.ref(aside), background=True)
         self._pending = _Pending(position, worker.call(command))
         self._pending.reply.add_done_callback(self._written)
 
@@ -171,7 +171,7 @@ class RunSnapshots:
             if told is None:
                 raise
             raise told from error
-        await worker.call(Snapshot(self._run.id, str(self._blobs.path(key + ".part"))))
+        await worker.call(Snapshot(self._run.id, self._blobs.ref(key + ".part")))
 
     @property
     def _recorded(self) -> Position:

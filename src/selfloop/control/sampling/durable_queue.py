@@ -287,7 +287,7 @@ class QueuedSamples:
         except FileNotFoundError:
             hint = "it expired, was deleted or replaced before its turn"
             raise NotFound("checkpoint", request.checkpoint_id, hint) from None
-        return AdapterRef(request.checkpoint_id, str(folder))
+        return AdapterRef(request.checkpoint_id, self._c.store.ref(folder))
 
     async def _complete(self, key: Key, state: OperationState, stored: _Stored) -> None:
         """Make an outcome durable, then wake who waits for it."""

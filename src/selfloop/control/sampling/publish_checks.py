@@ -82,7 +82,7 @@ class PublishChecks:
         """Mean absolute difference in nats."""
         if not all(map(math.isfinite, probe.logprobs)):
             return math.nan
-        adapter = AdapterRef(checkpoint_id, str(await self._store.folder(checkpoint_id)))
+        adapter = AdapterRef(checkpoint_id, self._store.ref(await self._store.folder(checkpoint_id)))
         request = SampleRequest(
             uuid.uuid4().hex, probe.tokens, 1, SamplingParams(1, temperature=0.0), adapter, prompt_logprobs=0
         )

@@ -130,14 +130,14 @@ class Sampling:
             if checkpoint is None:
                 raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
         if isinstance(checkpoint, PinnedCheckpointRow):
-            path = self._c.blobs.path(pinned_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
-            return Weights(AdapterRef(checkpoint.checkpoint_id, str(path)), checkpoint.step, checkpoint.run_id)
+            ref = self._c.blobs.ref(pinned_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
+            return Weights(AdapterRef(checkpoint.checkpoint_id, ref), checkpoint.step, checkpoint.run_id)
         try:
-            path = await self._c.store.folder(checkpoint.id)
+            ref = self._c.store.ref(await self._c.store.folder(checkpoint.id))
         except FileNotFoundError:
             raise NotFound("checkpoint", checkpoint.id, "its files are gone") from None
         run_id = checkpoint.run_id if checkpoint.team_id == live.team_id else None
-        return Weights(AdapterRef(checkpoint.id, str(path)), checkpoint.step, run_id)
+        return Weights(AdapterRef(checkpoint.id, ref), checkpoint.step, run_id)
 
     async def live_version(self, sampler: SamplerRow) -> int:
         return (await self._row(sampler.id)).live_version

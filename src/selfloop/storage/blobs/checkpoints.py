@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from selfloop.storage.blobs.local import LocalBlobs
+from selfloop.types.blob_ref import DATA, BlobRef, blob_ref
 from selfloop.types.digests import MANIFEST_FILE, check_folder, damaged
 from selfloop.types.safetensors_header import BadSafetensors, read_header
 
@@ -23,7 +24,7 @@ class StoredFile:
 
 
 class CheckpointStore(Protocol):
-    """Every call but ``staging``, ``is_at_hand`` and ``link`` may raise :class:`Unavailable`; it works later."""
+    """Every call but ``staging``, ``ref``, ``is_at_hand`` and ``link`` may raise :class:`Unavailable` for a while."""
 
     address: str
     """Of the store, for people."""
@@ -57,6 +58,10 @@ class CheckpointStore(Protocol):
 
         Raises :class:`FileNotFoundError`, and :class:`OperationFailed` for files that are not what was stored.
         """
+        ...
+
+    def ref(self, folder: Path) -> BlobRef:
+        """What a worker is given to find a folder of ``staging`` or ``folder``."""
         ...
 
     def is_at_hand(self, id: str) -> bool:
@@ -138,6 +143,9 @@ class LocalCheckpoints:
         if not path.is_dir():
             raise FileNotFoundError(path)
         return path
+
+    def ref(self, folder: Path) -> BlobRef:
+        return blob_ref(folder, {DATA: self._blobs.root})
 
     def is_at_hand(self, id: str) -> bool:
         return self._blobs.exists(_key(id))

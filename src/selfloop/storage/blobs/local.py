@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from selfloop.types.blob_ref import DATA, BlobRef
+
 
 class LocalBlobs:
     """Keys are relative paths such as ``journal/<run>/<operation>``; they are made by us, never by a client."""
@@ -19,6 +21,10 @@ class LocalBlobs:
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"not below the root of blobs: {key!r}")
         return path
+
+    def ref(self, key: str) -> BlobRef:
+        """What a worker is told of the blob of a key."""
+        return BlobRef(DATA, key)
 
     def put(self, key: str, data: bytes) -> None:
         """Store durably: written aside, synced, renamed."""

@@ -22,6 +22,7 @@ import msgspec
 
 from selfloop.storage.blobs.checkpoints import StoredFile, check_whole, list_files
 from selfloop.storage.blobs.local import sync_directory
+from selfloop.types.blob_ref import DATA, BlobRef, blob_ref
 from selfloop.types.digests import check_folder, seal
 from selfloop.types.errors import BadRequest, CheckpointDamaged, Conflict, Unavailable
 
@@ -83,6 +84,7 @@ class S3Checkpoints:
         self._signer = self._client if public is None else _client(session, public)
         self._probe = _client(session, None, patience_s=_PROBE_S, max_attempts=1)
         self._reached_at = float("-inf")
+        self._data_dir = data_dir
         self._cache = data_dir / "cache" / "checkpoints"
         self._cache.mkdir(parents=True, exist_ok=True)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="s3")
@@ -221,6 +223,9 @@ class S3Checkpoints:
             return False
         self._checked_at[id] = time.monotonic()
         return True
+
+    def ref(self, folder: Path) -> BlobRef:
+        return blob_ref(folder, {DATA: self._data_dir})
 
     def is_at_hand(self, id: str) -> bool:
         try:

@@ -155,7 +155,14 @@ class ForkServerClient:
         assert self._forked is None
         command = self._command
         put_aside_large_log(command.log_path)
-        order = ForkWorker(address, pulse_address, str(begun_path), str(command.log_path), command.training_share)
+        order = ForkWorker(
+            address,
+            pulse_address,
+            str(begun_path),
+            str(command.log_path),
+            command.training_share,
+            {name: str(root.absolute()) for name, root in command.roots.items()},
+        )
         self._forked = asyncio.get_running_loop().create_future()
         try:
             if self.is_lost:

@@ -12,6 +12,7 @@ class ForkWorker(msgspec.Struct, frozen=True):
     Args:
         begun_path: a file that it keeps the tickets of begun operations in, separated by spaces, up to a line's end.
         log_path: where its output goes.
+        roots: of the references that it will get, where they lie on this machine.
     """
 
     address: str
@@ -19,6 +20,7 @@ class ForkWorker(msgspec.Struct, frozen=True):
     begun_path: str
     log_path: str
     training_share: float
+    roots: dict[str, str] = {}
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):

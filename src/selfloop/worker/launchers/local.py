@@ -5,8 +5,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Names of variables whose values a process of numbers has no use for.
@@ -39,6 +39,7 @@ class WorkerCommand:
         record_path: where the next gateway finds the loaded model if this one dies; None: it is loaded again.
         linger_s: how long it then waits in memory.
         owner: the data directory that the loaded model is kept for: which one it is, and where it lies.
+        roots: where the roots of what it reads and writes lie.
     """
 
     model_dir: Path
@@ -56,6 +57,7 @@ class WorkerCommand:
     record_path: Path | None = None
     linger_s: float = 0.0
     owner: str = ""
+    roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 async def launch_fork_server(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from selfloop.convert.encryption import encrypt_folder
 from selfloop.engine.engine import Engine
+from selfloop.types.blob_ref import BlobRef
 from selfloop.types.operation import (
     Forward,
     ForwardBackward,
@@ -12,6 +13,7 @@ from selfloop.types.operation import (
     LoadState,
     Operation,
     OptimStep,
+    Save,
     SaveState,
     SaveWeightsExternal,
     SaveWeightsForSampler,
@@ -20,25 +22,26 @@ from selfloop.types.result import Probe, Result, SaveResult
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.protocol import Execute, OpenRun
 from selfloop.worker.serving.replies import attempt, is_device_lost
+from selfloop.worker.serving.staging import Staging
 
 log = logging.getLogger("selfloop.worker")
 
 
-def open_run(engine: Engine, command: OpenRun) -> None:
+def open_run(engine: Engine, staging: Staging, command: OpenRun) -> None:
     if command.snapshot is not None:
-        engine.restore(command.run_id, Path(command.snapshot))
+        engine.restore(command.run_id, staging.to_read(command.snapshot))
     else:
         engine.init_run(
             command.run_id,
             rank=command.lora_rank,
             seed=command.seed,
-            initial=_path(command.initial),
+            initial=_to_read(staging, command.initial),
             with_optimizer=command.with_optimizer,
             targets=command.targets,
         )
 
 
-def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
+def carry_out(engine: Engine, staging: Staging, context: Execute, operation: Operation) -> Result:
     """Whatever is not a loss. Raises what the engine raises, and then has changed nothing."""
     run_id = context.run_id
     match operation:
@@ -47,7 +50,7 @@ def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
                 run_id,
                 rank=lora_rank,
                 seed=context.seed,
-                initial=_path(context.initial),
+                initial=_to_read(staging, context.initial),
                 targets=context.targets,
             )
         case Forward() | ForwardBackward():
@@ -56,21 +59,26 @@ def carry_out(engine: Engine, context: Execute, operation: Operation) -> Result:
             return engine.optim_step(run_id, adam)
         case LoadState(with_optimizer=with_optimizer):
             assert context.read_from is not None
-            return engine.load_checkpoint(run_id, Path(context.read_from), with_optimizer=with_optimizer)
-        case SaveState(checkpoint_id, name):
+            return engine.load_checkpoint(run_id, staging.to_read(context.read_from), with_optimizer=with_optimizer)
+        case SaveState() | SaveWeightsForSampler() | SaveWeightsExternal():
             assert context.write_to is not None
-            saved = engine.save_trainer_checkpoint(run_id, Path(context.write_to))
+            result = _save(engine, run_id, operation, staging.to_write(context.write_to))
+            staging.written(context.write_to)
+            return result
+
+
+def _save(engine: Engine, run_id: str, operation: Save, folder: Path) -> SaveResult:
+    match operation:
+        case SaveState(checkpoint_id, name):
+            saved = engine.save_trainer_checkpoint(run_id, folder)
             return SaveResult(checkpoint_id, name, CheckpointTarget.TRAINER, *saved)
         case SaveWeightsForSampler(checkpoint_id, name, publish=publish, sampler_id=sampler_id):
-            assert context.write_to is not None
-            saved = engine.save_sampler_checkpoint(run_id, Path(context.write_to))
+            saved = engine.save_sampler_checkpoint(run_id, folder)
             # In memory at once, so that the first sample need not read the files.
             engine.publish(run_id, checkpoint_id)
             probe = _probe(engine, run_id) if publish or sampler_id is not None else None
             return SaveResult(checkpoint_id, name, CheckpointTarget.SAMPLER, *saved, probe=probe)
         case SaveWeightsExternal(checkpoint_id, name, base_model, recipients):
-            assert context.write_to is not None
-            folder = Path(context.write_to)
             saved = engine.save_external_weights(run_id, folder, base_model)
             if recipients:
                 saved = saved._replace(size_bytes=encrypt_folder(folder, recipients))
@@ -88,5 +96,5 @@ def _probe(engine: Engine, run_id: str) -> Probe | None:
     return None
 
 
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+def _to_read(staging: Staging, ref: BlobRef | None) -> Path | None:
+    return None if ref is None else staging.to_read(ref)

@@ -18,6 +18,7 @@ from selfloop.worker.serving.background import Heartbeats
 from selfloop.worker.serving.loop import Worker
 from selfloop.worker.serving.replies import Replies
 from selfloop.worker.serving.sampling import SamplingQueue
+from selfloop.worker.serving.staging import SharedDisk
 from selfloop.worker.serving.training import TrainingQueue
 from selfloop.worker.text.calls import TextQueue
 from selfloop.worker.text.chat import ChatTemplate
@@ -100,6 +101,7 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
         )
     )
     replies.send(ready)
-    training, sampling = TrainingQueue(engine, replies), SamplingQueue(engine, replies)
+    staging = SharedDisk({name: Path(root) for name, root in order.roots.items()})
+    training, sampling = TrainingQueue(engine, staging, replies), SamplingQueue(engine, staging, replies)
     text = TextQueue(tokenizer, chat, replies)
     Worker(socket, replies, heartbeats, training, sampling, text, training_share=order.training_share).run()

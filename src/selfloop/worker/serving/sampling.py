@@ -1,22 +1,24 @@
 """Sampling calls: from their request to the last of their samples."""
 
 import time
-from pathlib import Path
 
 import msgspec
 
 from selfloop.engine.engine import Engine
+from selfloop.types.errors import NotFound
 from selfloop.types.result import Spent
 from selfloop.types.sampling import SampleRequest
 from selfloop.worker.protocol import Partial, Reply, ReplyError, Sample, encode
 from selfloop.worker.serving.replies import Replies
+from selfloop.worker.serving.staging import Staging
 
 
 class SamplingQueue:
     """Hands requests to the engine's running batch and brings their answers back."""
 
-    def __init__(self, engine: Engine, replies: Replies) -> None:
+    def __init__(self, engine: Engine, staging: Staging, replies: Replies) -> None:
         self._engine = engine
+        self._staging = staging
         self._replies = replies
         self._tickets: dict[str, int] = {}
         # Seconds that each request has had of the device since the start: a step is shared evenly.
@@ -56,7 +58,9 @@ class SamplingQueue:
     def _submit(self, ticket: int, request: SampleRequest, *, stream: bool) -> None:
         adapter = request.adapter
         if adapter is not None and not self._engine.has_adapter(adapter.checkpoint_id):
-            self._engine.load_adapter(adapter.checkpoint_id, Path(adapter.path))
+            if adapter.folder is None:
+                raise NotFound("checkpoint", adapter.checkpoint_id, "its weights are not in memory")
+            self._engine.load_adapter(adapter.checkpoint_id, self._staging.to_read(adapter.folder))
         self._engine.submit_sample(request, stream=stream)
         self._share_at_submit_s[request.request_id] = self._share_s
         self._tickets[request.request_id] = ticket

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
@@ -32,6 +31,7 @@ from selfloop.worker.serving.background import SnapshotWriter
 from selfloop.worker.serving.fair_share import FairShare
 from selfloop.worker.serving.operations import carry_out, open_run
 from selfloop.worker.serving.replies import Replies, attempt, is_device_lost
+from selfloop.worker.serving.staging import Staging
 
 log = logging.getLogger("selfloop.worker")
 
@@ -78,8 +78,9 @@ class _Work:
 class TrainingQueue:
     """The queues of all runs."""
 
-    def __init__(self, engine: Engine, replies: Replies) -> None:
+    def __init__(self, engine: Engine, staging: Staging, replies: Replies) -> None:
         self._engine = engine
+        self._staging = staging
         self._replies = replies
         self._queues: dict[str, deque[_Work]] = {}
         self._turns: FairShare[str] = FairShare()
@@ -220,7 +221,7 @@ class TrainingQueue:
         """The result, or the reply's bytes; None when the reply comes later."""
         match work.command:
             case OpenRun() as command:
-                open_run(self._engine, command)
+                open_run(self._engine, self._staging, command)
             case CloseRun(run_id):
                 self._engine.remove_run(run_id)
             case Snapshot(background=True) as snapshot:
@@ -228,11 +229,12 @@ class TrainingQueue:
                 return None
             case Snapshot(run_id, write_to):
                 started, cpu_s = time.monotonic(), time.thread_time()
-                self._engine.snapshot(run_id, Path(write_to))
+                self._engine.snapshot(run_id, self._staging.to_write(write_to))
+                self._staging.written(write_to)
                 return encode(Written(time.monotonic() - started, time.thread_time() - cpu_s))
             case Execute() as execute:
                 assert work.operation is not None
-                return carry_out(self._engine, execute, work.operation)
+                return carry_out(self._engine, self._staging, execute, work.operation)
         return b""
 
     def _consequence(self, work: _Work, error: Exception) -> Exception:
@@ -249,8 +251,13 @@ class TrainingQueue:
         if self._snapshots.is_busy:
             raise OperationFailed("another run's snapshot is being written", "Busy")
         started = time.monotonic()
-        write = self._engine.begin_snapshot(command.run_id, Path(command.write_to))
-        self._snapshots.begin(ticket, write, time.monotonic() - started)
+        write = self._engine.begin_snapshot(command.run_id, self._staging.to_write(command.write_to))
+
+        def write_whole() -> None:
+            write()
+            self._staging.written(command.write_to)
+
+        self._snapshots.begin(ticket, write_whole, time.monotonic() - started)
 
     def report_snapshots(self) -> None:
         """Answer the call whose snapshot has been written meanwhile."""

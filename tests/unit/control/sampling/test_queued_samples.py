@@ -90,7 +90,7 @@ def test_errors_are_outcomes(tmp_path: Path):
         house = await FakeSamplingHouse.open(tmp_path)
         await house.accept(draw_of(-1), "fails")
         assert await finished(house, "fails") == Failed("asked to fail", "Asked")
-        gone = Weights(AdapterRef("gone", "nowhere"), 3)
+        gone = Weights(AdapterRef("gone"), 3)
         await house.accept(draw_of(1), "unpinned", weights=gone)
         outcome = await finished(house, "unpinned")
         assert isinstance(outcome, Failed)
