@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from selfloop.server.hub import RealHub, router
+from selfloop.server.hub import Hub, RealHub, router
 
 TEXT = ["the captain sails the old ship", "fair winds and following seas", "12 o'clock <|end|>"]
 
@@ -63,7 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base_url(folder: Path) -> Iterator[str]:
     app = FastAPI()
-    app.include_router(router(Models(folder), RealHub(None)))
+    app.include_router(router)
+    app.state.hub = Hub(Models(folder), RealHub(None))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -11,7 +11,7 @@ import zstandard
 from test_tinker import PROTOBUF, Wire
 
 from gateway import KEY, MAX_POSITIONS, MODEL, Gateway, Json, ok, until, words
-from selfloop.server.middleware.body_limit import MAX_BODY_BYTES
+from selfloop.server.shared.body import MAX_BODY_BYTES
 from selfloop.server.tinker import schema
 
 LONG = {"sampling_params": {"max_tokens": 200, "stop": []}, "num_samples": 64}

@@ -1,60 +1,64 @@
 """The gateway's application: the dialects on one control."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.responses import Response
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 import selfloop
 from selfloop.control.gateway import Control
-from selfloop.server import errors, openapi
-from selfloop.server.anthropic.routes import router as anthropic_router
-from selfloop.server.graphql import router as graphql_router
-from selfloop.server.hub import RealHub
-from selfloop.server.hub import router as hub_router
-from selfloop.server.loops import sampler, trainer
-from selfloop.server.management import routes as management
-from selfloop.server.middleware.base_urls import BaseUrls
+from selfloop.control.observe.instruments import REGISTRY
+from selfloop.server import anthropic, errors, graphql, hub, loops, management, openai, openapi, tinker
 from selfloop.server.middleware.body_limit import BodyLimit
-from selfloop.server.middleware.guard import Guard, KeylessPaths
+from selfloop.server.middleware.dialects import RequestDialect
+from selfloop.server.middleware.guard import Guard
 from selfloop.server.middleware.headers import BrowserHeaders, LocalNames, is_local
 from selfloop.server.middleware.key_limits import KeyLimits
 from selfloop.server.middleware.observe import Observed
 from selfloop.server.middleware.polls import Polls
-from selfloop.server.openai.routes import mount as mount_openai
 from selfloop.server.settings import Settings
-from selfloop.server.shared.decode import json_is_text
-from selfloop.server.shared.metrics import router as metrics_router
+from selfloop.server.shared.auth import ControlOf
+from selfloop.server.shared.dialect import Dialect, Dialects, Mount
 from selfloop.server.shared.query_parameters import check_plain_routes, check_query
-from selfloop.server.tinker import futures
-from selfloop.server.tinker.routes import router as tinker_router
+from selfloop.server.shared.schemas import ERRORS
+
+DIALECTS = (
+    management.DIALECT,
+    loops.DIALECT,
+    tinker.DIALECT,
+    openai.DIALECT,
+    anthropic.DIALECT,
+    graphql.DIALECT,
+    hub.DIALECT,
+)
+
+_own = APIRouter(tags=["operations"])
 
 
-@dataclass(frozen=True, slots=True)
-class _CatalogueForHub:
-    """The model catalogue, as the hub dialect wants to see it."""
-
-    control: Control
-    serve_weights: bool
-
-    async def folder(self, model_id: str) -> Path | None:
-        return await self.control.catalogue.folder(model_id)
+@_own.get("/healthz", summary="Whether requests are taken.")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok", "version": selfloop.__version__}
 
 
-def make_app(settings: Settings, control: Control) -> FastAPI:
-    """The application over a control that is started and stopped with it."""
+@_own.get("/metrics", summary="Counters and gauges for Prometheus.", response_class=Response)
+async def metrics(control: ControlOf) -> Response:
+    """Of the whole server, without ids of runs or teams."""
+    await control.observations.gauges()
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
-    hub = RealHub(settings.hub_url)
+
+def make_app(settings: Settings, control: Control, dialects: Sequence[Dialect] = DIALECTS) -> FastAPI:
+    """The application over a control that is stopped with it, speaking ``dialects``."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         try:
             yield
         finally:
-            await hub.close()
             await control.stop()
 
     app = FastAPI(
@@ -68,39 +72,46 @@ def make_app(settings: Settings, control: Control) -> FastAPI:
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        responses=openapi.ERRORS,
+        responses=ERRORS,
         dependencies=[Depends(check_query)],
     )
     app.state.settings = settings
     app.state.control = control
-    errors.install(app)
-    app.add_middleware(Polls, polls=(trainer.POLL, sampler.POLL, futures.POLL))
+    known = Dialects(dialects, rest=_rest(settings))
+    errors.install(app, known)
+    openapi.install(app, known)
+    _add_middleware(app, settings, control, known)
+    # Routes are tried in order: first those of the busy dialects, which are those that are polled.
+    for dialect in sorted(known.all, key=lambda one: not one.polls):
+        for mount in dialect.routers:
+            app.include_router(
+                mount.router,
+                prefix=mount.prefix,
+                dependencies=mount.dependencies,
+                include_in_schema=mount.in_schema,
+            )
+    check_plain_routes(app)
+    return app
+
+
+def _rest(settings: Settings) -> Dialect:
+    """What belongs to no dialect: the server's own routes, and paths that nobody has."""
+    return Dialect(
+        name="server",
+        bases="/healthz, /metrics",
+        routers=(Mount(_own),),
+        keyless=("/healthz", "/openapi.json", *(["/metrics"] if settings.metrics_public else [])),
+    )
+
+
+def _add_middleware(app: FastAPI, settings: Settings, control: Control, dialects: Dialects) -> None:
+    """What every request passes: the last one added is the outermost."""
+    app.add_middleware(Polls)
     app.add_middleware(BodyLimit, memory_bytes=settings.body_memory_bytes)
-    keyless = KeylessPaths(["/metrics"] if settings.metrics_public else [])
-    openapi.install(app, keyless.has, offers_serverless=settings.capacity.offers_serverless)
-    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits), keyless=keyless)
+    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits))
     if is_local(settings.host):
         names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]
         app.add_middleware(LocalNames, control=control, names=names)
     app.add_middleware(Observed, control=control)
     app.add_middleware(BrowserHeaders)
-    app.add_middleware(BaseUrls)
-
-    @app.get("/healthz", tags=["operations"], summary="Whether requests are taken.")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok", "version": selfloop.__version__}
-
-    # Routes are tried in this order: those of the busy data plane first.
-    app.include_router(trainer.router)
-    app.include_router(sampler.router)
-    app.include_router(metrics_router)
-    app.include_router(management.router, dependencies=[Depends(json_is_text)])
-    app.include_router(management.public)
-    app.include_router(management.public_archives)
-    app.include_router(graphql_router, dependencies=[Depends(json_is_text)])
-    app.include_router(tinker_router)
-    mount_openai(app)
-    app.include_router(anthropic_router)
-    app.include_router(hub_router(_CatalogueForHub(control, settings.serve_weights), hub))
-    check_plain_routes(app)
-    return app
+    app.add_middleware(RequestDialect, dialects=dialects)

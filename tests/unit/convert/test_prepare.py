@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import served_model
 from selfloop.convert import prepare
-from selfloop.server.hub import RealHub, router
+from selfloop.server import hub as hub_dialect
 from selfloop.types.digests import MANIFEST_FILE, read_manifest
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import ModelFacts, read_facts, tokenizer_files
@@ -53,7 +53,8 @@ class Hub:
 @pytest.fixture
 def hub(folder: Path) -> Iterator[str]:
     app = FastAPI()
-    app.include_router(router(Hub(folder), RealHub(None)))
+    app.include_router(hub_dialect.router)
+    app.state.hub = hub_dialect.Hub(Hub(folder), hub_dialect.RealHub(None))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from selfloop.server.middleware import body_memory
-from selfloop.server.middleware.body_memory import MEMORY_PER_BYTE, BodyMemory, Lease
+from selfloop.server.shared import body_memory
+from selfloop.server.shared.body_memory import MEMORY_PER_BYTE, BodyMemory, Lease
 from selfloop.types.errors import NotReady
 
 

@@ -14,12 +14,15 @@ from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
 from selfloop.control.gateway import Control
+from selfloop.server import loops
 from selfloop.server.app import make_app
-from selfloop.server.errors import body_of
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
-from selfloop.server.middleware.polls import Poll, Polls
+from selfloop.server.middleware.dialects import RequestDialect
+from selfloop.server.middleware.polls import Polls
 from selfloop.server.settings import Settings
+from selfloop.server.shared.dialect import Dialect, Dialects, Poll
+from selfloop.server.shared.errors import body_of
 from selfloop.server.tinker import futures
 from selfloop.types.errors import NotFound
 
@@ -62,7 +65,9 @@ async def test_polls_are_answered_before_the_application():
             raise NotFound("operation", operation_id)
         return PlainTextResponse(f"{run_id} {operation_id}")
 
-    app = Polls(application, [Poll("GET", "/loops/runs/{run_id}/operations/{operation_id}", answer)])
+    poll = Poll("GET", "/loops/runs/{run_id}/operations/{operation_id}", answer)
+    dialect = Dialect("x", prefixes=("/loops/",), polls=(poll,), errors=loops.DIALECT.errors)
+    app = RequestDialect(Polls(application), Dialects([dialect], rest=Dialect("server")))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         assert (await client.get("/loops/runs/r/operations/o")).text == "r o"
         missing = await client.get("/loops/runs/r/operations/gone")

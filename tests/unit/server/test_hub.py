@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from selfloop.server.hub import RealHub, router
+from selfloop.server.hub import Hub, RealHub, router
 
 SECRET = "not yours"
 
@@ -43,7 +43,8 @@ def models(folder: Path) -> Models:
 @pytest.fixture
 async def client(models: Models):
     app = FastAPI()
-    app.include_router(router(models, RealHub(None)))
+    app.include_router(router)
+    app.state.hub = Hub(models, RealHub(None))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://hub") as client:
         yield client
 
@@ -158,7 +159,8 @@ async def test_what_is_not_there(client: httpx.AsyncClient, path: str, code: str
 async def test_no_path_leaves_the_folder(models: Models, folder: Path, path: str):
     """Sent as raw bytes, past any client that would tidy the path up."""
     app = FastAPI()
-    app.include_router(router(models, RealHub(None)))
+    app.include_router(router)
+    app.state.hub = Hub(models, RealHub(None))
     status, body = await raw_get(app, f"/hf/{path}")
     assert status == 404
     assert SECRET.encode() not in body

@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from selfloop.server.errors import response_of
+from selfloop.server.app import DIALECTS
 from selfloop.server.middleware import key_limits
 from selfloop.server.middleware.key_limits import KeyLimits, Limits
+from selfloop.server.shared.dialect import Dialect, Dialects
 from selfloop.types.errors import RateLimited
 
 
@@ -107,7 +108,8 @@ async def test_a_client_that_leaves_while_it_waits_holds_nothing():
     ],
 )
 def test_each_dialect_says_so_in_its_own_way(path: str, status: int):
-    answer = response_of(RateLimited("too fast", 3.0), path)
+    dialect = Dialects(DIALECTS, rest=Dialect("server")).of(path)
+    answer = dialect.errors.response(RateLimited("too fast", 3.0), path)
     assert (answer.status_code, answer.headers["Retry-After"]) == (status, "3")
     assert "X-Baseten-Error-Source" not in answer.headers
     if path.startswith("/anthropic/"):

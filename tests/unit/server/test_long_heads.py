@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from selfloop.server import errors
 from selfloop.server.middleware.body_limit import BodyLimit
 from selfloop.server.middleware.connections import MAX_HEAD_BYTES, PatientConnection
+from selfloop.server.middleware.dialects import RequestDialect
 from selfloop.server.middleware.strangers import Strangers
+from selfloop.server.shared.dialect import Dialect, Dialects
 
 START = b"GET /name HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"POST /size HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -21,8 +23,10 @@ PIECE = 64 * 1024
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
     app = FastAPI()
-    errors.install(app)
+    dialects = Dialects([], rest=Dialect("server"))
+    errors.install(app, dialects)
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestDialect, dialects=dialects)
 
     @app.get("/name")
     async def name(request: Request) -> str:

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from selfloop.server.hub import DEFAULT_HUB_URL, RealHub, hub_url, router
+from selfloop.server.hub import DEFAULT_HUB_URL, Hub, RealHub, hub_url, router
 from selfloop.server.middleware.body_limit import BodyLimit
 
 SHA = "1" * 40
@@ -111,7 +111,8 @@ def application(folder: Path, url: str | None) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan)
     app.state.settings = SimpleNamespace(public_url=None)
-    app.include_router(router(Models(folder), hub))
+    app.state.hub = Hub(Models(folder), hub)
+    app.include_router(router)
     app.add_middleware(BodyLimit)
     return app
 

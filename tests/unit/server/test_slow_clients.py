@@ -10,9 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from selfloop.server import errors
-from selfloop.server.middleware import body_limit, connections
+from selfloop.server.middleware import connections
 from selfloop.server.middleware.body_limit import BodyLimit
 from selfloop.server.middleware.connections import PatientConnection
+from selfloop.server.middleware.dialects import RequestDialect
+from selfloop.server.shared import body
+from selfloop.server.shared.dialect import Dialect, Dialects
 
 CHUNK_BYTES = 64 * 1024
 LARGE_BYTES = 64 * 2**20
@@ -23,13 +26,15 @@ TCP_REPAIR = 19
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
     monkeypatch.setattr(connections, "HEAD_PATIENCE_S", 0.3)
-    monkeypatch.setattr(body_limit, "BODY_PATIENCE_S", 0.3)
+    monkeypatch.setattr(body, "BODY_PATIENCE_S", 0.3)
     monkeypatch.setattr(connections, "_PROBE_AFTER_S", 1)
     monkeypatch.setattr(connections, "_PROBE_EVERY_S", 1)
     monkeypatch.setattr(connections, "_UNREAD_MS", 1000)
     app = FastAPI()
-    errors.install(app)
+    dialects = Dialects([], rest=Dialect("server"))
+    errors.install(app, dialects)
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestDialect, dialects=dialects)
 
     @app.post("/echo")
     async def echo(request: Request) -> int:

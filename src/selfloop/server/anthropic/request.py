@@ -10,10 +10,9 @@ import msgspec
 from selfloop.control.sampling.service import Chat, Draw
 from selfloop.server.anthropic import wire
 from selfloop.server.shared import tools
-from selfloop.server.shared.chat_template import has_variable
 from selfloop.server.shared.decode import convert, to_json
 from selfloop.server.shared.sampling import check_ranges, json_schema, room_for
-from selfloop.server.shared.tools import Choice, Function, ToolUse, template_call, template_tool
+from selfloop.server.shared.tools import Choice, Function, ToolUse, has_variable, template_call, template_tool
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import SamplingParams, StructuredOutput
 

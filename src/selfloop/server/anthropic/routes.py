@@ -13,16 +13,14 @@ from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
+from selfloop.server.anthropic.errors import ERRORS
 from selfloop.server.anthropic.request import draw_of, prompt_of
-from selfloop.server.errors import anthropic_body_of
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.connection import EventStream, while_connected
 from selfloop.server.shared.decode import decode
 from selfloop.server.shared.events import frame
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, refuse_idempotency_key, weights_of
 from selfloop.server.shared.served_models import target_of
 from selfloop.types.errors import BadRequest, SelfloopError
@@ -36,7 +34,7 @@ _Parts = AsyncGenerator[SampleDelta | SampleResult]
 router = APIRouter(
     prefix="/anthropic/api/v1",
     tags=["anthropic"],
-    responses={"4XX": json_answer(wire.Failure, "Refused, or not yet")},
+    responses={"4XX": wire.SCHEMAS.json_answer(wire.Failure, "Refused, or not yet")},
 )
 
 
@@ -85,7 +83,7 @@ def _model(id: str, created_at: float) -> dict[str, object]:
     return {"type": "model", "id": id, "display_name": id, "created_at": stamp}
 
 
-@router.post("/messages", openapi_extra=json_body(wire.MessagesBody))
+@router.post("/messages", openapi_extra=wire.SCHEMAS.json_body(wire.MessagesBody))
 async def messages(request: Request, caller: CallerOf, control: ControlOf, beta: Beta = False) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
     body = await _body(request, wire.MessagesBody)
@@ -113,7 +111,7 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf, beta:
     return Response(content, media_type="application/json", headers=_headers(weights))
 
 
-@router.post("/messages/count_tokens", openapi_extra=json_body(wire.PromptBody))
+@router.post("/messages/count_tokens", openapi_extra=wire.SCHEMAS.json_body(wire.PromptBody))
 async def count_tokens(request: Request, caller: CallerOf, control: ControlOf, beta: Beta = False) -> dict[str, int]:
     """How many tokens the conversation is in the model's own chat template."""
     body = await _body(request, wire.PromptBody)
@@ -169,7 +167,7 @@ async def _streamed(
                 part = await anext(source, None)
         except SelfloopError as error:
             shown = _as_asked(error, structured_by) if isinstance(error, BadRequest) else error
-            yield frame(anthropic_body_of(shown), "error")
+            yield frame(ERRORS.body(shown), "error")
 
     head = await while_connected(request, first())
     return EventStream(frames(), source, _headers(weights))

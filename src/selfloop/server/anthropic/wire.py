@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from selfloop.server.shared.schemas import Schemas
+
+SCHEMAS = Schemas("Anthropic")
+"""The structs of this dialect that the OpenAPI document shows."""
+
 Unserved = Any
 Label = dict[str, Any] | None
 

@@ -1,5 +1,5 @@
 """The GraphQL dialect: the few queries that the ``truss`` command line asks beside REST."""
 
-from selfloop.server.graphql.route import router
+from selfloop.server.graphql.dialect import DIALECT
 
-__all__ = ["router"]
+__all__ = ["DIALECT"]

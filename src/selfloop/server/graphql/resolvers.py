@@ -9,7 +9,7 @@ from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.deployments import DeployRequest
-from selfloop.server.middleware.permissions import check_may_change
+from selfloop.server.shared.auth import check_may_change
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.status import CheckpointTarget

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import JSONResponse
 
-from selfloop.server import errors
+from selfloop.server.graphql.errors import ERRORS
 from selfloop.server.graphql.resolvers import Root
-from selfloop.server.openapi import ErrorV1
 from selfloop.server.shared.auth import CallerOf, control_of
+from selfloop.server.shared.schemas import ErrorV1
 from selfloop.types.errors import SelfloopError
 
 # The library is loaded with the first query, not with the server, which is up the sooner for it.
@@ -88,7 +88,7 @@ def _shown(error: "GraphQLError") -> dict[str, Any]:
     shown: dict[str, Any] = dict(error.formatted)
     cause = error.original_error
     if isinstance(cause, SelfloopError):
-        return shown | {"extensions": errors.graphql_extensions(cause)}
+        return shown | {"extensions": ERRORS.extensions(cause)}
     if cause is not None and not isinstance(cause, GraphQLError):
         log.error("POST /graphql/ failed", exc_info=cause)
         return shown | {"message": _INTERNAL, "extensions": {"code": "INTERNAL"}}

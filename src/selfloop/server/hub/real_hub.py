@@ -9,8 +9,8 @@ from fastapi import Request
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
 
-from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.shared.auth import public_base
+from selfloop.server.shared.body import read_body
 
 # The library is loaded by the first request that is handed on, not by the start.
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
 from selfloop.server.hub.real_hub import HubUnavailable, RealHub, served_ids
-from selfloop.server.openapi import ErrorV1
+from selfloop.server.shared.schemas import ErrorV1
 from selfloop.types import model_folder
 from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest
@@ -31,6 +31,14 @@ class HubModels(Protocol):
     async def folder(self, model_id: str) -> Path | None:
         """Folder of a model by name or alias, once it is prepared; None when there is no such model."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """What the routes are over, as ``app.state.hub``: the models that are served here, and the hub for the rest."""
+
+    models: HubModels
+    real: RealHub
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,82 +92,98 @@ class HubError(BaseModel):
     error: str
 
 
-def router(models: HubModels, hub: RealHub) -> APIRouter:
-    """The hub's routes, over ``models``; what is not of these is asked of ``hub``. An id has one segment or more."""
+def hub_of(request: Request) -> Hub:
+    return request.app.state.hub
 
-    class HubRoute(APIRoute):
-        """Hands on what is not served here, and turns this dialect's refusals into their responses."""
 
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handler = super().get_route_handler()
+async def _hub(request: Request) -> Hub:
+    return hub_of(request)
 
-            async def handle(request: Request) -> Response:
-                try:
-                    # Before the parameters are looked at, which are then the hub's own.
-                    if await is_served(request):
-                        return await handler(request)
-                    return await hub.forward(request)
-                except _Refused as refused:
-                    return refused.response()
-                except HubUnavailable as error:
-                    return _Refused(error.code, str(error), status=error.status).response()
 
-            return handle
+HubOf = Annotated[Hub, Depends(_hub)]
 
-    async def is_served(request: Request) -> bool:
-        own = request.path_params.get("model_id")
-        ids = served_ids(request.path_params["path"]) if own is None else [own]
-        return any([await models.folder(id) is not None for id in ids])
 
-    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": HubError | ErrorV1, "description": "Not served"}}
-    routes = APIRouter(prefix="/hf", tags=["hub"], route_class=HubRoute, responses=errors)
+class _HubRoute(APIRoute):
+    """Hands on what is not served here, and turns this dialect's refusals into their responses."""
 
-    @routes.get("/api/models/{model_id:path}/tree/{revision}")
-    async def tree(model_id: str, revision: str, recursive: bool = False, expand: bool = False) -> Response:
-        """The files of a model: all of them either way, as it has no folders, and all that is known of each."""
-        snapshot = await _snapshot(models, model_id, revision)
-        return JSONResponse(await asyncio.to_thread(_entries, snapshot), headers=snapshot.headers)
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
 
-    @routes.get("/api/models/{model_id:path}/tree/{revision}/{folder:path}")
-    async def subtree(
-        model_id: str, revision: str, folder: str, recursive: bool = False, expand: bool = False
-    ) -> Response:
-        """Always EntryNotFound: a served model has no folders."""
-        snapshot = await _snapshot(models, model_id, revision)
-        raise _Refused("EntryNotFound", "no such folder", snapshot.headers)
+        async def handle(request: Request) -> Response:
+            try:
+                # Before the parameters are looked at, which are then the hub's own.
+                if await _is_served(request):
+                    return await handler(request)
+                return await hub_of(request).real.forward(request)
+            except _Refused as refused:
+                return refused.response()
+            except HubUnavailable as error:
+                return _Refused(error.code, str(error), status=error.status).response()
 
-    @routes.get("/api/models/{model_id:path}/revision/{revision}")
-    async def model_at_revision(model_id: str, revision: str, asked: Annotated[_Asked, Query()]) -> Response:
-        """What a model holds, at ``main`` or at its sha."""
-        snapshot = await _snapshot(models, model_id, revision)
-        info = await asyncio.to_thread(_model_info, model_id, snapshot, asked.blobs)
-        return JSONResponse(_expanded(info, asked.expand), headers=snapshot.headers)
+        return handle
 
-    @routes.get("/api/models/{model_id:path}")
-    async def model(model_id: str, asked: Annotated[_Asked, Query()]) -> Response:
-        """What a model holds."""
-        return await model_at_revision(model_id, _MAIN, asked)
 
-    @routes.head("/{model_id:path}/resolve/{revision}/{file:path}", include_in_schema=False)
-    @routes.get("/{model_id:path}/resolve/{revision}/{file:path}")
-    async def resolve(model_id: str, revision: str, file: str, download: bool = False) -> Response:
-        """One file of a model; ``Range`` is honoured. With ``download`` a browser stores it."""
-        snapshot = await _snapshot(models, model_id, revision)
-        if file not in snapshot.files:
-            raise _Refused("EntryNotFound", "no such file", snapshot.headers)
-        await asyncio.to_thread(check_file, snapshot.folder, file)
-        etag = await asyncio.to_thread(_etag, snapshot.folder / file)
-        headers = {**snapshot.headers, "ETag": f'"{etag}"'}
-        return FileResponse(snapshot.folder / file, headers=headers, filename=Path(file).name if download else None)
+async def _is_served(request: Request) -> bool:
+    own = request.path_params.get("model_id")
+    ids = served_ids(request.path_params["path"]) if own is None else [own]
+    return any([await hub_of(request).models.folder(id) is not None for id in ids])
 
-    @routes.head("/{path:path}", include_in_schema=False)
-    @routes.get("/{path:path}", summary="Anything else of the real hub.")
-    @routes.post("/{path:path}", summary="Anything else of the real hub.")
-    async def rest(path: str) -> Response:
-        """Handed on to the hub that `--hub-url` names, unless it is about a model that is served here."""
-        raise _Refused("EntryNotFound", f"/{path}: of a served model there are its information, its tree and its files")
 
-    return routes
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": HubError | ErrorV1, "description": "Not served"}}
+
+router = APIRouter(prefix="/hf", tags=["hub"], route_class=_HubRoute, responses=_ERRORS)
+"""What is not of the models that are served here is asked of the real hub. An id has one segment or more."""
+
+
+@router.get("/api/models/{model_id:path}/tree/{revision}")
+async def tree(model_id: str, revision: str, hub: HubOf, recursive: bool = False, expand: bool = False) -> Response:
+    """The files of a model: all of them either way, as it has no folders, and all that is known of each."""
+    snapshot = await _snapshot(hub.models, model_id, revision)
+    return JSONResponse(await asyncio.to_thread(_entries, snapshot), headers=snapshot.headers)
+
+
+@router.get("/api/models/{model_id:path}/tree/{revision}/{folder:path}")
+async def subtree(
+    model_id: str, revision: str, folder: str, hub: HubOf, recursive: bool = False, expand: bool = False
+) -> Response:
+    """Always EntryNotFound: a served model has no folders."""
+    snapshot = await _snapshot(hub.models, model_id, revision)
+    raise _Refused("EntryNotFound", "no such folder", snapshot.headers)
+
+
+@router.get("/api/models/{model_id:path}/revision/{revision}")
+async def model_at_revision(model_id: str, revision: str, asked: Annotated[_Asked, Query()], hub: HubOf) -> Response:
+    """What a model holds, at ``main`` or at its sha."""
+    snapshot = await _snapshot(hub.models, model_id, revision)
+    info = await asyncio.to_thread(_model_info, model_id, snapshot, asked.blobs)
+    return JSONResponse(_expanded(info, asked.expand), headers=snapshot.headers)
+
+
+@router.get("/api/models/{model_id:path}")
+async def model(model_id: str, asked: Annotated[_Asked, Query()], hub: HubOf) -> Response:
+    """What a model holds."""
+    return await model_at_revision(model_id, _MAIN, asked, hub)
+
+
+@router.head("/{model_id:path}/resolve/{revision}/{file:path}", include_in_schema=False)
+@router.get("/{model_id:path}/resolve/{revision}/{file:path}")
+async def resolve(model_id: str, revision: str, file: str, hub: HubOf, download: bool = False) -> Response:
+    """One file of a model; ``Range`` is honoured. With ``download`` a browser stores it."""
+    snapshot = await _snapshot(hub.models, model_id, revision)
+    if file not in snapshot.files:
+        raise _Refused("EntryNotFound", "no such file", snapshot.headers)
+    await asyncio.to_thread(check_file, snapshot.folder, file)
+    etag = await asyncio.to_thread(_etag, snapshot.folder / file)
+    headers = {**snapshot.headers, "ETag": f'"{etag}"'}
+    return FileResponse(snapshot.folder / file, headers=headers, filename=Path(file).name if download else None)
+
+
+@router.head("/{path:path}", include_in_schema=False)
+@router.get("/{path:path}", summary="Anything else of the real hub.")
+@router.post("/{path:path}", summary="Anything else of the real hub.")
+async def rest(path: str) -> Response:
+    """Handed on to the hub that `--hub-url` names, unless it is about a model that is served here."""
+    raise _Refused("EntryNotFound", f"/{path}: of a served model there are its information, its tree and its files")
 
 
 async def _snapshot(models: HubModels, model_id: str, revision: str) -> _Snapshot:

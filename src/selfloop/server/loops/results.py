@@ -1,12 +1,21 @@
-"""Stored results in the shapes that the Loops client reads."""
+"""Stored results in the shapes that the Loops client reads, and how long it waits for them."""
 
 import math
+import random
 
 from selfloop.types.datum import Tensor
 from selfloop.types.ids import RunId
 from selfloop.types.result import InitResult, LoadResult, LossResult, SaveResult, StepResult, result_decoder
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
+
+# How long a long poll is held, at least and at most: the client reads for 35 s.
+_POLL_HOLD_S = (20.0, 30.0)
+
+
+def poll_hold_s() -> float:
+    """How long to hold this long poll; differs, so that those that came together do not end together."""
+    return random.uniform(*_POLL_HOLD_S)
 
 
 def render(stored: bytes, run_id: str) -> dict[str, object]:

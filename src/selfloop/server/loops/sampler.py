@@ -11,14 +11,13 @@ from selfloop.control.sampling.durable_queue import Drawn, Failed
 from selfloop.control.sampling.idempotency import Answer
 from selfloop.control.sampling.recorded import sequence_id
 from selfloop.control.sampling.service import Draw
-from selfloop.server.errors import body_of
 from selfloop.server.loops import validate, wire
-from selfloop.server.middleware.body_limit import poll_hold_s, read_body
-from selfloop.server.middleware.guard import caller_of
-from selfloop.server.middleware.polls import Poll
-from selfloop.server.openapi import json_answer
-from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.loops.results import poll_hold_s
+from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
+from selfloop.server.shared.body import read_body
 from selfloop.server.shared.connection import while_connected
+from selfloop.server.shared.dialect import Poll
+from selfloop.server.shared.errors import body_of
 from selfloop.server.shared.sampling import (
     MAX_SAMPLES,
     MAX_TOP_LOGPROBS,
@@ -43,7 +42,7 @@ router = APIRouter(prefix="/loops/samplers/{sampler_id}", tags=["loops sampler"]
 _RESPOND_ASYNC = "respond-async"
 
 
-@router.post("/sample", responses={202: json_answer(wire.Acceptance, "Accepted: it survives any crash")})
+@router.post("/sample", responses={202: wire.SCHEMAS.json_answer(wire.Acceptance, "Accepted: it survives any crash")})
 async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Draw completions: answered when they are drawn, or queued (202) on serverless capacity and by request."""
     raw = await read_body(request)
@@ -76,7 +75,9 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     return Response(answered.content, media_type="application/json", headers=headers)
 
 
-@router.get("/operations/{operation_id}", responses={200: json_answer(wire.OutcomeAnswer, "Done, or failed")})
+@router.get(
+    "/operations/{operation_id}", responses={200: wire.SCHEMAS.json_answer(wire.OutcomeAnswer, "Done, or failed")}
+)
 async def operation(sampler_id: str, operation_id: str, caller: CallerOf, control: ControlOf) -> Response:
     """The outcome of a queued sample, held for up to 30 s; 408 with the reason while there is none."""
     await control.samplers.check_access(caller, sampler_id)

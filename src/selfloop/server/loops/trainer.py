@@ -11,15 +11,12 @@ from selfloop.control.queue.journal import Submission
 from selfloop.control.queue.operations import Pending, checked_operation_id
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.runs import Run
-from selfloop.server.errors import body_of
 from selfloop.server.loops import validate, wire
-from selfloop.server.loops.results import render
-from selfloop.server.middleware.body_limit import poll_hold_s, read_body
-from selfloop.server.middleware.guard import caller_of
-from selfloop.server.middleware.polls import Poll
-from selfloop.server.openapi import json_answer, json_body
-from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
-from selfloop.server.shared.offload import off_loop
+from selfloop.server.loops.results import poll_hold_s, render
+from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
+from selfloop.server.shared.body import off_loop, read_body
+from selfloop.server.shared.dialect import Poll
+from selfloop.server.shared.errors import body_of
 from selfloop.server.shared.provenance import Known
 from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place
 from selfloop.types.datum import Datum
@@ -56,8 +53,8 @@ router = APIRouter(prefix="/loops/runs/{run_id}", tags=["loops trainer"], route_
 
 def _takes(body: type[wire.RunBody]) -> dict[str, Any]:
     """What the document says of a route that takes an operation."""
-    accepted = json_answer(wire.Acceptance, "Accepted: it survives any crash")
-    return {"status_code": 202, "responses": {202: accepted}, "openapi_extra": json_body(body)}
+    accepted = wire.SCHEMAS.json_answer(wire.Acceptance, "Accepted: it survives any crash")
+    return {"status_code": 202, "responses": {202: accepted}, "openapi_extra": wire.SCHEMAS.json_body(body)}
 
 
 async def run_of(request: Request, run_id: str, caller: CallerOf, control: ControlOf) -> Run:
@@ -146,7 +143,9 @@ async def load_state_with_optimizer(request: Request, run: RunOf, control: Contr
     return await _load(request, run, control, with_optimizer=True)
 
 
-@router.get("/operations/{operation_id}", responses={200: json_answer(wire.OutcomeAnswer, "Done, or failed")})
+@router.get(
+    "/operations/{operation_id}", responses={200: wire.SCHEMAS.json_answer(wire.OutcomeAnswer, "Done, or failed")}
+)
 async def operation(operation_id: str, run: RunOf, control: ControlOf) -> Response:
     """The outcome, held for up to 30 s; 408 with the reason while there is none."""
     control.lifecycle.touch(run.deployment_id)

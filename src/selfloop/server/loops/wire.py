@@ -5,6 +5,10 @@ from typing import Any, Literal
 import msgspec
 
 from selfloop.server.shared.sampling import PenaltyFields, StructuredOutputs
+from selfloop.server.shared.schemas import Schemas
+
+SCHEMAS = Schemas()
+"""The structs of this dialect that the OpenAPI document shows."""
 
 Number = int | float | None
 
@@ -135,3 +139,7 @@ class OutcomeAnswer(msgspec.Struct, frozen=True):
     result: dict[str, Any] | None = None
     error: str | None = None
     error_class: str | None = None
+
+
+OUTCOME = SCHEMAS.json_answer(OutcomeAnswer, "Done, or failed")
+"""What the document says of a poll's answer."""

@@ -11,8 +11,8 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from selfloop.server.errors import body_for
 from selfloop.server.middleware.strangers import Strangers
+from selfloop.server.shared.dialect import Dialects
 
 HEAD_PATIENCE_S = 30.0
 """How long the head of a request may take to come, from the connection or from its first byte."""
@@ -127,6 +127,11 @@ class PatientConnection(HttpToolsProtocol):
             self.transport.close()
 
     @property
+    def _dialects(self) -> Dialects:
+        app: Any = self.config.app
+        return app.state.dialects
+
+    @property
     def _address(self) -> str:
         return self.client[0] if self.client else ""
 
@@ -139,7 +144,7 @@ class PatientConnection(HttpToolsProtocol):
         if cycle is None or cycle.response_complete:
             status, reason, message = refusal
             path = getattr(self, "url", b"")[:1000].partition(b"?")[0].decode("latin-1")
-            body = msgspec.json.encode(body_for(path, status, message, reason))
+            body = msgspec.json.encode(self._dialects.of(path).errors.plain_body(status, message, reason))
             head = (
                 f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
                 "x-content-type-options: nosniff\r\n\r\n"

@@ -9,8 +9,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.control.gateway import Control
-from selfloop.server.errors import body_for
-from selfloop.server.middleware.guard import authenticated_key, given_key
+from selfloop.server.shared.auth import authenticated_key, given_key
+from selfloop.server.shared.dialect import dialect_of
 from selfloop.types.errors import Denied
 
 # No page may frame, guess the type of, or pass on the address (a signed link) of what is here; no page may run here.
@@ -59,7 +59,7 @@ class LocalNames:
             is_ours = name is not None and (name in self._names or is_local(name))
             if not is_ours and not await self._has_key(headers):
                 message = f"this server is of its own machine alone, not {host[:100]!r}; see --public-url"
-                body = body_for(scope["path"], 421, message, "MISDIRECTED")
+                body = dialect_of(scope).errors.plain_body(421, message, "MISDIRECTED")
                 await JSONResponse(body, 421)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

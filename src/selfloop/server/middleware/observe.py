@@ -6,11 +6,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.control.gateway import Control
 from selfloop.control.observe import instruments, tracing
+from selfloop.server.shared.dialect import dialect_of
 from selfloop.types import logline
 
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 # Answers that say nothing of a deployment: no key, or none that may; not yours; not yet; too fast.
 _UNCOUNTED = {401, 403, 404, 408, 429}
+_KINDS = {"run_id": "runs", "sampler_id": "samplers"}
 
 
 class Observed:
@@ -25,7 +27,9 @@ class Observed:
             await self._app(scope, receive, send)
             return
         method, path = str(scope["method"]), str(scope["path"])
-        is_poll = method == "GET" and "/operations/" in path
+        dialect = dialect_of(scope)
+        is_poll = dialect.poll_of(method, path) is not None
+        ids = {name: id[:64] for name, id in dialect.ids(path).items()}
         status, route, started = 500, "unmatched", time.perf_counter()
 
         async def noting(message: Message) -> None:
@@ -37,7 +41,6 @@ class Observed:
         if is_poll:
             instruments.WAITING_POLLS.inc()
         try:
-            ids = _ids(path)
             with tracing.request_span(method, scope["headers"]) as span:
                 with logline.bound(logline.Scope(trace_id=tracing.trace_id(), **ids)):
                     try:
@@ -56,16 +59,6 @@ class Observed:
             instruments.REQUEST_SECONDS.labels(known, route).observe(seconds)
             if is_poll:
                 instruments.WAITING_POLLS.dec()
-        if method == "POST" and status >= 400 and status not in _UNCOUNTED and path.startswith("/loops/"):
-            kind, id = path.split("/", 4)[2:4]
-            self._control.observations.refused(kind, id, status, seconds)
-
-
-def _ids(path: str) -> dict[str, str]:
-    """The run or sampler that a path of the data plane is about."""
-    parts = path.split("/", 4)
-    if len(parts) < 5 or parts[1] != "loops":
-        return {}
-    if parts[2] == "runs":
-        return {"run_id": parts[3][:64]}
-    return {"sampler_id": parts[3][:64]} if parts[2] == "samplers" else {}
+        if method == "POST" and status >= 400 and status not in _UNCOUNTED and ids:
+            ((name, id),) = ids.items()
+            self._control.observations.refused(_KINDS[name], id, status, seconds)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from selfloop.server.errors import openai_body_of
 from selfloop.server.openai import responses_wire as wire
+from selfloop.server.openai.errors import ERRORS
 from selfloop.server.openai.logprobs import Grown
 from selfloop.server.openai.wire import ErrorAnswer
 from selfloop.server.shared.events import frame
@@ -67,7 +67,7 @@ class ResponseAnswer:
 
     def error(self, error: SelfloopError) -> bytes:
         """The last event of a stream that fails."""
-        told = msgspec.convert(openai_body_of(error), ErrorAnswer).error
+        told = msgspec.convert(ERRORS.body(error), ErrorAnswer).error
         return self._event("error", code=told.code, message=told.message, param=told.param)
 
     def _items(self, grown: Grown) -> Iterator[bytes]:

@@ -14,8 +14,8 @@ from selfloop.server.openai.params import draw_of
 from selfloop.server.openai.responses import Conversation, chat_of
 from selfloop.server.openai.responses_answers import ResponseAnswer
 from selfloop.server.openai.sampling import as_asked, checked_max_tokens
+from selfloop.server.shared.body import off_loop
 from selfloop.server.shared.connection import EventStream, while_connected
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, weights_of
 from selfloop.server.shared.served_models import Target
 from selfloop.types.errors import BadRequest, SelfloopError

@@ -3,22 +3,21 @@
 from typing import TypeVar
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.openai import responses_wire, tokens, wire
 from selfloop.server.openai.models import entry, listed, pinned_by
 from selfloop.server.openai.responses_sampling import responses_answer
 from selfloop.server.openai.sampling import chat_answer, completion_answer
-from selfloop.server.openapi import json_answer, json_body
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
-from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.dialect import Mount
 from selfloop.server.shared.sampling import SamplerOf, check_identity, refuse_idempotency_key
 from selfloop.server.shared.served_models import Target, target_of
 from selfloop.types.errors import BadRequest
@@ -26,19 +25,20 @@ from selfloop.types.errors import BadRequest
 B = TypeVar("B", bound=msgspec.Struct)
 
 _SAMPLER = "/loops/samplers/{sampler_id}"
-_ERRORS = {"4XX": json_answer(wire.ErrorAnswer, "Refused, or not yet")}
+_ERRORS = {"4XX": wire.SCHEMAS.json_answer(wire.ErrorAnswer, "Refused, or not yet")}
 
 router = APIRouter(prefix="/v1", tags=["openai"], responses={**_ERRORS})
 beside = APIRouter(tags=["openai"], responses={**_ERRORS})
 whole = APIRouter(prefix="/oai/api", tags=["openai"], responses={**_ERRORS})
 
 
-def mount(app: FastAPI) -> None:
-    """Serve the whole server, and every sampler; these also below ``/sync``, where the hosted service has them."""
-    app.include_router(router, prefix=_SAMPLER)
-    app.include_router(beside, prefix=_SAMPLER)
-    app.include_router(router, prefix=f"{_SAMPLER}/sync", include_in_schema=False)
-    app.include_router(whole)
+# Each sampler also below ``/sync``, where the hosted service has them.
+MOUNTS = (
+    Mount(router, _SAMPLER),
+    Mount(beside, _SAMPLER),
+    Mount(router, f"{_SAMPLER}/sync", in_schema=False),
+    Mount(whole),
+)
 
 
 # -- a sampler --------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ async def model(model: str, sampler: SamplerOf, caller: CallerOf, control: Contr
     return entry(model, sampler.created_at, sampler.base_model if is_adapter else None)
 
 
-@router.post("/chat/completions", openapi_extra=json_body(wire.ChatBody))
+@router.post("/chat/completions", openapi_extra=wire.SCHEMAS.json_body(wire.ChatBody))
 async def chat_completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation in the model's own chat template, whole or streamed."""
     body = await _body(request, wire.ChatBody)
@@ -65,7 +65,7 @@ async def chat_completions(request: Request, sampler: SamplerOf, caller: CallerO
     return await chat_answer(request, body, target, caller, control)
 
 
-@router.post("/completions", openapi_extra=json_body(wire.CompletionBody))
+@router.post("/completions", openapi_extra=wire.SCHEMAS.json_body(wire.CompletionBody))
 async def completions(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids, whole or streamed."""
     body = await _body(request, wire.CompletionBody)
@@ -73,7 +73,7 @@ async def completions(request: Request, sampler: SamplerOf, caller: CallerOf, co
     return await completion_answer(request, body, target, caller, control)
 
 
-@router.post("/responses", openapi_extra=json_body(responses_wire.ResponsesBody))
+@router.post("/responses", openapi_extra=wire.SCHEMAS.json_body(responses_wire.ResponsesBody))
 async def responses(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Answer an input as a response that is not kept, whole or streamed."""
     body = await _body(request, responses_wire.ResponsesBody)
@@ -81,7 +81,7 @@ async def responses(request: Request, sampler: SamplerOf, caller: CallerOf, cont
     return await responses_answer(request, body, target, caller, control)
 
 
-@beside.post("/tokenize", openapi_extra=json_body(wire.TokenizeBody))
+@beside.post("/tokenize", openapi_extra=wire.SCHEMAS.json_body(wire.TokenizeBody))
 async def tokenize(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The tokens of a prompt, or of messages in the model's own chat template."""
     body = await _body(request, wire.TokenizeBody)
@@ -89,7 +89,7 @@ async def tokenize(request: Request, sampler: SamplerOf, caller: CallerOf, contr
     return await tokens.tokenized(request, body, target.sampler, control)
 
 
-@beside.post("/detokenize", openapi_extra=json_body(wire.DetokenizeBody))
+@beside.post("/detokenize", openapi_extra=wire.SCHEMAS.json_body(wire.DetokenizeBody))
 async def detokenize(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The text of tokens."""
     body = await _body(request, wire.DetokenizeBody)
@@ -127,14 +127,14 @@ async def server_model(model: str, caller: CallerOf, control: ControlOf) -> dict
     return entry(model, meant.created_at, None if meant.path is None else meant.base_model)
 
 
-@whole.post("/v1/chat/completions", openapi_extra=json_body(wire.ChatBody))
+@whole.post("/v1/chat/completions", openapi_extra=wire.SCHEMAS.json_body(wire.ChatBody))
 async def server_chat_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Answer a conversation with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.ChatBody)
     return await chat_answer(request, body, await target_of(request, body.model, caller, control), caller, control)
 
 
-@whole.post("/v1/completions", openapi_extra=json_body(wire.CompletionBody))
+@whole.post("/v1/completions", openapi_extra=wire.SCHEMAS.json_body(wire.CompletionBody))
 async def server_completions(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Continue texts or token ids with a base model or a checkpoint, whole or streamed."""
     body = await _body(request, wire.CompletionBody)
@@ -142,7 +142,7 @@ async def server_completions(request: Request, caller: CallerOf, control: Contro
     return await completion_answer(request, body, target, caller, control)
 
 
-@whole.post("/v1/responses", openapi_extra=json_body(responses_wire.ResponsesBody))
+@whole.post("/v1/responses", openapi_extra=wire.SCHEMAS.json_body(responses_wire.ResponsesBody))
 async def server_responses(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Answer an input with a base model or a checkpoint, as a response that is not kept, whole or streamed."""
     body = await _body(request, responses_wire.ResponsesBody)
@@ -150,7 +150,7 @@ async def server_responses(request: Request, caller: CallerOf, control: ControlO
     return await responses_answer(request, body, target, caller, control)
 
 
-@whole.post("/tokenize", openapi_extra=json_body(wire.TokenizeBody))
+@whole.post("/tokenize", openapi_extra=wire.SCHEMAS.json_body(wire.TokenizeBody))
 async def server_tokenize(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The tokens of a prompt, or of messages in the model's own chat template."""
     body = await _body(request, wire.TokenizeBody)
@@ -158,7 +158,7 @@ async def server_tokenize(request: Request, caller: CallerOf, control: ControlOf
     return await tokens.tokenized(request, body, target.sampler, control)
 
 
-@whole.post("/detokenize", openapi_extra=json_body(wire.DetokenizeBody))
+@whole.post("/detokenize", openapi_extra=wire.SCHEMAS.json_body(wire.DetokenizeBody))
 async def server_detokenize(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """The text of tokens."""
     body = await _body(request, wire.DetokenizeBody)

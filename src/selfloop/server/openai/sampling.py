@@ -12,15 +12,15 @@ from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw, Weights
-from selfloop.server.errors import openai_body_of
 from selfloop.server.openai import wire
 from selfloop.server.openai.answers import ChatChoice, CompletionChoice, Echo, Head, Json, usage
 from selfloop.server.openai.chat import chat_request
 from selfloop.server.openai.completions import CompletionRequest, completion_request
+from selfloop.server.openai.errors import ERRORS
 from selfloop.server.openai.params import Asked, draw_of
+from selfloop.server.shared.body import off_loop
 from selfloop.server.shared.connection import EventStream, while_connected
 from selfloop.server.shared.events import DONE, frame, merged
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, room_for, weights_of, within
 from selfloop.server.shared.served_models import Target
 from selfloop.types.errors import BadRequest, SelfloopError
@@ -254,7 +254,7 @@ async def _streamed(
                 if event is None:
                     break
         except SelfloopError as error:
-            yield frame(openai_body_of(as_asked(error, asked) if isinstance(error, BadRequest) else error))
+            yield frame(ERRORS.body(as_asked(error, asked) if isinstance(error, BadRequest) else error))
             return
         if chunks.with_usage:
             yield chunks.usage(sum(len(draw.prompt) for draw in draws), num_cached, num_drawn)

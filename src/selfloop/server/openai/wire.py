@@ -9,6 +9,10 @@ from typing import Any, Literal
 import msgspec
 
 from selfloop.server.shared.sampling import PenaltyFields, StructuredOutputs
+from selfloop.server.shared.schemas import Schemas
+
+SCHEMAS = Schemas("OpenAI")
+"""The structs of this dialect that the OpenAPI document shows."""
 
 Unserved = Any
 Label = dict[str, Any] | None

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import Request
 from msgspec import inspect
 
-from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.body import off_loop
 from selfloop.types.errors import BadRequest
 
 T = TypeVar("T")

@@ -22,9 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from selfloop.control.resources.runs import Run
-from selfloop.server.middleware.body_limit import MAX_BODY_BYTES, RequestBody
 from selfloop.server.shared.auth import control_of
-from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.body import MAX_BODY_BYTES, RequestBody, off_loop
 from selfloop.types.errors import NotReady, SelfloopError, WorkerLost
 
 # How much of a body that is too large is looked through.

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from selfloop.server.shared.call_grammar import CLOSE, OPEN, Signature, calls_in_text, calls_or_json, one_call
-from selfloop.server.shared.chat_template import has_variable
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import StructuredOutput
@@ -266,3 +265,8 @@ class CallReader:
 def _overlap(text: str, tag: str) -> int:
     """Length of the longest end of ``text`` that begins ``tag``."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+
+
+def has_variable(template: str | None, name: str) -> bool:
+    """Whether a chat template, which the worker alone runs, names a variable; a model without one has none."""
+    return template is not None and re.search(rf"\b{name}\b", template) is not None

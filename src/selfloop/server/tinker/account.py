@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request, Response
 from selfloop.control.observe.billing import GIGABYTE, HOURS_A_MONTH, AuditEvent, BillingEvent, Prices, project_of
 from selfloop.control.observe.usage import HOUR_S
 from selfloop.control.resources.sessions import details_of
-from selfloop.server.middleware.body_limit import read_body
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import read_body
 from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.runs import rfc3339

@@ -8,9 +8,8 @@ from fastapi import APIRouter, Header, Request, Response
 from selfloop.control.data_dir.signed_urls import LINK_LIFE_S
 from selfloop.control.resources.checkpoints.sharing import Address, CopyRequest
 from selfloop.control.resources.listings import CheckpointSearch
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
@@ -49,7 +48,7 @@ async def unpublish(run_id: str, kind: str, name: str, caller: CallerOf, control
     return Response(status_code=204)
 
 
-@router.put(_CHECKPOINT + "/ttl", status_code=204, openapi_extra=json_body(wire.SetTtl))
+@router.put(_CHECKPOINT + "/ttl", status_code=204, openapi_extra=wire.SCHEMAS.json_body(wire.SetTtl))
 async def set_ttl(
     run_id: str, kind: str, name: str, request: Request, caller: CallerOf, control: ControlOf
 ) -> Response:
@@ -75,7 +74,7 @@ async def external_weights_urls(
     return {"urls": urls, "expires": rfc3339(until)}
 
 
-@router.post("/checkpoints/search", openapi_extra=json_body(wire.SearchCheckpoints))
+@router.post("/checkpoints/search", openapi_extra=wire.SCHEMAS.json_body(wire.SearchCheckpoints))
 async def search_checkpoints(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Checkpoints of the caller's team that match, newest first."""
     body = decode(await read_body(request), wire.SearchCheckpoints)
@@ -103,7 +102,7 @@ async def search_checkpoints(request: Request, caller: CallerOf, control: Contro
     return {"checkpoints": [checkpoint(row) for row in found], "next_cursor": cursor}
 
 
-@router.post("/weights_info", openapi_extra=json_body(wire.WeightsInfo))
+@router.post("/weights_info", openapi_extra=wire.SCHEMAS.json_body(wire.WeightsInfo))
 async def weights_info(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """What a checkpoint adapts."""
     body = decode(await read_body(request), wire.WeightsInfo)
@@ -120,7 +119,7 @@ async def weights_info(request: Request, caller: CallerOf, control: ControlOf) -
     }
 
 
-@router.post("/copy_weights", openapi_extra=json_body(wire.CopyWeights))
+@router.post("/copy_weights", openapi_extra=wire.SCHEMAS.json_body(wire.CopyWeights))
 async def copy_weights(
     request: Request,
     caller: CallerOf,

@@ -8,11 +8,9 @@ from fastapi import APIRouter, Request
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.tinker import futures, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.custom_loss import CustomLoss
@@ -26,7 +24,7 @@ _MAX_BYTES = 2**20
 _ID = re.compile(r"([a-z0-9]{7}):loss:(0|[1-9][0-9]{0,5})")
 
 
-@router.post("/create_custom_loss", openapi_extra=json_body(wire.CreateCustomLoss))
+@router.post("/create_custom_loss", openapi_extra=wire.SCHEMAS.json_body(wire.CreateCustomLoss))
 async def create_custom_loss(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """Keep a traced loss for the session's models; it is checked here, and nothing in it is ever executed as code."""
     raw = await read_body(request)

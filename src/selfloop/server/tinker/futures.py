@@ -11,14 +11,11 @@ from selfloop.control.queue.operations import Pending
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.access import Caller
 from selfloop.control.sampling.completions import Completion
-from selfloop.server.errors import body_of
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.middleware.guard import caller_of
-from selfloop.server.middleware.polls import Poll
-from selfloop.server.openapi import json_body
-from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
-from selfloop.server.shared.offload import off_loop
+from selfloop.server.shared.dialect import Poll
+from selfloop.server.shared.errors import body_of
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.server.tinker.results import render
@@ -70,7 +67,7 @@ def channel_of(sampler_id: str, seq: int) -> str:
     return f"{sampler_id}/{seq // _SEQS_OF_A_CLIENT}"
 
 
-@router.post("/retrieve_future", openapi_extra=json_body(wire.RetrieveFuture))
+@router.post("/retrieve_future", openapi_extra=wire.SCHEMAS.json_body(wire.RetrieveFuture))
 async def retrieve_future(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """The future's result, held for up to 30 s; 408 with the reason while there is none."""
     body = decode(await read_body(request), wire.RetrieveFuture)
@@ -89,7 +86,7 @@ async def retrieve_future(request: Request, caller: CallerOf, control: ControlOf
             return refusal(NotFound("request", body.request_id[:200]), _LOST)
 
 
-@router.post("/retrieve_futures", openapi_extra=json_body(wire.RetrieveFutures))
+@router.post("/retrieve_futures", openapi_extra=wire.SCHEMAS.json_body(wire.RetrieveFutures))
 async def retrieve_futures(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Which samples of one client ended since ``prev_cursor``, held for up to 30 s while there are none."""
     raw = await read_body(request)
@@ -110,7 +107,7 @@ def _completion(ended: Completion) -> dict[str, object]:
     return {"state": "finished", "request_id": ended.key, "response_payload_uncompressed_size": ended.size}
 
 
-@router.post("/cancel_future", openapi_extra=json_body(wire.CancelFuture))
+@router.post("/cancel_future", openapi_extra=wire.SCHEMAS.json_body(wire.CancelFuture))
 async def cancel_future(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """End a sample that nobody waits for; one that has ended, or was never asked for, is let be."""
     body = decode(await read_body(request), wire.CancelFuture)

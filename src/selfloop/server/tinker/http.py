@@ -8,9 +8,9 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from selfloop.control.gateway import Control
-from selfloop.server.errors import body_of, reason_of
-from selfloop.server.middleware.guard import authenticated_key
-from selfloop.server.openapi import ErrorV1
+from selfloop.server.shared.auth import authenticated_key
+from selfloop.server.shared.errors import body_of, reason_of
+from selfloop.server.shared.schemas import ErrorV1
 from selfloop.types.errors import (
     BadRequest,
     CheckpointDamaged,

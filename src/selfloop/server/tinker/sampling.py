@@ -8,11 +8,9 @@ from fastapi import APIRouter, Request
 from selfloop.control.gateway import Control
 from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.shared.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
@@ -29,7 +27,7 @@ _MAX_TOP = 128
 _MAX_STOPS = 1024
 
 
-@router.post("/create_sampling_session", openapi_extra=json_body(wire.CreateSamplingSession))
+@router.post("/create_sampling_session", openapi_extra=wire.SCHEMAS.json_body(wire.CreateSamplingSession))
 async def create_sampling_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """A sampler of a base model or of a checkpoint."""
     body = decode(await read_body(request), wire.CreateSamplingSession)
@@ -66,7 +64,7 @@ async def sampler_info(sampling_session_id: str, caller: CallerOf, control: Cont
     return info
 
 
-@router.post("/asample", openapi_extra=json_body(wire.Sample))
+@router.post("/asample", openapi_extra=wire.SCHEMAS.json_body(wire.Sample))
 async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Begin to draw; the samples are fetched by ``retrieve_future``."""
     raw = await read_body(request)
@@ -93,7 +91,7 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     }
 
 
-@router.post("/join_sampling_session", openapi_extra=json_body(wire.JoinSamplingSession))
+@router.post("/join_sampling_session", openapi_extra=wire.SCHEMAS.json_body(wire.JoinSamplingSession))
 async def join_sampling_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """A number of its own for a client that was copied, so that its requests differ from the others'."""
     body = decode(await read_body(request), wire.JoinSamplingSession)

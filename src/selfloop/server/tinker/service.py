@@ -5,11 +5,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.resources.sessions import SessionDetails
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import check_json, decode
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.tinker import wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
 from selfloop.types.errors import BadRequest, NotFound
@@ -40,14 +38,14 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.post("/client/config", openapi_extra=json_body(wire.Config))
+@router.post("/client/config", openapi_extra=wire.SCHEMAS.json_body(wire.Config))
 async def client_config(request: Request, caller: CallerOf) -> dict[str, object]:
     """The client's feature flags; all others are as they are by default."""
     decode(await read_body(request), wire.Config)
     return _FLAGS
 
 
-@router.post("/client/dynamic_config", openapi_extra=json_body(wire.Config))
+@router.post("/client/dynamic_config", openapi_extra=wire.SCHEMAS.json_body(wire.Config))
 async def dynamic_config(request: Request, caller: CallerOf) -> dict[str, object]:
     """The flags that the client asks for again and again."""
     decode(await read_body(request), wire.Config)
@@ -70,7 +68,7 @@ async def capabilities(caller: CallerOf, control: ControlOf) -> dict[str, object
     }
 
 
-@router.post("/create_session", openapi_extra=json_body(wire.CreateSession))
+@router.post("/create_session", openapi_extra=wire.SCHEMAS.json_body(wire.CreateSession))
 async def create_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """Open a session; what it tells of itself is kept with it."""
     raw = await read_body(request)
@@ -91,7 +89,7 @@ async def create_session(request: Request, caller: CallerOf, control: ControlOf)
     return answer
 
 
-@router.post("/session_heartbeat", openapi_extra=json_body(wire.Heartbeat))
+@router.post("/session_heartbeat", openapi_extra=wire.SCHEMAS.json_body(wire.Heartbeat))
 async def session_heartbeat(request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """Whether the session lives; 410 ends the client's asking."""
     body = decode(await read_body(request), wire.Heartbeat)
@@ -104,7 +102,7 @@ async def session_heartbeat(request: Request, caller: CallerOf, control: Control
     return JSONResponse({"type": "session_heartbeat"})
 
 
-@router.post("/sessions/{session_id}/finish", openapi_extra=json_body(wire.Finish))
+@router.post("/sessions/{session_id}/finish", openapi_extra=wire.SCHEMAS.json_body(wire.Finish))
 async def finish(session_id: str, request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """End a session: the snapshots that belong to its samplers go, runs and named checkpoints stay."""
     body = decode(await read_body(request), wire.Finish)

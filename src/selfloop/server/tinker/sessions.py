@@ -8,9 +8,8 @@ from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.listings import NO_PROJECT, FoundSession, Page, SessionSearch
 from selfloop.control.resources.sessions import SILENT, Session, details_of
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
@@ -56,7 +55,7 @@ async def get_session(
     }
 
 
-@router.put("/sessions/{session_id}/project", status_code=204, openapi_extra=json_body(wire.AssignProject))
+@router.put("/sessions/{session_id}/project", status_code=204, openapi_extra=wire.SCHEMAS.json_body(wire.AssignProject))
 async def assign_project(session_id: str, request: Request, caller: CallerOf, control: ControlOf) -> Response:
     """A project is a word that sessions and their runs are listed by."""
     body = decode(await read_body(request), wire.AssignProject)
@@ -78,7 +77,7 @@ async def trace_export(session_id: str, request: Request, caller: CallerOf, cont
     return {"status": "ready", "url": f"{public_base(request)}/debug_archives/{file.archive_id}/{file.name}?{query}"}
 
 
-@router.post("/sessions/search", openapi_extra=json_body(wire.SearchSessions))
+@router.post("/sessions/search", openapi_extra=wire.SCHEMAS.json_body(wire.SearchSessions))
 async def search_sessions(request: Request, caller: CallerOf, control: ControlOf) -> Json:
     """Sessions of the caller's team that match, newest first."""
     body = decode(await read_body(request), wire.SearchSessions)

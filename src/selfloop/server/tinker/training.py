@@ -11,13 +11,11 @@ from selfloop.control.gateway import Control
 from selfloop.control.queue.journal import Submission
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.runs import Run, RunRequest
-from selfloop.server.middleware.body_limit import read_body
-from selfloop.server.middleware.guard import caller_of
-from selfloop.server.openapi import json_body, protobuf_body
-from selfloop.server.shared.auth import CallerOf, ControlOf, control_of
+from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
-from selfloop.server.shared.offload import off_loop
 from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place, plain_start
+from selfloop.server.shared.schemas import protobuf_body
 from selfloop.server.tinker import custom_losses, data, futures, names, provenance, schema, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
 from selfloop.server.tinker.service import strings
@@ -56,7 +54,7 @@ operations = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=_TinkerOpe
 Future = dict[str, str]
 
 
-@router.post("/create_model", openapi_extra=json_body(wire.CreateModel))
+@router.post("/create_model", openapi_extra=wire.SCHEMAS.json_body(wire.CreateModel))
 async def create_model(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A run with a fresh adapter."""
     body = decode(await read_body(request), wire.CreateModel)
@@ -76,7 +74,7 @@ async def create_model(request: Request, caller: CallerOf, control: ControlOf) -
     return futures.created(created.id, "create_model")
 
 
-@router.post("/get_info", openapi_extra=json_body(wire.Model))
+@router.post("/get_info", openapi_extra=wire.SCHEMAS.json_body(wire.Model))
 async def get_info(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """What a model is."""
     run = await _run(caller, control, decode(await read_body(request), wire.Model).model_id)
@@ -92,7 +90,7 @@ async def get_info(request: Request, caller: CallerOf, control: ControlOf) -> di
     }
 
 
-@router.post("/unload_model", openapi_extra=json_body(wire.Model))
+@router.post("/unload_model", openapi_extra=wire.SCHEMAS.json_body(wire.Model))
 async def unload_model(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """End a run; its checkpoints stay."""
     run = await _run(caller, control, decode(await read_body(request), wire.Model).model_id)
@@ -122,7 +120,7 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
     return await _accept(request, _Call(run, message.seq_id, kind, raw), build)
 
 
-@operations.post("/optim_step", openapi_extra=json_body(wire.OptimStep))
+@operations.post("/optim_step", openapi_extra=wire.SCHEMAS.json_body(wire.OptimStep))
 async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """One step of AdamW over the gradients since the last one."""
     raw = await read_body(request)
@@ -135,7 +133,7 @@ async def optim_step(request: Request, caller: CallerOf, control: ControlOf) -> 
     return await _accept(request, _Call(run, body.seq_id, "optim_step", raw), build)
 
 
-@operations.post("/save_weights", openapi_extra=json_body(wire.SaveWeights))
+@operations.post("/save_weights", openapi_extra=wire.SCHEMAS.json_body(wire.SaveWeights))
 async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to go on from."""
     raw = await read_body(request)
@@ -151,7 +149,7 @@ async def save_weights(request: Request, caller: CallerOf, control: ControlOf) -
     return await _accept(request, _Call(run, body.seq_id, "save_state", raw), build)
 
 
-@operations.post("/save_weights_for_sampler", openapi_extra=json_body(wire.SaveWeightsForSampler))
+@operations.post("/save_weights_for_sampler", openapi_extra=wire.SCHEMAS.json_body(wire.SaveWeightsForSampler))
 async def save_weights_for_sampler(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint to sample, under a name or for one sampling session alone."""
     raw = await read_body(request)
@@ -186,7 +184,7 @@ async def save_weights_for_sampler(request: Request, caller: CallerOf, control: 
     return await _accept(request, _Call(run, body.seq_id, "save_weights_for_sampler", raw), build)
 
 
-@operations.post("/save_weights_external", openapi_extra=json_body(wire.SaveWeightsExternal))
+@operations.post("/save_weights_external", openapi_extra=wire.SCHEMAS.json_body(wire.SaveWeightsExternal))
 async def save_weights_external(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """The adapter as files to download, encrypted if there are recipients."""
     raw = await read_body(request)
@@ -201,7 +199,7 @@ async def save_weights_external(request: Request, caller: CallerOf, control: Con
     return await _accept(request, _Call(run, body.seq_id, "save_weights_external", raw), build)
 
 
-@operations.post("/load_weights", openapi_extra=json_body(wire.LoadWeights))
+@operations.post("/load_weights", openapi_extra=wire.SCHEMAS.json_body(wire.LoadWeights))
 async def load_weights(request: Request, caller: CallerOf, control: ControlOf) -> Future:
     """A checkpoint's weights into a model, or into a new one."""
     raw = await read_body(request)

@@ -7,9 +7,8 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from selfloop.control.resources.checkpoints.uploads import UploadRequest
-from selfloop.server.middleware.body_limit import RequestBody, read_body
-from selfloop.server.openapi import json_body
 from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
+from selfloop.server.shared.body import RequestBody, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
@@ -23,7 +22,7 @@ public = APIRouter(tags=["tinker"])
 _WITH_HEADERS = (0, 40)
 
 
-@router.post("/external_weights_upload_start", openapi_extra=json_body(wire.UploadStart))
+@router.post("/external_weights_upload_start", openapi_extra=wire.SCHEMAS.json_body(wire.UploadStart))
 async def upload_start(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
     """A link to PUT each file of an adapter to: what `save_weights_external` writes for such a run."""
     body = decode(await read_body(request), wire.UploadStart)
@@ -38,7 +37,7 @@ async def upload_start(request: Request, caller: CallerOf, control: ControlOf) -
     return {"upload_id": upload.id, "urls": urls, "expires": rfc3339(upload.expires)}
 
 
-@router.post("/external_weights_upload_finish", openapi_extra=json_body(wire.UploadFinish))
+@router.post("/external_weights_upload_finish", openapi_extra=wire.SCHEMAS.json_body(wire.UploadFinish))
 async def upload_finish(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
     """Check the files and make them a checkpoint; asked again, the same one."""
     body = decode(await read_body(request), wire.UploadFinish)

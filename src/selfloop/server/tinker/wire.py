@@ -5,7 +5,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from selfloop.server.shared.schemas import Schemas
 from selfloop.types.custom_loss import LossInput, Node
+
+SCHEMAS = Schemas("Tinker")
+"""The structs of this dialect that the OpenAPI document shows."""
 
 
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -22,9 +22,9 @@ from selfloop.server.management.schemas.runs import (
     LoopsSessionV1,
 )
 from selfloop.server.management.schemas.samplers import NewestSamplerResponseV1, NewestWeightsV1
-from selfloop.server.openapi import code_samples
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import PagingOf, listed
+from selfloop.server.shared.schemas import code_samples
 
 router = APIRouter()
 

@@ -1,0 +1,64 @@
+"""An application asked without a socket, by paths and heads that no client would send."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from starlette.types import ASGIApp, Message, Scope
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def ask(
+    app: ASGIApp,
+    method: str,
+    path: str,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
+    query: bytes = b"",
+) -> Answer:
+    """What ``app`` answers to a request for ``path``, which is sent as it is, whatever characters it has."""
+    sent: list[Message] = []
+    is_sent = False
+
+    async def receive() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            await asyncio.Event().wait()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    given = {"host": "localhost", "content-length": str(len(body))}
+    given |= {name.lower(): value for name, value in (headers or {}).items()}
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query,
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 80),
+        "scheme": "http",
+        "root_path": "",
+        "state": {},
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        # The server's outermost handler answers, and hands the error on to the log.
+        assert sent, "raised without an answer"
+        if sent[0]["status"] != 500:
+            raise
+    start, *rest = sent
+    told = {name.decode(): value.decode() for name, value in start["headers"]}
+    return Answer(start["status"], told, b"".join(message.get("body", b"") for message in rest))
