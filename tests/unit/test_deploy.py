@@ -38,7 +38,7 @@ def _serve_options() -> set[str]:
 
 def _served_paths() -> set[str]:
     app = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None))
-    return {getattr(route, "path", "") for route in app.routes}
+    return set(app.openapi()["paths"])
 
 
 def _options(arguments: list[str]) -> dict[str, str]:
