@@ -72,8 +72,8 @@ def methods() -> str:
 
 
 def owners() -> str:
-    """Who owns each field and parameter that a client can send."""
-    rows = ["| client | what it says | owner here |", "| --- | --- | --- |"]
+    """The owner of each field and parameter that a client can send."""
+    rows = ["| client | field or parameter | owner here |", "| --- | --- | --- |"]
     for client, kinds in client_owners().items():
         fields = client_surface(client).get("fields", {})
         for model, owner in kinds.get("models", {}).items():
