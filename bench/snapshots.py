@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.harness import work
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.queue.snapshots import MAX_SHARE
 from selfloop.engine.engine import Engine
 from selfloop.types.operation import AdamParams
+from selfloop.types.settings import QueueSettings
 from selfloop.worker.serving.background import SnapshotWriter
 
 
@@ -67,7 +67,7 @@ def main() -> None:
 
         args.model_dir = embedded_model()
     engine = Engine.load(args.model_dir)
-    every_s = SchedulerConfig().snapshot_every_s
+    every_s = QueueSettings().snapshot_every_s
     for rank in args.ranks:
         found = costs(engine, rank, args.num, args.length)
         stall_s, cpu_s = (statistics.median(cost[i] for cost in found) for i in (0, 1))

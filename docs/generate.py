@@ -18,8 +18,10 @@ import typer
 from selfloop.cli.main import app as cli
 from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
-from selfloop.server.settings import Settings
 from selfloop.types.losses import LOSSES
+from selfloop.types.option_sources import by_table, load, to_toml
+from selfloop.types.options import leaves
+from selfloop.types.settings import Settings
 
 DOCS = Path(__file__).parent
 _ROUTE_TESTS = ("contract/*.py", "system/*.py", "unit/server/*.py", "clients/*.py", "fuzz/*.py")
@@ -136,12 +138,36 @@ def commands() -> str:
     """Every command with its arguments and options."""
     rows = ["| command | what it does |", "| --- | --- |"]
     details: list[str] = []
+    in_tree = {leaf.key for leaf in leaves(Settings)}
     for name, command in walk(typer.main.get_command(cli), "selfloop"):
         rows.append(f"| `{name}` | {first_line(command.help)} |")
         for parameter in command.params:
-            if parameter.name != "help":
+            if parameter.name != "help" and not (name == "selfloop serve" and parameter.name in in_tree):
                 details.append(f"| `{name}` | {_spelling(parameter)} | {_meaning(parameter)} |")
     return "\n".join([*rows, "", "| command | argument | meaning |", "| --- | --- | --- |", *details])
+
+
+def options(root: type[Any] = Settings) -> str:
+    """Every option of ``selfloop serve``, a table for each group."""
+    parts: list[str] = []
+    heading = ""
+    for leaf in by_table(leaves(root)):
+        if leaf.group.title != heading:
+            heading = leaf.group.title
+            table = f", in a file `[{leaf.group.table}]`" if leaf.group.table else ", in a file without a table"
+            parts += ["", f"**{heading}**{table}", "", "| option | environment | what it does | default | values |"]
+            parts.append("| --- | --- | --- | --- | --- |")
+        spelled = f"`{leaf.flag}`" if leaf.option.flag else f"`{leaf.key}`, never on the command line"
+        default = leaf.default_text if leaf.default is None else f"`{leaf.default_text}`"
+        parts.append(f"| {spelled} | `{leaf.env}` | {leaf.option.help} | {default or '-'} | {leaf.expected} |")
+    return "\n".join(parts[1:])
+
+
+def example_settings() -> str:
+    """A file for ``selfloop serve --config`` with every option and its default."""
+    head = "# For `selfloop serve --config`: every option with its default. One without a value stands as a comment."
+    made_by = "# docs/operations.md explains the file. Written by docs/generate.py."
+    return f"{head}\n{made_by}\n\n{to_toml(load(Settings, {}, {}, None), with_help=True)}"
 
 
 def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -177,7 +203,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "owners": owners,
     "losses": losses,
     "commands": commands,
+    "options": options,
 }
+FILES: dict[Path, Callable[[], str]] = {DOCS.parent / "deploy" / "selfloop.toml": example_settings}
 
 
 def generated(text: str) -> str:
@@ -190,9 +218,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
     check = parser.parse_args().check
     stale: list[str] = []
-    for page in sorted(DOCS.glob("*.md")):
-        before = page.read_text(encoding="utf-8")
-        after = generated(before)
+    for page in [*sorted(DOCS.glob("*.md")), *FILES]:
+        before = page.read_text(encoding="utf-8") if page.exists() else ""
+        after = FILES[page]() if page in FILES else generated(before)
         if before != after:
             stale.append(page.name)
             if not check:

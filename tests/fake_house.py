@@ -19,7 +19,7 @@ from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import identity
 from selfloop.control.queue.run_memory import RunMemories
-from selfloop.control.queue.scheduler import RunActor, SchedulerConfig
+from selfloop.control.queue.scheduler import RunActor
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
@@ -29,6 +29,7 @@ from selfloop.storage.db.tables import DeploymentRow, KeyRow, RunRow, SessionRow
 from selfloop.types.blob_ref import DATA
 from selfloop.types.operation import Operation, kind_of
 from selfloop.types.result import SaveResult
+from selfloop.types.settings import QueueSettings
 from stores import database_url
 
 RUN_ID = "run0001"
@@ -37,7 +38,7 @@ RUN_ID = "run0001"
 class FakeHouse:
     """``await FakeHouse.open(folder)`` is a gateway's start; ``crash()`` its death at any instant."""
 
-    def __init__(self, folder: Path, config: SchedulerConfig) -> None:
+    def __init__(self, folder: Path, config: QueueSettings) -> None:
         self.db = Database(database_url(folder))
         self.blobs = LocalBlobs(folder)
         self.store = LocalCheckpoints(self.blobs)
@@ -72,9 +73,9 @@ class FakeHouse:
 
     @classmethod
     async def open(
-        cls, folder: Path, config: SchedulerConfig | None = None, *, dies_at: int | None = None
+        cls, folder: Path, config: QueueSettings | None = None, *, dies_at: int | None = None
     ) -> "FakeHouse":
-        house = cls(folder, config or SchedulerConfig())
+        house = cls(folder, config or QueueSettings())
         house.lifecycle.dies_at = dies_at
         async with house.db.write() as session:
             if await queries_resources.run(session, RUN_ID) is None:

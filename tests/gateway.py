@@ -119,9 +119,9 @@ class Gateway:
 
     def hosts(self) -> list[psutil.Process]:
         """The processes that have a base model in memory, also those that the gateway before left."""
-        record = f"{self.data_dir}/workers/"
+        record = f'"record":"{self.data_dir}/workers/'
         # Their workers are forked from them, and have the same command line.
-        return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _host_arguments(p))]
+        return [p for p in psutil.process_iter() if any(record in part for part in _host_arguments(p))]
 
     def worker_pid(self) -> int:
         (pid,) = until(self.worker_pids, "there is a worker")

@@ -129,9 +129,9 @@ def serving(data_dir: Path, *options: str, program: Sequence[str] = SERVE) -> Ge
 
 def hosts_of(data_dir: Path) -> list[psutil.Process]:
     """By the record of themselves that they were told of."""
-    record = f"{data_dir}/workers/"
+    record = f'"record":"{data_dir}/workers/'
     # Their workers are forked from them, and have the same command line.
-    return [p for p in psutil.process_iter() if any(part.startswith(record) for part in _host_arguments(p))]
+    return [p for p in psutil.process_iter() if any(record in part for part in _host_arguments(p))]
 
 
 def children_of(process: psutil.Process) -> list[psutil.Process]:

@@ -7,23 +7,19 @@ writes a line per operation to DIR/times: its id and the moment (``time.monotoni
 """
 
 import argparse
-import dataclasses
 import os
 import signal
 import time
 from pathlib import Path
 
-from selfloop.control.gateway import ControlConfig
 from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.server import serve
-from selfloop.server.settings import Settings
 from selfloop.storage.db.tables import OperationRow
+from selfloop.types.settings import ControlSettings, QueueSettings, Settings
 
 ready_at: dict[str, float] = {}
 settled = Operations._completed
-plain = Settings.control.fget
 
 
 def noting(self: Operations, row: OperationRow, outcome: Outcome) -> None:
@@ -31,12 +27,7 @@ def noting(self: Operations, row: OperationRow, outcome: Outcome) -> None:
     settled(self, row, outcome)
 
 
-def patient(self: Settings) -> ControlConfig:
-    return dataclasses.replace(plain(self), scheduler=SchedulerConfig(gap_grace_s=3600.0))
-
-
 Operations._completed = noting  # type: ignore[method-assign]
-Settings.control = property(patient)  # type: ignore[assignment, method-assign]
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)
@@ -52,5 +43,11 @@ def write_times(_signal: int, _frame: object) -> None:
 
 
 signal.signal(signal.SIGUSR1, write_times)
-settings = Settings("127.0.0.1", options.port, options.data_dir, prepare=False)
-serve.serve(settings, os.environ["SELFLOOP_API_KEY"], lambda _made: None)
+settings = Settings(
+    "127.0.0.1",
+    options.port,
+    options.data_dir,
+    os.environ["SELFLOOP_API_KEY"],
+    control=ControlSettings(prepare=False, queue=QueueSettings(gap_grace_s=3600.0)),
+)
+serve.serve(settings, lambda _made: None)

@@ -18,7 +18,7 @@ from pathlib import Path
 import uvloop
 
 from selfloop.server import serve
-from selfloop.server.settings import Settings
+from selfloop.types.settings import ControlSettings, Settings
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)
@@ -48,5 +48,11 @@ def write_holds(_signal: int, _frame: object) -> None:
 asyncio.Handle._run = watched  # type: ignore[attr-defined]
 uvloop.run = asyncio.run  # type: ignore[assignment]
 signal.signal(signal.SIGUSR1, write_holds)
-settings = Settings("127.0.0.1", options.port, options.data_dir, prepare=False, database_url=options.database_url)
-serve.serve(settings, os.environ["SELFLOOP_API_KEY"], lambda _made: None)
+settings = Settings(
+    "127.0.0.1",
+    options.port,
+    options.data_dir,
+    os.environ["SELFLOOP_API_KEY"],
+    control=ControlSettings(options.database_url, prepare=False),
+)
+serve.serve(settings, lambda _made: None)

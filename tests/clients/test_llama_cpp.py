@@ -17,7 +17,7 @@ import gguf_models
 import tiny_models
 from selfloop.convert import adapters
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
+from selfloop.types.settings import EngineLimits
 
 SCRIPT = Path(__file__).parent / "scripts" / "llama_cpp_checks.py"
 IDS = tiny_models.random_ids(20, seed=3)

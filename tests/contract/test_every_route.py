@@ -13,8 +13,8 @@ from every_route import HANDED_ON, NAME, ROUTES, WORD, filled, owned, send
 from gateway import KEY, MODEL, Gateway, Json, ok, selfloop, until
 from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
-from selfloop.server.settings import Settings
 from selfloop.server.shared.query_parameters import Declared, declared_by
+from selfloop.types.settings import Settings
 
 _OF_TOKENS = ("/tokenize", "/detokenize", "/tokenizer_info")
 REVOKES_ITSELF = "DELETE /api/v1/auth/apikey/me"

@@ -16,7 +16,6 @@ from selfloop.engine.backends.torch.decoder import Decoder, positions_of
 from selfloop.engine.backends.torch.linear import Layout
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import load_base_weights
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.config import read_config
@@ -24,6 +23,7 @@ from selfloop.engine.sample.sampler import Row, draw
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 
 _FOUND = build.look()
 if isinstance(_FOUND, build.Lacking) and not _FOUND.remedy:

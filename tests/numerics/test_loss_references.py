@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_training_parity import disturb
 
 import tiny_models
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
+from selfloop.types.settings import EngineLimits
 
 Config = dict[str, float]
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
+from selfloop.types.settings import EngineLimits
 
 ADAM = AdamParams(learning_rate=1e-2)
 TARGETS = [LoraTargets(), LoraTargets(mlp=False), LoraTargets(attn=False), LoraTargets(unembed=True)]

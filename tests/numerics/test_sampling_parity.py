@@ -5,9 +5,9 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 
 
 def run_all(engine, *requests):

@@ -8,10 +8,10 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import tiny_models
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.operation import AdamParams
+from selfloop.types.settings import EngineLimits
 
 SEQUENCES = [tiny_models.random_ids(n, seed=n) for n in (12, 30, 7)]
 

@@ -9,9 +9,9 @@ import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows, PagePool
 from selfloop.engine.kv.prefix_cache import PrefixCache
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 
 NUM_PAGES = 12
 # Few tokens, so that texts begin alike.

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.types.operation import AdamParams, ForwardBackward, Operation, OptimStep
 from selfloop.types.result import Result
+from selfloop.types.settings import QueueSettings
 
 operations = st.lists(
     st.one_of(
@@ -32,10 +32,10 @@ events = st.lists(st.sampled_from(["", "", "retry", "kill worker", "kill gateway
 def test_every_operation_once_and_in_order(plan: list[Operation], order: object, what: list[str], every: float) -> None:
     arrival = list(range(1, len(plan) + 1))
     order.shuffle(arrival)  # type: ignore[attr-defined]
-    asyncio.run(_play(plan, arrival, what, SchedulerConfig(snapshot_every_s=every)))
+    asyncio.run(_play(plan, arrival, what, QueueSettings(snapshot_every_s=every)))
 
 
-async def _play(plan: list[Operation], arrival: list[int], what: list[str], config: SchedulerConfig) -> None:
+async def _play(plan: list[Operation], arrival: list[int], what: list[str], config: QueueSettings) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         house = await FakeHouse.open(folder, config)

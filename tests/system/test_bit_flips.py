@@ -19,7 +19,7 @@ import bit_flips
 import stores
 from gateway import Gateway, Json, Run, copy_data, datum, ok, until, words
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
+from selfloop.types.settings import EngineLimits
 
 NUM_FLIPS = int(os.environ.get("BIT_FLIPS", "60"))
 NUM_ON_SERVER = int(os.environ.get("BIT_FLIPS_ON_SERVER", "12"))

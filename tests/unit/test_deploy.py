@@ -15,7 +15,7 @@ import yaml
 from selfloop.cli.main import app as command_line
 from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
-from selfloop.server.settings import Settings
+from selfloop.types.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())

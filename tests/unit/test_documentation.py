@@ -19,7 +19,8 @@ from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
 from selfloop.server.loops import wire
 from selfloop.server.management import schemas
-from selfloop.server.settings import Settings
+from selfloop.types.options import leaves
+from selfloop.types.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -83,6 +84,7 @@ COMMANDS = {
         "--activation-memory",
         "--body-memory",
         "--capacity",
+        "--config",
         "--data-dir",
         "--database-url",
         "--deterministic",
@@ -97,11 +99,15 @@ COMMANDS = {
         "--key-open-requests",
         "--key-requests-per-second",
         "--log-format",
+        "--max-adapters",
+        "--max-kv-tokens",
         "--memory",
         "--metrics-public",
+        "--num-threads",
         "--operation-timeout",
         "--port",
         "--prepare",
+        "--print-config",
         "--public-url",
         "--serve-weights",
         "--serverless-max-rank",
@@ -113,6 +119,7 @@ COMMANDS = {
         "--store",
         "--tls-cert",
         "--tls-key",
+        "--train-token-budget",
         "--training-share",
         "--usd-per-gigabyte-month",
         "--usd-per-million-tokens",
@@ -151,6 +158,11 @@ def test_generated_parts_are_up_to_date(generator: ModuleType, name: str):
     assert generator.generated(page(name)) == page(name), "run `make docs`"
 
 
+def test_the_example_of_a_configuration_file_is_up_to_date(generator: ModuleType):
+    for path, content in generator.FILES.items():
+        assert path.read_text(encoding="utf-8") == content(), "run `make docs`"
+
+
 def test_every_option_is_documented():
     text = page("operations.md")
     for command, arguments in COMMANDS.items():
@@ -161,7 +173,8 @@ def test_every_option_is_documented():
 
 def test_every_environment_variable_is_documented():
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
-    for name in set(re.findall(r"\bSELFLOOP_[A-Z_]+", code)):
+    of_options = {leaf.env for leaf in leaves(Settings)}
+    for name in of_options | set(re.findall(r"\bSELFLOOP_[A-Z_]+", code)):
         assert f"`{name}`" in page("operations.md"), name
 
 

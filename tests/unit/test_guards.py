@@ -41,7 +41,7 @@ import psutil
 import selfloop.cli.doctor
 import selfloop.cli.main
 from selfloop.server.serve import run_gateway
-from selfloop.server.settings import Settings
+from selfloop.types.settings import Settings
 
 assert not HEAVY & sys.modules.keys(), ("imported", HEAVY & sys.modules.keys())
 
@@ -59,8 +59,8 @@ def ask():
     os.kill(os.getpid(), signal.SIGTERM)
 
 with tempfile.TemporaryDirectory() as folder:
-    settings = Settings("127.0.0.1", port, Path(folder))
-    asyncio.run(run_gateway(settings, "key", lambda made: threading.Thread(target=ask).start()))
+    settings = Settings("127.0.0.1", port, Path(folder), "key")
+    asyncio.run(run_gateway(settings, lambda made: threading.Thread(target=ask).start()))
 """
 
 

@@ -10,7 +10,6 @@ import typer
 from selfloop.cli import local
 from selfloop.control.data_dir import backup
 from selfloop.control.gateway import database_url, store_address
-from selfloop.server.settings import given_database_url, given_store
 from selfloop.types.errors import BadRequest
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the backup.")]
@@ -32,9 +31,9 @@ def make(
         source = local.resolve(data_dir)
         if not source.is_dir():
             raise BadRequest("--data-dir", f"a data directory; {source} is none")
-        store = store_address(given_store())
+        store = store_address(local.given("store"))
         with local.progress() as report:
-            made = backup.make_backup(source, database_url(source, given_database_url()), store, target, report)
+            made = backup.make_backup(source, database_url(source, local.given("database_url")), store, target, report)
     typer.echo(f"{target}: {made.num_files} files, {local.megabytes(made.size_bytes)}, checked.")
     for name, path in made.facts.models_outside.items():
         typer.echo(f"Not in it: the model {name} in {path}.", err=True)
@@ -71,7 +70,7 @@ def restore(
                     folder.expanduser().absolute(),
                     target,
                     report,
-                    database=given_database_url(),
+                    database=local.given("database_url"),
                     store=None if store is None else store_address(store),
                     take_over=take_over,
                 )

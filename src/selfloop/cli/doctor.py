@@ -24,7 +24,6 @@ import selfloop
 from selfloop.cli import client_env, engine_libraries, local
 from selfloop.control.gateway import database_url
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
-from selfloop.server.settings import given_database_url
 from selfloop.storage.db import migrate
 from selfloop.storage.db.address import is_sqlite, shown
 from selfloop.types.errors import BadRequest, Unavailable
@@ -238,7 +237,7 @@ def check_disk(data_dir: Path) -> Check:
 
 def check_database(data_dir: Path) -> Check:
     try:
-        url = database_url(data_dir, given_database_url())
+        url = database_url(data_dir, local.given("database_url"))
     except BadRequest as error:
         return Check("database", Verdict.PROBLEM, str(error), "set SELFLOOP_DATABASE_URL right, or unset it")
     where = shown(url)

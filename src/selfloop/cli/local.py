@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from rich import box
@@ -16,10 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from selfloop.cli.options import CONFIG_ENV
 from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, not_ready
 from selfloop.control.gateway import DataDirectory
-from selfloop.server.settings import default_data_dir, given_database_url, given_store
-from selfloop.types.errors import SelfloopError
+from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.option_sources import read_sources
+from selfloop.types.options import leaves
+from selfloop.types.settings import Settings
 
 T = TypeVar("T")
 
@@ -30,8 +33,21 @@ DataDir = Annotated[
 ]
 
 
+def given(key: str) -> Any:
+    """The value of an option of ``serve`` for the other commands: the environment's, or the configuration file's."""
+    leaf = next(leaf for leaf in leaves(Settings) if leaf.key == key)
+    file = os.environ.get(CONFIG_ENV)
+    try:
+        here = {leaf.env: os.environ.get(leaf.env, "")}
+        found = read_sources(leaves(Settings), {}, here, Path(file) if file else None)
+    except BadRequest as error:
+        complain(str(error))
+        raise typer.Exit(2) from None
+    return found[key].value if key in found else leaf.default
+
+
 def resolve(data_dir: Path | None) -> Path:
-    return (data_dir or default_data_dir()).expanduser().resolve()
+    return (data_dir or cast(Path, given("data_dir"))).expanduser().resolve()
 
 
 def table(*columns: str) -> Table:
@@ -102,7 +118,7 @@ async def opened(data_dir: Path | None) -> AsyncGenerator[DataDirectory]:
     # What is made here is for its user alone; what the command then writes elsewhere is as the user likes it.
     usual = os.umask(0o077)
     try:
-        data = DataDirectory(resolve(data_dir), given_database_url(), given_store())
+        data = DataDirectory(resolve(data_dir), given("database_url"), given("store"))
         try:
             await data.seed()
             os.umask(usual)

@@ -1,158 +1,97 @@
 """``selfloop serve``."""
 
 import os
-import re
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
 
 from selfloop.cli import engine_libraries, local
-from selfloop.control.capacity.placement import Capacity, Offered
-from selfloop.server.middleware.key_limits import Limits
-from selfloop.server.settings import Settings, default_data_dir
+from selfloop.cli.options import command_of
+from selfloop.types.errors import BadRequest
+from selfloop.types.option_sources import Loaded, load, to_toml
+from selfloop.types.options import leaves
+from selfloop.types.settings import Settings
 
 KEY_FILE = "api_key"
 
+_HELP = """Run the server.
 
-def serve_command(
-    host: str,
-    port: int,
-    data_dir: Path | None,
-    device: str,
-    dtype: str,
-    public_url: str | None,
-    serve_weights: bool,
-    hub_url: str | None,
-    prepare: bool,
-    capacity: str,
-    serverless_max_rank: int | None,
-    serverless_max_seq_len: int | None,
-    log_format: str,
-    metrics_public: bool,
-    session_timeout_s: float,
-    snapshot_every_s: float,
-    operation_timeout_s: float,
-    heartbeat_timeout_s: float,
-    training_share: float,
-    deterministic: bool,
-    activation_memory_gib: float | None,
-    kept_memory_gib: float | None,
-    memory: str | None,
-    stop_grace_s: float,
-    keep_loaded_s: float,
-    usd_per_million_tokens: float,
-    usd_per_gigabyte_month: float,
-    stable_reinforce: str,
-    database_url: str | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    body_memory_gib: float | None,
-    key_limits: Limits,
-    store: str | None,
-) -> None:
-    from selfloop.server.hub import hub_url as hub_to_ask
-    from selfloop.server.serve import serve
+Each option is also a variable of the environment, SELFLOOP_ and its name, and a key of the file of --config.
+"""
 
-    for name, value, known in (("device", device, ("auto", "cpu", "cuda")),
-                               ("dtype", dtype, ("auto", "float32", "bfloat16")),
-                               ("capacity", capacity, get_args(Offered)),
-                               ("stable-reinforce", stable_reinforce, ("stand-in", "refuse")),
-                               ("log-format", log_format, ("text", "json"))):  # fmt: skip
-        if value not in known:
-            local.complain(f"--{name}: one of {', '.join(known)}, got {value}")
-            sys.exit(2)
-    for problem in _tls_problems(tls_cert, tls_key):
-        local.complain(problem)
-        sys.exit(2)
+
+def _serve(given: Mapping[str, str], file: Path | None, print_only: bool) -> None:
     try:
-        hub = hub_to_ask(hub_url, os.environ)
-    except ValueError as error:
-        local.complain(f"--hub-url: {error}")
+        loaded = load(Settings, given, os.environ, file)
+        settings = _checked(loaded)
+    except BadRequest as error:
+        local.complain(str(error))
         sys.exit(2)
-    try:
-        memory_bytes = None if memory is None else parse_bytes(memory)
-    except ValueError as error:
-        local.complain(f"--memory: {error}")
-        sys.exit(2)
+    if print_only:
+        print(to_toml(loaded), end="")
+        return
+    _warn_of_open_file(loaded, file)
+    key = "$SELFLOOP_API_KEY" if loaded.origin("api_key").startswith("$") else "<the api_key of your file>"
     if missing := engine_libraries.missing():
         local.complain(
             f"{sys.executable} lacks {', '.join(missing)}, without which no model can be loaded: "
             f"{engine_libraries.HOW_TO_INSTALL}"
         )
         sys.exit(1)
-    settings = Settings(
-        host=host,
-        port=port,
-        data_dir=(data_dir or default_data_dir()).expanduser().resolve(),
-        device=device,
-        dtype=dtype,
-        public_url=public_url,
-        serve_weights=serve_weights,
-        hub_url=hub,
-        prepare=prepare,
-        capacity=Capacity(cast(Offered, capacity), serverless_max_rank, serverless_max_seq_len),
-        log_format="json" if log_format == "json" else "text",
-        metrics_public=metrics_public,
-        session_timeout_s=session_timeout_s,
-        snapshot_every_s=snapshot_every_s,
-        operation_timeout_s=operation_timeout_s,
-        heartbeat_timeout_s=heartbeat_timeout_s,
-        training_share=training_share,
-        deterministic=deterministic,
-        activation_bytes=_bytes(activation_memory_gib),
-        kept_bytes=_bytes(kept_memory_gib),
-        memory_bytes=memory_bytes,
-        stop_grace_s=stop_grace_s,
-        keep_loaded_s=keep_loaded_s,
-        usd_per_million_tokens=usd_per_million_tokens,
-        usd_per_gigabyte_month=usd_per_gigabyte_month,
-        database_url=database_url,
-        store=store,
-        stable_reinforce="refuse" if stable_reinforce == "refuse" else "stand-in",
-        body_memory_bytes=_bytes(body_memory_gib),
-        key_limits=key_limits,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-    )
-    given = os.environ.get("SELFLOOP_API_KEY") or None
-
-    def listening(made: str | None) -> None:
-        _announce(settings, given, made)
+    from selfloop.server.serve import serve
 
     with local.failing_in_one_line():
-        serve(settings, given, listening)
+        serve(settings, lambda made: _announce(settings, made, key))
 
 
-def parse_bytes(text: str) -> int:
-    """``2.6GiB``, ``900MiB``, or a number of GiB; raises ValueError saying what was expected."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)?", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"a size such as 2.6GiB or 900MiB, got {text!r}")
-    return int(float(found[1]) * (2**20 if found[2] == "MiB" else 2**30))
+serve_command = command_of(Settings, _serve, _HELP)
 
 
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else round(gib * 2**30)
+def _checked(loaded: Loaded[Settings]) -> Settings:
+    """The settings in their final form. Raises :class:`BadRequest`: what cannot be told of one value alone."""
+    from selfloop.server.hub import hub_url
+
+    settings = loaded.settings
+    for problem in _tls_problems(settings.tls_cert, settings.tls_key):
+        raise problem
+    try:
+        hub = hub_url(settings.hub_url, os.environ)
+    except ValueError as error:
+        raise BadRequest(loaded.origin("hub_url"), str(error)) from None
+    return replace(settings, data_dir=settings.data_dir.expanduser().resolve(), hub_url=hub)
 
 
-def _tls_problems(cert: Path | None, key: Path | None) -> Iterator[str]:
+def _tls_problems(cert: Path | None, key: Path | None) -> Iterator[BadRequest]:
     """What is wrong with the files of ``--tls-cert`` and ``--tls-key``."""
     if cert is None and key is None:
         return
     if cert is None or key is None:
-        yield "--tls-cert and --tls-key: both, or neither"
+        yield BadRequest("--tls-cert and --tls-key", "both, or neither")
         return
     try:
         # The password is empty rather than asked for on a terminal that nobody may sit at.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password="")
     except (OSError, ssl.SSLError) as error:
-        yield f"--tls-cert, --tls-key: a PEM certificate chain and its private key ({error})"
+        yield BadRequest("--tls-cert, --tls-key", f"a PEM certificate chain and its private key ({error})")
 
 
-def _announce(settings: Settings, given: str | None, made: str | None) -> None:
-    """The three lines a user needs. The key is readable here once; afterwards only in its own file."""
+def _warn_of_open_file(loaded: Loaded[Settings], file: Path | None) -> None:
+    secrets = [
+        leaf.key for leaf in leaves(Settings) if leaf.option.secret and loaded.origin(leaf.key).startswith(f"{file}: ")
+    ]
+    if file is not None and secrets and file.stat().st_mode & 0o077:
+        local.complain(f"{file} holds {', '.join(secrets)} and is open to other users: chmod 600 closes it")
+
+
+def _announce(settings: Settings, made: str | None, given: str) -> None:
+    """The three lines a user needs. The key is readable here once; afterwards only in its own file.
+
+    Args:
+        made: the key that was made at this start, if any.
+        given: how to write the one that was given, if any.
+    """
     key_file = settings.data_dir / KEY_FILE
     if made is not None:
         descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -163,8 +102,8 @@ def _announce(settings: Settings, given: str | None, made: str | None) -> None:
     base = settings.public_url or f"{scheme}://{host}:{settings.port}"
     if made is not None:
         key = made
-    elif given is not None:
-        key = "$SELFLOOP_API_KEY"
+    elif settings.api_key is not None:
+        key = given
     elif key_file.exists():
         key = f"$(cat {key_file})"
     else:

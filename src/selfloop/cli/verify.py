@@ -10,7 +10,6 @@ from rich.text import Text
 from selfloop.cli import local
 from selfloop.control.data_dir.verify import Report
 from selfloop.control.gateway import verify
-from selfloop.server.settings import given_database_url, given_store
 
 _WIDTH = 80
 _COLUMNS = ("sound", "no digest", "damaged", "missing", "unknown")
@@ -20,7 +19,7 @@ _MAX_TOLD = 200
 def run_verify(data_dir: Path | None, store: str | None) -> int:
     """Print what was found; 1 when something is damaged or missing, else 0."""
     folder = local.resolve(data_dir)
-    report = local.run(lambda: verify(folder, given_database_url(), store or given_store()))
+    report = local.run(lambda: verify(folder, local.given("database_url"), store or local.given("store")))
     console = Console(width=_WIDTH, highlight=False)
     console.print(Text(f"{folder}"))
     console.print(_counts(report))

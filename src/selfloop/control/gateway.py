@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.engine import URL
@@ -23,7 +22,7 @@ from selfloop.control.data_dir.identity import DATABASE_FILE, DataDirIdentity, h
 from selfloop.control.data_dir.signed_urls import SignedUrls
 from selfloop.control.data_dir.transient_errors import in_words
 from selfloop.control.data_dir.verify import Report, Verification
-from selfloop.control.observe.billing import Billing, Prices
+from selfloop.control.observe.billing import Billing
 from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.traces import Traces
@@ -33,7 +32,7 @@ from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.run_memory import RunMemories
-from selfloop.control.queue.scheduler import RunActor, SchedulerConfig
+from selfloop.control.queue.scheduler import RunActor
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import pinned
@@ -67,45 +66,14 @@ from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.blob_ref import DATA
 from selfloop.types.errors import BadRequest
-from selfloop.worker.launchers.local import DEFAULT_KEEP_LOADED_S, DEFAULT_TRAINING_SHARE, WorkerCommand
+from selfloop.types.settings import ControlSettings
+from selfloop.worker.launchers.local import WorkerCommand
 
 log = logging.getLogger(__name__)
 
 _REVOCATIONS_FILE = "keys_revoked"
 # Of the time to stop in, what the workers' own end may take.
 _WORKERS_END_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ControlConfig:
-    """Where the data lies, how workers run, and whether the embedded model is prepared before it is asked for.
-
-    Args:
-        keep_loaded_s: how long base models stay in memory after our death, for the gateway that comes next.
-        stop_grace_s: what running operations, their snapshots and the workers' end may take when we stop.
-        database_url: of a PostgreSQL database; None for the file in the data directory.
-        store: address of the bucket that checkpoints lie in; None for folders of the data directory.
-    """
-
-    data_dir: Path
-    device: str = "auto"
-    dtype: str = "auto"
-    prepare_embedded: bool = True
-    scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen
-    prices: Prices = Prices()  # noqa: RUF009 - frozen
-    session_timeout_s: float = 600.0
-    operation_timeout_s: float = 3600.0
-    heartbeat_timeout_s: float = 60.0
-    training_share: float = DEFAULT_TRAINING_SHARE
-    deterministic: bool = False
-    activation_bytes: int | None = None
-    kept_bytes: int | None = None
-    memory_bytes: int | None = None
-    stop_grace_s: float = 20.0
-    keep_loaded_s: float = DEFAULT_KEEP_LOADED_S
-    database_url: str | None = field(default=None, repr=False)
-    store: str | None = None
-    capacity: Capacity = Capacity()  # noqa: RUF009 - frozen
 
 
 def database_url(data_dir: Path, given: str | None) -> URL:
@@ -186,17 +154,17 @@ async def verify(path: Path, database: str | None = None, store: str | None = No
 class Control:
     """Everything behind the HTTP face."""
 
-    def __init__(self, config: ControlConfig) -> None:
-        self.config = config
-        data_dir = config.data_dir
+    def __init__(self, data_dir: Path, settings: ControlSettings) -> None:
+        self._data_dir = data_dir
+        self._settings = settings
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = hold(data_dir)
         self._identity = DataDirIdentity(data_dir)
-        self.db = Database(database_url(data_dir, config.database_url))
+        self.db = Database(database_url(data_dir, settings.database_url))
         self._claim = self.db.claim()
         migrate.upgrade(self.db.url)
         blobs = LocalBlobs(data_dir)
-        store = checkpoint_store(data_dir, config.store)
+        store = checkpoint_store(data_dir, settings.store)
         journal = Journal(self.db, blobs)
         self.catalogue = Catalogue(self.db, data_dir)
         pool = WorkerPool(self._make_slot)
@@ -207,11 +175,11 @@ class Control:
         memories = RunMemories(self.catalogue)
 
         def make_actor(run: RunRow) -> RunActor:
-            return RunActor(run, journal, blobs, self.lifecycle, outcomes, config.scheduler, memories)
+            return RunActor(run, journal, blobs, self.lifecycle, outcomes, settings.queue, memories)
 
         scheduler = Scheduler(make_actor)
         self.lifecycle = Lifecycle(self.db, pool, scheduler.suspend)
-        self.capacity = config.capacity
+        self.capacity = Capacity(settings.capacity)
         self._context = Context(
             self.db,
             blobs,
@@ -227,7 +195,7 @@ class Control:
             self.capacity,
         )
         self.access = Access(self.db, data_dir / _REVOCATIONS_FILE)
-        self.user_configs = UserConfigs(self._context, config.device)
+        self.user_configs = UserConfigs(self._context, settings.worker.engine.device)
         self.runs = Runs(self._context, self.user_configs)
         self.samplers = Samplers(self._context, self.user_configs)
         self.newest_weights = NewestWeights(self._context, self.user_configs, self.runs, self.samplers)
@@ -246,10 +214,10 @@ class Control:
         imports = Imports(self.db, store, self.catalogue, self.access)
         self.uploads = Uploads(imports, self.catalogue, blobs, links)
         self.traces = Traces(self._context, self.observations.archives)
-        self.billing = Billing(self.db, self.observations.usage, config.prices)
+        self.billing = Billing(self.db, self.observations.usage, settings.prices)
         self.sharing = Sharing(self._context, self.checkpoints, self.cleanup)
         self.jobs = Jobs(data_dir / "open_samples")
-        self.sessions = Sessions(self._context, self.jobs, config.session_timeout_s)
+        self.sessions = Sessions(self._context, self.jobs, settings.session_timeout_s)
         self._preparing: asyncio.Task[None] | None = None
         self._claiming: asyncio.Task[None] | None = None
 
@@ -264,20 +232,20 @@ class Control:
         await self.access.start()
         await self.observations.start()
         await self.lifecycle.start()
-        await asyncio.to_thread(backup.clear_leftovers, self.config.data_dir)
+        await asyncio.to_thread(backup.clear_leftovers, self._data_dir)
         await pinned.clear_leftovers(self.db, self._context.blobs)
         await self.checkpoints.start()
         await self.operations.start()
         await self.queued_samples.start()
         await self.sessions.start()
         await asyncio.to_thread(self.uploads.clear_expired)
-        if self.config.prepare_embedded:
+        if self._settings.prepare:
             self._preparing = asyncio.create_task(self.catalogue.prepare_embedded(), name="prepare-embedded")
         return made
 
     async def stop(self) -> None:
         """Finish what is running and store it, within the time that there is; the journal has the rest."""
-        deadline = time.monotonic() + self.config.stop_grace_s
+        deadline = time.monotonic() + self._settings.work_grace_s
         if self._preparing is not None:
             self._preparing.cancel()
             await asyncio.gather(self._preparing, return_exceptions=True)
@@ -301,25 +269,14 @@ class Control:
         self._lock.close()
 
     def _make_slot(self, model_name: str) -> WorkerSlot:
-        config = self.config
-
         def command(name: str, folder: Path) -> WorkerCommand:
             return WorkerCommand(
                 folder,
-                config.device,
-                config.dtype,
                 self.observations.worker_log(name),
-                silence_s=config.heartbeat_timeout_s,
-                stuck_s=config.operation_timeout_s,
-                training_share=config.training_share,
-                deterministic=config.deterministic,
-                activation_bytes=config.activation_bytes,
-                kept_bytes=config.kept_bytes,
-                memory_bytes=config.memory_bytes,
-                record_path=config.data_dir / "workers" / f"{name.replace('/', '--')}.json",
-                linger_s=config.keep_loaded_s,
+                self._settings.worker,
+                record_path=self._data_dir / "workers" / f"{name.replace('/', '--')}.json",
                 owner=self._identity.owner,
-                roots={DATA: config.data_dir},
+                roots={DATA: self._data_dir},
             )
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:

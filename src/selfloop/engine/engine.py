@@ -31,7 +31,6 @@ from selfloop.engine.device import (
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.files.peft import read_peft
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
 from selfloop.engine.models.config import ModelConfig, read_config
 from selfloop.engine.sample.adapter_cache import AdapterCache
@@ -54,6 +53,7 @@ from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
 from selfloop.types.result import InitResult, LoadResult, LossResult, Probe, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
+from selfloop.types.settings import EngineLimits
 
 log = logging.getLogger("selfloop.engine")
 

@@ -18,12 +18,12 @@ from selfloop.engine.backends.torch.linear import best_layout
 from selfloop.engine.device import pick_device, pick_dtype
 from selfloop.engine.engine import Engine
 from selfloop.engine.files.base_weights import random_base_weights
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.targets import linear_groups
 from selfloop.engine.models.config import ModelConfig, parse_config, read_config
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 from selfloop.types.speed import Rate, Speed
 
 _SHAPE = {

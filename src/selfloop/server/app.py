@@ -17,14 +17,14 @@ from selfloop.server.middleware.body_limit import BodyLimit
 from selfloop.server.middleware.dialects import RequestDialect
 from selfloop.server.middleware.guard import Guard
 from selfloop.server.middleware.headers import BrowserHeaders, LocalNames, is_local
-from selfloop.server.middleware.key_limits import KeyLimits
+from selfloop.server.middleware.key_limits import KeyLimiter
 from selfloop.server.middleware.observe import Observed
 from selfloop.server.middleware.polls import Polls
-from selfloop.server.settings import Settings
 from selfloop.server.shared.auth import ControlOf
 from selfloop.server.shared.dialect import Dialect, Dialects, Mount
 from selfloop.server.shared.query_parameters import check_plain_routes, check_query
 from selfloop.server.shared.schemas import ERRORS
+from selfloop.types.settings import Settings
 
 DIALECTS = (
     management.DIALECT,
@@ -108,7 +108,7 @@ def _add_middleware(app: FastAPI, settings: Settings, control: Control, dialects
     """What every request passes: the last one added is the outermost."""
     app.add_middleware(Polls)
     app.add_middleware(BodyLimit, memory_bytes=settings.body_memory_bytes)
-    app.add_middleware(Guard, control=control, limits=KeyLimits(settings.key_limits))
+    app.add_middleware(Guard, control=control, limits=KeyLimiter(settings.key_limits))
     if is_local(settings.host):
         names = [] if settings.public_url is None else [urlsplit(settings.public_url).hostname or ""]
         app.add_middleware(LocalNames, control=control, names=names)

@@ -20,8 +20,8 @@ from selfloop.control.gateway import Control
 from selfloop.server.listening import bound
 from selfloop.server.middleware.connections import PatientConnection
 from selfloop.server.middleware.headers import is_local
-from selfloop.server.settings import Settings
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
+from selfloop.types.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +55,19 @@ class _Server(uvicorn.Server):
         await asyncio.to_thread(finish)
 
 
-async def run_gateway(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
+async def run_gateway(settings: Settings, on_listening: Callable[[str | None], None]) -> None:
     """Serve until a signal. ``on_listening`` gets the key that was made at this start, if any.
 
     Raises:
         SelfloopError: it cannot listen there, which is found out before anything is made; or see :meth:`Control.start`.
     """
     with bound(settings.host, settings.port) as sockets:
-        await _run(settings, sockets, first_key, on_listening)
+        await _run(settings, sockets, on_listening)
 
 
-async def _run(
-    settings: Settings,
-    sockets: list[socket.socket],
-    first_key: str | None,
-    on_listening: Callable[[str | None], None],
-) -> None:
-    control = Control(settings.control)
-    made = await control.start(first_key)
+async def _run(settings: Settings, sockets: list[socket.socket], on_listening: Callable[[str | None], None]) -> None:
+    control = Control(settings.data_dir, settings.control)
+    made = await control.start(settings.api_key)
     # The worker is brought back meanwhile.
     app = await asyncio.to_thread(_make_app, settings, control)
     config = uvicorn.Config(
@@ -85,7 +80,7 @@ async def _run(
         access_log=False,
         # Its own would close every handler there is.
         log_config=None,
-        timeout_graceful_shutdown=math.ceil(settings.close_grace_s),
+        timeout_graceful_shutdown=math.ceil(settings.control.requests_grace_s),
         # Above the clients' heartbeat of 60 s, so that it does not dial anew each time.
         timeout_keep_alive=120,
         backlog=_BACKLOG,
@@ -111,7 +106,7 @@ def _make_app(settings: Settings, control: Control) -> FastAPI:
     return make_app(settings, control)
 
 
-def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str | None], None]) -> None:
+def serve(settings: Settings, on_listening: Callable[[str | None], None]) -> None:
     # Whatever this process and its workers write is for its user alone.
     os.umask(0o077)
     make_folder(settings.data_dir)
@@ -120,7 +115,7 @@ def serve(settings: Settings, first_key: str | None, on_listening: Callable[[str
         _warn_of_full_disk(settings)
         _allow_many_connections()
         gc.set_threshold(*_COLLECT_AFTER)
-        uvloop.run(run_gateway(settings, first_key, on_listening))
+        uvloop.run(run_gateway(settings, on_listening))
 
 
 async def _collect_young() -> None:

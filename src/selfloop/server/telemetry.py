@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from opentelemetry import trace
 
 import selfloop
 from selfloop.control.observe import logs
 from selfloop.types.logline import JsonFormatter
+from selfloop.types.settings import LogFormat
 
 log = logging.getLogger(__name__)
 
-LogFormat = Literal["text", "json"]
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 

@@ -11,10 +11,10 @@ from sqlalchemy import text
 from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.resources.checkpoints import retention
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, Operation, OptimStep, SaveState
 from selfloop.types.result import Result, StepResult
+from selfloop.types.settings import QueueSettings
 
 STEP = OptimStep(AdamParams())
 
@@ -30,7 +30,7 @@ def small(value: int) -> ForwardBackward:
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncGenerator[FakeHouse]:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(gap_grace_s=0.2, snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(gap_grace_s=0.2, snapshot_every_s=1000.0))
     yield house
     await house.crash()
 
@@ -177,24 +177,24 @@ async def test_a_queued_payload_that_is_damaged_fails_its_operation_alone(house:
     ],
 )
 async def test_a_row_that_changed_is_noticed_before_anything_is_computed(tmp_path: Path, statement: str) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=1000.0))
     await do(house, small(1), small(2), small(3))
     await house.crash()
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=1000.0))
     await execute(house, statement)
     await house.crash()
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=1000.0))
     await fails(house, STEP)
     assert all(worker.executed == [] for worker in house.lifecycle.workers)
     await house.crash()
 
 
 async def test_a_damaged_load_that_waits_needs_no_checkpoint_and_fails_with_its_turn(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     await house.submit(LoadState(f"bt://loops:{RUN_ID}/weights/first", with_optimizer=True), 2, "op2")
     await execute(house, "UPDATE operations SET payload = CAST(substr(payload, 1, 9) AS BLOB)")
     await house.crash()
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     async with house.db.read() as session:
         assert (await retention.needs(session)).by_address == {}
     actor = house.scheduler.known(RUN_ID)
@@ -206,11 +206,11 @@ async def test_a_damaged_load_that_waits_needs_no_checkpoint_and_fails_with_its_
 
 
 async def test_a_damaged_result_is_not_given_out(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     await do(house, small(1))
     await execute(house, "UPDATE operations SET result = CAST(replace(result, 'loss', 'lost') AS BLOB)")
     await house.crash()
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     found = await outcome(house, "op1")
     assert (found.result, found.error_class) == (None, "ResultLost")
     assert "forward_backward (seq_id 1) was carried out" in (found.error or "")
@@ -218,12 +218,12 @@ async def test_a_damaged_result_is_not_given_out(tmp_path: Path) -> None:
 
 
 async def test_runs_of_before_there_were_digests_go_on(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=1000.0))
     await do(house, train(1), STEP, small(2))
     await execute(house, "UPDATE operations SET payload_digest = NULL, result_digest = NULL")
     await execute(house, "UPDATE runs SET num_changes = NULL, digest = NULL")
     await house.crash()
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=1000.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=1000.0))
     assert (await outcome(house, "op3")).result is not None
     expected = weights_after(train(1), STEP, small(2), STEP)
     assert await do(house, STEP) == StepResult({"step": 2.0, "weights": expected})

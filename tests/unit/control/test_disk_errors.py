@@ -16,12 +16,12 @@ from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.data_dir.transient_errors import Setbacks, is_passing
 from selfloop.control.queue import scheduler
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import OperationFailed, Unavailable
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, SaveState
+from selfloop.types.settings import QueueSettings
 
 FULL = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG]
 STEP = OptimStep(AdamParams())
@@ -37,7 +37,7 @@ def failing(number: int):
 @pytest.fixture
 async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[FakeHouse]:
     monkeypatch.setattr(scheduler, "_RETRY_S", 0.01)
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     yield house
     await house.crash()
 

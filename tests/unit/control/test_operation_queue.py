@@ -11,7 +11,6 @@ from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeState
 from selfloop.control.queue.operations import Pending
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.operation import (
@@ -25,11 +24,12 @@ from selfloop.types.operation import (
     SaveWeightsForSampler,
 )
 from selfloop.types.result import LossResult, Result, StepResult
+from selfloop.types.settings import QueueSettings
 
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncGenerator[FakeHouse]:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(gap_grace_s=0.2))
+    house = await FakeHouse.open(tmp_path, QueueSettings(gap_grace_s=0.2))
     yield house
     await house.crash()
 
@@ -177,7 +177,7 @@ async def test_parking_stores_accumulated_gradients(house: FakeHouse) -> None:
 
 
 async def test_snapshots_follow_the_work_and_payloads_go(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=0.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=0.0))
     for seq in range(1, 6):
         await house.submit(forward_backward(seq), seq, f"op{seq}")
         await result(house, f"op{seq}")
@@ -281,7 +281,7 @@ async def test_a_load_of_what_is_gone_fails_alone(house: FakeHouse, tmp_path: Pa
 
 
 async def test_a_snapshot_that_fails_costs_nothing_but_replay(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(snapshot_every_s=0.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(snapshot_every_s=0.0))
     await house.submit(STEP, 1, "op1")
     await result(house, "op1")
     house.lifecycle.workers[-1].full_disk = True
@@ -308,7 +308,7 @@ async def test_a_load_that_cannot_be_kept_is_undone(house: FakeHouse) -> None:
 
 
 async def test_what_a_crash_left_behind_is_cleared_at_start(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     await house.submit(STEP, 1, "op1")
     await result(house, "op1")
     await house.scheduler.suspend("deploy")
@@ -318,7 +318,7 @@ async def test_what_a_crash_left_behind_is_cleared_at_start(tmp_path: Path) -> N
         (tmp_path / folder / "x").mkdir(parents=True)
     (tmp_path / "journal/run0001").mkdir(parents=True, exist_ok=True)
     (tmp_path / "journal/run0001/never.op").write_bytes(b"")
-    house = await FakeHouse.open(tmp_path, SchedulerConfig())
+    house = await FakeHouse.open(tmp_path, QueueSettings())
     assert [child.name for child in (tmp_path / "snapshots/run0001").iterdir()] == ["0-1"]
     assert list((tmp_path / "journal/run0001").iterdir()) == []
     assert list((tmp_path / "initial").iterdir()) == []

@@ -12,13 +12,13 @@ from fake_house import RUN_ID, FakeHouse
 from fake_worker import FakeWorker
 from selfloop.control.observe import instruments
 from selfloop.control.queue.operations import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.control.sampling.publish_checks import PublishChecks
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import OperationFailed
 from selfloop.types.logline import current
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, SaveWeightsForSampler
 from selfloop.types.result import Probe, SaveResult
+from selfloop.types.settings import QueueSettings
 
 PROBE = Probe([1, 5, 9], [-1.0, -2.0], bound=0.2)
 
@@ -26,7 +26,7 @@ PROBE = Probe([1, 5, 9], [-1.0, -2.0], bound=0.2)
 class CheckedHouse(FakeHouse):
     """A house that compares what is published; the worker says what the trainer and the sampler make of it."""
 
-    def __init__(self, folder: Path, config: SchedulerConfig) -> None:
+    def __init__(self, folder: Path, config: QueueSettings) -> None:
         super().__init__(folder, config)
         self.checks = PublishChecks(
             self.store,

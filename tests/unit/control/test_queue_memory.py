@@ -4,14 +4,14 @@ from pathlib import Path
 
 from fake_house import RUN_ID, FakeHouse
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.types.operation import ForwardBackward
+from selfloop.types.settings import QueueSettings
 
 NUM = 200
 
 
 async def test_operations_ahead_of_their_order_leave_their_bodies_in_the_journal(tmp_path: Path) -> None:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(gap_grace_s=30.0))
+    house = await FakeHouse.open(tmp_path, QueueSettings(gap_grace_s=30.0))
     for seq in range(2, NUM + 1):
         # Each fails with words of its own, so that the answer shows whose body it was.
         await house.submit(ForwardBackward([], "fails", {"value": float(seq)}), seq, f"op{seq}")

@@ -11,10 +11,10 @@ from sqlalchemy import func, select
 from fake_house import RUN_ID, FakeHouse
 from selfloop.control.queue.journal import Failure, Submission
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.queue.scheduler import SchedulerConfig
 from selfloop.storage.db.tables import SkippedRow
 from selfloop.types.errors import OperationFailed, Unavailable
 from selfloop.types.operation import AdamParams, ForwardBackward, LoadState, OptimStep, SaveState, kind_of
+from selfloop.types.settings import QueueSettings
 
 STEP = OptimStep(AdamParams())
 FAILS = ForwardBackward([], "fails", {"value": 1.0})
@@ -22,7 +22,7 @@ FAILS = ForwardBackward([], "fails", {"value": 1.0})
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncGenerator[FakeHouse]:
-    house = await FakeHouse.open(tmp_path, SchedulerConfig(gap_grace_s=0.2))
+    house = await FakeHouse.open(tmp_path, QueueSettings(gap_grace_s=0.2))
     yield house
     await house.crash()
 

@@ -20,11 +20,11 @@ import tiny_models
 from selfloop.convert import adapters
 from selfloop.engine.engine import Engine
 from selfloop.engine.files import compare
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
+from selfloop.types.settings import EngineLimits
 
 Report = Callable[[str, float], None]
 

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.losses.custom import MAX_WORK, CustomLossRunner
 from selfloop.engine.losses.custom_ops import COMPUTE
 from selfloop.types.custom_loss import CustomLoss, LossInput, Node, check
 from selfloop.types.custom_loss_ops import OPERATIONS
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.settings import EngineLimits
 from traced_losses import traced
 
 N, K = 7, 3

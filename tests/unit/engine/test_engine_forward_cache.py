@@ -8,10 +8,10 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
+from selfloop.types.settings import EngineLimits
 
 ADAM = AdamParams(learning_rate=1e-2)
 MANY = 10**9

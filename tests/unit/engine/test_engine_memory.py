@@ -16,7 +16,6 @@ from selfloop.engine.backends.torch.attention import PackedCausalAttention
 from selfloop.engine.backends.torch.decoder import positions_of
 from selfloop.engine.backends.torch.linear import Layout
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.types.datum import Datum, Tensor
@@ -24,6 +23,7 @@ from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
 from selfloop.types.result import LossResult
+from selfloop.types.settings import EngineLimits
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from test_engine_sampling import run_all
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import PromptTargets, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 
 PROMPT = tiny_models.random_ids(20, seed=4)
 NUM_ROWS = len(PROMPT) - 1

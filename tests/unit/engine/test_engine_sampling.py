@@ -3,9 +3,9 @@
 import pytest
 
 import tiny_models
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
+from selfloop.types.settings import EngineLimits
 
 PROMPT = tiny_models.random_ids(10, seed=1)
 

@@ -9,13 +9,13 @@ import torch
 
 import tiny_models
 from selfloop.engine.files import checkpoint
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.errors import BadRequest, CheckpointDamaged, NotFound, OperationFailed
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
+from selfloop.types.settings import EngineLimits
 
 SKIP = {"skip_token_normalization": True}
 ADAM = AdamParams(learning_rate=1e-2)

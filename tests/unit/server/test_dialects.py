@@ -17,7 +17,6 @@ from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.server import management
 from selfloop.server.app import DIALECTS, make_app
-from selfloop.server.settings import Settings
 from selfloop.server.shared.auth import CallerOf
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
@@ -26,6 +25,7 @@ from selfloop.server.shared.errors import ErrorShape
 from selfloop.server.shared.schemas import Schemas
 from selfloop.types.errors import BadRequest, Denied, NotFound, SelfloopError
 from selfloop.types.roles import Role
+from selfloop.types.settings import Settings
 
 SERVER = Path(__file__).parents[3] / "src" / "selfloop" / "server"
 

@@ -16,9 +16,9 @@ from asgi import ask
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.server.app import make_app
-from selfloop.server.settings import Settings
 from selfloop.types import errors
 from selfloop.types.roles import Role
+from selfloop.types.settings import Settings
 
 FILE = Path(__file__).with_name("error_shapes.json")
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -20,11 +20,11 @@ from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
 from selfloop.server.middleware.dialects import RequestDialect
 from selfloop.server.middleware.polls import Polls
-from selfloop.server.settings import Settings
 from selfloop.server.shared.dialect import Dialect, Dialects, Poll
 from selfloop.server.shared.errors import body_of
 from selfloop.server.tinker import futures
 from selfloop.types.errors import NotFound
+from selfloop.types.settings import Settings
 
 
 def dependencies(dependant: Dependant) -> Iterator[Dependant]:

@@ -7,9 +7,10 @@ import pytest
 
 from selfloop.server.app import DIALECTS
 from selfloop.server.middleware import key_limits
-from selfloop.server.middleware.key_limits import KeyLimits, Limits
+from selfloop.server.middleware.key_limits import KeyLimiter
 from selfloop.server.shared.dialect import Dialect, Dialects
 from selfloop.types.errors import RateLimited
+from selfloop.types.settings import KeyLimits
 
 
 class Clock:
@@ -32,14 +33,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 async def test_by_default_nothing_is_limited(clock: Clock):
-    limits = KeyLimits(Limits(), clock)
+    limits = KeyLimiter(KeyLimits(), clock)
     for _ in range(10_000):
         (await limits.admit("key", is_poll=False)).received(10**9)
     assert clock.now == 0
 
 
 async def test_requests_are_slowed_down_to_their_rate(clock: Clock):
-    limits = KeyLimits(Limits(requests_per_s=10), clock)
+    limits = KeyLimiter(KeyLimits(requests_per_s=10), clock)
     for _ in range(300):
         (await limits.admit("key", is_poll=False)).end()
     # 50 come at once, as after a pause.
@@ -50,7 +51,7 @@ async def test_requests_are_slowed_down_to_their_rate(clock: Clock):
 
 
 async def test_whoever_would_wait_for_long_is_refused_and_told_when_to_come_again(clock: Clock):
-    limits = KeyLimits(Limits(body_bytes_per_s=100), clock)
+    limits = KeyLimiter(KeyLimits(body_bytes_per_s=100), clock)
     (await limits.admit("key", is_poll=False)).received(2500)
     with pytest.raises(RateLimited) as refused:
         await limits.admit("key", is_poll=False)
@@ -62,14 +63,14 @@ async def test_whoever_would_wait_for_long_is_refused_and_told_when_to_come_agai
 
 
 async def test_polls_carry_no_work_and_are_not_counted_as_requests(clock: Clock):
-    limits = KeyLimits(Limits(requests_per_s=1), clock)
+    limits = KeyLimiter(KeyLimits(requests_per_s=1), clock)
     for _ in range(1000):
         (await limits.admit("key", is_poll=True)).end()
     assert clock.now == 0
 
 
 async def test_open_requests(clock: Clock):
-    limits = KeyLimits(Limits(open_requests=2), clock)
+    limits = KeyLimiter(KeyLimits(open_requests=2), clock)
     first, _second = [await limits.admit("key", is_poll=False) for _ in range(2)]
     for is_poll in (False, True):
         with pytest.raises(RateLimited, match="2 requests open"):
@@ -82,7 +83,7 @@ async def test_open_requests(clock: Clock):
 
 
 async def test_a_client_that_leaves_while_it_waits_holds_nothing():
-    limits = KeyLimits(Limits(requests_per_s=1, open_requests=1))
+    limits = KeyLimiter(KeyLimits(requests_per_s=1, open_requests=1))
     for _ in range(6):
         (await limits.admit("key", is_poll=False)).end()
     waiting = asyncio.create_task(limits.admit("key", is_poll=False))
@@ -117,7 +118,7 @@ def test_each_dialect_says_so_in_its_own_way(path: str, status: int):
 
 
 async def test_the_wait_is_a_real_one():
-    limits = KeyLimits(Limits(requests_per_s=20))
+    limits = KeyLimiter(KeyLimits(requests_per_s=20))
     started = time.monotonic()
     for _ in range(104):
         (await limits.admit("key", is_poll=False)).end()

@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from selfloop.control.capacity.placement import Capacity, Offered
 from selfloop.control.gateway import Control
 from selfloop.server.app import make_app
-from selfloop.server.settings import Settings
+from selfloop.types.settings import CapacitySettings, ControlSettings, Offered, Settings
 
 Json = dict[str, Any]
 # SHA-256 of each description of the hosted create-run specification, whitespace and case folded: ours are others.
@@ -55,7 +54,7 @@ THEIRS = {
 
 
 def document(offered: Offered = "dedicated") -> Json:
-    settings = Settings("127.0.0.1", 8000, Path("unused"), capacity=Capacity(offered))
+    settings = Settings("127.0.0.1", 8000, Path("unused"), control=ControlSettings(capacity=CapacitySettings(offered)))
     return make_app(settings, cast(Control, None)).openapi()
 
 

@@ -16,20 +16,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from gateway import is_gone
 from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.settings import EngineSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers import fork_client, local
 from selfloop.worker.launchers.fork_client import ForkServerClient, ForkServerRecord, find_or_launch
 from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.protocol import Tokenize
 
-LINGER_S = 20.0
+SETTINGS = WorkerSettings(keep_loaded_s=20.0, engine=EngineSettings("cpu", "float32"))
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> WorkerCommand:
     folder = served_model.save(tmp_path / "model")
     record = tmp_path / "workers" / "tiny.json"
-    return WorkerCommand(folder, "cpu", "float32", tmp_path / "log", record_path=record, linger_s=LINGER_S)
+    return WorkerCommand(folder, tmp_path / "log", SETTINGS, record_path=record)
 
 
 async def worker_of(host: ForkServerClient, command: WorkerCommand) -> WorkerClient:
@@ -93,7 +94,7 @@ async def test_a_host_that_was_loaded_otherwise_is_ended(command: WorkerCommand)
     parent = process_of(old)
     assert host.serves(command)
     vanish(host)
-    changed = replace(command, deterministic=True)
+    changed = replace(command, settings=replace(SETTINGS, engine=replace(SETTINGS.engine, deterministic=True)))
     assert not host.serves(changed)
     other = await find_or_launch(changed)
     await gone(parent.pid)
@@ -114,7 +115,7 @@ async def test_a_host_whose_files_have_changed_is_not_of_use(command: WorkerComm
 
 
 async def test_a_host_that_nobody_comes_for_leaves_nothing(command: WorkerCommand):
-    short = replace(command, linger_s=0.2)
+    short = replace(command, settings=replace(SETTINGS, keep_loaded_s=0.2))
     host = await find_or_launch(short)
     client = await worker_of(host, short)
     parent = process_of(client)
@@ -157,10 +158,10 @@ async def test_a_stopped_host_is_noticed_and_replaced(
 ):
     """By its silence; also while it imports or loads, and when there is only its worker's death to be told."""
     monkeypatch.setattr(fork_client, "SILENCE_AT_START", 1 if stop_at == "importing" else 60)
-    quick = replace(command, silence_s=1.0)
+    quick = replace(command, settings=replace(SETTINGS, heartbeat_timeout_s=1.0))
     if stop_at != "importing":
         # Long enough for what a busy machine does with a process that is well.
-        quick = replace(command, silence_s=3.0)
+        quick = replace(command, settings=replace(SETTINGS, heartbeat_timeout_s=3.0))
     host = await find_or_launch(quick)
     assert host._launched is not None
     pid = host._launched.pid
@@ -196,7 +197,7 @@ async def test_a_stopped_host_is_noticed_and_replaced(
 
 async def test_a_stopped_host_that_a_gateway_left_is_ended(command: WorkerCommand):
     """It does not greet, and its note says which process it is."""
-    quick = replace(command, silence_s=2.0)
+    quick = replace(command, settings=replace(SETTINGS, heartbeat_timeout_s=2.0))
     host = await find_or_launch(quick)
     await host.ready()
     assert host._launched is not None
@@ -259,7 +260,7 @@ async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerC
 
 
 async def test_a_host_that_does_not_even_begin_says_so(command: WorkerCommand, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "fork_server_arguments", lambda command: ["/bin/false"])
+    monkeypatch.setattr(local, "FORK_SERVER", ("/bin/false",))
     host = await find_or_launch(command)
     with pytest.raises(WorkerLost, match="exited with status 1"):
         await host.ready()

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, StructuredOutput
+from selfloop.types.settings import EngineSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.fork_client import find_or_launch
 from selfloop.worker.launchers.local import WorkerCommand
@@ -30,7 +31,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture
 async def worker(model_dir: Path, tmp_path: Path) -> AsyncIterator[WorkerClient]:
-    command = WorkerCommand(model_dir, "cpu", "float32", tmp_path / "log", 1)
+    command = WorkerCommand(
+        model_dir, tmp_path / "log", WorkerSettings(engine=EngineSettings("cpu", "float32", num_threads=1))
+    )
     host = await find_or_launch(command)
     await host.ready()
     client = WorkerClient(command, lambda stage: None)

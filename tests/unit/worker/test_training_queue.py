@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.blob_ref import DATA, BlobRef
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, kind_of
 from selfloop.types.result import LossResult
+from selfloop.types.settings import EngineLimits
 from selfloop.worker.protocol import Call, CloseRun, Event, Execute, OpenRun, Reply, ReplyError, Snapshot
 from selfloop.worker.serving.replies import Replies
 from selfloop.worker.serving.staging import SharedDisk, Staging

@@ -47,7 +47,7 @@ async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path):
         process.end(await launched.wait())
 
     waiting: list[asyncio.Task[None]] = []
-    client = WorkerClient(WorkerCommand(tmp_path, "cpu", "float32", tmp_path / "log"), lambda stage: None)
+    client = WorkerClient(WorkerCommand(tmp_path, tmp_path / "log"), lambda stage: None)
     await client.start(cast(ForkServerClient, Host()))
     folder = Path(addresses[0].removeprefix("ipc://")).parent
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -4,13 +4,10 @@ Both are the one worker of the base model. Serverless capacity has no ids, its s
 limited, so that what many share is not taken by one.
 """
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from selfloop.types.errors import BadRequest
-
-Offered = Literal["dedicated", "both", "serverless"]
-"""Kinds of capacity that a server gives. With the last a run that does not say gets serverless capacity if it can."""
+from selfloop.types.settings import CapacitySettings
 
 Scope = Literal["default", "serverless", "deployment"]
 """What a run or sampler asks for."""
@@ -29,27 +26,15 @@ class Chosen(NamedTuple):
         return self.reason if self.serverless else "; ".join(filter(None, (reuse, self.reason)))
 
 
-@dataclass(frozen=True, slots=True)
 class Capacity:
-    """A server's own rules.
+    """A server's own rules."""
 
-    Args:
-        offered: see there.
-        max_rank: largest LoRA rank on serverless capacity; None is the server's own limit.
-        max_seq_len: longest sequences there; None is the model's own limit.
-    """
-
-    offered: Offered = "dedicated"
-    max_rank: int | None = None
-    max_seq_len: int | None = None
-
-    @property
-    def offers_serverless(self) -> bool:
-        return self.offered != "dedicated"
+    def __init__(self, rules: CapacitySettings = CapacitySettings()) -> None:
+        self._rules = rules
 
     def is_serverless(self, stored: bool | None) -> bool:
         """Of a row. One from before capacity was per run is shown as the server shows its others."""
-        return self.offered == "serverless" if stored is None else stored
+        return self._rules.offered == "serverless" if stored is None else stored
 
     def choose(
         self, scope: Scope, base_model: str, *, rank: int | None = None, seq_len: int | None = None, reuses: str | None
@@ -70,7 +55,7 @@ class Capacity:
             if obstacle is not None:
                 raise BadRequest("scope", f"deployment or default, as {obstacle}", reason=UNAVAILABLE)
             return Chosen(True, "serverless: asked for by scope")
-        if self.offered != "serverless":
+        if self._rules.offered != "serverless":
             return Chosen(False, "")
         if obstacle is not None:
             return Chosen(False, f"dedicated, as {obstacle}")
@@ -78,19 +63,19 @@ class Capacity:
 
     def takes(self, seq_len: int | None) -> bool:
         """Whether there is serverless capacity, and for sequences of that length if one is given."""
-        return self.offers_serverless and self._obstacle("", None, seq_len, None) is None
+        return self._rules.offers_serverless and self._obstacle("", None, seq_len, None) is None
 
     def shortened(self, seq_len: int) -> int:
         """What a model's length becomes on serverless capacity."""
-        return seq_len if self.max_seq_len is None else min(seq_len, self.max_seq_len)
+        return seq_len if self._rules.max_seq_len is None else min(seq_len, self._rules.max_seq_len)
 
     def _obstacle(self, base_model: str, rank: int | None, seq_len: int | None, reuses: str | None) -> str | None:
-        if not self.offers_serverless:
+        if not self._rules.offers_serverless:
             return f"this server has no serverless capacity for {base_model}; see `selfloop serve --capacity`"
         if reuses is not None:
             return f"it reuses the capacity of {reuses}, and only dedicated capacity is reused"
-        if rank is not None and self.max_rank is not None and rank > self.max_rank:
-            return f"serverless capacity takes a lora_rank of at most {self.max_rank}, and {rank} was asked for"
-        if seq_len is not None and self.max_seq_len is not None and seq_len > self.max_seq_len:
-            return f"serverless capacity takes at most {self.max_seq_len} tokens, and {seq_len} were asked for"
+        if rank is not None and self._rules.max_rank is not None and rank > self._rules.max_rank:
+            return f"serverless capacity takes a lora_rank of at most {self._rules.max_rank}, and {rank} was asked for"
+        if seq_len is not None and self._rules.max_seq_len is not None and seq_len > self._rules.max_seq_len:
+            return f"serverless capacity takes at most {self._rules.max_seq_len} tokens, and {seq_len} were asked for"
         return None

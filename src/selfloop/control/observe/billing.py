@@ -11,6 +11,7 @@ from selfloop.control.resources.sessions import details_of
 from selfloop.storage.db import queries_audit, queries_billing, queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AuditRow, SessionRow
+from selfloop.types.settings import Prices
 
 AuditEvent = AuditRow
 ProjectStorage = queries_billing.ProjectStorage
@@ -20,14 +21,6 @@ GIGABYTE = 10**9
 HOURS_A_MONTH = 720
 _MAX_AUDIT = 10_000
 _DAY_S = 86400
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """In US dollars: of a million tokens, whatever they were for, and of a gigabyte (10^9 bytes) kept for 720 hours."""
-
-    usd_per_million_tokens: float = 0.0
-    usd_per_gigabyte_month: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

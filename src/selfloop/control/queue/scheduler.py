@@ -26,6 +26,7 @@ from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import Save, operation_decoder
+from selfloop.types.settings import QueueSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.protocol import CloseRun, Execute
 
@@ -60,14 +61,6 @@ class _InFlight:
     started: float
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Times in seconds: how long a missing seq_id is waited for, how much work a snapshot may lag behind."""
-
-    gap_grace_s: float = 60.0
-    snapshot_every_s: float = 1.0
-
-
 class RunActor:
     """Owns one run's queue. One task; everything about the run happens in it, in order."""
 
@@ -78,7 +71,7 @@ class RunActor:
         blobs: LocalBlobs,
         lifecycle: Lifecycle,
         outcomes: Outcomes,
-        config: SchedulerConfig,
+        config: QueueSettings,
         memories: RunMemories,
     ) -> None:
         self.run = run

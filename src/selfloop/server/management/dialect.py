@@ -17,7 +17,7 @@ _CAPACITY_IDS = {
 
 
 def _name_capacity(document: dict[str, Any], app: FastAPI) -> None:
-    if app.state.settings.capacity.offers_serverless:
+    if app.state.settings.control.capacity.offers_serverless:
         return
     for name, fields in _CAPACITY_IDS.items():
         for field in fields:

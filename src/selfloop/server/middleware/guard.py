@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfloop.control.gateway import Control
-from selfloop.server.middleware.key_limits import Admission, KeyLimits
+from selfloop.server.middleware.key_limits import Admission, KeyLimiter
 from selfloop.server.shared.auth import authenticated_key, check_may_change, given_key
 from selfloop.server.shared.dialect import Dialect, dialect_of
 from selfloop.types.errors import Forbidden, SelfloopError
@@ -22,7 +22,7 @@ from selfloop.types.roles import Role
 class Guard:
     """Lets a request through to ``app`` with ``request.state.caller`` set, or answers it in its dialect's shape."""
 
-    def __init__(self, app: ASGIApp, control: Control, limits: KeyLimits) -> None:
+    def __init__(self, app: ASGIApp, control: Control, limits: KeyLimiter) -> None:
         self._app = app
         self._control = control
         self._limits = limits

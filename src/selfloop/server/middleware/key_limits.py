@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selfloop.types.errors import RateLimited
+from selfloop.types.settings import KeyLimits
 
 # Shorter than any client's patience with a request.
 _MAX_WAIT_S = 8.0
@@ -18,15 +19,6 @@ _MAX_WAIT_S = 8.0
 _BURST_S = 5.0
 # A refused poll is repeated at once by some clients: so it is held for a moment.
 _POLL_PAUSE_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of each key; 0 is none."""
-
-    requests_per_s: float = 0.0
-    body_bytes_per_s: float = 0.0
-    open_requests: int = 0
 
 
 class _Rate:
@@ -69,15 +61,15 @@ class Admission:
             self._key.num_open -= 1
 
 
-class KeyLimits:
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+class KeyLimiter:
+    def __init__(self, limits: KeyLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
         self._keys: dict[str, _Key] = {}
 
     async def admit(self, key_id: str, *, is_poll: bool) -> Admission:
         """Let a request in, perhaps after a wait; the caller ends it. Raises :class:`RateLimited`."""
-        if self._limits == Limits():
+        if self._limits == KeyLimits():
             return Admission(None)
         key = self._keys.get(key_id)
         if key is None:

@@ -195,13 +195,13 @@ class WorkerClient:
         """End the process when nothing is heard of it, or when it has been at one thing for too long."""
         command = self._command
         now = time.monotonic()
-        heard_at, busy_s = now + (SILENCE_AT_START - 1) * command.silence_s, 0.0
+        heard_at, busy_s = now + (SILENCE_AT_START - 1) * command.settings.heartbeat_timeout_s, 0.0
         while True:
             while await self._heartbeats.poll(0):
                 heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._heartbeats.recv()).busy_s
-            if time.monotonic() - heard_at > command.silence_s:
-                self._end(f"worker process gave no sign of life for {command.silence_s:g} s")
-            elif busy_s > command.stuck_s:
+            if time.monotonic() - heard_at > command.settings.heartbeat_timeout_s:
+                self._end(f"worker process gave no sign of life for {command.settings.heartbeat_timeout_s:g} s")
+            elif busy_s > command.settings.operation_timeout_s:
                 self._end(f"worker process hung: {busy_s:.0f} s at one piece of work (--operation-timeout)")
             before = time.monotonic()
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -28,7 +28,6 @@ from selfloop.worker.launchers.fork_protocol import (
 )
 from selfloop.worker.launchers.local import (
     WorkerCommand,
-    fork_server_arguments,
     launch_fork_server,
     put_aside_large_log,
 )
@@ -122,7 +121,7 @@ class ForkServerClient:
         self._forked: asyncio.Future[int] | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._heard_at = time.monotonic()
-        self._silence_s = command.silence_s * (1 if launched is None else SILENCE_AT_START)
+        self._silence_s = command.settings.heartbeat_timeout_s * (1 if launched is None else SILENCE_AT_START)
         self.is_lost = False
         self._reading = asyncio.create_task(self._read(), name="worker-host")
         self._watching = asyncio.create_task(self._watch(), name="worker-host-heartbeat")
@@ -139,7 +138,7 @@ class ForkServerClient:
             WorkerLost: the host is gone.
         """
         # The shortest operations that somebody wants to wait for say nothing of a load.
-        patience_s = max(self._command.stuck_s, _LEAST_LOAD_S)
+        patience_s = max(self._command.settings.operation_timeout_s, _LEAST_LOAD_S)
         try:
             await asyncio.wait_for(asyncio.shield(self._greeted), patience_s)
         except TimeoutError:
@@ -154,13 +153,14 @@ class ForkServerClient:
         """
         assert self._forked is None
         command = self._command
+        silence_s = command.settings.heartbeat_timeout_s
         put_aside_large_log(command.log_path)
         order = ForkWorker(
             address,
             pulse_address,
             str(begun_path),
             str(command.log_path),
-            command.training_share,
+            command.settings,
             {name: str(root.absolute()) for name, root in command.roots.items()},
         )
         self._forked = asyncio.get_running_loop().create_future()
@@ -168,9 +168,9 @@ class ForkServerClient:
             if self.is_lost:
                 raise WorkerLost(_GONE)
             self._writer.write(to_line(order))
-            self._worker = WorkerProcess(await asyncio.wait_for(self._forked, command.silence_s))
+            self._worker = WorkerProcess(await asyncio.wait_for(self._forked, silence_s))
         except TimeoutError:
-            cause = f"the process that has the base model in memory made no worker in {command.silence_s:g} s"
+            cause = f"the process that has the base model in memory made no worker in {silence_s:g} s"
             self.end(cause)
             raise WorkerLost(cause) from None
         finally:
@@ -217,7 +217,7 @@ class ForkServerClient:
         self.end(f"{describe_exit(code)} ({self._command.log_path} may tell why)")
 
     def _hear(self, message: HostMessage) -> None:
-        self._heard_at, self._silence_s = time.monotonic(), self._command.silence_s
+        self._heard_at, self._silence_s = time.monotonic(), self._command.settings.heartbeat_timeout_s
         match message:
             case Alive():
                 pass
@@ -331,7 +331,7 @@ def made_of(command: WorkerCommand) -> list[str]:
     package = Path(selfloop.__file__).parent
     code = max(path.stat().st_mtime_ns for path in package.rglob("*.py"))
     files = sorted((path.name, path.stat().st_mtime_ns) for path in command.model_dir.iterdir())
-    return [*fork_server_arguments(command), selfloop.__version__, str(code), str(files)]
+    return [command.start_message, selfloop.__version__, str(code), str(files)]
 
 
 def describe_exit(code: int) -> str:

@@ -5,6 +5,22 @@ import struct
 
 import msgspec
 
+from selfloop.types.settings import EngineSettings, WorkerSettings
+
+
+class ForkServerStart(msgspec.Struct, frozen=True):
+    """What a host is started with: all that tells one loaded model from another.
+
+    Args:
+        linger_s: how long it waits in memory for a gateway, before the first and after each.
+        record: what a gateway notes it in; removed when no other comes.
+    """
+
+    model_dir: str
+    engine: EngineSettings
+    linger_s: float
+    record: str | None
+
 
 class ForkWorker(msgspec.Struct, frozen=True):
     """Make a worker, for the two addresses that it connects to; one that lives still is ended.
@@ -19,7 +35,7 @@ class ForkWorker(msgspec.Struct, frozen=True):
     pulse_address: str
     begun_path: str
     log_path: str
-    training_share: float
+    settings: WorkerSettings
     roots: dict[str, str] = {}
 
 
@@ -58,6 +74,7 @@ HostMessage = Alive | HostReady | HostFailed | Forked | Exited
 HEARTBEAT_S = 0.5
 """How often a host sends one."""
 
+start_decoder = msgspec.json.Decoder(ForkServerStart)
 fork_decoder = msgspec.json.Decoder(ForkWorker)
 host_decoder: "msgspec.json.Decoder[HostMessage]" = msgspec.json.Decoder(HostMessage)
 

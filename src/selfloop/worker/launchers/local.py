@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from selfloop.types.settings import WorkerSettings
+from selfloop.worker.launchers.fork_protocol import ForkServerStart
+
 # Names of variables whose values a process of numbers has no use for.
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|DATABASE_URL|OTLP.*HEADERS", re.IGNORECASE)
 _HUB_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+FORK_SERVER = (sys.executable, "-m", "selfloop.worker.serving.fork_server")
 # A worker's log that has grown beyond this is put aside before the next worker; one such file is kept.
 _MAX_LOG_BYTES = 32 * 1024 * 1024
-
-DEFAULT_TRAINING_SHARE = 0.5
-DEFAULT_KEEP_LOADED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,39 +28,28 @@ class WorkerCommand:
 
     Args:
         model_dir: a prepared model folder.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
         log_path: where the process's output goes.
-        num_threads: CPU threads of the engine; None takes every core.
-        silence_s: a worker that its gateway has heard nothing of for so long is ended: it is stopped or stuck.
-        stuck_s: so is one whose main loop has been at one piece of work for so long.
-        training_share: part of the device's time that training gets while there is sampling to do, too.
-        deterministic: a run's training gives the same bits whatever is computed together with it.
-        activation_bytes: what one pass of training may take; None leaves it to the engine.
-        kept_bytes: what forwards that wait for their backward may take; None leaves it to the engine.
-        memory_bytes: what all of it may take; None is what the machine, or the control group, has.
+        settings: as it is started with.
         record_path: where the next gateway finds the loaded model if this one dies; None: it is loaded again.
-        linger_s: how long it then waits in memory.
         owner: the data directory that the loaded model is kept for: which one it is, and where it lies.
         roots: where the roots of what it reads and writes lie.
     """
 
     model_dir: Path
-    device: str
-    dtype: str
     log_path: Path
-    num_threads: int | None = None
-    silence_s: float = 60.0
-    stuck_s: float = 3600.0
-    training_share: float = DEFAULT_TRAINING_SHARE
-    deterministic: bool = False
-    activation_bytes: int | None = None
-    kept_bytes: int | None = None
-    memory_bytes: int | None = None
+    settings: WorkerSettings = WorkerSettings()  # noqa: RUF009 - frozen
     record_path: Path | None = None
-    linger_s: float = 0.0
     owner: str = ""
     roots: Mapping[str, Path] = field(default_factory=dict[str, Path])
+
+    @property
+    def start_message(self) -> str:
+        """What the process that loads the model is started with: a :class:`ForkServerStart`."""
+        # One that nobody can find need not wait for anybody.
+        linger_s = 0.0 if self.record_path is None else self.settings.keep_loaded_s
+        record = None if self.record_path is None else str(self.record_path)
+        start = ForkServerStart(str(self.model_dir), self.settings.engine, linger_s, record)
+        return msgspec.json.encode(start).decode()
 
 
 async def launch_fork_server(command: WorkerCommand, listener: socket.socket) -> asyncio.subprocess.Process:
@@ -65,9 +57,9 @@ async def launch_fork_server(command: WorkerCommand, listener: socket.socket) ->
     command.log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(command.log_path, "ab") as log:  # noqa: ASYNC230 - one open at launch
         return await asyncio.create_subprocess_exec(
-            *fork_server_arguments(command),
-            "--listener-fd",
+            *FORK_SERVER,
             str(listener.fileno()),
+            command.start_message,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -77,36 +69,6 @@ async def launch_fork_server(command: WorkerCommand, listener: socket.socket) ->
             # The fork server has one thread; what threads a library would start is not for us.
             env=_environment() | {"OPENBLAS_NUM_THREADS": "1"},
         )
-
-
-def fork_server_arguments(command: WorkerCommand) -> list[str]:
-    """The command line of a host, which says all that it was loaded with."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "selfloop.worker.serving.fork_server",
-        "--model-dir",
-        str(command.model_dir),
-        "--device",
-        command.device,
-        "--dtype",
-        command.dtype,
-        "--linger-s",
-        str(command.linger_s),
-    ]
-    if command.record_path is not None:
-        arguments += ["--record", str(command.record_path)]
-    if command.deterministic:
-        arguments.append("--deterministic")
-    for option, value in (
-        ("--num-threads", command.num_threads),
-        ("--activation-bytes", command.activation_bytes),
-        ("--kept-bytes", command.kept_bytes),
-        ("--memory-bytes", command.memory_bytes),
-    ):
-        if value is not None:
-            arguments += [option, str(value)]
-    return arguments
 
 
 def put_aside_large_log(path: Path) -> None:

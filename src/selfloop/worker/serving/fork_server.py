@@ -6,7 +6,6 @@ parallel loop. When its gateway is gone it ends the worker and waits a while for
 memory cannot be shared so: there each worker loads the model itself, and finds the libraries loaded.
 """
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -29,7 +28,6 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch
 
 from selfloop.engine.device import pick_device
-from selfloop.engine.limits import EngineLimits
 from selfloop.types.logline import JsonFormatter
 from selfloop.worker.launchers.fork_protocol import (
     HEARTBEAT_S,
@@ -42,6 +40,7 @@ from selfloop.worker.launchers.fork_protocol import (
     HostReady,
     fork_decoder,
     peer_user,
+    start_decoder,
     to_line,
 )
 from selfloop.worker.launchers.kernel_kills import be_ended_first
@@ -266,51 +265,28 @@ def _say(connection: socket.socket, message: HostMessage) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--listener-fd", type=int, required=True)
-    parser.add_argument("--model-dir", type=Path, required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--num-threads", type=int)
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--activation-bytes", type=int)
-    parser.add_argument("--kept-bytes", type=int)
-    parser.add_argument("--memory-bytes", type=int)
-    parser.add_argument("--linger-s", type=float, default=0.0)
-    parser.add_argument("--record", type=Path, help="what the gateway notes us in; removed when no other comes")
-    options = parser.parse_args()
+    listener_fd, message = sys.argv[1:]
+    start = start_decoder.decode(message)
 
     call_this_process("selfloop-host")
     be_ended_first()
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    num_threads: int = torch.get_num_threads() if options.num_threads is None else options.num_threads
+    num_threads = start.engine.num_threads or torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def load() -> Model:
-        return load_model(
-            options.model_dir,
-            options.device,
-            options.dtype,
-            deterministic=options.deterministic,
-            limits=EngineLimits(
-                activation_bytes=options.activation_bytes,
-                kept_bytes=options.kept_bytes,
-                memory_bytes=options.memory_bytes,
-            ),
-        )
-
-    host = Host(socket.socket(fileno=options.listener_fd), load, num_threads, options.linger_s)
-    if pick_device(options.device).type == "cpu":
+    model_dir = Path(start.model_dir)
+    listener = socket.socket(fileno=int(listener_fd))
+    host = Host(listener, lambda: load_model(model_dir, start.engine), num_threads, start.linger_s)
+    if pick_device(start.engine.device).type == "cpu":
         try:
             host.hold()
         except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
-            log.exception("cannot load %s", options.model_dir)
+            log.exception("cannot load %s", model_dir)
             host.refuse(*load_failure(error))
             raise SystemExit(1) from error
     host.run()
-    host.leave(options.record)
+    host.leave(None if start.record is None else Path(start.record))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import zmq
 
 from selfloop.engine.engine import Engine
-from selfloop.engine.limits import EngineLimits
 from selfloop.engine.models.config import read_config
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
+from selfloop.types.settings import EngineSettings
 from selfloop.worker.launchers.fork_protocol import ForkWorker
 from selfloop.worker.protocol import LoadFailed, Loading, ModelInfo, Ready
 from selfloop.worker.serving.background import Heartbeats
@@ -36,14 +36,7 @@ class Model(NamedTuple):
     chat: ChatTemplate
 
 
-def load_model(
-    model_dir: Path,
-    device: str,
-    dtype: str,
-    *,
-    deterministic: bool,
-    limits: EngineLimits,
-) -> Model:
+def load_model(model_dir: Path, settings: EngineSettings) -> Model:
     """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
     check_folder(model_dir)
     config = read_config(model_dir)
@@ -54,12 +47,12 @@ def load_model(
     chat = ChatTemplate.load(model_dir, tokenizer)
     engine = Engine.load(
         model_dir,
-        device=device,
-        dtype=dtype,
+        device=settings.device,
+        dtype=settings.dtype,
         vocabulary=tokenizer,
         compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
-        deterministic=deterministic,
-        limits=limits,
+        deterministic=settings.deterministic,
+        limits=settings.limits,
     )
     log.info("loaded %s: %s", model_dir, engine.info)
     return Model(engine, tokenizer, chat)
@@ -104,4 +97,4 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
     staging = SharedDisk({name: Path(root) for name, root in order.roots.items()})
     training, sampling = TrainingQueue(engine, staging, replies), SamplingQueue(engine, staging, replies)
     text = TextQueue(tokenizer, chat, replies)
-    Worker(socket, replies, heartbeats, training, sampling, text, training_share=order.training_share).run()
+    Worker(socket, replies, heartbeats, training, sampling, text, training_share=order.settings.training_share).run()
