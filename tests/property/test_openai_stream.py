@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai._streaming import SSEDecoder
 
-from selfloop.server.openai.answers import ChatChoice, CompletionChoice
+from selfloop.server.openai.chat.choices import ChatChoice
+from selfloop.server.openai.completions.choices import CompletionChoice
 from selfloop.server.openai.logprobs import TextOffsets, token_text
 from selfloop.server.shared.events import DONE, frame, merged
 from selfloop.server.shared.tools import ToolUse

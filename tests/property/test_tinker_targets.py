@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfloop.server.tinker import schema, wire
-from selfloop.server.tinker.targets import read_targets
+from selfloop.server.tinker.sampling.targets import read_targets
 from selfloop.types.errors import BadRequest
 
 VOCAB = 50

@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from selfloop.server.openai import responses_wire, wire
-from selfloop.server.openai.chat import ChatRequest, chat_request
+from selfloop.server.openai import wire
+from selfloop.server.openai.chat.request import ChatRequest, chat_request
+from selfloop.server.openai.responses import wire as responses_wire
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import StructuredOutput
 

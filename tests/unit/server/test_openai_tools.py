@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfloop.server.openai import wire
-from selfloop.server.openai.tools import tool_use
+from selfloop.server.openai.chat.tools import tool_use
 from selfloop.server.shared.tools import CallReader, ToolUse, call_form
 from selfloop.types.errors import BadRequest
 

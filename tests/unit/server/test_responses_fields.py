@@ -2,8 +2,8 @@
 
 import pytest
 
-from selfloop.server.openai.responses import chat_of
-from selfloop.server.openai.responses_wire import ResponsesBody
+from selfloop.server.openai.responses.request import chat_of
+from selfloop.server.openai.responses.wire import ResponsesBody
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfloop.server.tinker import data, names, results, schema
+from selfloop.server.tinker import names, results, schema
+from selfloop.server.tinker.training import data
 from selfloop.types.datum import Tensor
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.result import LossResult

@@ -9,10 +9,12 @@ from fastapi.responses import Response
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.samplers import Sampler
-from selfloop.server.openai import responses_wire, tokens, wire
+from selfloop.server.openai import tokens, wire
+from selfloop.server.openai.chat.answer import chat_answer
+from selfloop.server.openai.completions.answer import completion_answer
 from selfloop.server.openai.models import entry, listed, pinned_by
-from selfloop.server.openai.responses_sampling import responses_answer
-from selfloop.server.openai.sampling import chat_answer, completion_answer
+from selfloop.server.openai.responses import wire as responses_wire
+from selfloop.server.openai.responses.answer import responses_answer
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body

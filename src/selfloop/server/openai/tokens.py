@@ -8,7 +8,7 @@ from fastapi import Request
 from selfloop.control.gateway import Control
 from selfloop.control.resources.samplers import Sampler
 from selfloop.server.openai import wire
-from selfloop.server.openai.chat import chat_request
+from selfloop.server.openai.chat.request import chat_request
 from selfloop.server.openai.logprobs import token_text
 from selfloop.server.openai.params import refuse_unserved
 from selfloop.server.shared.connection import while_connected

@@ -1,19 +1,11 @@
 """Tinker's dialect. Its routes answer errors under statuses of their own; see ``http``."""
 
 from selfloop.server.shared.dialect import Dialect, Mount, Poll
-from selfloop.server.tinker import (
-    account,
-    checkpoints,
-    custom_losses,
-    futures,
-    runs,
-    sampling,
-    service,
-    sessions,
-    training,
-    uploads,
-    wire,
-)
+from selfloop.server.tinker import futures, wire
+from selfloop.server.tinker.resources import account, checkpoints, runs, search, service, sessions, uploads
+from selfloop.server.tinker.sampling import routes as sampling
+from selfloop.server.tinker.training import custom_losses
+from selfloop.server.tinker.training import routes as training
 
 DIALECT = Dialect(
     name="tinker",
@@ -32,6 +24,7 @@ DIALECT = Dialect(
             checkpoints.router,
             uploads.router,
             sessions.router,
+            search.router,
             account.router,
         )
     ),

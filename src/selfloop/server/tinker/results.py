@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from selfloop.server.tinker import names, schema
-from selfloop.server.tinker.targets import Targets
+from selfloop.server.tinker.sampling.targets import Targets
 from selfloop.types.datum import Tensor
 from selfloop.types.result import InitResult, LoadResult, LossResult, SaveResult, StepResult, result_decoder
 from selfloop.types.sampling import PromptDraws, SampledSequence, SampleResult, TokenLogprob

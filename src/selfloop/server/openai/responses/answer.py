@@ -8,11 +8,11 @@ from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.server.openai import responses_wire as wire
-from selfloop.server.openai.chat import ChatRequest, chat_request
+from selfloop.server.openai.chat.request import ChatRequest, chat_request
 from selfloop.server.openai.params import draw_of
-from selfloop.server.openai.responses import Conversation, chat_of
-from selfloop.server.openai.responses_answers import ResponseAnswer
+from selfloop.server.openai.responses import wire
+from selfloop.server.openai.responses.events import ResponseAnswer
+from selfloop.server.openai.responses.request import Conversation, chat_of
 from selfloop.server.openai.sampling import as_asked, checked_max_tokens
 from selfloop.server.shared.body import off_loop
 from selfloop.server.shared.connection import EventStream, while_connected

@@ -16,9 +16,10 @@ from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place, plain_start
 from selfloop.server.shared.schemas import protobuf_body
-from selfloop.server.tinker import custom_losses, data, futures, names, provenance, schema, validate, wire
+from selfloop.server.tinker import futures, names, schema, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
-from selfloop.server.tinker.service import strings
+from selfloop.server.tinker.resources.service import strings
+from selfloop.server.tinker.training import custom_losses, data, provenance
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import LoraTargets

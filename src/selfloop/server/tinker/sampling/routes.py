@@ -15,7 +15,7 @@ from selfloop.server.shared.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.results import SampleView, sample_response
-from selfloop.server.tinker.targets import read_targets
+from selfloop.server.tinker.sampling.targets import read_targets
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import SamplingParams
 from selfloop.types.status import CheckpointTarget

@@ -7,14 +7,12 @@ from fastapi import APIRouter, Header, Request, Response
 
 from selfloop.control.data_dir.signed_urls import LINK_LIFE_S
 from selfloop.control.resources.checkpoints.sharing import Address, CopyRequest
-from selfloop.control.resources.listings import CheckpointSearch
 from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, validate, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
-from selfloop.server.tinker.runs import checkpoint, rfc3339, target_of_type
-from selfloop.server.tinker.sessions import key_ids
+from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.lora import LoraTargets
 from selfloop.types.status import CheckpointTarget
@@ -24,7 +22,6 @@ router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, r
 
 _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 _MAX_KEY = 200
-_MAX_SEARCH = 1000
 
 
 @router.delete(_CHECKPOINT, status_code=204)
@@ -72,34 +69,6 @@ async def external_weights_urls(
         urls[file.name], expires = control.checkpoints.link(id, file.name, base)
         until = min(until, expires)
     return {"urls": urls, "expires": rfc3339(until)}
-
-
-@router.post("/checkpoints/search", openapi_extra=wire.SCHEMAS.json_body(wire.SearchCheckpoints))
-async def search_checkpoints(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
-    """Checkpoints of the caller's team that match, newest first."""
-    body = decode(await read_body(request), wire.SearchCheckpoints)
-    if not 1 <= body.limit <= _MAX_SEARCH:
-        raise BadRequest("limit", f"1 to {_MAX_SEARCH}, got {body.limit}")
-    after = None
-    if body.cursor is not None:
-        if body.cursor.last_created_at.tzinfo is None:
-            raise BadRequest("cursor.last_created_at", "a time with its zone")
-        after = (body.cursor.last_created_at.timestamp(), body.cursor.last_checkpoint_id)
-    found = await control.listings.search_checkpoints(
-        CheckpointSearch(
-            team_id=caller.team_id,
-            limit=body.limit,
-            project_ids=body.project_ids,
-            user_metadata=body.user_metadata,
-            target=None if body.checkpoint_type is None else target_of_type(body.checkpoint_type),
-            key_ids=key_ids(body.owner, caller),
-            base_models=body.base_models,
-            after=after,
-        )
-    )
-    last = found[-1] if len(found) == body.limit else None
-    cursor = None if last is None else {"last_created_at": rfc3339(last.created_at), "last_checkpoint_id": last.id}
-    return {"checkpoints": [checkpoint(row) for row in found], "next_cursor": cursor}
 
 
 @router.post("/weights_info", openapi_extra=wire.SCHEMAS.json_body(wire.WeightsInfo))

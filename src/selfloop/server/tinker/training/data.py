@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, add_recorded, check
-from selfloop.server.tinker import provenance, schema
+from selfloop.server.tinker import schema
+from selfloop.server.tinker.training import provenance
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest

@@ -68,7 +68,7 @@ class FunctionTool(_Wire, frozen=True, kw_only=True):
     output_schema: Unserved = None
 
 
-class NamedTool(_Wire, frozen=True, kw_only=True):
+class ResponsesNamedTool(_Wire, frozen=True, kw_only=True):
     type: Literal["function"]
     name: str
 
@@ -94,7 +94,7 @@ class Reasoning(_Wire, frozen=True, kw_only=True):
     mode: Unserved = None
 
 
-class StreamOptions(_Wire, frozen=True, kw_only=True):
+class ResponsesStreamOptions(_Wire, frozen=True, kw_only=True):
     include_obfuscation: Unserved = None
 
 
@@ -108,13 +108,13 @@ class ResponsesBody(_Wire, frozen=True, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesNamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None

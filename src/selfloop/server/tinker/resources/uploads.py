@@ -12,7 +12,7 @@ from selfloop.server.shared.body import RequestBody, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
-from selfloop.server.tinker.runs import rfc3339
+from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.lora import LoraTargets
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from selfloop.server.openai import responses_wire as wire
 from selfloop.server.openai.errors import ERRORS
 from selfloop.server.openai.logprobs import Grown
+from selfloop.server.openai.responses import wire
 from selfloop.server.openai.wire import ErrorAnswer
 from selfloop.server.shared.events import frame
 from selfloop.server.shared.tools import Call, CallReader, ToolUse

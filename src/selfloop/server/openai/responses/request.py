@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfloop.server.openai import responses_wire as wire
 from selfloop.server.openai import wire as chat_wire
 from selfloop.server.openai.params import refuse_unserved
+from selfloop.server.openai.responses import wire
 from selfloop.server.shared.decode import convert, to_json
 from selfloop.types.errors import BadRequest
 
@@ -90,7 +90,7 @@ def chat_of(body: wire.ResponsesBody) -> tuple[chat_wire.ChatBody, Conversation]
         for i, item in enumerate(body.input):
             _take(conversation, item, f"input[{i}]")
     choice = body.tool_choice
-    if isinstance(choice, wire.NamedTool):
+    if isinstance(choice, wire.ResponsesNamedTool):
         choice = chat_wire.NamedTool(type="function", function=chat_wire.NamedFunction(name=choice.name))
     chat = chat_wire.ChatBody(
         model=body.model,

@@ -13,7 +13,7 @@ from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import read_body
 from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
-from selfloop.server.tinker.runs import rfc3339
+from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.errors import BadRequest
 from selfloop.types.settings import Prices
 from selfloop.types.status import CheckpointTarget

@@ -7,8 +7,8 @@ import msgspec
 
 from selfloop.control.sampling.service import Chat
 from selfloop.server.openai import wire
+from selfloop.server.openai.chat.tools import tool_use
 from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved
-from selfloop.server.openai.tools import tool_use
 from selfloop.server.shared.decode import convert, to_json
 from selfloop.server.shared.sampling import MAX_TOP_LOGPROBS, json_schema, within
 from selfloop.server.shared.tools import ToolUse, has_variable, template_call, template_tool

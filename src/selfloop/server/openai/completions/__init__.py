@@ -1,0 +1,1 @@
+"""Completions: texts or token ids that are continued."""

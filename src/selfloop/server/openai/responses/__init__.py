@@ -1,0 +1,1 @@
+"""Responses: an input whose answer is not kept."""

@@ -1,0 +1,1 @@
+"""What is asked before, beside and after training: sessions, runs, checkpoints, keys, usage."""

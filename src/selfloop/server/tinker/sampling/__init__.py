@@ -1,0 +1,1 @@
+"""Sampling sessions, and samples."""
