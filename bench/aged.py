@@ -4,7 +4,7 @@
 
 A gateway starts on an empty data directory, and on one with that much history (``bench/harness/aged_rows.py``). Then
 each list is asked as clients ask it, whole, while another client asks for one session, again and again. The longest
-turn of the event loop is told by its thread's CPU time, too, which other programs on the machine do not change. It
+turn of the event loop is also measured by its thread's CPU time, which other programs on the machine do not change. It
 takes no model and no worker.
 """
 

@@ -82,7 +82,7 @@ async def samples(args: argparse.Namespace, report: Report) -> None:
             await runs.post_many(args.polls, 3600)
             polls.start(runs.operations, len(runs.operations))
             await asyncio.sleep(min(2.0, args.seconds))
-            client.tell("sample", prompts=[prompt] * args.samples, max_tokens=32, seconds=0)
+            client.send("sample", prompts=[prompt] * args.samples, max_tokens=32, seconds=0)
             await runs.start()
             answered = await asyncio.gather(*polls.tasks)
             sampled = await asyncio.to_thread(client.answer)

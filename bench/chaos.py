@@ -124,17 +124,17 @@ def plan_strikes(seed: int, num: int, num_outcomes: int, outcome_s: float) -> li
         num_outcomes: how many the script has.
         outcome_s: seconds from one to the next, left in peace.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     pairs = min(int(num * _PAIR_SHARE), num // 2)
     # Not in the last quarter, so that the script has not ended before the strike.
-    points = sorted(draw.sample(range(1, max(num_outcomes * 3 // 4, num + 1)), num - pairs))
-    paired = set(draw.sample(points, pairs))
+    points = sorted(rng.sample(range(1, max(num_outcomes * 3 // 4, num + 1)), num - pairs))
+    paired = set(rng.sample(points, pairs))
     strikes: list[Strike] = []
     for point in points:
-        target: Target = "worker" if point in paired or draw.random() < 0.5 else "server"
-        strikes.append(Strike(point, draw.uniform(0.0, 2 * outcome_s), target))
+        target: Target = "worker" if point in paired or rng.random() < 0.5 else "server"
+        strikes.append(Strike(point, rng.uniform(0.0, 2 * outcome_s), target))
         if point in paired:
-            strikes.append(Strike(point, draw.uniform(0.2, 2.0), "server"))
+            strikes.append(Strike(point, rng.uniform(0.2, 2.0), "server"))
     return strikes
 
 

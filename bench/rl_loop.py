@@ -42,10 +42,10 @@ class Ours:
     def step(self) -> None:
         self._engine.publish(self._run, "grpo")
         asked = ours.requests(self._prompts, self._num_new, adapters=["grpo"], num_samples=SAMPLES)
-        drawn = ours.sample(self._engine, asked).sequences
+        sampled = ours.sample(self._engine, asked).sequences
         data = [
             policy_datum(prompt, sample, advantage)
-            for prompt, samples in zip(self._prompts, drawn, strict=True)
+            for prompt, samples in zip(self._prompts, sampled, strict=True)
             for sample, advantage in zip(samples, advantages([s.tokens for s in samples]), strict=True)
         ]
         self._engine.forward_backward(self._run, data, "importance_sampling", {})

@@ -86,8 +86,8 @@ def sharing(bench: Bench) -> None:
     fresh = _FreshPrompts(bench, length)
 
     def first_tokens(num_requests: int, num_samples: int, *, same: bool) -> float:
-        prompt = fresh.draw()
-        prompts = [prompt] * num_requests if same else [fresh.draw() for _ in range(num_requests)]
+        prompt = fresh.next()
+        prompts = [prompt] * num_requests if same else [fresh.next() for _ in range(num_requests)]
         return ours.sample(bench.engine, ours.requests(prompts, 1, num_samples=num_samples)).total_s
 
     values = alternate(
@@ -114,7 +114,7 @@ def prefix(bench: Bench) -> None:
     first_ms: list[float] = []
     again_ms: list[float] = []
     for number in range(bench.rounds + 1):
-        shared = fresh.draw()
+        shared = fresh.next()
         took = [
             ours.sample(bench.engine, ours.requests([shared + work.random_ids(ending, bench.vocab_size, i)], 1)).total_s
             for i in range(2)
@@ -137,16 +137,16 @@ def gap(bench: Bench) -> None:
         data = [work.datum(work.random_ids(bench.size(64), bench.vocab_size, seed * 8 + i)) for i in range(8)]
         ours.train_step(bench.engine, run, data)
     bench.engine.publish(run, "gap")
-    drawn = ours.sample(bench.engine, ours.requests(prompts, num_new, adapters=["gap"]))
+    sampled = ours.sample(bench.engine, ours.requests(prompts, num_new, adapters=["gap"]))
     scored: list[Datum] = []
-    for prompt, (sequence,) in zip(prompts, drawn.sequences, strict=True):
+    for prompt, (sequence,) in zip(prompts, sampled.sequences, strict=True):
         targets = [IGNORED_TARGET] * (len(prompt) - 1) + sequence.tokens
         tokens = [*prompt, *sequence.tokens[:-1]]
         scored.append(Datum(Tensor.of(tokens, "int64"), {"target_tokens": Tensor.of(targets, "int64")}))
     trainer = bench.engine.forward(run, scored, "cross_entropy", {}).logprobs
     gaps = [
         abs(sampled - trained)
-        for prompt, (sequence,), logprobs in zip(prompts, drawn.sequences, trainer, strict=True)
+        for prompt, (sequence,), logprobs in zip(prompts, sampled.sequences, trainer, strict=True)
         for sampled, trained in zip(sequence.logprobs, logprobs.values()[len(prompt) - 1 :], strict=True)
     ]
     bench.engine.drop_adapter("gap")
@@ -177,7 +177,7 @@ class _FreshPrompts:
     def __init__(self, bench: Bench, length: int) -> None:
         self._bench, self._length, self._num = bench, length, 0
 
-    def draw(self) -> list[int]:
+    def next(self) -> list[int]:
         self._num += 1
         return work.random_ids(self._length, self._bench.vocab_size, 10**6 + self._num)
 

@@ -78,8 +78,8 @@ def sample(bench: Bench, new_tokens: int = NEW_TOKENS) -> None:
     asked = ours.requests(prompts, num_new, adapters=["served"], use_end_tokens=True)
 
     def alone() -> float:
-        drawn = ours.sample(bench.engine, asked)
-        return sum(len(s.tokens) for sequences in drawn.sequences for s in sequences) / drawn.total_s
+        sampled = ours.sample(bench.engine, asked)
+        return sum(len(s.tokens) for sequences in sampled.sequences for s in sequences) / sampled.total_s
 
     with served(bench, 1) as (_, (client,)):
         beside_engine(
@@ -100,13 +100,13 @@ def share(bench: Bench) -> None:
         trainer.ask("batch", sequences=work.sequences([bench.size(128)] * 2, bench.vocab_size))
 
         def stream() -> None:
-            streamer.tell("sample", prompts=prompts, max_tokens=num_new, seconds=window_s)
+            streamer.send("sample", prompts=prompts, max_tokens=num_new, seconds=window_s)
 
         together: list[float] = []
 
         def both() -> float:
             """The stream's rate; the trainer's is kept aside."""
-            trainer.tell("train", seconds=window_s)
+            trainer.send("train", seconds=window_s)
             stream()
             together.append(rate(trainer.answer()))
             return rate(streamer.answer())

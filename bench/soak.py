@@ -103,12 +103,12 @@ class Load:
 
     async def train(self, run: Json, index: int) -> None:
         """Two accumulated calls a step; every few steps a save under one of a few names."""
-        draw = random.Random(index)
+        rng = random.Random(index)
         seqs = itertools.count(3)
-        await asyncio.sleep(draw.uniform(0, self._step_every_s))
+        await asyncio.sleep(rng.uniform(0, self._step_every_s))
         for step in itertools.count():
             started = time.monotonic()
-            calls = [("forward_backward", self._loss(draw)), ("forward_backward", self._loss(draw))]
+            calls = [("forward_backward", self._loss(rng)), ("forward_backward", self._loss(rng))]
             calls.append(("optim_step", {"adam_params": {"learning_rate": 1e-4}}))
             if step % 10 == index % 10:
                 kind = "save_state" if step % 20 == index % 20 else "save_weights_for_sampler"
@@ -161,8 +161,8 @@ class Load:
                 self._seen.looks.append(Look(now, memory, worker_bytes, gateway.num_fds(), worker_files))
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _loss(self, draw: random.Random) -> Json:
-        tokens = [draw.randrange(3, self._vocab_size) for _ in range(_LENGTH + 1)]
+    def _loss(self, rng: random.Random) -> Json:
+        tokens = [rng.randrange(3, self._vocab_size) for _ in range(_LENGTH + 1)]
         targets = {"data": tokens[1:], "dtype": "int64", "shape": [_LENGTH]}
         datum = {
             "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens[:-1]}]},
@@ -221,7 +221,7 @@ def _management(run_id: str) -> tuple[str, ...]:
 
 
 class Growth(NamedTuple):
-    """Means of the windows after the settling and at the end."""
+    """Means of the windows after the warm-up and at the end."""
 
     before: float
     after: float
@@ -232,11 +232,11 @@ class Growth(NamedTuple):
 
 
 def growth(looks: list[Look], name: str) -> Growth:
-    """Of one field, from the end of the settling to the end; each a mean over a tenth of the time."""
+    """Of one field, from the end of the warm-up to the end; each a mean over a tenth of the time."""
     start, end = looks[0].at, looks[-1].at
-    settled = start + min(300.0, (end - start) / 6)
+    warm = start + min(300.0, (end - start) / 6)
     window = (end - start) / 10
-    early = [getattr(look, name) for look in looks if settled <= look.at <= settled + window]
+    early = [getattr(look, name) for look in looks if warm <= look.at <= warm + window]
     late = [getattr(look, name) for look in looks if look.at >= end - window]
     return Growth(statistics.mean(early), statistics.mean(late))
 

@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that are read out of the code; ``--check`` only compares.
 
-A part lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+A part is between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse

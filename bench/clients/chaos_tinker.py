@@ -16,15 +16,15 @@ MODEL, STEPS, VOCAB_SIZE, LENGTH = sys.argv[1], *map(int, sys.argv[2:5])
 SAMPLE_EVERY, SAVE_EVERY, NUM_PARTS = 10, 25, 2
 
 
-def tell(what: str, **values: object) -> None:
+def report(what: str, **values: object) -> None:
     print(json.dumps({"what": what, **values}), flush=True)
 
 
 def batch(seed: int) -> list[types.Datum]:
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     made = []
     for _ in range(2):
-        tokens = [draw.randrange(3, VOCAB_SIZE) for _ in range(LENGTH + 1)]
+        tokens = [rng.randrange(3, VOCAB_SIZE) for _ in range(LENGTH + 1)]
         inputs = {
             "target_tokens": types.TensorData(data=tokens[1:], dtype="int64", shape=[LENGTH]),
             "weights": types.TensorData(data=[1.0] * LENGTH, dtype="float32", shape=[LENGTH]),
@@ -34,21 +34,21 @@ def batch(seed: int) -> list[types.Datum]:
 
 
 trainer = tinker.ServiceClient().create_lora_training_client(MODEL, rank=8, seed=1)
-tell("attached")
+report("attached")
 for step in range(STEPS):
     losses = [trainer.forward_backward(batch(NUM_PARTS * step + part), "cross_entropy") for part in range(NUM_PARTS)]
     optim = trainer.optim_step(types.AdamParams(learning_rate=1e-3))
     for loss in losses:
-        tell("forward_backward", loss=loss.result().metrics["loss:sum"])
-    tell("optim_step", metrics=optim.result().metrics)
+        report("forward_backward", loss=loss.result().metrics["loss:sum"])
+    report("optim_step", metrics=optim.result().metrics)
     if step % SAMPLE_EVERY == SAMPLE_EVERY - 1:
         sampler = trainer.save_weights_and_get_sampling_client(f"at-{step}")
-        tell("save_weights_for_sampler", step=step)
+        report("save_weights_for_sampler", step=step)
         params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=step)
-        drawn = sampler.sample(types.ModelInput.from_ints([5, 6, 7, 8]), 1, params).result()
-        tell("sample", tokens=list(drawn.sequences[0].tokens))
+        sampled = sampler.sample(types.ModelInput.from_ints([5, 6, 7, 8]), 1, params).result()
+        report("sample", tokens=list(sampled.sequences[0].tokens))
     if step % SAVE_EVERY == SAVE_EVERY - 1:
         trainer.save_state(f"state-{step}").result()
-        tell("save_state", step=step)
+        report("save_state", step=step)
 trainer.save_state("end").result()
-tell("save_state", step=STEPS)
+report("save_state", step=STEPS)

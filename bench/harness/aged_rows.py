@@ -55,7 +55,7 @@ class Owner:
 
 
 def id_of(kind: str, number: int) -> str:
-    """Seven characters, as ids have: the first tells the kind, the others count up."""
+    """Seven characters, as in ids: the first is the kind, the others count up."""
     digits = ""
     for _ in range(6):
         number, digit = divmod(number, 36)

@@ -53,7 +53,7 @@ def asking(url: str, key: str, paths: Sequence[str], every_s: float) -> Generato
         asker.kill()
 
 
-def _ask(url: str, key: str, paths: Sequence[str], every_s: float, stop: Event, told: Connection) -> None:
+def _ask(url: str, key: str, paths: Sequence[str], every_s: float, stop: Event, results: Connection) -> None:
     seconds: list[float] = []
     refused: Counter[int] = Counter()
     headers = {"Authorization": f"Bearer {key}"}
@@ -66,4 +66,4 @@ def _ask(url: str, key: str, paths: Sequence[str], every_s: float, stop: Event, 
             seconds.append(time.perf_counter() - started)
             if status != 200:
                 refused[status] += 1
-    told.send(Asked(seconds, dict(refused)))
+    results.send(Asked(seconds, dict(refused)))

@@ -1,4 +1,4 @@
-"""Programs beside a bench, in processes and environments of their own, that do what they are told line by line."""
+"""Programs beside a bench, in processes and environments of their own, that read commands line by line."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class Peer:
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self._child = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def tell(self, do: str, **how: object) -> None:
+    def send(self, do: str, **how: object) -> None:
         """Have it begin; :meth:`answer` waits for the end."""
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps({"do": do, **how}) + "\n")
@@ -34,7 +34,7 @@ class Peer:
         return json.loads(line)
 
     def ask(self, do: str, **how: object) -> dict[str, Any]:
-        self.tell(do, **how)
+        self.send(do, **how)
         return self.answer()
 
     def close(self) -> None:

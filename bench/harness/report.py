@@ -100,7 +100,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 @dataclass
 class Report:
-    """What a program measured, told as it comes.
+    """What a program measured, printed as it is measured.
 
     Args:
         judged: whether targets are held against the figures; not when these mean nothing.

@@ -1,7 +1,7 @@
 """The machine's limits, measured, and what a model asks of it.
 
 A token that goes forward costs a multiplication and an addition for each weight of the linear layers; backward through
-frozen weights costs as much again. Attention, norms and the adapters are left out, so that a fraction of the roof
+frozen weights costs as much again. Attention, norms and the adapters are not counted, so that a fraction of the roof
 that these figures give is a lower bound.
 """
 

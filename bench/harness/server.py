@@ -128,7 +128,7 @@ def serving(data_dir: Path, *options: str, program: Sequence[str] = SERVE) -> Ge
 
 
 def hosts_of(data_dir: Path) -> list[psutil.Process]:
-    """By the record of themselves that they were told of."""
+    """By the record of themselves whose path they were given."""
     record = f'"record":"{data_dir}/workers/'
     # Their workers are forked from them, and have the same command line.
     return [p for p in psutil.process_iter() if any(record in part for part in _host_arguments(p))]

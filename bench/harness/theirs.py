@@ -92,7 +92,7 @@ class PeftTrainer:
             length = len(s) - 1
             tokens[row, :length] = torch.tensor(s[:-1])
             mask[row, :length] = 1
-            # Labels stand at their own token here: the model shifts them.
+            # Labels are at their own token here: the model shifts them.
             labels[row, 1:length] = torch.tensor(labels_of(s, supervised)[: length - 1])
         batch = {"input_ids": tokens, "labels": labels}
         if int(mask.min()) == 0:

@@ -11,9 +11,9 @@ from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 
 
 def random_ids(num: int, vocab_size: int, seed: int) -> list[int]:
-    """Ids drawn evenly from the vocabulary, but for the first few, which are mostly special."""
-    draw = random.Random(seed)
-    return [draw.randrange(3, vocab_size) for _ in range(num)]
+    """Ids sampled evenly from the vocabulary, but for the first few, which are mostly special."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, vocab_size) for _ in range(num)]
 
 
 def sequences(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:

@@ -12,22 +12,22 @@ import signal
 import time
 from pathlib import Path
 
-from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcome
+from selfloop.control.queue.waiters import AwaitedOutcomes
 from selfloop.server import serve
-from selfloop.storage.db.tables import OperationRow
 from selfloop.types.settings import ControlSettings, QueueSettings, Settings
 
 ready_at: dict[str, float] = {}
-settled = Operations._completed
+complete = AwaitedOutcomes.complete
 
 
-def noting(self: Operations, row: OperationRow, outcome: Outcome) -> None:
-    ready_at[row.id] = time.monotonic()
-    settled(self, row, outcome)
+def noting(self: AwaitedOutcomes[object], key: tuple[str, str], outcome: object) -> None:
+    if isinstance(outcome, Outcome):  # of an operation, not of a queued sample
+        ready_at[key[1]] = time.monotonic()
+    complete(self, key, outcome)
 
 
-Operations._completed = noting  # type: ignore[method-assign]
+AwaitedOutcomes.complete = noting  # type: ignore[method-assign]
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)

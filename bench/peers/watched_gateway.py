@@ -3,8 +3,8 @@
     python bench/peers/watched_gateway.py --port PORT --data-dir DIR
 
 It runs on asyncio's own loop, whose turns can be watched. On SIGUSR1 it writes the longest since the last one to
-DIR/holds, as JSON: ``cpu_ms``, what the loop's thread computed, which tells of us, and ``wall_ms``, which tells of the
-machine, too.
+DIR/holds, as JSON: ``cpu_ms``, what the loop's thread computed, which is our own work, and ``wall_ms``, which includes
+the machine, too.
 """
 
 import argparse

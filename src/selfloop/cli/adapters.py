@@ -70,7 +70,7 @@ def import_adapter(
     team: Annotated[str | None, typer.Option(help="Team to own it. Default: the first team.")] = None,
     data_dir: local.DataDir = None,
 ) -> None:
-    """Make a PEFT adapter a trainer checkpoint, to go on from."""
+    """Import a PEFT adapter as a trainer checkpoint, to train on from."""
 
     async def work() -> Imported:
         async with local.opened(data_dir) as data:

@@ -57,7 +57,9 @@ def restore(
     ] = None,
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="The server that was backed up is gone for good: this one gets its bucket."),
+        typer.Option(
+            "--take-over", help="Use the bucket of the server that was backed up, which will never start again."
+        ),
     ] = False,
 ) -> None:
     """Make a new data directory of a backup; with SELFLOOP_DATABASE_URL its rows go to PostgreSQL."""

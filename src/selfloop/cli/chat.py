@@ -26,7 +26,7 @@ def chat(
         str | None, typer.Option(help="One of the sampler's models. Default: the adapter, if any.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer. Default: the room that is left.", min=1)
+        int | None, typer.Option(help="Most tokens of an answer. Default: all that are left.", min=1)
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.7,
     seed: Annotated[int | None, typer.Option(help="Makes an answer repeatable.")] = None,
@@ -81,7 +81,7 @@ class _Talk:
         self.finish_reason: str | None = None
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer in pieces, as they are drawn."""
+        """The answer in pieces, as they are sampled."""
         self._messages.append({"role": "user", "content": text})
         body = self._asked | {"messages": self._messages, "stream": True, "stream_options": {"include_usage": True}}
         pieces: list[str] = []

@@ -94,7 +94,7 @@ def delete(
         int | None, typer.Option(help="Spare the newest so many of each run and target.", min=0)
     ] = None,
     team: Annotated[bool, typer.Option("--team", help="The whole team's, not only those of this key's runs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be deleted.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: remote.Url = None,
     data_dir: local.DataDir = None,
@@ -177,7 +177,7 @@ def download(
     url: remote.Url = None,
     data_dir: local.DataDir = None,
 ) -> None:
-    """Download a checkpoint's files. Interrupted, the same command goes on where it stopped."""
+    """Download a checkpoint's files. After an interruption, the same command continues where it stopped."""
     with remote.server(url, data_dir) as server:
         row = resolved(server, checkpoint)
         files = list(_files(server, row["id"]))

@@ -30,7 +30,7 @@ _DROPPED = ("HF_HUB_OFFLINE", "HF_TOKEN", "PYTHONPATH", "TRANSFORMERS_OFFLINE", 
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on; the text tells the user why and what to do."""
+    """The demo cannot continue; the text is the reason and what to do."""
 
 
 def run_demo(data_dir: Path, base_model: str | None = None, steps: int | None = None) -> int:
@@ -206,7 +206,7 @@ def _tail(log_file: Path) -> str:
 
 def _how_to_go_on(data_dir: Path, python: str, script: Path) -> str:
     return f"""
-The adapter lies in {data_dir / "demo-adapter"}, everything the server keeps in {data_dir}.
+The adapter is in {data_dir / "demo-adapter"}, everything the server keeps in {data_dir}.
 
 To go on, start a server:
     SELFLOOP_API_KEY=<a key you choose> selfloop serve --data-dir {data_dir}

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    team: Annotated[str | None, typer.Option(help="Team of the key; made if new. Default: the first team.")] = None,
+    team: Annotated[str | None, typer.Option(help="Team of the key; created if new. Default: the first team.")] = None,
     role: Annotated[
         str,
         typer.Option(help="admin (also manages keys), member, or read-only (lists, downloads, watches)."),
@@ -26,7 +26,7 @@ def create(
     ] = None,
     data_dir: local.DataDir = None,
 ) -> None:
-    """Make a key; it is shown this once."""
+    """Create a key; it is shown only once."""
 
     async def work() -> str:
         async with local.opened(data_dir) as data:
@@ -69,7 +69,7 @@ def revoke(
 
 @app.command("rotate-links")
 def rotate_links(data_dir: local.DataDir = None) -> None:
-    """Make every download link that was given out worthless, at once, also in a running server."""
+    """Invalidate every download link at once, also in a running server."""
     folder = local.resolve(data_dir)
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no data directory", param_hint="--data-dir")

@@ -72,7 +72,9 @@ def logs(
         str,
         typer.Argument(help="A run (its trainer's log), a sampler or a deployment."),
     ],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended, or Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow the log until it has ended, or Ctrl-C.")
+    ] = False,
     level: Annotated[
         Level | None, typer.Option(help="Only lines of this level or above.", case_sensitive=False)
     ] = None,

@@ -68,7 +68,7 @@ def find_run(server: remote.Server, text: str) -> remote.Json | None:
 
 
 def find_sampler(server: remote.Server, text: str) -> remote.Json | None:
-    """The sampler that ``text`` names: by its id, or by the model or deployment that a client was told."""
+    """The sampler that ``text`` names: by its id, or by its model or deployment in a client's answers."""
     found = server.find(f"/v1/loops/samplers/{remote.segment(sampler_id(text))}")
     if found is not None:
         return found["sampler"]

@@ -12,9 +12,11 @@ from selfloop.control.resources.checkpoints.prune import Pruned
 def prune(
     older_than: Annotated[str, typer.Option(help="Only what ended at least so long ago, e.g. 30d; 1d or more.")],
     archive: Annotated[
-        Path | None, typer.Option(help="A new file for what goes: JSON lines, compressed with zstd.")
+        Path | None, typer.Option(help="A new file for the removed rows: JSON lines, compressed with zstd.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this only what would go is told.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove the rows; without this option only report what would be removed.")
+    ] = False,
     data_dir: local.DataDir = None,
     as_json: remote.AsJson = False,
 ) -> None:

@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 class CommandFailed(Exception):
-    """The command cannot go on; the text tells the user why."""
+    """The command cannot continue; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

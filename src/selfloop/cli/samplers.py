@@ -67,7 +67,7 @@ def deactivate(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.Da
 
 @app.command()
 def wake(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
-    """Bring a sleeping sampler up, and wait until it serves."""
+    """Wake a sleeping sampler, and wait until it serves."""
     with remote.server(url, data_dir) as server:
         row = names.sampler(server, sampler_id)
         server.post(f"/loops/samplers/{row['id']}/wake")
@@ -75,7 +75,7 @@ def wake(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir 
 
 
 def wait_until_ready(server: remote.Server, sampler: remote.Json) -> str:
-    """The status it settles on, which is ``ACTIVE``.
+    """The status that it reaches, which is ``ACTIVE``.
 
     Raises:
         CommandFailed: it ended or cannot come up.

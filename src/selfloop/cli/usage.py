@@ -1,4 +1,4 @@
-"""``selfloop usage``: what was used, as a server tells it or in a data directory."""
+"""``selfloop usage``: what was used, as a server reports it or in a data directory."""
 
 import re
 import time

@@ -23,7 +23,7 @@ class BlobRef(msgspec.Struct, frozen=True):
 
 
 def blob_ref(path: Path, roots: Mapping[str, Path]) -> BlobRef:
-    """The reference of a local path: by the first of ``roots`` that it lies below, else by a ``file:`` URL."""
+    """The reference of a local path: by the first of ``roots`` that contains it, else by a ``file:`` URL."""
     path = path.absolute()
     for name, root in roots.items():
         if path.is_relative_to(root.absolute()):

@@ -277,7 +277,7 @@ def _is_index(value: object, is_tensor: Callable[[object], bool]) -> bool:
 
 
 def decode(value: object, lookup: Callable[[str], object], depth: int = 0) -> object:
-    """An argument as the client encodes it: scalars, words and lists stand for themselves, the rest is ``{kind: ...}``.
+    """An argument as the client encodes it: scalars, words and lists are themselves, the rest is ``{kind: ...}``.
 
     Raises:
         GraphError: it is none of these, or too large.

@@ -1,8 +1,8 @@
 """The operations that an uploaded loss may use, as plain names: the gateway checks by them, the engine computes them.
 
-An operation has the names under which a traced graph calls it, and its parameters in order. ``torch`` stands for the
+An operation has the names under which a traced graph calls it, and its parameters in order. ``torch`` means the
 function of that name in ``torch``, ``F`` for that in ``torch.nn.functional``, ``.`` for the method of tensors; other
-names are written out. A parameter is ``kind name``, with ``?`` after the name if it may be left out.
+names are written out. A parameter is ``kind name``, with ``?`` after the name if it is optional.
 """
 
 from dataclasses import dataclass

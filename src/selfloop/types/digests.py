@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, FileDigest] | None:
     except msgspec.MsgspecError as error:
         raise damaged(path, f"it is no manifest ({error})") from error
     for entry in entries:
-        # A folder may come from somebody else, with a manifest that names what lies elsewhere.
+        # A folder may come from somebody else, with a manifest that names files outside of it.
         if not entry.name or ".." in Path(entry.name).parts or Path(entry.name).is_absolute() or "\0" in entry.name:
             raise damaged(path, "it names a file outside of its folder")
     return {entry.name: entry for entry in entries}
@@ -98,7 +98,7 @@ def check_folder(folder: Path) -> bool:
     """Check every file that the manifest of ``folder`` names; False where there is no manifest.
 
     Raises:
-        CheckpointDamaged: a file is gone, cannot be read, or is not what was written; its name is told.
+        CheckpointDamaged: a file is missing, cannot be read, or is not what was written; the error names it.
     """
     known = read_manifest(folder)
     for entry in (known or {}).values():

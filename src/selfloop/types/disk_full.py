@@ -13,7 +13,7 @@ _FULL = {
 
 
 def disk_full(error: OSError) -> OperationFailed | None:
-    """What to tell of a save that the disk did not take; None for other errors."""
+    """The message for a save that did not fit on the disk; None for other errors."""
     if error.errno not in _FULL:
         return None
     return OperationFailed(

@@ -93,7 +93,7 @@ class RateLimited(NotReady):
 class OperationFailed(SelfloopError):
     """An accepted operation ended in an error; ``error_class`` names its kind for the client.
 
-    ``state_lost`` tells that its run lies in the worker no more, as it may have been left half-changed there.
+    ``state_lost``: the worker has dropped its run, whose state may have been half changed.
     """
 
     def __init__(self, cause: str, error_class: str = "OperationFailed", *, state_lost: bool = False) -> None:
@@ -110,7 +110,7 @@ class CheckpointDamaged(OperationFailed):
 
 
 class WorkerLost(SelfloopError):
-    """The worker process is gone; ``begun`` tells whether it had begun the call that this error answers.
+    """The worker process has ended; ``begun`` is whether it had begun the call that this error answers.
 
     ``by_kernel``: the kernel ended it for want of memory.
     """

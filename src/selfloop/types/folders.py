@@ -6,7 +6,7 @@ from selfloop.types.errors import BadRequest
 
 
 def is_own_file(folder: Path, name: str) -> bool:
-    """Whether ``folder`` has a file of this name that lies in it.
+    """Whether ``folder`` has a file of this name inside it.
 
     Files in the ``blobs`` of a Hugging Face cache count, which a snapshot there is links to.
     """

@@ -14,7 +14,7 @@ class LossSpec:
         required: per-token float inputs (N,) that must come with every datum, besides ``target_tokens``.
         one_of: names of one further input that must come with every datum, under exactly one of them.
         optional: per-token float inputs (N,) that may come.
-        defaults_to: the input that stands in for an optional one in every datum that lacks it.
+        defaults_to: the input that replaces an optional one in every datum that lacks it.
         config: configuration fields with their defaults; a bool default makes a flag. Numbers are >= 0.
         at_most: upper bounds of configuration numbers.
         ordered: pairs of configuration fields of which the first may not exceed the second.

@@ -109,7 +109,7 @@ def weight_names(folder: Path, there: Collection[str]) -> list[str]:
     if WEIGHTS_INDEX not in there:
         raise _refusal(_what_is_there_instead(folder))
     for name in named:
-        # No path: what an index names lies in the folder itself.
+        # No path: an index names files of the folder itself.
         if Path(name).name != name or name not in there:
             raise _refusal(f"{index} names {name!r}, which is not in the folder")
     if not named:

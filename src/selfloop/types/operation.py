@@ -26,7 +26,7 @@ class InitTrainer(msgspec.Struct, frozen=True, tag="init_trainer_server"):
 class Forward(msgspec.Struct, frozen=True, tag="forward"):
     """Loss and logprobs without gradient; accumulated gradients stay untouched.
 
-    ``summed`` tells that the loss is the plain sum over tokens, whatever the loss. With ``custom`` it is that loss,
+    ``summed``: the loss is the plain sum over tokens, whatever the loss. With ``custom`` it is that loss,
     whatever its name.
     """
 
@@ -41,7 +41,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
 class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     """Loss, logprobs and gradients, added to what is already accumulated.
 
-    ``summed`` tells that the loss is the plain sum over tokens, and that the step is to take it as it is. ``custom`` is
+    ``summed``: the loss is the plain sum over tokens, and the step does not divide it. ``custom`` is
     as in :class:`Forward`.
     """
 

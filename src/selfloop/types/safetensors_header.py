@@ -31,7 +31,7 @@ class _Entry(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """Where a tensor is.
 
     Args:
         start: its first byte, counted from the beginning of the file.
@@ -55,7 +55,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of ``file`` in the order of their bytes.
 
     Raises:
-        BadSafetensors: the header lies, the file is cut short, or tensors overlap.
+        BadSafetensors: the header is wrong, the file is cut short, or tensors overlap.
         OSError: the file cannot be read.
     """
     header, size = _read(file)
@@ -126,6 +126,6 @@ def _check_places(file: Path, tensors: list[StoredTensor], start: int, size: int
             raise BadSafetensors(f"{file}: {tensor.name} {kind}")
         at += tensor.size
     if at > size:
-        raise BadSafetensors(f"{file} is cut short: its header tells of {at} bytes, it has {size}")
+        raise BadSafetensors(f"{file} is cut short: its header declares {at} bytes, it has {size}")
     if at < size:
         raise BadSafetensors(f"{file} has {size - at} bytes that belong to no tensor")

@@ -22,23 +22,23 @@ class StructuredOutput(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How to draw tokens.
+    """How to sample tokens.
 
     Args:
         max_tokens: at most this many new tokens, >= 1.
         temperature: 0 is greedy.
         top_k: 0 keeps every token.
         top_p: 1 keeps every token.
-        seed: reproduces the draw; sample i of a request uses a stream of its own. None draws afresh.
+        seed: reproduces the samples; sample i of a request uses a stream of its own. None picks a new one.
         stop: strings that end a sample; the text stops before, the tokens include the completing one.
         stop_token_ids: tokens that end a sample, besides the model's own end tokens; returned.
         structured: what the sampled text must match; None for anything.
         use_end_tokens: whether the model's own end tokens end a sample.
         min_p: drops tokens less likely than this part of the likeliest one, at the temperature; 0 keeps every token.
-        frequency_penalty: taken off a token's logit for each time that it was drawn in the sample.
-        presence_penalty: taken off the logit of a token that was drawn in the sample.
+        frequency_penalty: subtracted from a token's logit for each time that it is in the sample.
+        presence_penalty: subtracted from the logit of a token that is in the sample.
         repetition_penalty: divides the logit above 0, and multiplies that below, of a token that the prompt has or
-            that was drawn; 1 changes nothing.
+            that was sampled; 1 changes nothing.
         logit_bias: added to the logits of these tokens.
     """
 
@@ -90,11 +90,11 @@ class SampleRequest(msgspec.Struct, frozen=True):
     Args:
         adapter: None samples the base model.
         prompt_logprobs: None for none; k >= 0 for the prompt's own logprobs and the top k beside each.
-        top_logprobs: the k likeliest tokens beside each drawn one, 0 for none.
-        token_bytes: whether the answer also carries the bytes that each token stands for.
+        top_logprobs: the k likeliest tokens beside each sampled one, 0 for none.
+        token_bytes: whether the answer also contains each token's bytes.
         prompt_logprobs_last_n: only the prompt's last n positions are asked for by ``prompt_logprobs``; None for all.
         prompt_targets: tokens to score along the prompt.
-        prompt_draws: how many alternatives to draw, independently and at the temperature, for each prompt token.
+        prompt_draws: how many alternatives to sample, independently and at the temperature, for each prompt token.
     """
 
     request_id: str
@@ -115,7 +115,7 @@ class SampleRequest(msgspec.Struct, frozen=True):
 
 
 def room_after(num_prompt: int, context: int, *, scored: bool) -> int:
-    """How many tokens may be drawn after a prompt; below 1 where none may.
+    """How many tokens may be sampled after a prompt; below 1 where none may.
 
     A prompt that is ``scored``, as every request about its own tokens is, may fill the context: the one token that
     ends such a request comes out of the prompt's last position, and never goes through the model itself.
@@ -126,7 +126,7 @@ def room_after(num_prompt: int, context: int, *, scored: bool) -> int:
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """A token, its logprob under the untempered distribution, and its rank there (1 is the likeliest).
 
-    ``raw`` is what the token stands for, where the request asked for them.
+    ``raw`` is the token's bytes, where the request asked for them.
     """
 
     token: int
@@ -140,7 +140,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
 
     Args:
         top_logprobs: when asked for, the likeliest tokens at each position, the likeliest first.
-        token_bytes: when asked for, what each token stands for.
+        token_bytes: when asked for, each token's bytes.
         stop_string: the stop string that ended it; None where something else did.
     """
 

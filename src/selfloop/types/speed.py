@@ -1,4 +1,4 @@
-"""What a machine and the engine on it reach, as the engine's process tells the command line."""
+"""What a machine and the engine on it reach, as the engine's process reports it to the command line."""
 
 import msgspec
 

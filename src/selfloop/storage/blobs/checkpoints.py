@@ -30,7 +30,7 @@ class CheckpointStore(Protocol):
     """Of the store, for people."""
 
     async def claim(self, owner: str) -> None:
-        """Make the store that of one installation. Raises :class:`Conflict` where it is another's."""
+        """Bind the store to one data directory. Raises :class:`Conflict` if it belongs to another."""
         ...
 
     async def check_reachable(self) -> None:
@@ -78,7 +78,7 @@ class CheckpointStore(Protocol):
         ...
 
     async def verify(self, id: str) -> bool:
-        """Read everything of it, where it lies; False where it has no digests, and its structure alone is sound.
+        """Read everything of it, in place; False where it has no digests, and its structure alone is sound.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -87,7 +87,7 @@ class CheckpointStore(Protocol):
         ...
 
     async def strays(self, recorded: set[str]) -> list[str]:
-        """Names of what lies there and is of no ``recorded`` checkpoint; nothing where the data directory tells."""
+        """Names of stored files of no ``recorded`` checkpoint; nothing where the data directory itself shows them."""
         ...
 
     async def files(self, id: str) -> list[StoredFile]:
@@ -134,7 +134,7 @@ class LocalCheckpoints:
         pass
 
     async def publish(self, id: str) -> None:
-        # Where an error ended an earlier try, it lies there already.
+        # After an error of an earlier attempt it exists already.
         if self._blobs.exists(_key(id) + ".part") or not self._blobs.exists(_key(id)):
             await asyncio.to_thread(self._blobs.publish_folder, _key(id) + ".part", _key(id))
 

@@ -16,14 +16,14 @@ class LocalBlobs:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, key: str) -> Path:
-        """Where the blob of a key lies. Raises :class:`ValueError` for a key that leads out of the root."""
+        """The path of a key's blob. Raises :class:`ValueError` for a key that leads out of the root."""
         path = self.root / key
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise ValueError(f"not below the root of blobs: {key!r}")
         return path
 
     def ref(self, key: str) -> BlobRef:
-        """What a worker is told of the blob of a key."""
+        """The reference to a key's blob that a worker receives."""
         return BlobRef(DATA, key)
 
     def put(self, key: str, data: bytes) -> None:

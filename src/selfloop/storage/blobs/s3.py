@@ -27,7 +27,7 @@ from selfloop.types.digests import check_folder, seal
 from selfloop.types.errors import BadRequest, CheckpointDamaged, Conflict, Unavailable
 
 log = logging.getLogger(__name__)
-# It tells at each start where it found credentials.
+# It logs at each start where it found credentials.
 logging.getLogger("botocore").setLevel(logging.WARNING)
 
 T = TypeVar("T")
@@ -363,7 +363,7 @@ class S3Checkpoints:
 
 
 def bucket_address(given: str) -> str:
-    """What tells one store from another of what the user gave. Raises :class:`BadRequest`."""
+    """The part of the user's address that identifies a store. Raises :class:`BadRequest`."""
     parts = urlsplit(given)
     if parts.scheme != "s3" or not parts.netloc:
         raise BadRequest("--store", "s3://bucket/prefix")
