@@ -1,4 +1,4 @@
-"""The one place where statuses change: capacity comes up, serves, goes idle, frees its memory, wakes, ends."""
+"""The one place where statuses change, as ``transitions`` has it: capacity comes up, serves, sleeps, wakes, ends."""
 
 import asyncio
 import contextlib
@@ -8,10 +8,11 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.control.capacity import transitions
+from selfloop.control.capacity.transitions import ENDED, ENDING, HAS_SERVED, SLEEPING, STABLE, Actor, Kind
 from selfloop.control.capacity.workers import WorkerPool, WorkerState
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.observe.observer import status_extra
@@ -19,47 +20,11 @@ from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import StatusChangeRow
 from selfloop.types.errors import Conflict
-from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
+from selfloop.types.status import RunStatus, SamplerStatus
 from selfloop.worker.client.worker_client import WorkerClient
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["deployment", "sampler"]
-
-_DEPLOYMENT_STATUS: dict[WorkerState, DeploymentStatus] = {
-    "preparing": DeploymentStatus.DEPLOYING,
-    "loading": DeploymentStatus.DEPLOYING,
-    "restarting": DeploymentStatus.DEPLOYING,
-    "crashing": DeploymentStatus.FAILED,
-    "ready": DeploymentStatus.RUNNING,
-    "failed": DeploymentStatus.FAILED,
-}
-_SAMPLER_STATUS: dict[WorkerState, SamplerStatus] = {
-    "preparing": SamplerStatus.DEPLOYING,
-    "loading": SamplerStatus.LOADING_MODEL,
-    "restarting": SamplerStatus.LOADING_MODEL,
-    "crashing": SamplerStatus.UNHEALTHY,
-    "ready": SamplerStatus.ACTIVE,
-    "failed": SamplerStatus.DEPLOY_FAILED,
-}
-_ENDED = {DeploymentStatus.STOPPED, SamplerStatus.INACTIVE}
-_SLEEPING = {DeploymentStatus.SCALED_TO_ZERO, SamplerStatus.SCALED_TO_ZERO}
-# A sampler that has been up before: what it cannot load now, it could.
-_HAS_SERVED = {
-    SamplerStatus.ACTIVE,
-    SamplerStatus.SCALED_TO_ZERO,
-    SamplerStatus.WAKING_UP,
-    SamplerStatus.UNHEALTHY,
-    SamplerStatus.FAILED,
-}
-_STABLE = {
-    SamplerStatus.ACTIVE,
-    SamplerStatus.UNHEALTHY,
-    SamplerStatus.DEPLOY_FAILED,
-    SamplerStatus.INACTIVE,
-    SamplerStatus.SCALED_TO_ZERO,
-    SamplerStatus.FAILED,
-}
 _REAPER_PAUSE_S = 0.25
 # How long a deactivated sampler waits for the samples that it is drawing, and how long its caller for the worker's
 # end: together less than the 5 s after which common HTTP clients give up.
@@ -91,7 +56,7 @@ class _Group:
 
     @property
     def is_awake(self) -> bool:
-        return any(m.status not in _SLEEPING and m.status not in _ENDED for m in self.members.values())
+        return any(m.status not in SLEEPING and m.status not in ENDED for m in self.members.values())
 
 
 class Lifecycle:
@@ -134,7 +99,7 @@ class Lifecycle:
                 await self.end(row.id, "deactivated before the server was restarted")
         for group in list(self._groups.values()):
             if group.is_awake:
-                await self._set_sleeping(group, "the server was restarted")
+                await self._set_sleeping(group, "the server was restarted", "restart")
             if group.delay_s == math.inf:
                 self.wake_soon(next(iter(group.members)))
         self._spawn(self._keep_reaping(), "reaper")
@@ -155,7 +120,7 @@ class Lifecycle:
         if group is None:
             group = self._groups[key] = _Group(key, model_name, delay_s, self._clock())
         group.delay_s = delay_s
-        group.members[id] = _Member(kind, id, status, has_served=status in _HAS_SERVED)
+        group.members[id] = _Member(kind, id, status, has_served=status in HAS_SERVED)
         self._group_of[id] = group
 
     def status(self, id: str) -> str | None:
@@ -220,14 +185,14 @@ class Lifecycle:
             raise Conflict(f"{id} was deactivated")
         slot = self._pool.slot(group.model_name)
         with self.using(id):
-            if not group.is_awake or any(m.status in _SLEEPING for m in group.members.values()):
+            if not group.is_awake or any(m.status in SLEEPING for m in group.members.values()):
                 await self._set_waking(group)
             client = await slot.acquire()
             await self._follow(group, "ready", slot.reason)
             return client
 
     def is_asleep(self, id: str) -> bool:
-        return self.status(id) in _SLEEPING
+        return self.status(id) in SLEEPING
 
     def wake_soon(self, id: str) -> "asyncio.Task[None]":
         """Start waking; the task ends when it is up or cannot be, which the status shows."""
@@ -242,7 +207,7 @@ class Lifecycle:
         """Wait until the status is one that lasts, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in _STABLE)
+                await self._changed.wait_for(lambda: self.status(id) is None or self.status(id) in STABLE)
 
     async def end(self, id: str, reason: str) -> None:
         """Deactivate capacity for good; the worker ends when nothing else needs it.
@@ -254,17 +219,16 @@ class Lifecycle:
         if group is None:
             return
         member = group.members[id]
-        final = DeploymentStatus.STOPPED
         if member.kind == "sampler":
-            final = SamplerStatus.INACTIVE
             member.idle.clear()
             if member.num_uses:
-                await self._set(member, SamplerStatus.DEACTIVATING, f"{reason}; {member.num_uses} requests are running")
+                running = f"{reason}; {member.num_uses} requests are running"
+                await self._set(member, SamplerStatus.DEACTIVATING, running, "end")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(member.idle.wait(), _DRAIN_S)
         if self._group_of.pop(id, None) is None:
             return  # Somebody else ended it meanwhile.
-        await self._set(member, final, reason)
+        await self._set(member, transitions.ended(member.kind), reason, "end")
         del group.members[id]
         if not group.members:
             self._groups.pop(group.key, None)
@@ -286,33 +250,27 @@ class Lifecycle:
 
     async def _follow(self, group: _Group, state: WorkerState, reason: str) -> None:
         for member in list(group.members.values()):
-            waking = member.status == SamplerStatus.WAKING_UP and state in ("preparing", "loading")
-            if member.status in _SLEEPING or member.status == SamplerStatus.DEACTIVATING or waking:
-                continue
-            if member.kind == "deployment":
-                await self._set(member, _DEPLOYMENT_STATUS[state], reason)
-            elif state == "failed" and member.has_served:
-                await self._set(member, SamplerStatus.FAILED, reason)
-            else:
-                await self._set(member, _SAMPLER_STATUS[state], reason)
+            status = transitions.shown(member.kind, member.status, state, has_served=member.has_served)
+            if status is not None:
+                await self._set(member, status, reason, "worker")
 
     async def _set_waking(self, group: _Group) -> None:
-        for member in group.members.values():
-            if member.status in _SLEEPING:
-                status = DeploymentStatus.DEPLOYING if member.kind == "deployment" else SamplerStatus.WAKING_UP
-                await self._set(member, status, "woken by a request")
+        for member in list(group.members.values()):
+            if member.status in SLEEPING:
+                await self._set(member, transitions.waking(member.kind), "woken by a request", "request")
 
-    async def _set_sleeping(self, group: _Group, reason: str) -> None:
-        for member in group.members.values():
-            is_deployment = member.kind == "deployment"
-            status = DeploymentStatus.SCALED_TO_ZERO if is_deployment else SamplerStatus.SCALED_TO_ZERO
-            await self._set(member, status, reason)
+    async def _set_sleeping(self, group: _Group, reason: str, by: Actor) -> None:
+        for member in list(group.members.values()):
+            if member.status not in ENDING:
+                await self._set(member, transitions.asleep(member.kind), reason, by)
 
-    async def _set(self, member: _Member, status: str, reason: str) -> None:
+    async def _set(self, member: _Member, status: str, reason: str, by: Actor) -> None:
+        """The one place that changes the status of capacity."""
         member.reason = reason
         member.has_served = member.has_served or status == SamplerStatus.ACTIVE
         if member.status == status:
             return
+        transitions.check(member.kind, member.status, status, by)
         extra = status_extra(member.kind, member.id, status)
         log.info("%s %s: %s -> %s (%s)", member.kind, member.id, member.status, status, reason, extra=extra)
         member.status = status
@@ -321,15 +279,19 @@ class Lifecycle:
                 await queries_resources.update_deployment(session, member.id, status=status)
             else:
                 await queries_resources.update_sampler(session, member.id, status=status)
-            record_change(session, member.kind, member.id, status, reason)
+            _record_change(session, member.kind, member.id, status, reason)
         async with self._changed:
             self._changed.notify_all()
 
     async def end_run(self, run_id: str, reason: str) -> None:
         """A run becomes INACTIVE; its checkpoints stay."""
         async with self._db.write() as session:
-            await queries_resources.update_run(session, run_id, status=RunStatus.INACTIVE)
-            record_change(session, "run", run_id, RunStatus.INACTIVE, reason)
+            run = await queries_resources.run(session, run_id)
+            assert run is not None
+            if run.status != RunStatus.INACTIVE:
+                transitions.check("run", run.status, RunStatus.INACTIVE, "end")
+                await queries_resources.update_run(session, run_id, status=RunStatus.INACTIVE)
+                _record_change(session, "run", run_id, RunStatus.INACTIVE, reason)
 
     # -- scale to zero --------------------------------------------------------------------------------
 
@@ -359,7 +321,7 @@ class Lifecycle:
                 await self._suspend(member.id)
         if group.num_uses or group.last_used != used_at:
             return  # Somebody came while the state was being stored: the run reopens by itself.
-        await self._set_sleeping(group, reason)
+        await self._set_sleeping(group, reason, "idle")
         await self._stop_unneeded(group.model_name, reason)
 
     async def _stop_unneeded(self, model_name: str, reason: str) -> None:
@@ -376,6 +338,11 @@ class Lifecycle:
         return task
 
 
-def record_change(session: AsyncSession, resource: str, id: str, status: str, reason: str) -> None:
-    """Note a transition with its time and cause."""
-    session.add(StatusChangeRow(resource=resource, resource_id=id, status=status, reason=reason, at=time.time()))
+def record_creation(session: AsyncSession, kind: Kind, id: str, status: str, reason: str) -> None:
+    """Note the first status of a resource that is being made."""
+    transitions.check(kind, None, status, "creation")
+    _record_change(session, kind, id, status, reason)
+
+
+def _record_change(session: AsyncSession, kind: Kind, id: str, status: str, reason: str) -> None:
+    session.add(StatusChangeRow(resource=kind, resource_id=id, status=status, reason=reason, at=time.time()))

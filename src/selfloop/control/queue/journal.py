@@ -95,19 +95,9 @@ class Journal:
             # A client that attaches starts counting anew; what is queued before it still runs first.
             epoch, next_seq, parked = epoch + 1, 1, ()
         seq = max([next_seq - 1, *parked]) + 1 if submission.seq is None else submission.seq
-        row = OperationRow(
-            run_id=run.id,
-            id=submission.id,
-            epoch=epoch,
-            seq=seq,
-            kind=submission.kind,
-            fingerprint=submission.fingerprint,
-            state=OperationState.QUEUED,
-            created_at=time.time(),
-            payload=None if payload_key else submission.payload,
-            payload_key=payload_key,
-            key_id=current().key_id or None,
-        )
+        row = _operation_row(run.id, epoch, seq, submission, OperationState.QUEUED)
+        row.payload, row.payload_key = (None, payload_key) if payload_key else (submission.payload, None)
+        row.key_id = current().key_id or None
         row.payload_digest = payload_digest(row, submission.payload)
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
@@ -138,20 +128,8 @@ class Journal:
             Conflict: the id or the sequence id was used for a different request.
         """
         assert submission.seq is not None
-        now = time.time()
-        row = OperationRow(
-            run_id=run.id,
-            id=submission.id,
-            epoch=run.epoch,
-            seq=submission.seq,
-            kind=submission.kind,
-            fingerprint=submission.fingerprint,
-            state=OperationState.ERROR,
-            created_at=now,
-            error=error,
-            error_class=error_class,
-            finished_at=now,
-        )
+        row = _operation_row(run.id, run.epoch, submission.seq, submission, OperationState.ERROR)
+        row.error, row.error_class, row.finished_at = error, error_class, row.created_at
         try:
             async with self._db.write() as session:
                 session.add(row)
@@ -331,6 +309,19 @@ def payload_digest(row: OperationRow, payload: bytes) -> str:
 def result_digest(row: OperationRow, result: bytes) -> str:
     """Of a result as that of this operation."""
     return digest_of(f"{row.run_id}\0{row.id}\0".encode(), result)
+
+
+def _operation_row(run_id: str, epoch: int, seq: int, submission: Submission, state: OperationState) -> OperationRow:
+    return OperationRow(
+        run_id=run_id,
+        id=submission.id,
+        epoch=epoch,
+        seq=seq,
+        kind=submission.kind,
+        fingerprint=submission.fingerprint,
+        state=state,
+        created_at=time.time(),
+    )
 
 
 def _unreadable(row: OperationRow, how: str) -> OperationFailed:

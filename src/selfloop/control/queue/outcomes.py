@@ -16,6 +16,7 @@ from selfloop.control.queue.stored_states import Position, StoredState, older_st
 from selfloop.control.queue.waiters import Announcements, AwaitedOutcomes
 from selfloop.control.resources.checkpoints import retention
 from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.control.resources.new_rows import new_checkpoint
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db import (
     queries_audit,
@@ -291,23 +292,18 @@ async def _lead_followers(session: AsyncSession, run: RunRow, checkpoint: Checkp
 
 
 def _checkpoint_row(run: RunRow, operation: Save, result: SaveResult) -> CheckpointRow:
-    now = time.time()
-    return CheckpointRow(
+    metadata = operation.user_metadata
+    return new_checkpoint(
+        run,
         id=result.checkpoint_id,
-        run_id=run.id,
-        team_id=run.team_id,
         name=result.name,
         target=result.target,
-        base_model=run.base_model,
         step=result.step,
         lora_rank=result.lora_rank,
         lora_alpha=result.lora_alpha,
         size_bytes=result.size_bytes,
-        created_at=now,
-        expires_at=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+        ttl_seconds=operation.ttl_seconds,
         sampler_id=operation.sampler_id if isinstance(operation, SaveWeightsForSampler) else None,
         targets=run.targets,
-        user_metadata=None
-        if operation.user_metadata is None
-        else msgspec.json.encode(operation.user_metadata).decode(),
+        user_metadata=None if metadata is None else msgspec.json.encode(metadata).decode(),
     )

@@ -121,7 +121,7 @@ class Access:
         async with self._db.write() as session:
             team = await queries_access.default_team(session)
             if team is None:
-                team = TeamRow(id=new_id(), name="default", is_default=True, created_at=time.time())
+                team = _team_row("default", is_default=True)
                 session.add(team)
         return team
 
@@ -153,7 +153,7 @@ class Access:
             else:
                 row = await queries_access.team_named(session, team)
                 if row is None:
-                    row = TeamRow(id=new_id(), name=team, is_default=False, created_at=time.time())
+                    row = _team_row(team, is_default=False)
                     session.add(row)
                     await session.flush()
             return _add_key(session, row.id, name, role, expires_in_s, by=None)
@@ -241,6 +241,10 @@ def _new_key() -> str:
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _team_row(name: str, *, is_default: bool) -> TeamRow:
+    return TeamRow(id=new_id(), name=name, is_default=is_default, created_at=time.time())
 
 
 def _key_row(team_id: str, name: str, key: str, role: Role, expires_at: float | None = None) -> KeyRow:

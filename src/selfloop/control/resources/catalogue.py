@@ -65,7 +65,7 @@ class Catalogue:
         """Put the embedded model in a new catalogue; find the models of a data directory that was moved."""
         async with self._db.write() as session:
             if await queries_models.model(session, EMBEDDED_MODEL) is None:
-                session.add(ModelRow(name=EMBEDDED_MODEL, source="embedded", created_at=time.time()))
+                session.add(_model_row(EMBEDDED_MODEL, "embedded"))
             for row, stored in self._paths.outdated(await queries_models.models(session)):
                 await queries_models.set_path(session, row.name, stored)
 
@@ -214,20 +214,12 @@ class Catalogue:
         if path.is_dir():
             path = path.resolve()
             found = await run_prepare(["folder", str(path), "--converted-into", str(self._paths.folder)], on_progress)
-            row = ModelRow(
-                name=name or path.name, source="folder", path=self._paths.stored(Path(found)), created_at=time.time()
-            )
+            row = _model_row(name or path.name, "folder", path=self._paths.stored(Path(found)))
         elif _NAME.fullmatch(source) and "/" in source:
             target = self._paths.target(source)
             arguments = ["hub", source, str(target)] + (["--revision", revision] if revision else [])
             await run_prepare(arguments, on_progress)
-            row = ModelRow(
-                name=name or source,
-                source=f"hub:{source}",
-                revision=revision,
-                path=self._paths.stored(target),
-                created_at=time.time(),
-            )
+            row = _model_row(name or source, f"hub:{source}", path=self._paths.stored(target), revision=revision)
         else:
             raise BadRequest("source", f"an existing folder, a known model, or a hub id; got {source!r}")
         if not _NAME.fullmatch(row.name):
@@ -308,3 +300,7 @@ def _is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _model_row(name: str, source: str, *, path: str | None = None, revision: str | None = None) -> ModelRow:
+    return ModelRow(name=name, source=source, revision=revision, path=path, created_at=time.time())

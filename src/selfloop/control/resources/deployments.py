@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import pinned
 from selfloop.control.resources.checkpoints.zero_adapters import warn_of_zero
+from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow, SessionRow
+from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
-from selfloop.types.status import CheckpointTarget, SamplerStatus
+from selfloop.types.status import CheckpointTarget
 
 MAX_NAME = 255
 MAX_CHECKPOINTS = 64
@@ -117,22 +118,17 @@ class Deploys:
             rows = [await _checkpoint(session, caller, row.id) for row in rows]
             named = await queries_models_deployed.models(session, caller.team_id, request.model_name)
             deployed = named[0] if named else _new_model(session, caller, request.model_name, now)
-            made_for = SessionRow(id=new_id(), team_id=caller.team_id, key_id=caller.key_id, created_at=now)
+            made_for = new_session(caller)
             session.add(made_for)
             await session.flush()
-            sampler = SamplerRow(
-                id=new_id(),
+            sampler = new_sampler(
+                caller,
                 session_id=made_for.id,
-                team_id=caller.team_id,
-                key_id=caller.key_id,
                 base_model=rows[0].base_model,
                 model_name=model.name,
                 model_id=deployed.id,
-                deployment_id=new_id(),
                 max_seq_len=model.max_position_embeddings,
-                scale_down_delay_s=_DELAY_S,
-                status=SamplerStatus.BUILDING,
-                created_at=now,
+                delay_s=_DELAY_S,
                 checkpoint_id=rows[0].id,
                 standing=True,
                 serverless=False,
@@ -146,7 +142,7 @@ class Deploys:
                     sampler_id=sampler.id, model_id=deployed.id, number=number, hf_secret_name=request.hf_secret_name
                 )
             )
-            record_change(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
+            record_creation(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
             await pinned.hold(session, self._c.store, self._c.blobs, sampler.id, rows)
         await warn_of_zero(self._c.store, sampler, rows)
         self._c.lifecycle.add("sampler", sampler.id, sampler.id, sampler.model_name, math.inf, sampler.status)

@@ -3,15 +3,13 @@
 import asyncio
 import secrets
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.capacity.placement import Scope
 from selfloop.control.context import Context
 from selfloop.control.queue.journal import END_OF_TIME, cancelled
@@ -19,6 +17,7 @@ from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.control.resources.new_rows import new_deployment, new_paired_sampler, new_run, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
@@ -107,13 +106,7 @@ class Runs:
     # -- sessions -------------------------------------------------------------------------------------
 
     async def create_session(self, caller: Caller, training_project_id: str | None) -> SessionRow:
-        row = SessionRow(
-            id=new_id(),
-            team_id=caller.team_id,
-            key_id=caller.key_id,
-            created_at=time.time(),
-            training_project_id=training_project_id,
-        )
+        row = new_session(caller, training_project_id=training_project_id)
         async with self._c.db.write() as session:
             session.add(row)
         return row
@@ -159,25 +152,19 @@ class Runs:
         reused, capacity_reason = await self._reusable(caller, request, model)
         run_id = request.id or new_id()
         initial_key = await self._keep_initial(run_id, checkpoint)
-        now = time.time()
         async with self._c.db.write() as session:
             deployment = reused.deployment if reused else self._new_deployment(caller, request, model, session)
             await session.flush()
-            run = RunRow(
-                id=run_id,
+            run = new_run(
+                caller,
                 session_id=request.session_id,
-                team_id=caller.team_id,
-                key_id=caller.key_id,
-                deployment_id=deployment.id,
+                deployment=deployment,
+                id=run_id,
                 name=request.name or request.base_model,
                 base_model=request.base_model,
-                model_name=model.name,
                 lora_rank=lora_rank,
-                initial_rank=lora_rank,
                 max_seq_len=max_seq_len,
                 seed=secrets.randbits(63) if request.seed is None else request.seed,
-                status=RunStatus.ACTIVE,
-                created_at=now,
                 path=request.path,
                 initial_key=initial_key,
                 step=checkpoint.step if checkpoint is not None and request.with_optimizer else 0,
@@ -187,21 +174,19 @@ class Runs:
                 capacity_reason=capacity.words(capacity_reason),
                 serverless=capacity.serverless,
                 targets=checkpoint.targets if checkpoint is not None else _stored(request.targets),
-                user_metadata=None
-                if request.user_metadata is None
-                else msgspec.json.encode(request.user_metadata).decode(),
+                user_metadata=request.user_metadata,
                 num_changes=0,
             )
             run.digest = identity(run)
             session.add(run)
-            record_change(session, "run", run.id, RunStatus.ACTIVE, "created")
+            record_creation(session, "run", run.id, RunStatus.ACTIVE, "created")
             await session.flush()
             await queries_resources.update_deployment(
                 session, deployment.id, latest_run_id=run.id, scale_down_delay_s=request.scale_down_delay_s
             )
             sampler = None
             if with_sampler:
-                sampler = paired_sampler_row(run, request.scale_down_delay_s, reused.sampler if reused else None)
+                sampler = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
                 session.add(sampler)
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
@@ -306,18 +291,9 @@ class Runs:
     def _new_deployment(
         self, caller: Caller, request: RunRequest, model: Model, session: AsyncSession
     ) -> DeploymentRow:
-        row = DeploymentRow(
-            id=new_id(),
-            team_id=caller.team_id,
-            key_id=caller.key_id,
-            base_model=request.base_model,
-            model_name=model.name,
-            status=DeploymentStatus.CREATED,
-            scale_down_delay_s=request.scale_down_delay_s,
-            created_at=time.time(),
-        )
+        row = new_deployment(caller, request.base_model, model.name, delay_s=request.scale_down_delay_s)
         session.add(row)
-        record_change(session, "deployment", row.id, row.status, "created for a run")
+        record_creation(session, "deployment", row.id, row.status, "created for a run")
         return row
 
     async def _known(self, caller: Caller, id: str) -> RunView | None:
@@ -399,28 +375,6 @@ async def _deployment_views(session: AsyncSession, rows: Sequence[DeploymentRow]
     active = await queries_resources.active_runs_on(session, ids)
     samplers = await queries_resources.newest_samplers_on(session, ids)
     return [DeploymentView(row, active.get(row.id), samplers.get(row.id)) for row in rows]
-
-
-def paired_sampler_row(run: RunRow, delay_s: int, reused: SamplerRow | None) -> SamplerRow:
-    """A sampler bound to ``run``; on reused capacity it keeps that capacity's ids."""
-    return SamplerRow(
-        id=new_id(),
-        session_id=run.session_id,
-        team_id=run.team_id,
-        key_id=run.key_id,
-        base_model=run.base_model,
-        model_name=run.model_name,
-        model_id=reused.model_id if reused else new_id(),
-        deployment_id=reused.deployment_id if reused else new_id(),
-        max_seq_len=run.max_seq_len,
-        scale_down_delay_s=delay_s,
-        status=SamplerStatus.BUILDING,
-        created_at=time.time(),
-        run_id=run.id,
-        reused_from=reused.id if reused else None,
-        serverless=run.serverless,
-        capacity_reason=f"reused: sampler {reused.id}" if reused else f"fresh: it shares the worker of run {run.id}",
-    )
 
 
 def checked_seq_len(asked: int | None, model: Model, field: str) -> int:

@@ -1,22 +1,21 @@
 """Samplers: capacity bound to a run, to a checkpoint or to a base model."""
 
-import time
 from collections.abc import Sequence
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.capacity.placement import Scope
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import pinned
 from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.checkpoints.zero_adapters import warn_of_zero
-from selfloop.control.resources.runs import checked_seq_len, paired_sampler_row
+from selfloop.control.resources.new_rows import new_paired_sampler, new_sampler
+from selfloop.control.resources.runs import checked_seq_len
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
-from selfloop.types.ids import new_id
 from selfloop.types.status import RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -47,9 +46,9 @@ class Samplers:
             await self._user_configs.check(caller, trainer=False, sampler=True)
             deployment = await queries_resources.deployment(session, run.deployment_id)
             assert deployment is not None
-            row = paired_sampler_row(run, deployment.scale_down_delay_s, None)
+            row = new_paired_sampler(run, deployment.scale_down_delay_s, None)
             session.add(row)
-            record_change(session, "sampler", row.id, row.status, f"created for run {run_id}")
+            record_creation(session, "sampler", row.id, row.status, f"created for run {run_id}")
         self._register(row, run.deployment_id)
         return row
 
@@ -94,21 +93,16 @@ class Samplers:
         if capacity.serverless:
             seq_len = self._c.capacity.shortened(seq_len)
         reused, capacity_reason = await self._reusable(caller, reuse_from_session_id, base_model)
-        row = SamplerRow(
-            id=id or new_id(),
+        row = new_sampler(
+            caller,
             session_id=session_id,
-            team_id=caller.team_id,
-            key_id=caller.key_id,
+            id=id,
             base_model=base_model,
             model_name=model.name,
-            model_id=reused.model_id if reused else new_id(),
-            deployment_id=reused.deployment_id if reused else new_id(),
             max_seq_len=seq_len,
-            scale_down_delay_s=_DEFAULT_DELAY_S,
-            status=SamplerStatus.BUILDING,
-            created_at=time.time(),
+            delay_s=_DEFAULT_DELAY_S,
+            reused=reused,
             checkpoint_id=checkpoint.id if checkpoint else None,
-            reused_from=reused.id if reused else None,
             capacity_reason=capacity.words(capacity_reason),
             serverless=capacity.serverless,
         )
@@ -117,7 +111,7 @@ class Samplers:
             await self._c.store.check(checkpoint.id)
         async with self._c.db.write() as session:
             session.add(row)
-            record_change(session, "sampler", row.id, row.status, "created")
+            record_creation(session, "sampler", row.id, row.status, "created")
             if checkpoint is not None:
                 await session.flush()
                 if await queries_checkpoints.get(session, checkpoint.id) is None:

@@ -7,10 +7,11 @@ from collections.abc import Coroutine
 
 import msgspec
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.context import Context
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.resources.access import Caller
+from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.sampling.futures import Jobs
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import RunRow, SamplerRow, SessionRow
@@ -70,13 +71,7 @@ class Sessions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def create(self, caller: Caller, details: SessionDetails) -> SessionRow:
-        row = SessionRow(
-            id=new_id(),
-            team_id=caller.team_id,
-            key_id=caller.key_id,
-            created_at=time.time(),
-            details=msgspec.json.encode(details).decode(),
-        )
+        row = new_session(caller, details=msgspec.json.encode(details).decode())
         async with self._c.db.write() as session:
             session.add(row)
         self._heard[row.id] = time.monotonic()
@@ -217,7 +212,7 @@ class Sessions:
         row = snapshot_sampler_row(caller, run, run.session_id, sampler_id, checkpoint_id=new_id(), follows=follows)
         async with self._c.db.write() as session:
             session.add(row)
-            record_change(session, "sampler", row.id, row.status, f"made for a snapshot of run {run.id}")
+            record_creation(session, "sampler", row.id, row.status, f"made for a snapshot of run {run.id}")
         self._c.lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         return row
 
@@ -231,19 +226,15 @@ def snapshot_sampler_row(
     caller: Caller, run: RunRow, session_id: str, id: str, *, checkpoint_id: str, follows: str | None = None
 ) -> SamplerRow:
     """A sampler of one snapshot of a run, asleep until it is asked."""
-    return SamplerRow(
-        id=id,
+    return new_sampler(
+        caller,
         session_id=session_id,
-        team_id=caller.team_id,
-        key_id=caller.key_id,
+        id=id,
         base_model=run.base_model,
         model_name=run.model_name,
-        model_id=new_id(),
-        deployment_id=new_id(),
         max_seq_len=run.max_seq_len,
-        scale_down_delay_s=_SAMPLER_DELAY_S,
+        delay_s=_SAMPLER_DELAY_S,
         status=SamplerStatus.SCALED_TO_ZERO,
-        created_at=time.time(),
         checkpoint_id=checkpoint_id,
         follows=follows,
     )

@@ -1,16 +1,15 @@
 """Samplers that a team's requests to the whole server share: one for each base model, made on first use."""
 
 import asyncio
-import time
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
+from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_resources
-from selfloop.storage.db.tables import SamplerRow, SessionRow
-from selfloop.types.ids import new_id
+from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.status import SamplerStatus
 
 _SCALE_DOWN_DELAY_S = 3600
@@ -52,26 +51,21 @@ class SharedSamplers:
         session_id = _session_id(caller.team_id)
         async with self._c.db.write() as session:
             if await queries_resources.session_row(session, session_id) is None:
-                made_at = time.time()
-                session.add(SessionRow(id=session_id, team_id=caller.team_id, key_id=caller.key_id, created_at=made_at))
+                session.add(new_session(caller, id=session_id))
                 await session.flush()
-            row = SamplerRow(
-                id=new_id(),
+            row = new_sampler(
+                caller,
                 session_id=session_id,
-                team_id=caller.team_id,
-                key_id=caller.key_id,
                 base_model=model.name,
                 model_name=model.name,
-                model_id=new_id(),
-                deployment_id=new_id(),
                 max_seq_len=model.max_position_embeddings,
-                scale_down_delay_s=_SCALE_DOWN_DELAY_S,
-                status=SamplerStatus.BUILDING,
-                created_at=time.time(),
+                delay_s=_SCALE_DOWN_DELAY_S,
                 capacity_reason="fresh: shared by the team's requests to the whole server",
             )
             session.add(row)
-            record_change(session, "sampler", row.id, row.status, "created for the team's requests to the whole server")
+            record_creation(
+                session, "sampler", row.id, row.status, "created for the team's requests to the whole server"
+            )
         lifecycle = self._c.lifecycle
         lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         lifecycle.wake_soon(row.id)

@@ -12,25 +12,28 @@ from selfloop.storage.db.tables import AuditRow, CheckpointRow
 
 def record(session: AsyncSession, event: str, team_id: str, key_id: str | None, /, **details: str) -> None:
     """Note what a key (None: the command line) did, in the transaction that does it."""
-    text = msgspec.json.encode(details).decode()
-    session.add(AuditRow(team_id=team_id, key_id=key_id, event=event, at=time.time(), details=text))
+    session.add(_row(event, team_id, key_id, details))
 
 
 def record_checkpoint(
     session: AsyncSession, event: str, row: CheckpointRow, team_id: str, key_id: str | None, /, **details: str
 ) -> None:
     """The same of something done with a checkpoint."""
-    session.add(
-        AuditRow(
-            team_id=team_id,
-            key_id=key_id,
-            event=f"checkpoint.{event}",
-            at=time.time(),
-            details=msgspec.json.encode(details).decode(),
-            run_id=row.run_id,
-            target=row.target,
-            name=row.name,
-        )
+    session.add(_row(f"checkpoint.{event}", team_id, key_id, details, row))
+
+
+def _row(
+    event: str, team_id: str, key_id: str | None, details: dict[str, str], about: CheckpointRow | None = None
+) -> AuditRow:
+    return AuditRow(
+        team_id=team_id,
+        key_id=key_id,
+        event=event,
+        at=time.time(),
+        details=msgspec.json.encode(details).decode(),
+        run_id=None if about is None else about.run_id,
+        target=None if about is None else about.target,
+        name=None if about is None else about.name,
     )
 
 

@@ -2,25 +2,25 @@
 
 import asyncio
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.capacity.subprocesses import run_subprocess
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue, Model
+from selfloop.control.resources.new_rows import new_checkpoint, new_deployment, new_run, new_session
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SessionRow
+from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.folders import check_links
 from selfloop.types.ids import RunId, new_id
-from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
+from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import CheckpointUri
 from selfloop.worker.launchers.local import launch_adapters
 
@@ -136,49 +136,29 @@ class Imports:
 
     async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: Owner, name: str) -> RunRow:
         """The folder gets its name and its rows together: a server that starts clears away folders without one."""
-        now = time.time()
-        session_row = SessionRow(
-            id=new_id(), team_id=owner.team_id, key_id=owner.key_id, created_at=now, details=owner.session_details()
-        )
-        deployment = DeploymentRow(
-            id=new_id(),
-            base_model=model.name,
-            model_name=model.name,
-            status=DeploymentStatus.STOPPED,
-            scale_down_delay_s=0,
-            team_id=owner.team_id,
-            key_id=owner.key_id,
-            created_at=now,
-        )
-        run = RunRow(
-            id=new_id(),
+        session_row = new_session(owner, details=owner.session_details())
+        run_id = new_id()
+        deployment = new_deployment(owner, model.name, model.name, holds_run_id=run_id)
+        run = new_run(
+            owner,
             session_id=session_row.id,
-            deployment_id=deployment.id,
+            deployment=deployment,
+            id=run_id,
             name=name,
             base_model=model.name,
-            model_name=model.name,
             lora_rank=facts.lora_rank,
-            initial_rank=facts.lora_rank,
             max_seq_len=model.max_position_embeddings,
-            seed=0,
             status=RunStatus.INACTIVE,
-            team_id=owner.team_id,
-            key_id=owner.key_id,
-            created_at=now,
         )
-        deployment.latest_run_id = run.id
-        checkpoint = CheckpointRow(
+        checkpoint = new_checkpoint(
+            run,
             id=checkpoint_id,
-            run_id=run.id,
-            team_id=owner.team_id,
             name=CHECKPOINT_NAME,
             target=CheckpointTarget.TRAINER,
-            base_model=model.name,
             step=0,
             lora_rank=facts.lora_rank,
             lora_alpha=facts.lora_alpha,
             size_bytes=facts.size_bytes,
-            created_at=now,
         )
         try:
             await self._store.upload(checkpoint_id)
@@ -186,8 +166,10 @@ class Imports:
                 for row in (session_row, deployment, run, checkpoint):
                     session.add(row)
                     await session.flush()
-                record_change(session, "deployment", deployment.id, deployment.status, "made for an imported adapter")
-                record_change(session, "run", run.id, run.status, "imported: it holds a checkpoint and is not trained")
+                record_creation(session, "deployment", deployment.id, deployment.status, "made for an imported adapter")
+                record_creation(
+                    session, "run", run.id, run.status, "imported: it holds a checkpoint and is not trained"
+                )
                 await self._store.publish(checkpoint_id)
         except BaseException:
             await self._store.delete(checkpoint_id)

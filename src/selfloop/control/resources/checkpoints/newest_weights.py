@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.pinned import uri_of
@@ -73,7 +73,7 @@ class NewestWeights:
         row = snapshot_sampler_row(caller, run, session_id, checkpoint.sampler_id, checkpoint_id=checkpoint.id)
         async with self._c.db.write() as session:
             session.add(row)
-            record_change(session, "sampler", row.id, row.status, f"made for the newest weights of run {run.id}")
+            record_creation(session, "sampler", row.id, row.status, f"made for the newest weights of run {run.id}")
         self._c.lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         self._c.lifecycle.wake_soon(row.id)
         return NewestSampler(row, checkpoint.step, None)

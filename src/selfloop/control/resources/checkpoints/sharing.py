@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.control.capacity.lifecycle import record_change
+from selfloop.control.capacity.lifecycle import record_creation
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.checkpoints import Checkpoints, StoredFile
 from selfloop.control.resources.checkpoints.cleanup import Cleanup
 from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.control.resources.new_rows import new_checkpoint, new_deployment, new_run, new_session
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_listings, queries_resources
 from selfloop.storage.db.keyset import Cut
-from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SessionRow
+from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
-from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus
+from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
 
@@ -152,16 +153,7 @@ class Sharing:
     @staticmethod
     def _add_session(session: AsyncSession, caller: Caller, request: CopyRequest) -> str:
         details = SessionDetails(tags=["copy_weights"], project_id=request.project_id)
-        now = time.time()
-        row = SessionRow(
-            id=new_id(),
-            team_id=caller.team_id,
-            key_id=caller.key_id,
-            created_at=now,
-            details=msgspec.json.encode(details).decode(),
-            ended_at=now,
-            end_reason="success",
-        )
+        row = new_session(caller, details=msgspec.json.encode(details).decode(), end_reason="success")
         session.add(row)
         return row.id
 
@@ -204,60 +196,42 @@ async def _add_run(
     origin = await queries_resources.run(session, source.run_id)
     assert origin is not None
     assert request.session_id is not None
-    deployment = DeploymentRow(
-        id=new_id(),
-        team_id=caller.team_id,
-        key_id=caller.key_id,
-        base_model=source.base_model,
-        model_name=origin.model_name,
-        status=DeploymentStatus.STOPPED,
-        scale_down_delay_s=0,
-        created_at=time.time(),
-    )
-    run = RunRow(
-        id=request.run_id or new_id(),
+    run_id = request.run_id or new_id()
+    deployment = new_deployment(caller, source.base_model, origin.model_name, holds_run_id=run_id)
+    run = new_run(
+        caller,
         session_id=request.session_id,
-        team_id=caller.team_id,
-        key_id=caller.key_id,
-        deployment_id=deployment.id,
+        deployment=deployment,
+        id=run_id,
         name=f"copy of {source.name}",
         base_model=source.base_model,
-        model_name=origin.model_name,
         lora_rank=source.lora_rank,
-        initial_rank=source.lora_rank,
         max_seq_len=origin.max_seq_len,
-        seed=0,
         status=RunStatus.INACTIVE,
-        created_at=time.time(),
         path=request.source.written,
         step=source.step,
         targets=source.targets,
         copy_key=copy_key or new_id(),
     )
-    deployment.latest_run_id = run.id
     for row in (deployment, run):
         await session.flush()
         session.add(row)
-    record_change(session, "deployment", deployment.id, deployment.status, "made for a copy of a checkpoint")
-    record_change(session, "run", run.id, run.status, "it holds a copy of a checkpoint and is not trained")
+    record_creation(session, "deployment", deployment.id, deployment.status, "made for a copy of a checkpoint")
+    record_creation(session, "run", run.id, run.status, "it holds a copy of a checkpoint and is not trained")
     return run
 
 
 def _copy_row(run: RunRow, source: CheckpointRow, request: CopyRequest) -> CheckpointRow:
-    now = time.time()
-    return CheckpointRow(
+    return new_checkpoint(
+        run,
         id=new_id(),
-        run_id=run.id,
-        team_id=run.team_id,
         name=source.name,
         target=source.target,
-        base_model=source.base_model,
         step=source.step,
         lora_rank=source.lora_rank,
         lora_alpha=source.lora_alpha,
         size_bytes=source.size_bytes,
-        created_at=now,
-        expires_at=None if request.ttl_seconds is None else now + request.ttl_seconds,
+        ttl_seconds=request.ttl_seconds,
         targets=source.targets,
         user_metadata=source.user_metadata,
     )
