@@ -134,7 +134,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
 
     async def recovered(run_id: str) -> str:
         async with db.look_up() as session:
-            run = await queries_resources.run(session, run_id)
+            run = (await queries_resources.run_rows(session, {run_id})).get(run_id)
         if run is None:
             raise NotFound("run", run_id)
         recorder = Recorder(engine, {DATA: data_dir})
@@ -149,7 +149,7 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
 
     async def loaded(run_id: str, target: str, name: str) -> str:
         async with db.look_up() as session:
-            run = await queries_resources.run(session, run_id)
+            run = (await queries_resources.run_rows(session, {run_id})).get(run_id)
         if run is None:
             raise NotFound("run", run_id)
         folder = "weights" if target == "trainer" else "sampler_weights"

@@ -51,7 +51,7 @@ class FakeHouse:
         lifecycle = cast(Lifecycle, self.lifecycle)
         memories = RunMemories(catalogue)
         self.scheduler = Scheduler(
-            lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.outcomes, config, memories)
+            self.db, lambda run: RunActor(run, self.journal, self.blobs, lifecycle, self.outcomes, config, memories)
         )
         self.context = Context(
             self.db,
@@ -96,14 +96,12 @@ class FakeHouse:
         if actor is not None:
             return actor.run
         async with self.db.read() as session:
-            row = await queries_resources.run(session, RUN_ID)
-        assert row is not None
-        return row
+            return (await queries_resources.run_rows(session, {RUN_ID}))[RUN_ID]
 
     async def submit(self, operation: Operation, seq: int | None, id: str, fingerprint: str = "") -> str:
         payload = msgspec.msgpack.encode(operation)
         submission = Submission(id, kind_of(operation), seq, fingerprint or id, payload)
-        return await self.operations.accept(await self.run(), submission)
+        return await self.operations.accept((await self.run()).view(), submission)
 
     async def crash(self) -> None:
         """Everything in memory is gone; what was durable stays."""

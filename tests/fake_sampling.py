@@ -11,6 +11,7 @@ from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import OperationFailed
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampledSequence, SampleResult, SamplingParams
 
 SAMPLER_ID = "sampler"
@@ -29,9 +30,9 @@ class FakeSampling:
         self.gate.set()
         self.num_drawn = 0
 
-    async def check(self, _sampler: SamplerRow, _draw: Draw) -> None: ...
+    async def check(self, _sampler: Sampler, _draw: Draw) -> None: ...
 
-    async def draw(self, _sampler: SamplerRow, weights: Weights, draw: Draw) -> SampleResult:
+    async def draw(self, _sampler: Sampler, weights: Weights, draw: Draw) -> SampleResult:
         await self.gate.wait()
         await asyncio.sleep(0)
         self.num_drawn += 1
@@ -45,7 +46,7 @@ class FakeSampling:
 class FakeSamplingHouse:
     """``await FakeSamplingHouse.open(folder)`` is a gateway's start; ``crash()`` its death at any instant."""
 
-    def __init__(self, house: FakeHouse, sampler: SamplerRow) -> None:
+    def __init__(self, house: FakeHouse, sampler: Sampler) -> None:
         self.house = house
         self.sampler = sampler
         self.sampling = FakeSampling()
@@ -57,8 +58,9 @@ class FakeSamplingHouse:
         async with house.db.write() as session:
             sampler = await queries_resources.sampler(session, SAMPLER_ID)
             if sampler is None:
-                sampler = _sampler()
-                session.add(sampler)
+                row = _sampler()
+                session.add(row)
+                sampler = row.view()
         own = cls(house, sampler)
         await own.queue.start()
         return own

@@ -66,6 +66,7 @@ from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
 from selfloop.types.blob_ref import DATA
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Run
 from selfloop.types.settings import ControlSettings
 from selfloop.worker.launchers.local import WorkerCommand
 
@@ -119,7 +120,7 @@ class DataDirectory:
         await self.access.ensure_default_team()
         await self.catalogue.seed()
 
-    async def all_runs(self) -> Sequence[RunRow]:
+    async def all_runs(self) -> Sequence[Run]:
         """Every run, newest first."""
         async with self._db.read() as session:
             return await queries_resources.runs(session)
@@ -177,7 +178,7 @@ class Control:
         def make_actor(run: RunRow) -> RunActor:
             return RunActor(run, journal, blobs, self.lifecycle, outcomes, settings.queue, memories)
 
-        scheduler = Scheduler(make_actor)
+        scheduler = Scheduler(self.db, make_actor)
         self.lifecycle = Lifecycle(self.db, pool, scheduler.suspend)
         self.capacity = Capacity(settings.capacity)
         self._context = Context(

@@ -40,7 +40,7 @@ async def step_result(house: FakeHouse, id: str) -> StepResult:
 
 async def test_it_takes_no_place_and_changes_nothing(house: FakeHouse):
     """Asked while operations run, and while one is missing: the weights are those of what was done before."""
-    actor = house.scheduler.actor(await house.run())
+    actor = await house.scheduler.actor(RUN_ID)
     await house.submit(loss(3), 1, "a")
     await house.submit(STEP, 2, "b")
     await house.submit(STEP, 4, "d")  # waits for 3
@@ -57,7 +57,7 @@ async def test_it_takes_no_place_and_changes_nothing(house: FakeHouse):
 
 
 async def test_a_worker_that_dies_is_reported_and_the_next_one_saves(house: FakeHouse):
-    actor = house.scheduler.actor(await house.run())
+    actor = await house.scheduler.actor(RUN_ID)
     await house.submit(loss(3), 1, "a")
     await house.submit(STEP, 2, "b")
     weights = (await step_result(house, "b")).metrics["weights"]
@@ -73,7 +73,7 @@ async def test_a_worker_that_dies_is_reported_and_the_next_one_saves(house: Fake
 
 async def test_nobody_waits_for_a_run_that_ends(house: FakeHouse):
     run = await house.run()
-    actor = house.scheduler.actor(run)
+    actor = await house.scheduler.actor(run.id)
     await house.submit(loss(3), 1, "a")
     await actor.halt()
     asked = asyncio.create_task(actor.saves_beside.ask(beside()))

@@ -10,10 +10,9 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.sessions import details_of
 from selfloop.storage.db import queries_audit, queries_billing, queries_resources
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import AuditRow, SessionRow
+from selfloop.types.resources import AuditEvent, Session
 from selfloop.types.settings import Prices
 
-AuditEvent = AuditRow
 ProjectStorage = queries_billing.ProjectStorage
 EventKind = Literal["training", "sampling_prefill", "sampling_sample", "checkpoint", "storage"]
 
@@ -45,9 +44,7 @@ class Billing:
         self._usage = usage
         self.prices = prices
 
-    async def events(
-        self, caller: Caller, start: int, end: int
-    ) -> tuple[Sequence[BillingEvent], dict[str, SessionRow]]:
+    async def events(self, caller: Caller, start: int, end: int) -> tuple[Sequence[BillingEvent], dict[str, Session]]:
         """Usage of the caller's team in the hours from ``start`` to ``end``, and the sessions that it belongs to.
 
         Storage and saves are those of the checkpoints that are there now.
@@ -82,7 +79,7 @@ class Billing:
             )
 
 
-def project_of(row: SessionRow) -> str | None:
+def project_of(row: Session) -> str | None:
     return details_of(row).project_id
 
 

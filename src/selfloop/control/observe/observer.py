@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from selfloop.control.observe import instruments, tracing
 from selfloop.control.observe.meter import Meter
 from selfloop.control.observe.usage import Counts, Usage
-from selfloop.storage.db.tables import OperationRow, RunRow, SamplerRow
+from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.logline import current
+from selfloop.types.resources import Sampler
 from selfloop.types.result import Result, SaveResult
 from selfloop.types.sampling import SampleResult
 from selfloop.types.status import OperationState
@@ -30,7 +31,7 @@ class _Open:
     trace_id: str
 
 
-Drawn = Callable[[SamplerRow, str | None, int, SampleResult], None]
+Drawn = Callable[[Sampler, str | None, int, SampleResult], None]
 """Hears of a request's end: its sampler, the run that trained the weights, the prompt's tokens, what was drawn."""
 
 
@@ -105,12 +106,12 @@ class Observer:
     @contextmanager
     def sampling(
         self, deployment_id: str | None
-    ) -> Generator[Callable[[SamplerRow, str | None, int, SampleResult], None]]:
+    ) -> Generator[Callable[[Sampler, str | None, int, SampleResult], None]]:
         """A sampling request in progress on a trainer's deployment (or on none); gives what to call once drawn."""
         started = time.monotonic()
         status: int | None = None
 
-        def drawn(sampler: SamplerRow, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> None:
+        def drawn(sampler: Sampler, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> None:
             nonlocal status
             status = 200
             counts = self.usage.sampled(sampler, run_id, num_prompt_tokens, result)
@@ -126,7 +127,7 @@ class Observer:
                 # A refusal is counted where its answer is seen.
                 self.meter.end(deployment_id, status, time.monotonic() - started)
 
-    def _sampled(self, sampler: SamplerRow, counts: Counts, result: SampleResult, seconds: float) -> None:
+    def _sampled(self, sampler: Sampler, counts: Counts, result: SampleResult, seconds: float) -> None:
         num_stopped = sum(s.stop_reason == "stop" for s in result.sequences)
         details: dict[str, str | int | float] = {
             "num_samples": len(result.sequences),

@@ -15,9 +15,9 @@ from selfloop.control.observe.archive import ArchiveFile, Archives
 from selfloop.control.observe.logs import LogQuery
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_listings
-from selfloop.storage.db.tables import SessionRow
 from selfloop.types.errors import OperationFailed
 from selfloop.types.logline import LogLine
+from selfloop.types.resources import Session
 
 _MAX_LINES = 50_000
 
@@ -29,7 +29,7 @@ class Traces:
         self._c = context
         self._archives = archives
 
-    async def export(self, caller: Caller, row: SessionRow) -> ArchiveFile:
+    async def export(self, caller: Caller, row: Session) -> ArchiveFile:
         """Write the timeline of a session; returns the file with a link to it.
 
         Raises:

@@ -11,8 +11,9 @@ import msgspec
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_observations
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import OperationRow, RunRow, SamplerRow
+from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.logline import current
+from selfloop.types.resources import Sampler
 from selfloop.types.result import LossResult, Result
 from selfloop.types.sampling import SampleResult
 
@@ -67,7 +68,7 @@ class Usage:
         self._pending: dict[UsageKey, Counts] = {}
         self._flushing = asyncio.Lock()
 
-    def sampled(self, sampler: SamplerRow, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> Counts:
+    def sampled(self, sampler: Sampler, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> Counts:
         """Count one drawn request; with the key that asked, or the sampler's where that is not known.
 
         It counts for the sampler's run, else for ``run_id``, which trained the weights.

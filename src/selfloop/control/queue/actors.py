@@ -5,18 +5,29 @@ import contextlib
 from collections.abc import Callable
 
 from selfloop.control.queue.scheduler import RunActor
+from selfloop.storage.db import queries_resources
+from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
 
 
 class Scheduler:
     """The actors of all runs that have something to do or lie in a worker."""
 
-    def __init__(self, make_actor: Callable[[RunRow], RunActor]) -> None:
+    def __init__(self, db: Database, make_actor: Callable[[RunRow], RunActor]) -> None:
+        self._db = db
         self._make_actor = make_actor
         self._actors: dict[str, RunActor] = {}
 
-    def actor(self, run: RunRow) -> RunActor:
-        """The run's actor; ``run`` is taken as its present row when there is none yet."""
+    async def actor(self, run_id: str) -> RunActor:
+        """The run's actor, made from its row when there is none yet."""
+        if run_id not in self._actors:
+            async with self._db.look_up() as session:
+                rows = await queries_resources.run_rows(session, {run_id})
+            return self.adopt(rows[run_id])
+        return self._actors[run_id]
+
+    def adopt(self, run: RunRow) -> RunActor:
+        """The run's actor; ``run`` is its present row, which the actor goes on with if it is new."""
         if run.id not in self._actors:
             self._actors[run.id] = self._make_actor(run)
         return self._actors[run.id]

@@ -14,9 +14,10 @@ from selfloop.control.queue.recovery import clear_leftovers
 from selfloop.control.queue.scheduler import RunActor
 from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.storage.db import queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
+from selfloop.storage.db.tables import OperationRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
+from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
 
@@ -57,7 +58,7 @@ class Operations:
         await self._c.journal.clear_leftovers()
         queued = await self._c.journal.queued()
         async with self._c.db.read() as session:
-            runs = await queries_resources.runs_named(session, {row.run_id for row in queued})
+            runs = await queries_resources.run_rows(session, {row.run_id for row in queued})
         for row in queued:
             run = runs[row.run_id]
             if run.status != RunStatus.ACTIVE:
@@ -65,7 +66,7 @@ class Operations:
                 continue
             self._awaited.expect((row.run_id, row.id))
             self._c.outcomes.observer.accepted(run, row)
-            self._c.scheduler.actor(run).push(row)
+            self._c.scheduler.adopt(run).push(row)
         for run_id, epoch, seq in await self._c.journal.skipped():
             self._skipped.setdefault(run_id, set()).add((epoch, seq))
         for run_id in list(self._skipped):
@@ -83,7 +84,7 @@ class Operations:
             self._purger.cancel()
             await asyncio.gather(self._purger, return_exceptions=True)
 
-    async def accept(self, run: RunRow, submission: Submission) -> str:
+    async def accept(self, run: Run, submission: Submission) -> str:
         """Make an operation durable and queue it; returns its id.
 
         Raises:
@@ -99,7 +100,7 @@ class Operations:
         self._c.disk_room.check_accept(len(submission.payload))
         if submission.kind in USES_CHECKPOINTS:
             await self._check_store(operation_decoder.decode(submission.payload))
-        actor = self._c.scheduler.actor(run)
+        actor = await self._c.scheduler.actor(run.id)
         async with actor.accepting:
             accepted = await self._c.journal.accept(actor.run, submission, actor.out_of_order_seqs())
             self._c.lifecycle.touch(run.deployment_id)
@@ -118,11 +119,11 @@ class Operations:
                 return
         await self._c.store.check_reachable()
 
-    async def _checkpoint(self, uri: CheckpointUri) -> CheckpointRow | None:
+    async def _checkpoint(self, uri: CheckpointUri) -> Checkpoint | None:
         async with self._c.db.look_up() as session:
             return await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
 
-    async def refuse(self, run: RunRow, submission: Submission, error: str, error_class: str) -> str:
+    async def refuse(self, run: Run, submission: Submission, error: str, error_class: str) -> str:
         """Give an operation that cannot be served its place and an error as its outcome; returns its id.
 
         For a client that has counted its sequence id and asks for the outcome: those behind do not wait for it.
@@ -135,20 +136,20 @@ class Operations:
                 f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
             )
         assert submission.seq is not None
-        actor = self._c.scheduler.actor(run)
+        actor = await self._c.scheduler.actor(run.id)
         async with actor.accepting:
             accepted = await self._c.journal.refuse(actor.run, submission, error, error_class)
             await self._skip(actor, submission.seq)
         return accepted.row.id
 
-    async def skip(self, run: RunRow, seq: int) -> None:
+    async def skip(self, run: Run, seq: int) -> None:
         """Nothing is to be expected at ``seq``: its call was refused. Those behind it do not wait for it.
 
         A corrected call may still take the place, as long as none behind it has been accepted.
         """
         if run.status != RunStatus.ACTIVE:
             return
-        actor = self._c.scheduler.actor(run)
+        actor = await self._c.scheduler.actor(run.id)
         async with actor.accepting:
             next_seq = actor.run.next_seq
             known = self._skipped.get(run.id, set())
@@ -211,7 +212,7 @@ class Operations:
             await self._skip(actor, row.seq)
 
     async def check_loadable(
-        self, run: RunRow, path: str, *, with_optimizer: bool, granted_team_id: str | None = None
+        self, run: Run, path: str, *, with_optimizer: bool, granted_team_id: str | None = None
     ) -> None:
         """Check that ``path`` names a checkpoint this run may load, stored or still being saved by it.
 
@@ -234,7 +235,7 @@ class Operations:
         if uri.run_id != run.id or actor is None or not actor.saves_named(uri.name, kind):
             raise NotFound("checkpoint", path)
 
-    async def check_name_is_free(self, run: RunRow, name: str) -> None:
+    async def check_name_is_free(self, run: Run, name: str) -> None:
         """Check that the run has no trainer checkpoint of that name, stored or still being saved.
 
         Raises:

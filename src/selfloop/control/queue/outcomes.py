@@ -38,6 +38,7 @@ from selfloop.types.operation import (
     SaveWeightsForSampler,
     operation_decoder,
 )
+from selfloop.types.resources import Checkpoint
 from selfloop.types.result import InitResult, LoadResult, SaveResult, StepResult, result_decoder
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
@@ -162,7 +163,7 @@ class Outcomes:
                         size = str(checkpoint.size_bytes)
                         key_id = row.key_id or run.key_id
                         queries_audit.record_checkpoint(
-                            session, "saved", checkpoint, run.team_id, key_id, size_bytes=size
+                            session, "saved", checkpoint.view(), run.team_id, key_id, size_bytes=size
                         )
                     if isinstance(operation, SaveWeightsForSampler) and operation.publish:
                         for sampler in await queries_resources.samplers(session, run_id=run.id):
@@ -172,7 +173,7 @@ class Outcomes:
                     await session.flush()
                     if isinstance(operation, SaveWeightsForSampler) and operation.inflight:
                         gone += await _lead_followers(session, run, checkpoint)
-                    for surplus in await retention.beyond_last(session, run, checkpoint.target):
+                    for surplus in await retention.beyond_last(session, run.view(), checkpoint.target):
                         gone.append(surplus.id)
                         await queries_checkpoints.remove(session, surplus.id)
                 case _:
@@ -189,7 +190,7 @@ class Outcomes:
         if operation is not None:
             self.published.announce()
 
-    async def saved_beside(self, run: RunRow, operation: SaveWeightsForSampler, body: bytes) -> CheckpointRow:
+    async def saved_beside(self, run: RunRow, operation: SaveWeightsForSampler, body: bytes) -> Checkpoint:
         """Record what was saved beside the run's operations. Raises :class:`OperationFailed` when it is gone."""
         result = result_decoder.decode(body)
         assert isinstance(result, SaveResult)
@@ -198,7 +199,7 @@ class Outcomes:
         async with self._db.write() as session:
             session.add(checkpoint)
         self._on_saved(run, result)
-        return checkpoint
+        return checkpoint.view()
 
     async def _published(self, row: OperationRow, result: SaveResult) -> Save:
         """The save whose files have their name now. Raises :class:`OperationFailed`."""

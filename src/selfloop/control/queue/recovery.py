@@ -20,6 +20,7 @@ from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.digests import digest_of
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
+from selfloop.types.resources import Run
 from selfloop.types.status import RunStatus
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.protocol import Execute, OpenRun
@@ -74,7 +75,7 @@ async def reopen(run: RunRow, worker: WorkerClient, journal: Journal, blobs: Loc
     return await _replay(run, worker, files, newest)
 
 
-def identity(run: RunRow) -> str:
+def identity(run: Run | RunRow) -> str:
     """Digest of what never changes of a run, and decides what is computed."""
     fixed = (run.id, run.model_name, run.initial_rank, run.seed, run.targets, run.initial_key, run.with_optimizer)
     return digest_of(msgspec.json.encode(fixed))

@@ -14,12 +14,11 @@ from selfloop.control.resources import tokens
 from selfloop.storage.db import queries_access, queries_audit
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import KeyRow, TeamRow
+from selfloop.storage.db.views import views
 from selfloop.types.errors import BadRequest, Conflict, Denied, NotFound
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Key, Team
 from selfloop.types.roles import Role
-
-Key = KeyRow
-"""What the dialects may know of a key."""
 
 _PREFIX = "slk-"
 _SHOWN_CHARACTERS = 12
@@ -116,14 +115,14 @@ class Access:
         except FileNotFoundError:
             return 0
 
-    async def ensure_default_team(self) -> TeamRow:
+    async def ensure_default_team(self) -> Team:
         """The team of keys that name none; made in a new data directory."""
         async with self._db.write() as session:
             team = await queries_access.default_team(session)
             if team is None:
                 team = _team_row("default", is_default=True)
                 session.add(team)
-        return team
+        return team.view()
 
     async def ensure_first_key(self, given: str | None) -> str | None:
         """Make sure there is a team and a key; returns a key that was made just now, to be shown once."""
@@ -163,7 +162,7 @@ class Access:
         async with self._db.write() as session:
             return _add_key(session, caller.team_id, name, role, expires_in_s, by=caller)
 
-    async def team(self, name: str | None) -> TeamRow:
+    async def team(self, name: str | None) -> Team:
         """A team by name; without one the default team, made in a new data directory."""
         if name is None:
             return await self.ensure_default_team()
@@ -171,9 +170,9 @@ class Access:
             team = await queries_access.team_named(session, name)
         if team is None:
             raise NotFound("team", name, "`selfloop keys list` shows the teams")
-        return team
+        return team.view()
 
-    async def owner_key(self, team: TeamRow) -> KeyRow:
+    async def owner_key(self, team: Team) -> Key:
         """The key that owns what the command line makes: the team's first valid one, or else its first.
 
         A team without any gets one that nobody knows and that is revoked from the start.
@@ -182,24 +181,24 @@ class Access:
             known = [row for row in await queries_access.keys(session) if row.team_id == team.id]
             valid = [row for row in known if row.revoked_at is None]
             if known:
-                return (valid or known)[0]
+                return (valid or known)[0].view()
             key = _key_row(team.id, "command line", _new_key(), Role.MEMBER)
             key.revoked_at = key.created_at
             session.add(key)
-        return key
+        return key.view()
 
-    async def keys(self, team_id: str | None = None) -> Sequence[KeyRow]:
+    async def keys(self, team_id: str | None = None) -> Sequence[Key]:
         """Every key, revoked ones too, or those of a team."""
         async with self._db.read() as session:
-            return await queries_access.keys(session, team_id)
+            return views(await queries_access.keys(session, team_id))
 
-    async def valid_keys(self, caller: Caller) -> list[KeyRow]:
+    async def valid_keys(self, caller: Caller) -> list[Key]:
         """The keys of the caller's team that are neither revoked nor expired."""
         now = time.time()
         rows = await self.keys(caller.team_id)
         return [row for row in rows if row.revoked_at is None and (row.expires_at is None or row.expires_at > now)]
 
-    async def key_shown_as(self, caller: Caller, shown: str) -> KeyRow:
+    async def key_shown_as(self, caller: Caller, shown: str) -> Key:
         """A valid key of the caller's team, by its id or the beginning that lists show.
 
         Raises:
@@ -226,11 +225,11 @@ class Access:
         with open(self._marker, "ab") as marker:  # noqa: ASYNC230 - one byte
             marker.write(b".")
 
-    async def teams(self) -> Sequence[TeamRow]:
+    async def teams(self) -> Sequence[Team]:
         async with self._db.look_up() as session:
-            return await queries_access.teams(session)
+            return views(await queries_access.teams(session))
 
-    async def teams_of(self, caller: Caller) -> Sequence[TeamRow]:
+    async def teams_of(self, caller: Caller) -> Sequence[Team]:
         """The teams a caller may name: a key belongs to exactly one."""
         return [team for team in await self.teams() if team.id == caller.team_id]
 

@@ -18,6 +18,7 @@ from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.model_folder import ModelFacts, read_facts
+from selfloop.types.resources import Alias, CatalogueEntry
 from selfloop.worker.launchers.local import launch_prepare
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Catalogue:
         self._db = db
         self._paths = ModelPaths(data_dir)
         self._locks: dict[str, asyncio.Lock] = {}
-        self._known: dict[str, ModelRow] = {}
+        self._known: dict[str, CatalogueEntry] = {}
         self._facts: dict[str, ModelFacts] = {}
 
     async def seed(self) -> None:
@@ -69,7 +70,7 @@ class Catalogue:
             for row, stored in self._paths.outdated(await queries_models.models(session)):
                 await queries_models.set_path(session, row.name, stored)
 
-    async def entries(self) -> tuple[Sequence[ModelRow], Sequence[AliasRow]]:
+    async def entries(self) -> tuple[Sequence[CatalogueEntry], Sequence[Alias]]:
         async with self._db.read() as session:
             return await queries_models.models(session), await queries_models.aliases(session)
 
@@ -134,7 +135,7 @@ class Catalogue:
             if (reason := self.missing(model)) is not None:
                 log.warning("%s cannot be loaded: %s", model.name, reason)
 
-    def files_of(self, row: ModelRow) -> str:
+    def files_of(self, row: CatalogueEntry) -> str:
         """Where a model's files are, in words."""
         if row.path is None:
             return "prepared at first use"
@@ -209,7 +210,7 @@ class Catalogue:
 
     async def _new_row(
         self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
-    ) -> ModelRow:
+    ) -> CatalogueEntry:
         path = Path(source).expanduser()
         if path.is_dir():
             path = path.resolve()
@@ -228,9 +229,9 @@ class Catalogue:
             if await queries_models.model(session, row.name) is not None:
                 raise BadRequest("name", f"a name that is free; {row.name} is in the catalogue already")
             session.add(row)
-        return row
+        return row.view()
 
-    async def _describe(self, row: ModelRow) -> Model:
+    async def _describe(self, row: CatalogueEntry) -> Model:
         if row.path is None:
             assert row.source == "embedded", row.name
             return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
@@ -240,14 +241,14 @@ class Catalogue:
             facts = self._facts[row.path] = await asyncio.to_thread(read_facts, self._paths.resolved(row.path))
         return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
 
-    async def _describe_or_blank(self, row: ModelRow) -> Model:
+    async def _describe_or_blank(self, row: CatalogueEntry) -> Model:
         """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""
         try:
             return await self._describe(row)
         except BadRequest:
             return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0)
 
-    async def _row(self, name: str) -> ModelRow | None:
+    async def _row(self, name: str) -> CatalogueEntry | None:
         if (known := self._known.get(name)) is not None:
             return known
         async with self._db.look_up() as session:

@@ -17,9 +17,10 @@ from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, DeployedModelRow, ModelVersionRow, SamplerRow
+from selfloop.storage.db.tables import DeployedModelRow, ModelVersionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Checkpoint, ModelVersion, Sampler
 from selfloop.types.status import CheckpointTarget
 
 MAX_NAME = 255
@@ -47,8 +48,8 @@ class Version:
     """
 
     model_name: str
-    sampler: SamplerRow
-    record: ModelVersionRow | None
+    sampler: Sampler
+    record: ModelVersion | None
     is_newest: bool
     checkpoints: Sequence[str]
 
@@ -74,7 +75,7 @@ class Deploys:
         self._c = context
         self._user_configs = user_configs
 
-    async def check(self, caller: Caller, request: DeployRequest) -> Sequence[CheckpointRow]:
+    async def check(self, caller: Caller, request: DeployRequest) -> Sequence[Checkpoint]:
         """The checkpoints, when all that is asked can be done.
 
         Raises:
@@ -99,7 +100,7 @@ class Deploys:
             await self._c.catalogue.same_model(row.base_model, rows[0].base_model, "checkpoint_ids")
         return rows
 
-    async def deploy(self, caller: Caller, request: DeployRequest) -> SamplerRow:
+    async def deploy(self, caller: Caller, request: DeployRequest) -> Sampler:
         """Bring up a standing sampler with its own files of the checkpoints; another version if the name is known.
 
         Raises:
@@ -144,10 +145,11 @@ class Deploys:
             )
             record_creation(session, "sampler", sampler.id, sampler.status, f"version {number} of {request.model_name}")
             await pinned.hold(session, self._c.store, self._c.blobs, sampler.id, rows)
-        await warn_of_zero(self._c.store, sampler, rows)
+        made = sampler.view()
+        await warn_of_zero(self._c.store, made, rows)
         self._c.lifecycle.add("sampler", sampler.id, sampler.id, sampler.model_name, math.inf, sampler.status)
         self._c.lifecycle.wake_soon(sampler.id)
-        return sampler
+        return made
 
     async def models(self, caller: Caller, cut: Cut, name: str | None) -> Part[ModelView]:
         """The team's deployed models, newest first."""
@@ -198,7 +200,7 @@ async def _model_views(session: AsyncSession, models: Mapping[str, tuple[str, fl
     ]
 
 
-async def _versions(session: AsyncSession, model_name: str, samplers: Sequence[SamplerRow]) -> list[Version]:
+async def _versions(session: AsyncSession, model_name: str, samplers: Sequence[Sampler]) -> list[Version]:
     """Of samplers of one model."""
     if not samplers:
         return []
@@ -210,7 +212,7 @@ async def _versions(session: AsyncSession, model_name: str, samplers: Sequence[S
     newest = await queries_resources.newest_of_model(session, samplers[0].team_id, samplers[0].model_id)
     assert newest is not None
 
-    def paths(sampler: SamplerRow) -> list[str]:
+    def paths(sampler: Sampler) -> list[str]:
         if sampler.id in pinned_rows:
             return [pinned.uri_of(row) for row in pinned_rows[sampler.id]]
         live = served.get(sampler.checkpoint_id or sampler.live_checkpoint_id or "")
@@ -227,7 +229,7 @@ def _check_text(field: str, text: str) -> None:
         raise BadRequest(field, f"1 to {MAX_NAME} characters")
 
 
-async def _checkpoint(session: AsyncSession, caller: Caller, id: str) -> CheckpointRow:
+async def _checkpoint(session: AsyncSession, caller: Caller, id: str) -> Checkpoint:
     row = await queries_checkpoints.get(session, id)
     if row is None or row.team_id != caller.team_id:
         raise NotFound("checkpoint", id)

@@ -7,8 +7,8 @@ from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import keyset, queries_resources
 from selfloop.storage.db import queries_listings as queries
-from selfloop.storage.db.tables import CheckpointRow, RunRow, SessionRow
 from selfloop.types.errors import NotFound
+from selfloop.types.resources import Checkpoint, Run, Session
 from selfloop.types.status import CheckpointTarget
 
 Cut = keyset.Cut
@@ -32,11 +32,11 @@ class ListedRun:
         last_request_at: UNIX seconds of its last operation, or of its making.
     """
 
-    run: RunRow
+    run: Run
     is_own: bool
     last_request_at: float
-    last_checkpoint: CheckpointRow | None
-    last_sampler_checkpoint: CheckpointRow | None
+    last_checkpoint: Checkpoint | None
+    last_sampler_checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class FoundSession:
-    session: SessionRow
+    session: Session
     totals: SessionTotals
 
 
@@ -78,18 +78,18 @@ class Listings:
                 return described
         raise NotFound("run", id)
 
-    async def checkpoints_of(self, caller: Caller, run_id: str, cut: keyset.Cut) -> keyset.Part[CheckpointRow]:
+    async def checkpoints_of(self, caller: Caller, run_id: str, cut: keyset.Cut) -> keyset.Part[Checkpoint]:
         """The checkpoints of a run, newest first; of another team's the published ones. Raises :class:`NotFound`."""
         run = await self.run(caller, run_id, accessible=True)
         async with self._c.db.read() as session:
             return await queries.checkpoints_of(session, run_id, cut, public_only=not run.is_own)
 
-    async def checkpoints(self, caller: Caller, page: Page) -> tuple[Sequence[CheckpointRow], int]:
+    async def checkpoints(self, caller: Caller, page: Page) -> tuple[Sequence[Checkpoint], int]:
         """A page of the checkpoints of the runs of the caller's key, and how many there are."""
         async with self._c.db.read() as session:
             return await queries.checkpoints(session, _owner(caller, whole_team=False), page)
 
-    async def sessions(self, caller: Caller, page: Page, *, accessible: bool) -> Sequence[SessionRow]:
+    async def sessions(self, caller: Caller, page: Page, *, accessible: bool) -> Sequence[Session]:
         async with self._c.db.read() as session:
             return (await queries.sessions(session, _owner(caller, whole_team=accessible), page))[0]
 
@@ -101,7 +101,7 @@ class Listings:
                 raise NotFound("session", id)
             return await queries.of_session(session, id)
 
-    async def search_checkpoints(self, search: CheckpointSearch) -> Sequence[CheckpointRow]:
+    async def search_checkpoints(self, search: CheckpointSearch) -> Sequence[Checkpoint]:
         async with self._c.db.read() as session:
             return await queries.search_checkpoints(session, search)
 
@@ -111,7 +111,7 @@ class Listings:
             totals = await queries.session_totals(session, [row.id for row in rows])
         return [FoundSession(row, totals.get(row.id, SessionTotals(0, 0))) for row in rows]
 
-    async def _described(self, caller: Caller, rows: Sequence[RunRow]) -> list[ListedRun]:
+    async def _described(self, caller: Caller, rows: Sequence[Run]) -> list[ListedRun]:
         ids = [row.id for row in rows]
         async with self._c.db.read() as session:
             checkpoints = await queries.last_checkpoints(session, ids, caller.team_id)

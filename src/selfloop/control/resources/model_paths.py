@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from selfloop.storage.db.tables import ModelRow
+from selfloop.types.resources import CatalogueEntry
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ModelPaths:
         """The absolute path of what a row has."""
         return self._data_dir / stored
 
-    def outdated(self, rows: Sequence[ModelRow]) -> Iterator[tuple[ModelRow, str]]:
+    def outdated(self, rows: Sequence[CatalogueEntry]) -> Iterator[tuple[CatalogueEntry, str]]:
         """Absolute paths that lie below this data directory, here or where it was before, each with what to store.
 
         Earlier versions stored absolute paths alone, and the directory may have been moved since.
@@ -66,7 +66,7 @@ class ModelPaths:
         return next((tail for tail in tails if (self._data_dir / tail / "config.json").is_file()), None)
 
 
-def _is_ours(row: ModelRow) -> bool:
+def _is_ours(row: CatalogueEntry) -> bool:
     """Whether we prepared the files, which we always do in one folder of the data directory."""
     path = Path(row.path or "")
     return row.source != "folder" and path.is_absolute() and path.parent.name == _FOLDER

@@ -8,6 +8,7 @@ import msgspec
 
 from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Deployment, Run, Sampler
 from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 
 
@@ -64,7 +65,7 @@ def new_run(
     owner: Owner,
     *,
     session_id: str,
-    deployment: DeploymentRow,
+    deployment: Deployment | DeploymentRow,
     id: str,
     name: str,
     base_model: str,
@@ -117,7 +118,7 @@ def new_run(
 
 
 def new_sampler(
-    owner: Owner | RunRow,
+    owner: Owner,
     *,
     session_id: str,
     base_model: str,
@@ -126,7 +127,7 @@ def new_sampler(
     delay_s: int,
     id: str | None = None,
     model_id: str | None = None,
-    reused: SamplerRow | None = None,
+    reused: Sampler | None = None,
     status: SamplerStatus = SamplerStatus.BUILDING,
     run_id: str | None = None,
     checkpoint_id: str | None = None,
@@ -159,7 +160,7 @@ def new_sampler(
     )
 
 
-def new_paired_sampler(run: RunRow, delay_s: int, reused: SamplerRow | None) -> SamplerRow:
+def new_paired_sampler(run: Run, delay_s: int, reused: Sampler | None) -> SamplerRow:
     """A sampler bound to ``run``."""
     return new_sampler(
         run,
@@ -176,7 +177,7 @@ def new_paired_sampler(run: RunRow, delay_s: int, reused: SamplerRow | None) -> 
 
 
 def new_checkpoint(
-    run: RunRow,
+    run: Run | RunRow,
     *,
     id: str,
     name: str,

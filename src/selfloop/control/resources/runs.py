@@ -21,18 +21,12 @@ from selfloop.control.resources.new_rows import new_deployment, new_paired_sampl
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, DeploymentRow, RunRow, SamplerRow, SessionRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
+from selfloop.types.resources import Checkpoint, Deployment, Run, Sampler, Session
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
-
-Run = RunRow
-"""What the dialects may know of a run."""
-
-Deployment = DeploymentRow
-"""What the dialects may know of a deployment."""
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _MAX_SEED = 2**63 - 1
@@ -85,17 +79,17 @@ class RunRequest:
 class RunView:
     """A run with what an answer about it needs."""
 
-    run: RunRow
-    sampler: SamplerRow | None
+    run: Run
+    sampler: Sampler | None
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentView:
     """A trainer deployment with its newest active run, and the sampler of the newest run that has one."""
 
-    deployment: DeploymentRow
+    deployment: Deployment
     active_run_id: str | None
-    sampler: SamplerRow | None
+    sampler: Sampler | None
 
 
 class Runs:
@@ -105,13 +99,13 @@ class Runs:
 
     # -- sessions -------------------------------------------------------------------------------------
 
-    async def create_session(self, caller: Caller, training_project_id: str | None) -> SessionRow:
+    async def create_session(self, caller: Caller, training_project_id: str | None) -> Session:
         row = new_session(caller, training_project_id=training_project_id)
         async with self._c.db.write() as session:
             session.add(row)
-        return row
+        return row.view()
 
-    async def session(self, caller: Caller, id: str) -> SessionRow:
+    async def session(self, caller: Caller, id: str) -> Session:
         async with self._c.db.look_up() as session:
             row = await queries_resources.session_row(session, id)
         if row is None or row.team_id != caller.team_id:
@@ -155,7 +149,7 @@ class Runs:
         async with self._c.db.write() as session:
             deployment = reused.deployment if reused else self._new_deployment(caller, request, model, session)
             await session.flush()
-            run = new_run(
+            row = new_run(
                 caller,
                 session_id=request.session_id,
                 deployment=deployment,
@@ -177,8 +171,9 @@ class Runs:
                 user_metadata=request.user_metadata,
                 num_changes=0,
             )
-            run.digest = identity(run)
-            session.add(run)
+            row.digest = identity(row)
+            session.add(row)
+            run = row.view()
             record_creation(session, "run", run.id, RunStatus.ACTIVE, "created")
             await session.flush()
             await queries_resources.update_deployment(
@@ -186,12 +181,13 @@ class Runs:
             )
             sampler = None
             if with_sampler:
-                sampler = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
-                session.add(sampler)
+                made = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
+                session.add(made)
+                sampler = made.view()
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
 
-    def _register(self, deployment: DeploymentRow, run: RunRow, sampler: SamplerRow | None, delay_s: float) -> None:
+    def _register(self, deployment: Deployment, run: Run, sampler: Sampler | None, delay_s: float) -> None:
         lifecycle = self._c.lifecycle
         status = lifecycle.status(deployment.id) or deployment.status
         lifecycle.add("deployment", deployment.id, deployment.id, run.model_name, delay_s, status)
@@ -214,7 +210,7 @@ class Runs:
             return (await self.get(caller, id)).run
         if actor.run.team_id != caller.team_id:
             raise NotFound("run", id)
-        return actor.run
+        return actor.run.view()
 
     async def list(
         self, caller: Caller, cut: Cut, *, run_id: str | None, base_model: str | None, whole_team: bool
@@ -263,7 +259,7 @@ class Runs:
                 raise NotFound("deployment", id)
             return (await _deployment_views(session, [row]))[0]
 
-    async def runs_on(self, caller: Caller, deployment_id: str) -> tuple[DeploymentRow, Sequence[str]]:
+    async def runs_on(self, caller: Caller, deployment_id: str) -> tuple[Deployment, Sequence[str]]:
         """A deployment, and the ids of every run that it has had, newest first."""
         view = await self.deployment(caller, deployment_id)
         async with self._c.db.read() as session:
@@ -288,13 +284,11 @@ class Runs:
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def _new_deployment(
-        self, caller: Caller, request: RunRequest, model: Model, session: AsyncSession
-    ) -> DeploymentRow:
+    def _new_deployment(self, caller: Caller, request: RunRequest, model: Model, session: AsyncSession) -> Deployment:
         row = new_deployment(caller, request.base_model, model.name, delay_s=request.scale_down_delay_s)
         session.add(row)
         record_creation(session, "deployment", row.id, row.status, "created for a run")
-        return row
+        return row.view()
 
     async def _known(self, caller: Caller, id: str) -> RunView | None:
         try:
@@ -302,7 +296,7 @@ class Runs:
         except NotFound:
             return None
 
-    async def _initial_checkpoint(self, caller: Caller, request: RunRequest) -> CheckpointRow | None:
+    async def _initial_checkpoint(self, caller: Caller, request: RunRequest) -> Checkpoint | None:
         if request.path is None:
             return None
         uri = parse_checkpoint_uri(request.path, "path")
@@ -317,7 +311,7 @@ class Runs:
             raise BadRequest("path", "a checkpoint with an optimizer: this one was imported, load its weights alone")
         return row
 
-    async def _keep_initial(self, run_id: str, checkpoint: CheckpointRow | None) -> str | None:
+    async def _keep_initial(self, run_id: str, checkpoint: Checkpoint | None) -> str | None:
         if checkpoint is None:
             return None
         key = f"initial/{run_id}"
@@ -366,11 +360,11 @@ class Runs:
 @dataclass(frozen=True, slots=True)
 class _Reusable:
     run_id: str
-    deployment: DeploymentRow
-    sampler: SamplerRow | None
+    deployment: Deployment
+    sampler: Sampler | None
 
 
-async def _deployment_views(session: AsyncSession, rows: Sequence[DeploymentRow]) -> list[DeploymentView]:
+async def _deployment_views(session: AsyncSession, rows: Sequence[Deployment]) -> list[DeploymentView]:
     ids = [row.id for row in rows]
     active = await queries_resources.active_runs_on(session, ids)
     samplers = await queries_resources.newest_samplers_on(session, ids)
@@ -386,7 +380,7 @@ def checked_seq_len(asked: int | None, model: Model, field: str) -> int:
     return asked
 
 
-def _checked_rank(request: RunRequest, checkpoint: CheckpointRow | None) -> int:
+def _checked_rank(request: RunRequest, checkpoint: Checkpoint | None) -> int:
     rank = request.lora_rank
     if checkpoint is not None:
         if rank is not None and rank != checkpoint.lora_rank:

@@ -14,13 +14,10 @@ from selfloop.control.resources.runs import checked_seq_len
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.resources import Checkpoint, PinnedCheckpoint, Sampler
 from selfloop.types.status import RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
-
-Sampler = SamplerRow
-"""What the dialects may know of a sampler."""
 
 _DEFAULT_DELAY_S = 3600
 
@@ -31,7 +28,7 @@ class Samplers:
         self._user_configs = user_configs
         self._teams: dict[str, str] = {}
 
-    async def create_paired(self, caller: Caller, session_id: str, run_id: str) -> SamplerRow:
+    async def create_paired(self, caller: Caller, session_id: str, run_id: str) -> Sampler:
         """The sampler of a run, made on first asking."""
         await self._check_session(caller, session_id)
         async with self._c.db.write() as session:
@@ -49,8 +46,8 @@ class Samplers:
             row = new_paired_sampler(run, deployment.scale_down_delay_s, None)
             session.add(row)
             record_creation(session, "sampler", row.id, row.status, f"created for run {run_id}")
-        self._register(row, run.deployment_id)
-        return row
+        self._register(sampler := row.view(), run.deployment_id)
+        return sampler
 
     async def create_standalone(
         self,
@@ -63,7 +60,7 @@ class Samplers:
         reuse_from_session_id: str | None,
         id: str | None = None,
         scope: Scope = "default",
-    ) -> SamplerRow:
+    ) -> Sampler:
         """A sampler of a base model or of one checkpoint, whose files it holds from then on.
 
         Args:
@@ -76,7 +73,7 @@ class Samplers:
             if known is not None and known.team_id == caller.team_id:
                 return known
         await self._user_configs.check(caller, trainer=False, sampler=True)
-        checkpoint: CheckpointRow | None = None
+        checkpoint: Checkpoint | None = None
         if model_path is not None:
             checkpoint = await self.checkpoint(caller.team_id, model_path, "model_path")
             base_model = checkpoint.base_model
@@ -117,12 +114,13 @@ class Samplers:
                 if await queries_checkpoints.get(session, checkpoint.id) is None:
                     raise NotFound("checkpoint", str(model_path))
                 await pinned.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
+        sampler = row.view()
         if checkpoint is not None:
-            await warn_of_zero(self._c.store, row, [checkpoint])
-        self._register(row, row.id)
-        return row
+            await warn_of_zero(self._c.store, sampler, [checkpoint])
+        self._register(sampler, sampler.id)
+        return sampler
 
-    async def get(self, caller: Caller, id: str) -> SamplerRow:
+    async def get(self, caller: Caller, id: str) -> Sampler:
         async with self._c.db.look_up() as session:
             row = await queries_resources.sampler(session, id)
         if row is None or row.team_id != caller.team_id:
@@ -134,13 +132,13 @@ class Samplers:
         if self._teams.get(id) != caller.team_id:
             self._teams[id] = (await self.get(caller, id)).team_id
 
-    async def list(self, caller: Caller, cut: Cut, *, whole_team: bool) -> Part[SamplerRow]:
+    async def list(self, caller: Caller, cut: Cut, *, whole_team: bool) -> Part[Sampler]:
         """Newest first."""
         async with self._c.db.read() as session:
             key_id = None if whole_team else caller.key_id
             return await queries_resources.samplers_part(session, cut, team_id=caller.team_id, key_id=key_id)
 
-    async def deactivate(self, caller: Caller, id: str) -> SamplerRow:
+    async def deactivate(self, caller: Caller, id: str) -> Sampler:
         await self.get(caller, id)
         await self._c.lifecycle.end(id, "deactivated by request")
         await pinned.release(self._c.db, self._c.blobs, id)
@@ -164,17 +162,17 @@ class Samplers:
         if sampler.status in (SamplerStatus.INACTIVE, SamplerStatus.DEACTIVATING):
             raise Conflict(f"sampler {sampler.id} is {sampler.status}: it was deactivated", reason="SAMPLER_INACTIVE")
 
-    async def served(self, sampler: Sampler) -> Sequence[PinnedCheckpointRow]:
+    async def served(self, sampler: Sampler) -> Sequence[PinnedCheckpoint]:
         """The checkpoints that the sampler holds files of, its default first; empty for one of a run or a base."""
         async with self._c.db.read() as session:
             return await queries_models_deployed.held(session, sampler.id)
 
     @staticmethod
-    def path_of(row: PinnedCheckpointRow) -> str:
+    def path_of(row: PinnedCheckpoint) -> str:
         """The URI under which a held checkpoint is asked for."""
         return pinned.uri_of(row)
 
-    async def served_named(self, sampler: Sampler, name: str) -> PinnedCheckpointRow | None:
+    async def served_named(self, sampler: Sampler, name: str) -> PinnedCheckpoint | None:
         """The held checkpoint of that URI, id, or name (where only one has it)."""
         rows = await self.served(sampler)
         exact = [row for row in rows if name in (pinned.uri_of(row), row.checkpoint_id)]
@@ -191,7 +189,7 @@ class Samplers:
             row = row or await queries_checkpoints.get(session, id)
         return None if row is None else pinned.uri_of(row)
 
-    async def checkpoint(self, team_id: str, path: str, field: str) -> CheckpointRow:
+    async def checkpoint(self, team_id: str, path: str, field: str) -> Checkpoint:
         """The checkpoint at a ``bt://`` path that a team may read; trainer and sampler ones both hold an adapter."""
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.look_up() as session:
@@ -200,7 +198,7 @@ class Samplers:
             raise NotFound("checkpoint", path)
         return row
 
-    def _register(self, row: SamplerRow, group_key: str) -> None:
+    def _register(self, row: Sampler, group_key: str) -> None:
         lifecycle = self._c.lifecycle
         lifecycle.add("sampler", row.id, group_key, row.model_name, row.scale_down_delay_s, row.status)
         lifecycle.wake_soon(row.id)
@@ -211,7 +209,7 @@ class Samplers:
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", session_id)
 
-    async def _reusable(self, caller: Caller, session_id: str | None, base_model: str) -> tuple[SamplerRow | None, str]:
+    async def _reusable(self, caller: Caller, session_id: str | None, base_model: str) -> tuple[Sampler | None, str]:
         """Capacity of that session that can take the sampler, and the reason why it is reused or fresh."""
         if session_id is None:
             return None, "fresh: nothing to reuse was named"

@@ -14,15 +14,13 @@ from selfloop.control.resources.access import Caller
 from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.sampling.futures import Jobs
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import RunRow, SamplerRow, SessionRow
+from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Run, Sampler, Session
 from selfloop.types.status import SamplerStatus
 
 log = logging.getLogger(__name__)
-
-Session = SessionRow
-"""What the dialects may know of a session."""
 
 # So that a script that ended without a word does not keep its snapshots for good.
 _SNAPSHOT_LIFE_S = 7 * 24 * 3600
@@ -43,7 +41,7 @@ class SessionDetails(msgspec.Struct, frozen=True):
     sdk_version: str | None = None
 
 
-def details_of(row: SessionRow) -> SessionDetails:
+def details_of(row: Session) -> SessionDetails:
     """What its client told of a session; nothing for one that told nothing."""
     return SessionDetails() if row.details is None else msgspec.json.decode(row.details, type=SessionDetails)
 
@@ -70,21 +68,21 @@ class Sessions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def create(self, caller: Caller, details: SessionDetails) -> SessionRow:
+    async def create(self, caller: Caller, details: SessionDetails) -> Session:
         row = new_session(caller, details=msgspec.json.encode(details).decode())
         async with self._c.db.write() as session:
             session.add(row)
         self._heard[row.id] = time.monotonic()
-        return row
+        return row.view()
 
-    async def get(self, caller: Caller, id: str) -> SessionRow:
+    async def get(self, caller: Caller, id: str) -> Session:
         async with self._c.db.look_up() as session:
             row = await queries_resources.session_row(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("session", id)
         return row
 
-    async def open(self, caller: Caller, id: str) -> SessionRow:
+    async def open(self, caller: Caller, id: str) -> Session:
         """A session that something may be made in. Raises :class:`BadRequest` for one that has ended."""
         row = await self.get(caller, id)
         if row.ended_at is not None:
@@ -117,7 +115,7 @@ class Sessions:
             log.warning("session %s ends: no heartbeat for %.0f s", id, self._timeout_s)
             await self.end(row, SILENT)
 
-    async def end(self, row: SessionRow, reason: str) -> None:
+    async def end(self, row: Session, reason: str) -> None:
         """Mark the session's end and free what only it used.
 
         Its samples end; its snapshots and their samplers go; its runs leave the worker when they have done what
@@ -143,7 +141,7 @@ class Sessions:
         for run in runs:
             await self._rest(run)
 
-    async def _rest(self, run: RunRow) -> None:
+    async def _rest(self, run: Run) -> None:
         """Park a run, unless its deployment also serves others'."""
         async with self._c.db.read() as session:
             sharing = await queries_resources.runs(session, deployment_id=run.deployment_id)
@@ -163,7 +161,7 @@ class Sessions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def follower(self, caller: Caller, run: RunRow, sampler_id: str) -> SamplerRow:
+    async def follower(self, caller: Caller, run: Run, sampler_id: str) -> Sampler:
         """The sampler ``sampler_id``, which goes over to all that ``run`` saves for its followers; made once.
 
         Raises:
@@ -171,7 +169,7 @@ class Sessions:
         """
         return await self.snapshot_sampler(caller, run, sampler_id, follows=run.id)
 
-    async def joined(self, caller: Caller, sampler: SamplerRow) -> int:
+    async def joined(self, caller: Caller, sampler: Sampler) -> int:
         """One more client shares the sampler; returns its number, from 1 on."""
         async with self._c.db.write() as session:
             return await queries_resources.count_clone(session, sampler.id)
@@ -194,8 +192,8 @@ class Sessions:
             )
 
     async def snapshot_sampler(
-        self, caller: Caller, run: RunRow, sampler_id: str, *, follows: str | None = None
-    ) -> SamplerRow:
+        self, caller: Caller, run: Run, sampler_id: str, *, follows: str | None = None
+    ) -> Sampler:
         """The sampler ``sampler_id``, bound to a snapshot of ``run`` that is yet to be taken; made on first asking.
 
         Raises:
@@ -214,7 +212,7 @@ class Sessions:
             session.add(row)
             record_creation(session, "sampler", row.id, row.status, f"made for a snapshot of run {run.id}")
         self._c.lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
-        return row
+        return row.view()
 
     @property
     def snapshot_life_s(self) -> int:
@@ -223,7 +221,7 @@ class Sessions:
 
 
 def snapshot_sampler_row(
-    caller: Caller, run: RunRow, session_id: str, id: str, *, checkpoint_id: str, follows: str | None = None
+    caller: Caller, run: Run, session_id: str, id: str, *, checkpoint_id: str, follows: str | None = None
 ) -> SamplerRow:
     """A sampler of one snapshot of a run, asleep until it is asked."""
     return new_sampler(

@@ -9,7 +9,7 @@ from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.new_rows import new_sampler, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_resources
-from selfloop.storage.db.tables import SamplerRow
+from selfloop.types.resources import Sampler
 from selfloop.types.status import SamplerStatus
 
 _SCALE_DOWN_DELAY_S = 3600
@@ -24,7 +24,7 @@ class SharedSamplers:
         self._user_configs = user_configs
         self._making = asyncio.Lock()
 
-    async def of(self, caller: Caller, base_model: str, field: str) -> SamplerRow:
+    async def of(self, caller: Caller, base_model: str, field: str) -> Sampler:
         """The team's sampler of a base model; a new one where there is none, or it was deactivated.
 
         Raises:
@@ -39,14 +39,14 @@ class SharedSamplers:
             found = await self._live(caller.team_id, model.name)
             return found or await self._make(caller, model)
 
-    async def _live(self, team_id: str, model_name: str) -> SamplerRow | None:
+    async def _live(self, team_id: str, model_name: str) -> Sampler | None:
         async with self._c.db.read() as session:
             rows = await queries_resources.samplers(session, team_id=team_id, session_id=_session_id(team_id))
         live = (row for row in rows if row.model_name == model_name and row.status not in _ENDED)
         # Anybody of the team may have put a sampler of something else there.
         return next((row for row in live if row.checkpoint_id is None and row.run_id is None), None)
 
-    async def _make(self, caller: Caller, model: Model) -> SamplerRow:
+    async def _make(self, caller: Caller, model: Model) -> Sampler:
         await self._user_configs.check(caller, trainer=False, sampler=True)
         session_id = _session_id(caller.team_id)
         async with self._c.db.write() as session:
@@ -69,7 +69,7 @@ class SharedSamplers:
         lifecycle = self._c.lifecycle
         lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         lifecycle.wake_soon(row.id)
-        return row
+        return row.view()
 
 
 def _session_id(team_id: str) -> str:

@@ -17,11 +17,12 @@ from selfloop.control.queue.operations import RESULT_KEPT_S, Pending
 from selfloop.control.queue.waiters import AwaitedOutcomes, Key
 from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources, queries_samples
-from selfloop.storage.db.tables import QueuedSampleRow, SamplerRow
+from selfloop.storage.db.tables import QueuedSampleRow
 from selfloop.types.digests import digest_of
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import AdapterRef, SampleResult
 from selfloop.types.status import OperationState, SamplerStatus
 
@@ -143,7 +144,7 @@ class QueuedSamples:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def accept(
-        self, sampler: SamplerRow, id: str, fingerprint: str, weights: Weights, draw: Draw, *, with_logprobs: bool
+        self, sampler: Sampler, id: str, fingerprint: str, weights: Weights, draw: Draw, *, with_logprobs: bool
     ) -> str:
         """Make a sample durable and queue it; a repeated request finds the one it made. Returns its id.
 
@@ -215,13 +216,13 @@ class QueuedSamples:
 
     # -- drawing --------------------------------------------------------------------------------------
 
-    def _begin(self, sampler: SamplerRow, id: str) -> None:
+    def _begin(self, sampler: Sampler, id: str) -> None:
         live = self._live[sampler.id, id] = _Live()
         self._awaited.expect((sampler.id, id))
         live.task = asyncio.create_task(self._carry_out(sampler, id, live), name=f"sample-{id}")
         live.task.add_done_callback(lambda task: self._ended((sampler.id, id), live, task))
 
-    async def _carry_out(self, sampler: SamplerRow, id: str, live: _Live) -> None:
+    async def _carry_out(self, sampler: Sampler, id: str, live: _Live) -> None:
         """From the queue to the outcome."""
 
         async def attempt() -> None:
@@ -256,7 +257,7 @@ class QueuedSamples:
             else:
                 return
 
-    async def _draw(self, sampler: SamplerRow, id: str, live: _Live) -> tuple[OperationState, _Stored]:
+    async def _draw(self, sampler: Sampler, id: str, live: _Live) -> tuple[OperationState, _Stored]:
         try:
             payload = await self._payload(await self._row(sampler.id, id))
             request = _payload_decoder.decode(payload)

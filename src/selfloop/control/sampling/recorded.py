@@ -14,7 +14,8 @@ import msgspec
 from selfloop.control.resources.access import Caller
 from selfloop.storage.db import queries_recorded, queries_resources
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import RecordedSampleRow, SamplerRow
+from selfloop.storage.db.tables import RecordedSampleRow
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampleResult
 
 LIFE_S = 24 * 3600.0
@@ -49,7 +50,7 @@ class RecordedSequences:
         self._db = db
 
     async def record(
-        self, sampler: SamplerRow, request: str, prompt: list[int], result: SampleResult, policy_version: int
+        self, sampler: Sampler, request: str, prompt: list[int], result: SampleResult, policy_version: int
     ) -> None:
         """Keep what was drawn; drawn anew it takes the place of what was kept."""
         payload = _Payload(

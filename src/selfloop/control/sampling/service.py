@@ -16,9 +16,9 @@ from selfloop.control.resources.checkpoints.pinned import pinned_key
 from selfloop.control.sampling.recorded import RecordedSequences
 from selfloop.control.sampling.stream_resume import Continuation
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
-from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow, SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
 from selfloop.types.model_folder import read_chat_template
+from selfloop.types.resources import Checkpoint, PinnedCheckpoint, Sampler
 from selfloop.types.sampling import (
     AdapterRef,
     PromptTargets,
@@ -97,8 +97,8 @@ class Sampling:
 
     async def weights(
         self,
-        sampler: SamplerRow,
-        checkpoint: CheckpointRow | PinnedCheckpointRow | None,
+        sampler: Sampler,
+        checkpoint: Checkpoint | PinnedCheckpoint | None,
         min_version: int | None,
         timeout_s: float,
     ) -> Weights:
@@ -118,7 +118,7 @@ class Sampling:
             live = await self._await_version(live, min_version, timeout_s)
         return await self._weights_of(live, checkpoint)
 
-    async def _weights_of(self, live: SamplerRow, checkpoint: CheckpointRow | PinnedCheckpointRow | None) -> Weights:
+    async def _weights_of(self, live: Sampler, checkpoint: Checkpoint | PinnedCheckpoint | None) -> Weights:
         """Those of ``checkpoint``, or what the sampler serves by its row."""
         if checkpoint is None:
             live_id = live.checkpoint_id or live.live_checkpoint_id
@@ -129,7 +129,7 @@ class Sampling:
                 checkpoint = checkpoint or await queries_checkpoints.stored(session, live_id)
             if checkpoint is None:
                 raise NotFound("checkpoint", live_id, "it was deleted, and this sampler served it")
-        if isinstance(checkpoint, PinnedCheckpointRow):
+        if isinstance(checkpoint, PinnedCheckpoint):
             ref = self._c.blobs.ref(pinned_key(checkpoint.sampler_id, checkpoint.checkpoint_id))
             return Weights(AdapterRef(checkpoint.checkpoint_id, ref), checkpoint.step, checkpoint.run_id)
         try:
@@ -139,10 +139,10 @@ class Sampling:
         run_id = checkpoint.run_id if checkpoint.team_id == live.team_id else None
         return Weights(AdapterRef(checkpoint.id, ref), checkpoint.step, run_id)
 
-    async def live_version(self, sampler: SamplerRow) -> int:
+    async def live_version(self, sampler: Sampler) -> int:
         return (await self._row(sampler.id)).live_version
 
-    async def draw(self, sampler: SamplerRow, weights: Weights, draw: Draw) -> SampleResult:
+    async def draw(self, sampler: Sampler, weights: Weights, draw: Draw) -> SampleResult:
         """Sample, waiting for the worker where it still loads; a worker that dies is replaced and asked again.
 
         Raises:
@@ -159,7 +159,7 @@ class Sampling:
                     return part
         raise AssertionError("a sample ends in its result")
 
-    async def draw_newest(self, sampler: SamplerRow, draw: Draw) -> SampleResult:
+    async def draw_newest(self, sampler: Sampler, draw: Draw) -> SampleResult:
         """Sample from what the sampler has by its row; where that was replaced meanwhile, from what it has then.
 
         Raises what :meth:`draw` raises.
@@ -175,13 +175,13 @@ class Sampling:
                     raise
                 weights = newest
 
-    async def check(self, sampler: SamplerRow, draw: Draw) -> None:
+    async def check(self, sampler: Sampler, draw: Draw) -> None:
         """Refuse what could never be drawn, before it waits. Raises as :meth:`draw` does."""
         _check_live(sampler)
         await self._check_tokens(sampler, draw)
 
     async def stream(
-        self, sampler: SamplerRow, weights: Weights, draw: Draw
+        self, sampler: Sampler, weights: Weights, draw: Draw
     ) -> AsyncGenerator[SampleDelta | SampleResult]:
         """What the samples grow by, as they grow, then all of them. Closing the generator ends the sampling.
 
@@ -198,9 +198,7 @@ class Sampling:
             async for part in parts:
                 yield part
 
-    async def tokenize(
-        self, sampler: SamplerRow, texts: list[str], *, add_special_tokens: bool = True
-    ) -> list[list[int]]:
+    async def tokenize(self, sampler: Sampler, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, as the model's own tokenizer makes them.
 
         Raises:
@@ -209,13 +207,13 @@ class Sampling:
         command = Tokenize(texts, add_special_tokens, sampler.team_id, sampler.max_seq_len)
         return _prompts_decoder.decode(await self._ask(sampler, command))
 
-    async def token_bytes(self, sampler: SamplerRow, tokens: list[int], field: str = "prompt") -> list[bytes]:
+    async def token_bytes(self, sampler: Sampler, tokens: list[int], field: str = "prompt") -> list[bytes]:
         """What each token stands for; ``field`` gives them."""
         model = await self._c.catalogue.resolve(sampler.base_model)
         _check_vocabulary(field, tokens, model.vocab_size)
         return _bytes_decoder.decode(await self._ask(sampler, Detokenize(tokens)))
 
-    async def render_chat(self, sampler: SamplerRow, chat: Chat) -> list[int]:
+    async def render_chat(self, sampler: Sampler, chat: Chat) -> list[int]:
         """Token ids of a conversation in the model's own chat template.
 
         Raises:
@@ -224,11 +222,11 @@ class Sampling:
         """
         return await self._rendered(sampler, chat, sampler.max_seq_len)
 
-    async def count_chat(self, sampler: SamplerRow, chat: Chat) -> int:
+    async def count_chat(self, sampler: Sampler, chat: Chat) -> int:
         """How many tokens a conversation is: perhaps more than the sampler takes. Raises as :meth:`render_chat`."""
         return len(await self._rendered(sampler, chat, None))
 
-    async def _rendered(self, sampler: SamplerRow, chat: Chat, max_tokens: int | None) -> list[int]:
+    async def _rendered(self, sampler: Sampler, chat: Chat, max_tokens: int | None) -> list[int]:
         command = RenderChat(
             chat.messages,
             chat.tools,
@@ -240,13 +238,13 @@ class Sampling:
         )
         return _prompt_decoder.decode(await self._ask(sampler, command))
 
-    async def chat_template(self, sampler: SamplerRow) -> str | None:
+    async def chat_template(self, sampler: Sampler) -> str | None:
         """The text of the model's chat template, None if it has none."""
         folder = await self._c.catalogue.folder(sampler.model_name)
         return None if folder is None else await asyncio.to_thread(read_chat_template, folder)
 
     async def _sample(
-        self, sampler: SamplerRow, weights: Weights, draw: Draw, *, stream: bool
+        self, sampler: Sampler, weights: Weights, draw: Draw, *, stream: bool
     ) -> AsyncGenerator[SampleDelta | SampleResult]:
         _check_live(sampler)
         await self._check_tokens(sampler, draw)
@@ -287,7 +285,7 @@ class Sampling:
                     log.warning("sample %s lost its worker (%d): %s", request.request_id, attempt, lost)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times while sampling this request")
 
-    async def _ask(self, sampler: SamplerRow, command: Command) -> bytes:
+    async def _ask(self, sampler: Sampler, command: Command) -> bytes:
         """A question about text, which the worker answers beside its work."""
         _check_live(sampler)
         with self._c.lifecycle.using(sampler.id):
@@ -301,7 +299,7 @@ class Sampling:
                     log.warning("%s lost its worker: %s", type(command).__name__, lost)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times at this request")
 
-    async def _check_tokens(self, sampler: SamplerRow, draw: Draw) -> None:
+    async def _check_tokens(self, sampler: Sampler, draw: Draw) -> None:
         model = await self._c.catalogue.resolve(sampler.base_model)
         limit = sampler.max_seq_len
         if draw.params.max_tokens > room_after(len(draw.prompt), limit, scored=draw.asks_about_prompt):
@@ -315,13 +313,13 @@ class Sampling:
         for name, tokens in named:
             _check_vocabulary(name, tokens, model.vocab_size)
 
-    async def _row(self, sampler_id: str) -> SamplerRow:
+    async def _row(self, sampler_id: str) -> Sampler:
         async with self._c.db.look_up() as session:
             row = await queries_resources.sampler(session, sampler_id)
         assert row is not None
         return row
 
-    async def _await_version(self, live: SamplerRow, min_version: int, timeout_s: float) -> SamplerRow:
+    async def _await_version(self, live: Sampler, min_version: int, timeout_s: float) -> Sampler:
         published = self._c.outcomes.published
         deadline = time.monotonic() + timeout_s
         while True:
@@ -369,7 +367,7 @@ def _refusal(error: OperationFailed) -> SelfloopError:
     return error
 
 
-def _check_live(sampler: SamplerRow) -> None:
+def _check_live(sampler: Sampler) -> None:
     if sampler.status in (SamplerStatus.INACTIVE, SamplerStatus.DEACTIVATING):
         raise Conflict(f"sampler {sampler.id} is {sampler.status}: it was deactivated", reason="SAMPLER_INACTIVE")
 

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
@@ -24,6 +23,7 @@ from selfloop.server.shared.events import frame
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, refuse_idempotency_key, weights_of
 from selfloop.server.shared.served_models import target_of
 from selfloop.types.errors import BadRequest, SelfloopError
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampleDelta, SampleResult
 
 # Sent by the client's methods for betas, which are the same routes; what a beta adds to a body is refused by its name.

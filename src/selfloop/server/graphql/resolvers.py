@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.deployments import DeployRequest
 from selfloop.server.shared.auth import check_may_change
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
+from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
 

@@ -6,7 +6,6 @@ from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.queue.operations import Pending, checked_operation_id
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.durable_queue import Drawn, Failed
 from selfloop.control.sampling.idempotency import Answer
 from selfloop.control.sampling.recorded import sequence_id
@@ -34,6 +33,7 @@ from selfloop.server.shared.sampling import (
 )
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampledSequence, SampleResult, SamplingParams, TokenLogprob
 from selfloop.types.status import SamplerStatus
 

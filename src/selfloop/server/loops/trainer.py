@@ -10,7 +10,6 @@ from selfloop.control.gateway import Control
 from selfloop.control.queue.journal import Submission
 from selfloop.control.queue.operations import Pending, checked_operation_id
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.resources.runs import Run
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import poll_hold_s, render
 from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
@@ -34,6 +33,7 @@ from selfloop.types.operation import (
     SaveWeightsForSampler,
     kind_of,
 )
+from selfloop.types.resources import Run
 from selfloop.types.status import RunStatus
 
 

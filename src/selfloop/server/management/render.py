@@ -7,10 +7,8 @@ from fastapi import Request
 
 from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
-from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.deployments import ModelView, Version
-from selfloop.control.resources.runs import DeploymentView, Run, RunView
-from selfloop.control.resources.samplers import Sampler
+from selfloop.control.resources.runs import DeploymentView, RunView
 from selfloop.server.management.schemas.checkpoints import CheckpointFileV1, LoopsCheckpointV1, LoraAdapterConfigV1
 from selfloop.server.management.schemas.common import (
     CapacityV1,
@@ -33,6 +31,7 @@ from selfloop.server.shared.auth import control_of, public_base
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import RunId
 from selfloop.types.lora import LoraTargets
+from selfloop.types.resources import Checkpoint, Run, Sampler
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import CheckpointUri
 

@@ -3,8 +3,8 @@
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.pinned import uri_of
-from selfloop.control.resources.samplers import Sampler
 from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.resources import Sampler
 
 _CHECKPOINT = "bt://"
 

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.samplers import Sampler
 from selfloop.server.openai import tokens, wire
 from selfloop.server.openai.chat.answer import chat_answer
 from selfloop.server.openai.completions.answer import completion_answer
@@ -23,6 +22,7 @@ from selfloop.server.shared.dialect import Mount
 from selfloop.server.shared.sampling import SamplerOf, check_identity, refuse_idempotency_key
 from selfloop.server.shared.served_models import Target, target_of
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Sampler
 
 B = TypeVar("B", bound=msgspec.Struct)
 

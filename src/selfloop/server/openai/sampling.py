@@ -10,7 +10,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw, Weights
 from selfloop.server.openai import wire
 from selfloop.server.openai.errors import ERRORS
@@ -21,6 +20,7 @@ from selfloop.server.shared.events import DONE, frame, merged
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, room_for, within
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampleDelta, SampleResult
 
 T = TypeVar("T")

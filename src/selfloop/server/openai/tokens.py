@@ -6,7 +6,6 @@ import msgspec
 from fastapi import Request
 
 from selfloop.control.gateway import Control
-from selfloop.control.resources.samplers import Sampler
 from selfloop.server.openai import wire
 from selfloop.server.openai.chat.request import chat_request
 from selfloop.server.openai.logprobs import token_text
@@ -14,6 +13,7 @@ from selfloop.server.openai.params import refuse_unserved
 from selfloop.server.shared.connection import while_connected
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.model_folder import read_chat_template
+from selfloop.types.resources import Sampler
 
 Json = dict[str, object]
 

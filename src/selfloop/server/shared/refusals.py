@@ -21,10 +21,10 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from selfloop.control.resources.runs import Run
 from selfloop.server.shared.auth import control_of
 from selfloop.server.shared.body import MAX_BODY_BYTES, RequestBody, off_loop
 from selfloop.types.errors import NotReady, SelfloopError, WorkerLost
+from selfloop.types.resources import Run
 
 # How much of a body that is too large is looked through.
 _MAX_SEARCHED_BYTES = 4 * MAX_BODY_BYTES

@@ -8,11 +8,11 @@ from fastapi import Depends, Request
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Weights
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.decode import to_json
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SamplingParams, StructuredOutput, room_after
 
 POLICY_VERSION_HEADER = "x-trainers-policy-version"

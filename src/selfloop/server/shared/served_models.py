@@ -6,10 +6,10 @@ from fastapi import Request
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.samplers import Sampler
 from selfloop.server.shared.sampling import check_identity
 from selfloop.server.shared.tinker_paths import URI_FORM, checkpoint_path, is_path, our_path
 from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.resources import Sampler
 from selfloop.types.status import CheckpointTarget
 
 _HINT = f"a base model of this server, or {URI_FORM} (or bt://...) of a checkpoint of your team or a published one"

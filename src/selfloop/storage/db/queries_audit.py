@@ -7,7 +7,9 @@ import msgspec
 from sqlalchemy import false, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import AuditRow, CheckpointRow
+from selfloop.storage.db.tables import AuditRow
+from selfloop.storage.db.views import views
+from selfloop.types.resources import AuditEvent, Checkpoint
 
 
 def record(session: AsyncSession, event: str, team_id: str, key_id: str | None, /, **details: str) -> None:
@@ -16,14 +18,14 @@ def record(session: AsyncSession, event: str, team_id: str, key_id: str | None, 
 
 
 def record_checkpoint(
-    session: AsyncSession, event: str, row: CheckpointRow, team_id: str, key_id: str | None, /, **details: str
+    session: AsyncSession, event: str, row: Checkpoint, team_id: str, key_id: str | None, /, **details: str
 ) -> None:
     """The same of something done with a checkpoint."""
     session.add(_row(f"checkpoint.{event}", team_id, key_id, details, row))
 
 
 def _row(
-    event: str, team_id: str, key_id: str | None, details: dict[str, str], about: CheckpointRow | None = None
+    event: str, team_id: str, key_id: str | None, details: dict[str, str], about: Checkpoint | None = None
 ) -> AuditRow:
     return AuditRow(
         team_id=team_id,
@@ -39,8 +41,8 @@ def _row(
 
 async def between(
     session: AsyncSession, team_id: str, start: float, end: float, kinds: Sequence[str], limit: int
-) -> Sequence[AuditRow]:
+) -> Sequence[AuditEvent]:
     """A team's events with ``start <= at < end`` of the given kinds (what comes before the dot), oldest first."""
     query = select(AuditRow).where(AuditRow.team_id == team_id, AuditRow.at >= start, AuditRow.at < end)
     query = query.where(or_(false(), *(AuditRow.event.startswith(f"{kind}.") for kind in kinds)))
-    return (await session.scalars(query.order_by(AuditRow.at, AuditRow.id).limit(limit))).all()
+    return views(await session.scalars(query.order_by(AuditRow.at, AuditRow.id).limit(limit)))

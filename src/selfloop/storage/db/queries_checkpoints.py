@@ -9,6 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.storage.db.views import view, views
+from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 
 
@@ -16,29 +18,29 @@ def _not_expired() -> ColumnElement[bool]:
     return or_(CheckpointRow.expires_at.is_(None), CheckpointRow.expires_at > time.time())
 
 
-async def get(session: AsyncSession, id: str) -> CheckpointRow | None:
-    return await session.scalar(select(CheckpointRow).where(CheckpointRow.id == id, _not_expired()))
+async def get(session: AsyncSession, id: str) -> Checkpoint | None:
+    return view(await session.scalar(select(CheckpointRow).where(CheckpointRow.id == id, _not_expired())))
 
 
-async def named_by_id(session: AsyncSession, ids: Collection[str]) -> dict[str, CheckpointRow]:
+async def named_by_id(session: AsyncSession, ids: Collection[str]) -> dict[str, Checkpoint]:
     """Those of the ids that are there."""
     rows = await session.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(list(ids)), _not_expired()))
-    return {row.id: row for row in rows}
+    return {row.id: row.view() for row in rows}
 
 
-async def stored(session: AsyncSession, id: str) -> CheckpointRow | None:
+async def stored(session: AsyncSession, id: str) -> Checkpoint | None:
     """The row whose files are there, expired or not."""
-    return await session.get(CheckpointRow, id)
+    return view(await session.get(CheckpointRow, id))
 
 
-async def named(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
+async def named(session: AsyncSession, run_id: str, target: str, name: str) -> Checkpoint | None:
     query = select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name)
-    return await session.scalar(query.where(_not_expired()))
+    return view(await session.scalar(query.where(_not_expired())))
 
 
-async def holder_of_name(session: AsyncSession, run_id: str, target: str, name: str) -> CheckpointRow | None:
+async def holder_of_name(session: AsyncSession, run_id: str, target: str, name: str) -> Checkpoint | None:
     """The row that holds a name, expired or not."""
-    return await session.scalar(select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name))
+    return view(await session.scalar(select(CheckpointRow).filter_by(run_id=run_id, target=target, name=name)))
 
 
 async def matching(
@@ -48,10 +50,10 @@ async def matching(
     run_id: str | None = None,
     base_model: str | None = None,
     key_id: str | None = None,
-) -> Sequence[CheckpointRow]:
+) -> Sequence[Checkpoint]:
     """A team's checkpoints (of the runs of one key), newest first; see :func:`matching_part`."""
     query = _matching(team_id, run_id, base_model, key_id)
-    return (await session.scalars(query.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc()))).all()
+    return views(await session.scalars(query.order_by(CheckpointRow.created_at.desc(), CheckpointRow.id.desc())))
 
 
 async def matching_part(
@@ -62,12 +64,14 @@ async def matching_part(
     run_id: str | None = None,
     base_model: str | None = None,
     key_id: str | None = None,
-) -> Part[CheckpointRow]:
+) -> Part[Checkpoint]:
     """A team's checkpoints (of the runs of one key).
 
     Not the snapshots that belong to one sampler, nor what was saved only to be downloaded.
     """
-    return await part(session, _matching(team_id, run_id, base_model, key_id), CheckpointRow, cut)
+    return (await part(session, _matching(team_id, run_id, base_model, key_id), CheckpointRow, cut)).map(
+        lambda row: row.view()
+    )
 
 
 def _matching(team_id: str, run_id: str | None, base_model: str | None, key_id: str | None) -> "Select[CheckpointRow]":
@@ -82,17 +86,16 @@ def _matching(team_id: str, run_id: str | None, base_model: str | None, key_id: 
     return query
 
 
-async def newest(session: AsyncSession, team_id: str, target: str, limit: int) -> Sequence[CheckpointRow]:
+async def newest(session: AsyncSession, team_id: str, target: str, limit: int) -> Sequence[Checkpoint]:
     """A team's checkpoints for one purpose, the newest first; not the snapshots that belong to one sampler."""
     query = select(CheckpointRow).filter_by(team_id=team_id, target=target, sampler_id=None)
-    return (
-        await session.scalars(query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()).limit(limit))
-    ).all()
+    query = query.where(_not_expired()).order_by(CheckpointRow.created_at.desc()).limit(limit)
+    return views(await session.scalars(query))
 
 
-async def of_samplers(session: AsyncSession, sampler_ids: Sequence[str]) -> Sequence[CheckpointRow]:
+async def of_samplers(session: AsyncSession, sampler_ids: Sequence[str]) -> Sequence[Checkpoint]:
     """The snapshots that belong to samplers."""
-    return (await session.scalars(select(CheckpointRow).where(CheckpointRow.sampler_id.in_(sampler_ids)))).all()
+    return views(await session.scalars(select(CheckpointRow).where(CheckpointRow.sampler_id.in_(sampler_ids))))
 
 
 async def all_ids(session: AsyncSession) -> set[str]:
@@ -103,8 +106,8 @@ async def count(session: AsyncSession) -> int:
     return int(await session.scalar(select(func.count()).select_from(CheckpointRow)) or 0)
 
 
-async def expired(session: AsyncSession, now: float) -> Sequence[CheckpointRow]:
-    return (await session.scalars(select(CheckpointRow).where(CheckpointRow.expires_at < now))).all()
+async def expired(session: AsyncSession, now: float) -> Sequence[Checkpoint]:
+    return views(await session.scalars(select(CheckpointRow).where(CheckpointRow.expires_at < now)))
 
 
 async def update(session: AsyncSession, id: str, **values: bool | float | None) -> None:

@@ -10,6 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.portable import batched, json_text, total
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow
+from selfloop.storage.db.views import view, views
+from selfloop.types.resources import Checkpoint, Run, Session
 
 NO_PROJECT = "default"
 """The project of sessions that name none."""
@@ -85,12 +87,12 @@ def project_of_session() -> ColumnElement[str]:
 async def _page(session: AsyncSession, query: "Select[Any]", order: Sequence[Any], page: Page) -> Any:
     total = await session.scalar(select(func.count()).select_from(query.subquery()))
     rows = await session.scalars(query.order_by(*order).limit(page.limit).offset(page.offset))
-    return rows.all(), int(total or 0)
+    return views(rows), int(total or 0)
 
 
 async def runs(
     session: AsyncSession, owner: Owner, page: Page, *, with_published: bool, project_id: str | None
-) -> tuple[Sequence[RunRow], int]:
+) -> tuple[Sequence[Run], int]:
     """A page of runs and how many there are; with those of other teams that have published something."""
     owned = RunRow.team_id == owner.team_id
     if owner.key_id is not None:
@@ -106,7 +108,7 @@ async def runs(
     return await _page(session, query, (RunRow.created_at.desc(), RunRow.id), page)
 
 
-async def checkpoints(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[CheckpointRow], int]:
+async def checkpoints(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[Checkpoint], int]:
     query = select(CheckpointRow).join(RunRow, RunRow.id == CheckpointRow.run_id)
     query = query.where(RunRow.team_id == owner.team_id, _stored_now())
     if owner.key_id is not None:
@@ -116,15 +118,17 @@ async def checkpoints(session: AsyncSession, owner: Owner, page: Page) -> tuple[
 
 async def checkpoints_of(
     session: AsyncSession, run_id: str, cut: Cut, *, public_only: bool = False
-) -> Part[CheckpointRow]:
+) -> Part[Checkpoint]:
     """The checkpoints of a run, newest first."""
     query = select(CheckpointRow).where(CheckpointRow.run_id == run_id, _stored_now())
-    return await part(session, query.where(CheckpointRow.public) if public_only else query, CheckpointRow, cut)
+    return (await part(session, query.where(CheckpointRow.public) if public_only else query, CheckpointRow, cut)).map(
+        lambda row: row.view()
+    )
 
 
-async def last_checkpoints(session: AsyncSession, run_ids: Collection[str], team_id: str) -> Sequence[CheckpointRow]:
+async def last_checkpoints(session: AsyncSession, run_ids: Collection[str], team_id: str) -> Sequence[Checkpoint]:
     """The newest checkpoint of each run for each target; of other teams' runs of what they published."""
-    found: list[CheckpointRow] = []
+    found: list[Checkpoint] = []
     for ids in batched(sorted(run_ids)):
         place = func.row_number().over(
             partition_by=(CheckpointRow.run_id, CheckpointRow.target),
@@ -134,7 +138,7 @@ async def last_checkpoints(session: AsyncSession, run_ids: Collection[str], team
         ranked = select(CheckpointRow.id, place.label("place"))
         ranked = ranked.where(CheckpointRow.run_id.in_(ids), seen, _stored_now()).subquery()
         first = select(ranked.c.id).where(ranked.c.place == 1)
-        found += (await session.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(first)))).all()
+        found += views(await session.scalars(select(CheckpointRow).where(CheckpointRow.id.in_(first))))
     return found
 
 
@@ -148,7 +152,7 @@ async def last_requests(session: AsyncSession, run_ids: Collection[str]) -> dict
     return found
 
 
-async def sessions(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[SessionRow], int]:
+async def sessions(session: AsyncSession, owner: Owner, page: Page) -> tuple[Sequence[Session], int]:
     query = select(SessionRow).where(SessionRow.team_id == owner.team_id)
     if owner.key_id is not None:
         query = query.where(SessionRow.key_id == owner.key_id)
@@ -162,7 +166,7 @@ async def of_session(session: AsyncSession, id: str) -> tuple[Sequence[str], Seq
     return (await session.scalars(runs)).all(), (await session.scalars(samplers)).all()
 
 
-async def search_sessions(session: AsyncSession, search: SessionSearch) -> Sequence[SessionRow]:
+async def search_sessions(session: AsyncSession, search: SessionSearch) -> Sequence[Session]:
     # Whole microseconds, which is what a caller hands back.
     made_us = cast(func.round(SessionRow.created_at * 1e6), BigInteger)
     query = select(SessionRow).where(SessionRow.team_id == search.team_id)
@@ -185,10 +189,10 @@ async def search_sessions(session: AsyncSession, search: SessionSearch) -> Seque
     if search.after is not None:
         query = query.where(tuple_(made_us, SessionRow.id) < (round(search.after[0] * 1e6), search.after[1]))
     query = query.order_by(made_us.desc(), SessionRow.id.desc()).limit(search.limit)
-    return (await session.scalars(query)).all()
+    return views(await session.scalars(query))
 
 
-async def search_checkpoints(session: AsyncSession, search: CheckpointSearch) -> Sequence[CheckpointRow]:
+async def search_checkpoints(session: AsyncSession, search: CheckpointSearch) -> Sequence[Checkpoint]:
     made_us = cast(func.round(CheckpointRow.created_at * 1e6), BigInteger)
     query = select(CheckpointRow).join(RunRow, RunRow.id == CheckpointRow.run_id)
     query = query.where(RunRow.team_id == search.team_id, _stored_now())
@@ -206,7 +210,7 @@ async def search_checkpoints(session: AsyncSession, search: CheckpointSearch) ->
     if search.after is not None:
         query = query.where(tuple_(made_us, CheckpointRow.id) < (round(search.after[0] * 1e6), search.after[1]))
     query = query.order_by(made_us.desc(), CheckpointRow.id.desc()).limit(search.limit)
-    return (await session.scalars(query)).all()
+    return views(await session.scalars(query))
 
 
 async def session_totals(session: AsyncSession, ids: Collection[str]) -> dict[str, SessionTotals]:
@@ -220,5 +224,5 @@ async def session_totals(session: AsyncSession, ids: Collection[str]) -> dict[st
     return {row[0]: SessionTotals(int(row[1]), int(row[2])) for row in await session.execute(query)}
 
 
-async def run_of_copy(session: AsyncSession, team_id: str, copy_key: str) -> RunRow | None:
-    return await session.scalar(select(RunRow).filter_by(team_id=team_id, copy_key=copy_key))
+async def run_of_copy(session: AsyncSession, team_id: str, copy_key: str) -> Run | None:
+    return view(await session.scalar(select(RunRow).filter_by(team_id=team_id, copy_key=copy_key)))

@@ -7,6 +7,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.tables import DeployedModelRow, ModelVersionRow, PinnedCheckpointRow
+from selfloop.storage.db.views import view, views
+from selfloop.types.resources import ModelVersion, PinnedCheckpoint
 
 
 async def models(session: AsyncSession, team_id: str, name: str | None = None) -> Sequence[DeployedModelRow]:
@@ -26,10 +28,10 @@ async def models_part(session: AsyncSession, cut: Cut, team_id: str, name: str |
     return await part(session, query, DeployedModelRow, cut)
 
 
-async def versions(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, ModelVersionRow]:
+async def versions(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, ModelVersion]:
     """What was said with each deploy, by its sampler; other samplers are absent."""
     rows = await session.scalars(select(ModelVersionRow).where(ModelVersionRow.sampler_id.in_(list(sampler_ids))))
-    return {row.sampler_id: row for row in rows}
+    return {row.sampler_id: row.view() for row in rows}
 
 
 async def next_number(session: AsyncSession, model_id: str) -> int:
@@ -37,23 +39,23 @@ async def next_number(session: AsyncSession, model_id: str) -> int:
     return (highest or 0) + 1
 
 
-async def held(session: AsyncSession, sampler_id: str) -> Sequence[PinnedCheckpointRow]:
+async def held(session: AsyncSession, sampler_id: str) -> Sequence[PinnedCheckpoint]:
     """What a sampler holds, its default first."""
     query = select(PinnedCheckpointRow).filter_by(sampler_id=sampler_id).order_by(PinnedCheckpointRow.position)
-    return (await session.scalars(query)).all()
+    return views(await session.scalars(query))
 
 
-async def held_by(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, list[PinnedCheckpointRow]]:
+async def held_by(session: AsyncSession, sampler_ids: Collection[str]) -> dict[str, list[PinnedCheckpoint]]:
     """What each sampler holds, its default first; samplers that hold nothing are absent."""
     query = select(PinnedCheckpointRow).where(PinnedCheckpointRow.sampler_id.in_(list(sampler_ids)))
-    found: dict[str, list[PinnedCheckpointRow]] = {}
+    found: dict[str, list[PinnedCheckpoint]] = {}
     for row in await session.scalars(query.order_by(PinnedCheckpointRow.sampler_id, PinnedCheckpointRow.position)):
-        found.setdefault(row.sampler_id, []).append(row)
+        found.setdefault(row.sampler_id, []).append(row.view())
     return found
 
 
-async def pinned_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> PinnedCheckpointRow | None:
-    return await session.get(PinnedCheckpointRow, (sampler_id, checkpoint_id))
+async def pinned_one(session: AsyncSession, sampler_id: str, checkpoint_id: str) -> PinnedCheckpoint | None:
+    return view(await session.get(PinnedCheckpointRow, (sampler_id, checkpoint_id)))
 
 
 async def holders(session: AsyncSession) -> set[str]:

@@ -9,6 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.portable import batched
 from selfloop.storage.db.tables import DeploymentRow, RunRow, SamplerRow, SessionRow, StatusChangeRow
+from selfloop.storage.db.views import view, views
+from selfloop.types.resources import Deployment, Run, Sampler, Session
 from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 
 R = TypeVar("R", RunRow, DeploymentRow, SamplerRow)
@@ -18,20 +20,20 @@ _LIVE_DEPLOYMENTS = [status for status in DeploymentStatus if status != Deployme
 _LIVE_SAMPLERS = [status for status in SamplerStatus if status != SamplerStatus.INACTIVE]
 
 
-async def session_row(session: AsyncSession, id: str) -> SessionRow | None:
-    return await session.get(SessionRow, id)
+async def session_row(session: AsyncSession, id: str) -> Session | None:
+    return view(await session.get(SessionRow, id))
 
 
-async def run(session: AsyncSession, id: str) -> RunRow | None:
-    return await session.get(RunRow, id)
+async def run(session: AsyncSession, id: str) -> Run | None:
+    return view(await session.get(RunRow, id))
 
 
-async def deployment(session: AsyncSession, id: str) -> DeploymentRow | None:
-    return await session.get(DeploymentRow, id)
+async def deployment(session: AsyncSession, id: str) -> Deployment | None:
+    return view(await session.get(DeploymentRow, id))
 
 
-async def sampler(session: AsyncSession, id: str) -> SamplerRow | None:
-    return await session.get(SamplerRow, id)
+async def sampler(session: AsyncSession, id: str) -> Sampler | None:
+    return view(await session.get(SamplerRow, id))
 
 
 async def runs(
@@ -41,10 +43,10 @@ async def runs(
     session_id: str | None = None,
     deployment_id: str | None = None,
     status: str | None = None,
-) -> Sequence[RunRow]:
+) -> Sequence[Run]:
     """Runs that match every given filter, newest first."""
     query = _filtered(RunRow, team_id=team_id, session_id=session_id, deployment_id=deployment_id, status=status)
-    return (await session.scalars(query.order_by(RunRow.created_at.desc(), RunRow.id.desc()))).all()
+    return views(await session.scalars(query.order_by(RunRow.created_at.desc(), RunRow.id.desc())))
 
 
 async def runs_part(
@@ -55,13 +57,22 @@ async def runs_part(
     key_id: str | None = None,
     run_id: str | None = None,
     base_model: str | None = None,
-) -> Part[RunRow]:
+) -> Part[Run]:
     query = _filtered(RunRow, team_id=team_id, key_id=key_id, id=run_id, base_model=base_model)
-    return await part(session, query, RunRow, cut)
+    found = await part(session, query, RunRow, cut)
+    return found.map(lambda row: row.view())
 
 
-async def runs_named(session: AsyncSession, ids: Collection[str]) -> dict[str, RunRow]:
+async def runs_named(session: AsyncSession, ids: Collection[str]) -> dict[str, Run]:
     """Those of the ids that are there."""
+    found: dict[str, Run] = {}
+    for some in batched(sorted(ids)):
+        found |= {row.id: row.view() for row in await session.scalars(select(RunRow).where(RunRow.id.in_(some)))}
+    return found
+
+
+async def run_rows(session: AsyncSession, ids: Collection[str]) -> dict[str, RunRow]:
+    """The same as rows, which a run's queue keeps equal to what it writes."""
     found: dict[str, RunRow] = {}
     for some in batched(sorted(ids)):
         found |= {row.id: row for row in await session.scalars(select(RunRow).where(RunRow.id.in_(some)))}
@@ -92,7 +103,7 @@ async def active_runs_on(session: AsyncSession, deployment_ids: Collection[str])
     return {row[0]: row[1] for row in rows}
 
 
-async def newest_samplers_on(session: AsyncSession, deployment_ids: Collection[str]) -> dict[str, SamplerRow]:
+async def newest_samplers_on(session: AsyncSession, deployment_ids: Collection[str]) -> dict[str, Sampler]:
     """The sampler of the newest run that has one, by trainer deployment."""
     newest = (
         select(SamplerRow.id)
@@ -106,25 +117,27 @@ async def newest_samplers_on(session: AsyncSession, deployment_ids: Collection[s
     asked = select(DeploymentRow.id, newest).where(DeploymentRow.id.in_(list(deployment_ids)))
     ids: dict[str, str] = {sampler: id for id, sampler in await session.execute(asked) if sampler}
     rows = await session.scalars(select(SamplerRow).where(SamplerRow.id.in_(list(ids))))
-    return {ids[row.id]: row for row in rows}
+    return {ids[row.id]: row.view() for row in rows}
 
 
 async def deployments_part(
     session: AsyncSession, cut: Cut, *, team_id: str, key_id: str | None = None
-) -> Part[DeploymentRow]:
-    return await part(session, _filtered(DeploymentRow, team_id=team_id, key_id=key_id), DeploymentRow, cut)
+) -> Part[Deployment]:
+    return (await part(session, _filtered(DeploymentRow, team_id=team_id, key_id=key_id), DeploymentRow, cut)).map(
+        lambda row: row.view()
+    )
 
 
-async def live_deployments(session: AsyncSession) -> Sequence[DeploymentRow]:
+async def live_deployments(session: AsyncSession) -> Sequence[Deployment]:
     """Every deployment that has not ended, oldest first."""
     query = select(DeploymentRow).where(DeploymentRow.status.in_(_LIVE_DEPLOYMENTS))
-    return (await session.scalars(query.order_by(DeploymentRow.created_at, DeploymentRow.id))).all()
+    return views(await session.scalars(query.order_by(DeploymentRow.created_at, DeploymentRow.id)))
 
 
-async def live_samplers(session: AsyncSession) -> Sequence[SamplerRow]:
+async def live_samplers(session: AsyncSession) -> Sequence[Sampler]:
     """Every sampler that has not ended, oldest first."""
     query = select(SamplerRow).where(SamplerRow.status.in_(_LIVE_SAMPLERS))
-    return (await session.scalars(query.order_by(SamplerRow.created_at, SamplerRow.id))).all()
+    return views(await session.scalars(query.order_by(SamplerRow.created_at, SamplerRow.id)))
 
 
 async def live_among(session: AsyncSession, sampler_ids: Collection[str]) -> set[str]:
@@ -144,7 +157,7 @@ async def samplers(
     run_id: str | None = None,
     model_id: str | None = None,
     deployment_id: str | None = None,
-) -> Sequence[SamplerRow]:
+) -> Sequence[Sampler]:
     """Samplers that match every given filter, newest first."""
     query = _filtered(
         SamplerRow,
@@ -154,21 +167,22 @@ async def samplers(
         model_id=model_id,
         deployment_id=deployment_id,
     )
-    return (await session.scalars(query.order_by(SamplerRow.created_at.desc(), SamplerRow.id.desc()))).all()
+    return views(await session.scalars(query.order_by(SamplerRow.created_at.desc(), SamplerRow.id.desc())))
 
 
 async def samplers_part(
     session: AsyncSession, cut: Cut, *, team_id: str, key_id: str | None = None, model_id: str | None = None
-) -> Part[SamplerRow]:
+) -> Part[Sampler]:
     query = _filtered(SamplerRow, team_id=team_id, key_id=key_id, model_id=model_id)
-    return await part(session, query, SamplerRow, cut)
+    found = await part(session, query, SamplerRow, cut)
+    return found.map(lambda row: row.view())
 
 
-async def samplers_of_runs(session: AsyncSession, run_ids: Collection[str]) -> dict[str, SamplerRow]:
+async def samplers_of_runs(session: AsyncSession, run_ids: Collection[str]) -> dict[str, Sampler]:
     """The newest sampler of each run; runs without are absent."""
     query = select(SamplerRow).where(SamplerRow.run_id.in_(list(run_ids)))
     rows = await session.scalars(query.order_by(SamplerRow.created_at, SamplerRow.id))
-    return {row.run_id: row for row in rows if row.run_id is not None}
+    return {row.run_id: row.view() for row in rows if row.run_id is not None}
 
 
 async def sampler_ids_of_runs(session: AsyncSession, run_ids: Collection[str]) -> list[str]:
@@ -179,27 +193,28 @@ async def sampler_ids_of_runs(session: AsyncSession, run_ids: Collection[str]) -
     return found
 
 
-async def samplers_named(session: AsyncSession, ids: Collection[str]) -> dict[str, SamplerRow]:
+async def samplers_named(session: AsyncSession, ids: Collection[str]) -> dict[str, Sampler]:
     """Those of the ids that are there."""
-    found: dict[str, SamplerRow] = {}
+    found: dict[str, Sampler] = {}
     for some in batched(sorted(ids)):
-        found |= {row.id: row for row in await session.scalars(select(SamplerRow).where(SamplerRow.id.in_(some)))}
+        rows = await session.scalars(select(SamplerRow).where(SamplerRow.id.in_(some)))
+        found |= {row.id: row.view() for row in rows}
     return found
 
 
 async def newest_of_model(
     session: AsyncSession, team_id: str, model_id: str, deployment_id: str | None = None, *, live: bool = False
-) -> SamplerRow | None:
+) -> Sampler | None:
     """The newest sampler behind a model (and a deployment of it); with ``live`` of those that have not ended."""
     query = _filtered(SamplerRow, team_id=team_id, model_id=model_id, deployment_id=deployment_id)
     if live:
         query = query.where(SamplerRow.status.in_(_LIVE_SAMPLERS))
-    return await session.scalar(query.order_by(SamplerRow.created_at.desc(), SamplerRow.id.desc()).limit(1))
+    return view(await session.scalar(query.order_by(SamplerRow.created_at.desc(), SamplerRow.id.desc()).limit(1)))
 
 
-async def oldest_of_model(session: AsyncSession, team_id: str, model_id: str) -> SamplerRow | None:
+async def oldest_of_model(session: AsyncSession, team_id: str, model_id: str) -> Sampler | None:
     query = _filtered(SamplerRow, team_id=team_id, model_id=model_id)
-    return await session.scalar(query.order_by(SamplerRow.created_at, SamplerRow.id).limit(1))
+    return view(await session.scalar(query.order_by(SamplerRow.created_at, SamplerRow.id).limit(1)))
 
 
 async def count_deployments(session: AsyncSession, model_ids: Collection[str]) -> dict[str, int]:
@@ -223,15 +238,15 @@ def _filtered(table: type[R], **filters: str | None) -> "Select[R]":
     return select(table).filter_by(**{name: value for name, value in filters.items() if value is not None})
 
 
-async def followers(session: AsyncSession, run_id: str) -> Sequence[SamplerRow]:
+async def followers(session: AsyncSession, run_id: str) -> Sequence[Sampler]:
     """Samplers that go over to what the run saves for its followers."""
-    return (await session.scalars(select(SamplerRow).where(SamplerRow.follows == run_id))).all()
+    return views(await session.scalars(select(SamplerRow).where(SamplerRow.follows == run_id)))
 
 
-async def open_sessions(session: AsyncSession) -> Sequence[SessionRow]:
+async def open_sessions(session: AsyncSession) -> Sequence[Session]:
     """Sessions that tell of themselves and have not ended."""
     asked = select(SessionRow).where(SessionRow.details.is_not(None), SessionRow.ended_at.is_(None))
-    return (await session.scalars(asked)).all()
+    return views(await session.scalars(asked))
 
 
 async def count_clone(session: AsyncSession, sampler_id: str) -> int:

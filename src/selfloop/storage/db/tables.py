@@ -1,5 +1,9 @@
 """The tables. Times are UNIX seconds; ids are what ``types.ids`` hands out."""
 
+import dataclasses
+from functools import cache
+from typing import Any, TypeVar
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -14,6 +18,9 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from selfloop.storage.db.column_types import JsonText, Text, Whole
+from selfloop.types import resources
+
+V = TypeVar("V")
 
 
 class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
@@ -30,6 +37,15 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
     type_annotation_map = {int: Whole, str: Text}
 
 
+@cache
+def _fields(view: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(view))
+
+
+def _view(row: Base, view: type[V]) -> V:
+    return view(**{name: getattr(row, name) for name in _fields(view)})
+
+
 def _partial(name: str, column: str, condition: str) -> Index:
     """An index of the few rows that are looked for."""
     where = text(condition)
@@ -43,6 +59,9 @@ class TeamRow(Base):
     name: Mapped[str] = mapped_column(unique=True)
     is_default: Mapped[bool]
     created_at: Mapped[float]
+
+    def view(self) -> resources.Team:
+        return _view(self, resources.Team)
 
 
 class KeyRow(Base):
@@ -60,6 +79,9 @@ class KeyRow(Base):
     role: Mapped[str] = mapped_column(default="member", server_default="member")
     expires_at: Mapped[float | None] = mapped_column(default=None)
 
+    def view(self) -> resources.Key:
+        return _view(self, resources.Key)
+
 
 class ModelRow(Base):
     """A base model in the catalogue. ``path`` is null until its files are prepared."""
@@ -72,12 +94,18 @@ class ModelRow(Base):
     revision: Mapped[str | None] = mapped_column(default=None)
     path: Mapped[str | None] = mapped_column(default=None)
 
+    def view(self) -> resources.CatalogueEntry:
+        return _view(self, resources.CatalogueEntry)
+
 
 class AliasRow(Base):
     __tablename__ = "model_aliases"
 
     alias: Mapped[str] = mapped_column(primary_key=True)
     model_name: Mapped[str] = mapped_column(ForeignKey("models.name"))
+
+    def view(self) -> resources.Alias:
+        return _view(self, resources.Alias)
 
 
 class SessionRow(Base):
@@ -97,6 +125,9 @@ class SessionRow(Base):
     details: Mapped[str | None] = mapped_column(JsonText, default=None)
     ended_at: Mapped[float | None] = mapped_column(default=None)
     end_reason: Mapped[str | None] = mapped_column(default=None)
+
+    def view(self) -> resources.Session:
+        return _view(self, resources.Session)
 
 
 class CustomLossRow(Base):
@@ -129,6 +160,9 @@ class DeploymentRow(Base):
     scale_down_delay_s: Mapped[int]
     created_at: Mapped[float]
     latest_run_id: Mapped[str | None] = mapped_column(default=None)
+
+    def view(self) -> resources.Deployment:
+        return _view(self, resources.Deployment)
 
 
 class RunRow(Base):
@@ -196,6 +230,9 @@ class RunRow(Base):
     digest: Mapped[str | None] = mapped_column(default=None)
     serverless: Mapped[bool | None] = mapped_column(default=None)
 
+    def view(self) -> resources.Run:
+        return _view(self, resources.Run)
+
 
 class SamplerRow(Base):
     """Sampling capacity bound to a run, a checkpoint or a base model; ``standing`` never scales to zero.
@@ -236,6 +273,9 @@ class SamplerRow(Base):
     num_clones: Mapped[int] = mapped_column(default=0, server_default="0")
     serverless: Mapped[bool | None] = mapped_column(default=None)
 
+    def view(self) -> resources.Sampler:
+        return _view(self, resources.Sampler)
+
 
 class PinnedCheckpointRow(Base):
     """A checkpoint that a sampler holds files of its own of, whatever becomes of the original; 0 is its default."""
@@ -249,6 +289,9 @@ class PinnedCheckpointRow(Base):
     target: Mapped[str]
     name: Mapped[str]
     step: Mapped[int]
+
+    def view(self) -> resources.PinnedCheckpoint:
+        return _view(self, resources.PinnedCheckpoint)
 
 
 class DeployedModelRow(Base):
@@ -273,6 +316,9 @@ class ModelVersionRow(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("deployed_models.id"))
     number: Mapped[int]
     hf_secret_name: Mapped[str]
+
+    def view(self) -> resources.ModelVersion:
+        return _view(self, resources.ModelVersion)
 
 
 class UserConfigRow(Base):
@@ -318,6 +364,9 @@ class CheckpointRow(Base):
     targets: Mapped[str | None] = mapped_column(default=None)
     user_metadata: Mapped[str | None] = mapped_column(default=None)
     public: Mapped[bool] = mapped_column(default=False, server_default=false())
+
+    def view(self) -> resources.Checkpoint:
+        return _view(self, resources.Checkpoint)
 
 
 class OperationRow(Base):
@@ -440,6 +489,9 @@ class AuditRow(Base):
     run_id: Mapped[str | None] = mapped_column(default=None)
     target: Mapped[str | None] = mapped_column(default=None)
     name: Mapped[str | None] = mapped_column(default=None)
+
+    def view(self) -> resources.AuditEvent:
+        return _view(self, resources.AuditEvent)
 
 
 class UsageRow(Base):

@@ -14,15 +14,12 @@ from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.storage.blobs.checkpoints import StoredFile
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
-from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.lora import LoraTargets
+from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import parse_checkpoint_uri
-
-Checkpoint = CheckpointRow
-"""What the dialects may know of a checkpoint."""
 
 _EXPIRE_EVERY_S = 60.0
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -47,7 +44,7 @@ class Checkpoints:
             self._expirer.cancel()
             await asyncio.gather(self._expirer, return_exceptions=True)
 
-    async def of_run(self, caller: Caller, run_id: str, cut: Cut) -> Part[CheckpointRow]:
+    async def of_run(self, caller: Caller, run_id: str, cut: Cut) -> Part[Checkpoint]:
         """Checkpoints of a run of the team, newest first. Raises :class:`NotFound`."""
         async with self._c.db.read() as session:
             run = await queries_resources.run(session, run_id)
@@ -55,7 +52,7 @@ class Checkpoints:
                 raise NotFound("run", run_id)
             return await queries_checkpoints.matching_part(session, cut, caller.team_id, run_id=run_id)
 
-    async def of_model(self, caller: Caller, base_model: str, cut: Cut, *, whole_team: bool) -> Part[CheckpointRow]:
+    async def of_model(self, caller: Caller, base_model: str, cut: Cut, *, whole_team: bool) -> Part[Checkpoint]:
         """Checkpoints of the caller's own runs of a base model, or of the whole team's, newest first."""
         key_id = None if whole_team else caller.key_id
         async with self._c.db.read() as session:
@@ -63,19 +60,19 @@ class Checkpoints:
                 session, cut, caller.team_id, base_model=base_model, key_id=key_id
             )
 
-    async def newest(self, caller: Caller, target: CheckpointTarget, limit: int) -> Sequence[CheckpointRow]:
+    async def newest(self, caller: Caller, target: CheckpointTarget, limit: int) -> Sequence[Checkpoint]:
         """The newest of the caller's team for one purpose."""
         async with self._c.db.read() as session:
             return await queries_checkpoints.newest(session, caller.team_id, target, limit)
 
-    async def at_path(self, caller: Caller, path: str, field: str) -> CheckpointRow:
+    async def at_path(self, caller: Caller, path: str, field: str) -> Checkpoint:
         """A checkpoint of the caller's team, to change it. Raises :class:`BadRequest` and :class:`NotFound`."""
         row = await self.readable_at(caller, path, field)
         if row.team_id != caller.team_id:
             raise NotFound("checkpoint", path)
         return row
 
-    async def readable_at(self, caller: Caller, path: str, field: str) -> CheckpointRow:
+    async def readable_at(self, caller: Caller, path: str, field: str) -> Checkpoint:
         """A checkpoint that the caller may sample from or load: another team's too, once published."""
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.look_up() as session:
@@ -84,14 +81,14 @@ class Checkpoints:
             raise NotFound("checkpoint", path)
         return row
 
-    async def get(self, caller: Caller, id: str) -> CheckpointRow:
+    async def get(self, caller: Caller, id: str) -> Checkpoint:
         async with self._c.db.look_up() as session:
             row = await queries_checkpoints.get(session, id)
         if row is None or row.team_id != caller.team_id:
             raise NotFound("checkpoint", id)
         return row
 
-    async def validate(self, caller: Caller, path: str, run: RunRow | None) -> None:
+    async def validate(self, caller: Caller, path: str, run: Run | None) -> None:
         """Check that a sampler (of ``run``) could load the checkpoint now.
 
         Raises:

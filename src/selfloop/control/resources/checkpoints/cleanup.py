@@ -9,8 +9,8 @@ from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import pinned, retention
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_resources
-from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
+from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 
 _OWN_USE = frozenset({CheckpointTarget.TRAINER, CheckpointTarget.SAMPLER})
@@ -40,7 +40,7 @@ class CheckpointFilter:
 class Kept:
     """A checkpoint that matched and stays, and why."""
 
-    checkpoint: CheckpointRow
+    checkpoint: Checkpoint
     reason: str
 
 
@@ -48,7 +48,7 @@ class Kept:
 class Cleaned:
     """What was deleted, or would be."""
 
-    deleted: Sequence[CheckpointRow]
+    deleted: Sequence[Checkpoint]
     kept: Sequence[Kept]
 
 
@@ -56,9 +56,7 @@ class Cleanup:
     def __init__(self, context: Context) -> None:
         self._c = context
 
-    async def delete_one(
-        self, caller: Caller, id: str, targets: frozenset[CheckpointTarget] = _OWN_USE
-    ) -> CheckpointRow:
+    async def delete_one(self, caller: Caller, id: str, targets: frozenset[CheckpointTarget] = _OWN_USE) -> Checkpoint:
         """Delete a checkpoint for one of ``targets``.
 
         Raises:
@@ -107,7 +105,7 @@ class Cleanup:
             await self._delete_files(deleted)
         return Cleaned(deleted, kept)
 
-    async def _delete_files(self, rows: Sequence[CheckpointRow]) -> None:
+    async def _delete_files(self, rows: Sequence[Checkpoint]) -> None:
         for row in rows:
             await self._c.store.delete(row.id)
 
@@ -120,11 +118,11 @@ def _check(filter: CheckpointFilter) -> None:
         )
 
 
-def _matching(rows: Sequence[CheckpointRow], filter: CheckpointFilter) -> list[CheckpointRow]:
+def _matching(rows: Sequence[Checkpoint], filter: CheckpointFilter) -> list[Checkpoint]:
     """Of ``rows``, newest first, those that every condition holds for."""
     now = time.time()
     seen: dict[tuple[str, str], int] = {}
-    found: list[CheckpointRow] = []
+    found: list[Checkpoint] = []
     for row in rows:
         rank = seen.get((row.run_id, row.target), 0)
         seen[row.run_id, row.target] = rank + 1

@@ -16,10 +16,10 @@ from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import sync_directory
 from selfloop.storage.db import queries_checkpoints
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed
 from selfloop.types.ids import is_id, new_id
 from selfloop.types.model_folder import read_facts, tokenizer_files
+from selfloop.types.resources import Checkpoint
 from selfloop.types.uris import parse_checkpoint_uri
 from selfloop.worker.launchers.local import launch_adapters
 
@@ -35,7 +35,7 @@ class ExportPlan:
     """An export that can begin: its checkpoint, base model and target, and the disk space that it takes."""
 
     uri: str
-    checkpoint: CheckpointRow
+    checkpoint: Checkpoint
     base_model: str
     model_dir: Path
     target: Path
@@ -94,7 +94,7 @@ class Exports:
             raise OperationFailed(f"the export needs {needed:,} bytes; the disk of {target} has {free:,}")
         return ExportPlan(uri, row, model.name, model_dir, target, format, dtype, needed)
 
-    async def _row(self, uri: str) -> CheckpointRow:
+    async def _row(self, uri: str) -> Checkpoint:
         async with self._db.read() as session:
             if is_id(uri):
                 row = await queries_checkpoints.get(session, uri)

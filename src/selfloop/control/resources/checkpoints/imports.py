@@ -16,10 +16,10 @@ from selfloop.control.resources.new_rows import new_checkpoint, new_deployment, 
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.folders import check_links
 from selfloop.types.ids import RunId, new_id
+from selfloop.types.resources import Run
 from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import CheckpointUri
 from selfloop.worker.launchers.local import launch_adapters
@@ -134,7 +134,7 @@ class Imports:
             hint = "Or name the same model as it is called here with --base-model"
             raise BadRequest(_CONFIG_FILE, f"base_model_name_or_path: {error}. {hint}") from error
 
-    async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: Owner, name: str) -> RunRow:
+    async def _record(self, checkpoint_id: str, model: Model, facts: _Facts, owner: Owner, name: str) -> Run:
         """The folder gets its name and its rows together: a server that starts clears away folders without one."""
         session_row = new_session(owner, details=owner.session_details())
         run_id = new_id()
@@ -174,7 +174,7 @@ class Imports:
         except BaseException:
             await self._store.delete(checkpoint_id)
             raise
-        return run
+        return run.view()
 
 
 def _read_base_model(folder: Path) -> str | None:

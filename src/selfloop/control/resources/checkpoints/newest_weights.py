@@ -12,10 +12,10 @@ from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import snapshot_sampler_row
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints
-from selfloop.storage.db.tables import CheckpointRow, RunRow, SamplerRow
 from selfloop.types.errors import Conflict, WorkerLost
 from selfloop.types.ids import new_id
 from selfloop.types.operation import SaveWeightsForSampler
+from selfloop.types.resources import Checkpoint, Run, Sampler
 from selfloop.types.status import RunStatus
 from selfloop.types.uris import snapshot_name
 
@@ -30,7 +30,7 @@ _LIFE_S = 3600
 class NewestSampler:
     """A sampler of a run's newest weights. ``path`` is the checkpoint's, None for weights taken from the live run."""
 
-    sampler: SamplerRow
+    sampler: Sampler
     step: int
     path: str | None
 
@@ -67,7 +67,7 @@ class NewestWeights:
         )
         return NewestSampler(sampler, saved[0].step, path)
 
-    async def _of_live(self, caller: Caller, run: RunRow, session_id: str) -> NewestSampler:
+    async def _of_live(self, caller: Caller, run: Run, session_id: str) -> NewestSampler:
         checkpoint = await self._save(run, new_id())
         assert checkpoint.sampler_id is not None
         row = snapshot_sampler_row(caller, run, session_id, checkpoint.sampler_id, checkpoint_id=checkpoint.id)
@@ -76,18 +76,19 @@ class NewestWeights:
             record_creation(session, "sampler", row.id, row.status, f"made for the newest weights of run {run.id}")
         self._c.lifecycle.add("sampler", row.id, row.id, row.model_name, row.scale_down_delay_s, row.status)
         self._c.lifecycle.wake_soon(row.id)
-        return NewestSampler(row, checkpoint.step, None)
+        return NewestSampler(row.view(), checkpoint.step, None)
 
-    async def _save(self, run: RunRow, sampler_id: str) -> CheckpointRow:
+    async def _save(self, run: Run, sampler_id: str) -> Checkpoint:
         operation = SaveWeightsForSampler(
             new_id(), snapshot_name(sampler_id), publish=False, ttl_seconds=_LIFE_S, sampler_id=sampler_id
         )
         outcomes = self._c.outcomes
         for _attempt in range(_MAX_ATTEMPTS):
             try:
-                body = await self._c.scheduler.actor(run).saves_beside.ask(operation)
+                actor = await self._c.scheduler.actor(run.id)
+                body = await actor.saves_beside.ask(operation)
             except WorkerLost as lost:
                 log.warning("run %s lost its worker while its newest weights were saved: %s", run.id, lost)
             else:
-                return await outcomes.saved_beside(run, operation, body)
+                return await outcomes.saved_beside(actor.run, operation, body)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times while it saved the weights of run {run.id}")

@@ -10,8 +10,9 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_models_deployed as queries
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import CheckpointRow, PinnedCheckpointRow
+from selfloop.storage.db.tables import PinnedCheckpointRow
 from selfloop.types.ids import RunId
+from selfloop.types.resources import Checkpoint, PinnedCheckpoint
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import CheckpointUri
 
@@ -23,12 +24,12 @@ def pinned_key(sampler_id: str, checkpoint_id: str) -> str:
     return f"{_ROOT}/{sampler_id}/{checkpoint_id}"
 
 
-def uri_of(row: CheckpointRow | PinnedCheckpointRow) -> str:
+def uri_of(row: Checkpoint | PinnedCheckpoint) -> str:
     return str(CheckpointUri(RunId(row.run_id), CheckpointTarget(row.target), row.name))
 
 
 async def hold(
-    session: AsyncSession, store: CheckpointStore, blobs: LocalBlobs, sampler_id: str, rows: Sequence[CheckpointRow]
+    session: AsyncSession, store: CheckpointStore, blobs: LocalBlobs, sampler_id: str, rows: Sequence[Checkpoint]
 ) -> None:
     """Keep the files and record them, the sampler's default first; within the transaction that makes the sampler.
 

@@ -12,9 +12,9 @@ from selfloop.storage.db import (
     queries_operations,
     queries_resources,
 )
-from selfloop.storage.db.tables import CheckpointRow, RunRow
 from selfloop.types.errors import BadRequest
 from selfloop.types.operation import LoadState, operation_decoder
+from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -26,7 +26,7 @@ class Needs:
     by_id: dict[str, str]
     by_address: dict[tuple[str, str, str], str]
 
-    def of(self, row: CheckpointRow) -> str | None:
+    def of(self, row: Checkpoint) -> str | None:
         """Who needs the checkpoint, in words; None when nobody does."""
         return self.by_id.get(row.id) or self.by_address.get((row.run_id, row.target, row.name))
 
@@ -56,7 +56,7 @@ async def needs(session: AsyncSession) -> Needs:
     return Needs(by_id, by_address)
 
 
-async def beyond_last(session: AsyncSession, run: RunRow, target: str) -> Sequence[CheckpointRow]:
+async def beyond_last(session: AsyncSession, run: Run, target: str) -> Sequence[Checkpoint]:
     """Checkpoints of a run that its ``keep_last_checkpoints`` lets go, for one target."""
     if run.keep_last_checkpoints is None:
         return []

@@ -18,9 +18,10 @@ from selfloop.control.resources.new_rows import new_checkpoint, new_deployment, 
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_listings, queries_resources
 from selfloop.storage.db.keyset import Cut
-from selfloop.storage.db.tables import CheckpointRow, RunRow
+from selfloop.storage.db.tables import CheckpointRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
+from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -62,14 +63,14 @@ class Sharing:
         self._checkpoints = checkpoints
         self._cleanup = cleanup
 
-    async def readable(self, caller: Caller, address: Address, granted_team_id: str | None = None) -> CheckpointRow:
+    async def readable(self, caller: Caller, address: Address, granted_team_id: str | None = None) -> Checkpoint:
         """A checkpoint of the caller's team, or that its owner has published. Raises :class:`NotFound`."""
         async with self._c.db.read() as session:
             return await _readable(session, caller, address, granted_team_id)
 
     async def readable_at(
         self, caller: Caller, path: str, field: str, granted_team_id: str | None = None
-    ) -> CheckpointRow:
+    ) -> Checkpoint:
         """The same by its ``bt://`` path."""
         uri = parse_checkpoint_uri(path, field)
         return await self.readable(caller, Address(uri.run_id, uri.target, uri.name, path), granted_team_id)
@@ -112,7 +113,7 @@ class Sharing:
         row = await self.readable(caller, address)
         return row.id, await self._checkpoints.files_of(row.id)
 
-    async def copy(self, caller: Caller, request: CopyRequest) -> CheckpointRow:
+    async def copy(self, caller: Caller, request: CopyRequest) -> Checkpoint:
         """A checkpoint with the same files under an ended run of its own; the same request again finds it.
 
         Raises:
@@ -135,11 +136,11 @@ class Sharing:
             await session.flush()
             session.add(copy)
             queries_audit.record_checkpoint(
-                session, "copied", copy, caller.team_id, caller.key_id, source=request.source.written
+                session, "copied", copy.view(), caller.team_id, caller.key_id, source=request.source.written
             )
             # Within the transaction: a server that starts clears away folders without a row.
             await self._c.store.copy(source.id, copy.id)
-        return copy
+        return copy.view()
 
     async def _check_source(self, caller: Caller, request: CopyRequest) -> None:
         """Before the transaction, in which nobody else can write; a source that is gone is told there."""
@@ -158,23 +159,21 @@ class Sharing:
         return row.id
 
 
-async def _readable(
-    session: AsyncSession, caller: Caller, address: Address, granted_team_id: str | None
-) -> CheckpointRow:
+async def _readable(session: AsyncSession, caller: Caller, address: Address, granted_team_id: str | None) -> Checkpoint:
     row = await queries_checkpoints.named(session, address.run_id, address.target, address.name)
     if row is None or not may_read(row, caller.team_id, granted_team_id):
         raise NotFound("checkpoint", address.written)
     return row
 
 
-async def _own(session: AsyncSession, caller: Caller, address: Address) -> CheckpointRow:
+async def _own(session: AsyncSession, caller: Caller, address: Address) -> Checkpoint:
     row = await queries_checkpoints.named(session, address.run_id, address.target, address.name)
     if row is None or row.team_id != caller.team_id:
         raise NotFound("checkpoint", address.written)
     return row
 
 
-async def _earlier(session: AsyncSession, caller: Caller, run: RunRow, request: CopyRequest) -> CheckpointRow:
+async def _earlier(session: AsyncSession, caller: Caller, run: Run, request: CopyRequest) -> Checkpoint:
     """What an earlier sending of the request made."""
     source = request.source
     rows = (await queries_listings.checkpoints_of(session, run.id, Cut(1))).rows
@@ -191,8 +190,8 @@ def _digest(caller: Caller, key: str) -> str:
 
 
 async def _add_run(
-    session: AsyncSession, caller: Caller, source: CheckpointRow, request: CopyRequest, copy_key: str | None
-) -> RunRow:
+    session: AsyncSession, caller: Caller, source: Checkpoint, request: CopyRequest, copy_key: str | None
+) -> Run:
     origin = await queries_resources.run(session, source.run_id)
     assert origin is not None
     assert request.session_id is not None
@@ -218,10 +217,10 @@ async def _add_run(
         session.add(row)
     record_creation(session, "deployment", deployment.id, deployment.status, "made for a copy of a checkpoint")
     record_creation(session, "run", run.id, run.status, "it holds a copy of a checkpoint and is not trained")
-    return run
+    return run.view()
 
 
-def _copy_row(run: RunRow, source: CheckpointRow, request: CopyRequest) -> CheckpointRow:
+def _copy_row(run: Run, source: Checkpoint, request: CopyRequest) -> CheckpointRow:
     return new_checkpoint(
         run,
         id=new_id(),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from selfloop.control.resources.checkpoints.pinned import uri_of
 from selfloop.storage.blobs.checkpoints import CheckpointStore
-from selfloop.storage.db.tables import CheckpointRow, SamplerRow
 from selfloop.types.errors import OperationFailed, Unavailable
+from selfloop.types.resources import Checkpoint, Sampler
 from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _is_zero(tensor: StoredTensor) -> bool:
     return True
 
 
-async def warn_of_zero(store: CheckpointStore, sampler: SamplerRow, checkpoints: Sequence[CheckpointRow]) -> None:
+async def warn_of_zero(store: CheckpointStore, sampler: Sampler, checkpoints: Sequence[Checkpoint]) -> None:
     """Say in the sampler's log which of its checkpoints answer as the base model does."""
     for checkpoint in checkpoints:
         try:

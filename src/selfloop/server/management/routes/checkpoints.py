@@ -7,7 +7,6 @@ from fastapi.responses import FileResponse
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.checkpoints.cleanup import CheckpointFilter
 from selfloop.control.resources.deployments import DeployRequest
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
@@ -30,6 +29,7 @@ from selfloop.server.shared import tinker_paths
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.ids import is_id
+from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 
 router = APIRouter()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from selfloop.control.resources.access import Caller, Key
+from selfloop.control.resources.access import Caller
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
 from selfloop.server.management.access import MemberOf
 from selfloop.server.management.schemas.common import iso
@@ -23,6 +23,7 @@ from selfloop.server.management.schemas.keys import (
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.resources import Key
 from selfloop.types.roles import Role
 
 router = APIRouter()

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Response
 
 from selfloop.control.resources.listings import Cut, Part
-from selfloop.control.resources.samplers import Sampler, exactly_one
+from selfloop.control.resources.samplers import exactly_one
 from selfloop.server.management.access import MemberOf, RenderOf, Scope
 from selfloop.server.management.render import refuse_replicas, refuse_spot, refuse_with_serverless
 from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
@@ -16,6 +16,7 @@ from selfloop.server.management.schemas.samplers import (
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import PagingOf, listed
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Sampler
 
 router = APIRouter()
 

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw
 from selfloop.server.openai import wire
 from selfloop.server.openai.completions.choices import CompletionChoice, Echo
@@ -18,6 +17,7 @@ from selfloop.server.openai.sampling import Chunks, Head, Json, Sampling, checke
 from selfloop.server.shared.connection import while_connected
 from selfloop.server.shared.sampling import weights_of
 from selfloop.server.shared.served_models import Target
+from selfloop.types.resources import Sampler
 
 
 async def completion_answer(

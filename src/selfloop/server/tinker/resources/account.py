@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from selfloop.control.observe.billing import GIGABYTE, HOURS_A_MONTH, AuditEvent, BillingEvent, project_of
+from selfloop.control.observe.billing import GIGABYTE, HOURS_A_MONTH, BillingEvent, project_of
 from selfloop.control.observe.usage import HOUR_S
 from selfloop.control.resources.sessions import details_of
 from selfloop.server.shared.auth import CallerOf, ControlOf
@@ -15,6 +15,7 @@ from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import AuditEvent
 from selfloop.types.settings import Prices
 from selfloop.types.status import CheckpointTarget
 

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import APIRouter, Query, Response
 
-from selfloop.control.resources.checkpoints.checkpoints import Checkpoint
 from selfloop.control.resources.listings import ListedRun, Page
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import page_of, streamed
 from selfloop.server.tinker import names
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.listings import NO_PROJECT, CheckpointSearch, FoundSession, SessionSearch
-from selfloop.control.resources.sessions import SILENT, Session, details_of
+from selfloop.control.resources.sessions import SILENT, details_of
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
@@ -17,6 +17,7 @@ from selfloop.server.tinker import wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.resources.runs import checkpoint, rfc3339, target_of_type
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Session
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
 

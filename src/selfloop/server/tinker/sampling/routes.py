@@ -6,7 +6,6 @@ from typing import NamedTuple
 from fastapi import APIRouter, Request
 
 from selfloop.control.gateway import Control
-from selfloop.control.resources.samplers import Sampler
 from selfloop.control.sampling.service import Draw
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
@@ -17,6 +16,7 @@ from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.server.tinker.results import SampleView, sample_response
 from selfloop.server.tinker.sampling.targets import read_targets
 from selfloop.types.errors import BadRequest
+from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SamplingParams
 from selfloop.types.status import CheckpointTarget
 

@@ -7,7 +7,6 @@ from fastapi import APIRouter, Request
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.runs import Run
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
@@ -15,6 +14,7 @@ from selfloop.server.tinker import futures, wire
 from selfloop.server.tinker.http import ERRORS, TinkerRoute
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.resources import Run
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
 

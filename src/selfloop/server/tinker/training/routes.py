@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from selfloop.control.gateway import Control
 from selfloop.control.queue.journal import Submission
 from selfloop.control.resources.access import Caller
-from selfloop.control.resources.runs import Run, RunRequest
+from selfloop.control.resources.runs import RunRequest
 from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
@@ -34,6 +34,7 @@ from selfloop.types.operation import (
     SaveWeightsForSampler,
     kind_of,
 )
+from selfloop.types.resources import Run
 
 
 class _TinkerOperationRoute(TinkerRoute, OperationRoute):
