@@ -1,22 +1,17 @@
 """The loss of ``examples/focal_loss``, installed beside Selfloop, against its formula in float64 on PEFT's model."""
 
 import json
-import os
-import subprocess
-import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_models
+from installed_package import EXAMPLES, declared, install, run
 
-PACKAGE = Path(__file__).parents[2] / "examples" / "focal_loss"
+PACKAGE = EXAMPLES / "focal_loss"
 GAMMA, RATE, STEPS = 1.5, 5e-3, 4
 SEQUENCES = [tiny_models.random_ids(num, seed=num) for num in (12, 30, 7)]
 
-# A process of its own: losses are found when the modules are imported.
 TRAIN = f"""
 import json, pathlib, sys
 from selfloop.types.losses import LOSSES
@@ -36,29 +31,8 @@ print(json.dumps(losses))
 """
 
 
-def installed(folder: Path, entry_points: dict[str, dict[str, str]]) -> str:
-    """The Python path of a process in which the package is installed with these entry points."""
-    metadata = folder / "selfloop_focal_loss-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: selfloop-focal-loss\nVersion: 0.1.0\n")
-    sections = [
-        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in entry_points.items()
-    ]
-    (metadata / "entry_points.txt").write_text("\n".join(sections))
-    return os.pathsep.join(map(str, (folder, PACKAGE, Path(tiny_models.__file__).parent)))
-
-
-def declared() -> dict[str, dict[str, str]]:
-    return tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]["entry-points"]
-
-
-def run(program: str, *arguments: object, path: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-
-
 def test_a_loss_of_another_package_trains_as_its_formula_says(zoo, tmp_path):
-    done = run(TRAIN, zoo.folder("llama"), path=installed(tmp_path, declared()))
+    done = run(TRAIN, zoo.folder("llama"), path=install(PACKAGE, declared(PACKAGE), tmp_path))
     assert done.returncode == 0, done.stderr
 
     engine = zoo.engine("llama")
@@ -95,6 +69,6 @@ def test_a_loss_of_another_package_trains_as_its_formula_says(zoo, tmp_path):
     ],
 )
 def test_half_a_loss_or_a_name_that_is_used_is_an_error(tmp_path, entry_points, error):
-    done = run("import selfloop.engine.losses.registry", path=installed(tmp_path, entry_points))
+    done = run("import selfloop.engine.losses.registry", path=install(PACKAGE, entry_points, tmp_path))
     assert done.returncode != 0
     assert error in done.stderr

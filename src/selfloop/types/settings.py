@@ -88,7 +88,7 @@ class WorkerSettings:
         3600.0, "Seconds after which a worker that is still at one operation is replaced.", minimum=1
     )
     heartbeat_timeout_s: float = option(
-        60.0, "Seconds without a sign of life after which a worker is replaced.", minimum=1
+        60.0, "Seconds without a heartbeat after which a worker is replaced.", minimum=1
     )
     keep_loaded_s: float = option(
         60.0,
@@ -107,7 +107,7 @@ class QueueSettings:
     """
 
     snapshot_every_s: float = option(
-        1.0, "Seconds of a run's work between two snapshots of it; what a recovery does again.", minimum=0
+        1.0, "Seconds of a run's work between two snapshots of it; a recovery repeats so much.", minimum=0
     )
     gap_grace_s: float = 60.0
 
@@ -167,9 +167,7 @@ class ControlSettings:
     session_timeout_s: float = option(
         600.0, "Seconds that a Tinker session lives without a heartbeat of its client.", minimum=1
     )
-    stop_grace_s: float = option(
-        25.0, "Seconds that SIGTERM leaves to what is running, to be finished and stored.", minimum=1
-    )
+    stop_grace_s: float = option(25.0, "Seconds after SIGTERM to finish and store the work in progress.", minimum=1)
     queue: QueueSettings = group(QueueSettings, "control", CONTROL_TITLE)
     capacity: CapacitySettings = group(CapacitySettings, "serverless", "Serverless capacity")
     prices: Prices = group(Prices, "prices", "Prices in usage reports")
@@ -215,7 +213,7 @@ class Settings:
     host: str = option("127.0.0.1", "Address to listen on.")
     # Not SELFLOOP_PORT: Kubernetes sets that, to something else, where a service is called selfloop.
     port: int = option(8000, "Port to listen on.", minimum=1, maximum=65535, env="SELFLOOP_HTTP_PORT")
-    data_dir: Path = option(Path("~/.selfloop"), "Where everything is kept.")
+    data_dir: Path = option(Path("~/.selfloop"), "The data directory, which holds everything.")
     api_key: str | None = option(
         None,
         "A key that the server accepts, for the default team; added at start if it is new.",
@@ -224,7 +222,7 @@ class Settings:
         unset="one is made for a new data directory",
     )
     public_url: str | None = option(
-        None, "Base of the URLs in answers, behind a proxy that hides it.", unset="what the client called"
+        None, "Base of the URLs in answers, behind a proxy that hides it.", unset="the address that the client used"
     )
     tls_cert: Path | None = option(None, "PEM file of a certificate chain: serve HTTPS.")
     tls_key: Path | None = option(None, "PEM file of its private key.")
@@ -232,20 +230,20 @@ class Settings:
     metrics_public: bool = option(False, "Let /metrics be read without a key.")
     body_memory_bytes: int | None = option(
         None,
-        "Memory that the bodies of all requests may take at a time while they are read, decoded and stored; more are "
-        "asked to come again.",
+        "Memory that the bodies of all requests may take at a time while they are read, decoded and stored; further "
+        "requests get Retry-After.",
         name="body-memory",
         minimum=0.2,
         unset="an eighth of the machine's memory, and half a GiB at least",
     )
-    serve_weights: bool = option(False, "Let /hf give out weight files too.")
+    serve_weights: bool = option(False, "Let /hf serve weight files too.")
     hub_url: str | None = option(
         None,
-        "The hub that /hf asks for what is not served here, so that data sets load; off asks none.",
+        "The hub to which /hf forwards what is not served here, so that data sets load; off: none.",
         unset="https://huggingface.co unless $HF_HUB_OFFLINE is set",
     )
     stable_reinforce: StableReinforce = option(
-        "stand-in", "What Tinker's unpublished loss of that name is here: a stand-in, or refused."
+        "stand-in", "Tinker's unpublished loss of that name: compute a stand-in, or refuse it."
     )
-    key_limits: KeyLimits = group(KeyLimits, "keys", "What each key may ask for")
+    key_limits: KeyLimits = group(KeyLimits, "keys", "Limits of each key")
     control: ControlSettings = group(ControlSettings, "control", CONTROL_TITLE)
