@@ -44,7 +44,8 @@ class EngineLimits:
     )
     kept_bytes: int | None = option(
         None,
-        "Memory that forwards of custom losses may take until their backward; 0 computes them twice.",
+        "Memory of the forward cache: what forwards of custom losses may take until their backward; 0 computes them "
+        "twice.",
         name="kept-memory",
         minimum=0,
         unset="an eighth of what the base weights leave",

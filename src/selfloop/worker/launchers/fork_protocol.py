@@ -9,7 +9,7 @@ from selfloop.types.settings import EngineSettings, WorkerSettings
 
 
 class ForkServerStart(msgspec.Struct, frozen=True):
-    """What a host is started with: all that tells one loaded model from another.
+    """What a fork server is started with: all that tells one loaded model from another.
 
     Args:
         linger_s: how long it waits in memory for a gateway, before the first and after each.
