@@ -18,7 +18,7 @@ from selfloop.control.data_dir.disk_space import OUTCOME_BYTES, SPARE_BYTES
 from selfloop.control.data_dir.identity import make_folder
 from selfloop.control.gateway import Control
 from selfloop.server.listening import bound
-from selfloop.server.middleware.connections import PatientConnection
+from selfloop.server.middleware.connections import BoundedConnection
 from selfloop.server.middleware.headers import is_local
 from selfloop.server.telemetry import exporting_spans, finish, logging_to
 from selfloop.types.settings import Settings
@@ -72,7 +72,7 @@ async def _run(settings: Settings, sockets: list[socket.socket], on_listening: C
     app = await asyncio.to_thread(_make_app, settings, control)
     config = uvicorn.Config(
         app,
-        http=PatientConnection,
+        http=BoundedConnection,
         # There is no route for them; an upgrade that is not offered is a request like any other.
         ws="none",
         log_level="warning",

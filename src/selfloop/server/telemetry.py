@@ -53,7 +53,7 @@ def finish() -> None:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
-    """Each operation and sample is told to the file; on the screen only what went wrong."""
+    """The file has each operation and sample; the screen only what went wrong."""
     return record.name != "selfloop.events" or record.levelno >= logging.WARNING
 
 

@@ -10,9 +10,9 @@ from fastapi import FastAPI, Request
 
 from selfloop.server import errors
 from selfloop.server.middleware.body_limit import BodyLimit
-from selfloop.server.middleware.connections import MAX_HEAD_BYTES, PatientConnection
+from selfloop.server.middleware.connections import MAX_HEAD_BYTES, BoundedConnection
 from selfloop.server.middleware.dialects import RequestDialect
-from selfloop.server.middleware.strangers import Strangers
+from selfloop.server.middleware.unauthenticated import Unauthenticated
 from selfloop.server.shared.dialect import Dialect, Dialects
 
 START = b"GET /name HTTP/1.1\r\nHost: x\r\n"
@@ -37,7 +37,7 @@ async def port() -> AsyncIterator[int]:
         await request.body()
         return [len(await request.body()), request.headers.get("x-late")]
 
-    config = uvicorn.Config(app, port=0, log_level="critical", http=PatientConnection, lifespan="off", ws="none")
+    config = uvicorn.Config(app, port=0, log_level="critical", http=BoundedConnection, lifespan="off", ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it has no event
@@ -144,20 +144,20 @@ class Waiting:
 
 
 def test_a_crowd_of_one_address_makes_room() -> None:
-    strangers = Strangers[Waiting](max_waiting=10, max_bytes=100)
+    waiting = Unauthenticated[Waiting](max_waiting=10, max_bytes=100)
     honest = Waiting()
-    strangers.wait(honest, "10.0.0.1")
+    waiting.wait(honest, "10.0.0.1")
     crowd = [Waiting() for _ in range(30)]
     for each in crowd:
-        strangers.wait(each, "10.0.0.2")
+        waiting.wait(each, "10.0.0.2")
     assert not honest.is_gone
     assert [each.is_gone for each in crowd] == [True] * 21 + [False] * 9
     for each in crowd[21:]:
-        strangers.grow(each, 20)
+        waiting.grow(each, 20)
     assert sum(each.is_gone for each in crowd) == 25
-    strangers.grow(honest, 10)
+    waiting.grow(honest, 10)
     assert not honest.is_gone
-    assert strangers.num_bytes <= 100
+    assert waiting.num_bytes <= 100
     for each in (honest, *crowd):
-        strangers.leave(each)
-    assert (len(strangers), strangers.num_bytes) == (0, 0)
+        waiting.leave(each)
+    assert (len(waiting), waiting.num_bytes) == (0, 0)

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from selfloop.server import errors
 from selfloop.server.middleware import connections
 from selfloop.server.middleware.body_limit import BodyLimit
-from selfloop.server.middleware.connections import PatientConnection
+from selfloop.server.middleware.connections import BoundedConnection
 from selfloop.server.middleware.dialects import RequestDialect
 from selfloop.server.shared import body
 from selfloop.server.shared.dialect import Dialect, Dialects
@@ -25,8 +25,8 @@ TCP_REPAIR = 19
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Server]:
-    monkeypatch.setattr(connections, "HEAD_PATIENCE_S", 0.3)
-    monkeypatch.setattr(body, "BODY_PATIENCE_S", 0.3)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.3)
     monkeypatch.setattr(connections, "_PROBE_AFTER_S", 1)
     monkeypatch.setattr(connections, "_PROBE_EVERY_S", 1)
     monkeypatch.setattr(connections, "_UNREAD_MS", 1000)
@@ -57,7 +57,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[uvicorn.Serve
             await asyncio.sleep(0.05)
 
     app.state.polls = []
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=PatientConnection, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=BoundedConnection, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it has no event
         await asyncio.sleep(0.01)

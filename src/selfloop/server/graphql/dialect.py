@@ -2,8 +2,7 @@
 
 from fastapi import Depends
 
-from selfloop.server.graphql.errors import ERRORS
-from selfloop.server.graphql.route import router
+from selfloop.server.graphql.route import ERRORS, router
 from selfloop.server.shared.decode import json_is_text
 from selfloop.server.shared.dialect import Dialect, Mount
 

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import JSONResponse
 
-from selfloop.server.graphql.errors import ERRORS
 from selfloop.server.graphql.resolvers import Root
 from selfloop.server.shared.auth import CallerOf, control_of
+from selfloop.server.shared.errors import ErrorShape
 from selfloop.server.shared.schemas import ErrorV1
 from selfloop.types.errors import SelfloopError
 
@@ -25,6 +25,21 @@ log = logging.getLogger(__name__)
 _MAX_TOKENS = 600
 _MAX_ERRORS = 10
 _INTERNAL = "internal error; the server's log has the cause"
+
+
+class _GraphQlErrors(ErrorShape):
+    """A refusal before the query is read has the shape of its errors, without data."""
+
+    def body(self, error: SelfloopError) -> dict[str, object]:
+        return {"data": None, "errors": [{"message": str(error), "extensions": self.extensions(error)}]}
+
+    def extensions(self, error: SelfloopError) -> dict[str, object]:
+        """What an error has beside its message."""
+        own = super().body(error)
+        return {"code": own["code"], "details": own["details"]}
+
+
+ERRORS = _GraphQlErrors()
 
 
 @cache

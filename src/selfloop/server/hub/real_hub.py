@@ -121,7 +121,7 @@ class RealHub:
             is_near = urlsplit(self._url or "").hostname in _LOOPBACK
             limits = httpx.Limits(max_connections=_MAX_CONNECTIONS)
             timeout = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-            # What the hub remembers of one client is not told of the next.
+            # Cookies of one client are not sent for the next.
             no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
             self._http = httpx.AsyncClient(timeout=timeout, limits=limits, cookies=no_cookies, trust_env=not is_near)
         return self._http

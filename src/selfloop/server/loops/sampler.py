@@ -174,7 +174,7 @@ def _draw(body: wire.SampleBody, sampler: Sampler, key: str | None) -> Draw:
 
 
 async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:
-    """The checkpoint that the body asks for, and by which field: a held one by ``model``, any by ``lora``."""
+    """The checkpoint that the body asks for, and by which field: a pinned one by ``model``, any by ``lora``."""
     named = body.model
     if named is not None and await control.samplers.served_named(sampler, named) is None:
         await control.catalogue.same_model(named, sampler.base_model, "model")

@@ -24,7 +24,7 @@ _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
 
 
 def fingerprint(operation: str, body: bytes) -> str:
-    """Digest that tells a retry (same bytes) from another request."""
+    """Digest that distinguishes a retry (same bytes) from another request."""
     return hashlib.sha256(operation.encode() + b"\0" + body).hexdigest()
 
 
@@ -99,14 +99,14 @@ def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known:
     if len(tokens) > limits.max_seq_len:
         raise BadRequest(where, f"at most max_seq_len = {limits.max_seq_len} tokens, got {len(tokens)}")
     check_tokens(tokens, limits.vocab_size, where)
-    claimed, claimed_targets = spans(datum.model_input_spans), spans(datum.loss_fn_input_spans)
-    if bool(claimed) != bool(claimed_targets):
+    input_spans, target_spans = spans(datum.model_input_spans), spans(datum.loss_fn_input_spans)
+    if bool(input_spans) != bool(target_spans):
         raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
-    if claimed:
-        check(claimed, tokens, known, f"{field}.model_input_spans")
+    if input_spans:
+        check(input_spans, tokens, known, f"{field}.model_input_spans")
     inputs = _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens))
-    if claimed_targets:
-        add_recorded(inputs, claimed_targets, known, field, spec.required)
+    if target_spans:
+        add_recorded(inputs, target_spans, known, field, spec.required)
     return Datum(Tensor.of(tokens, "int64"), inputs)
 
 

@@ -1,12 +1,13 @@
-"""Rows as the answers show them."""
+"""Rows as the answers show them, and what management routes ask for: a renderer, a member of the team, a scope."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import Request
+from fastapi import Depends, Query, Request
 
 from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
+from selfloop.control.resources.access import Caller
 from selfloop.control.resources.deployments import ModelView, Version
 from selfloop.control.resources.runs import DeploymentView, RunView
 from selfloop.server.management.schemas.checkpoints import CheckpointFileV1, LoopsCheckpointV1, LoraAdapterConfigV1
@@ -27,8 +28,8 @@ from selfloop.server.management.schemas.runs import (
     LoopsTrainerRunV1,
 )
 from selfloop.server.management.schemas.samplers import LoopsSamplerStatusV1, LoopsSamplerV1
-from selfloop.server.shared.auth import control_of, public_base
-from selfloop.types.errors import BadRequest
+from selfloop.server.shared.auth import CallerOf, control_of, public_base
+from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import RunId
 from selfloop.types.lora import LoraTargets
 from selfloop.types.resources import Checkpoint, Run, Sampler
@@ -258,3 +259,22 @@ def _visible(target: CheckpointTarget) -> Literal["trainer", "sampler"]:
     """The clients of this API know two kinds; checkpoints made for download are not listed to them."""
     assert target != CheckpointTarget.EXTERNAL
     return "trainer" if target == CheckpointTarget.TRAINER else "sampler"
+
+
+async def _renderer(request: Request) -> Renderer:
+    return Renderer(request)
+
+
+RenderOf = Annotated[Renderer, Depends(_renderer)]
+Scope = Annotated[Literal["org"] | None, Query(description="`org` lists the whole team's, not only your own.")]
+
+
+async def _member(request: Request, caller: CallerOf) -> Caller:
+    """The caller, checked to belong to the team that the path names (if it names one)."""
+    team_id = request.path_params.get("team_id")
+    if team_id is not None and team_id != caller.team_id:
+        raise NotFound("team", team_id)
+    return caller
+
+
+MemberOf = Annotated[Caller, Depends(_member)]

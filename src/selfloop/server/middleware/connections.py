@@ -1,4 +1,4 @@
-"""Connections are bounded: how long they may stand still, how long a head may be, how many strangers may wait.
+"""Connections are bounded: how long they may stand still, how long a head may be, how many may wait without a key.
 
 Each is a file of ours, and some of our memory, before anybody knows who is there.
 """
@@ -11,10 +11,10 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from selfloop.server.middleware.strangers import Strangers
+from selfloop.server.middleware.unauthenticated import Unauthenticated
 from selfloop.server.shared.dialect import Dialects
 
-HEAD_PATIENCE_S = 30.0
+HEAD_TIMEOUT_S = 30.0
 """How long the head of a request may take to come, from the connection or from its first byte."""
 MAX_HEAD_BYTES = 64 * 1024
 """Of the request's line and its headers; also of what frames one chunk of a body, and of what follows the last."""
@@ -37,13 +37,13 @@ class _RefusedError(Exception):
     """Ends the parser's work; the answer is the connection's ``_refusal``."""
 
 
-class PatientConnection(HttpToolsProtocol):
+class BoundedConnection(HttpToolsProtocol):
     """Uvicorn's connection, which by itself waits for ever for the rest of a request's head, and for readers.
 
     And takes heads of any length, in a time that grows with their square.
     """
 
-    strangers: ClassVar = Strangers["PatientConnection"]()
+    unauthenticated: ClassVar = Unauthenticated["BoundedConnection"]()
 
     _head_timer: asyncio.TimerHandle | None = None
     _is_in_head = True
@@ -55,7 +55,7 @@ class PatientConnection(HttpToolsProtocol):
         super().connection_made(transport)
         _give_up_on_the_gone(transport.get_extra_info("socket"))
         self._await_head()
-        self.strangers.wait(self, self._address)
+        self.unauthenticated.wait(self, self._address)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
@@ -74,7 +74,7 @@ class PatientConnection(HttpToolsProtocol):
                 is_target = self._is_in_head and len(getattr(self, "url", b"")) > MAX_HEAD_BYTES // 2
                 self._refuse(_LONG_TARGET if is_target else _LONG_HEAD if self._is_in_head else _LONG_FRAME)
             elif self._is_in_head:
-                self.strangers.grow(self, self._num_framing)
+                self.unauthenticated.grow(self, self._num_framing)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -109,10 +109,10 @@ class PatientConnection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        is_stranger = "caller" not in self.cycle.scope.get("state", {})
+        is_unauthenticated = "caller" not in self.cycle.scope.get("state", {})
         super().on_response_complete()
-        if is_stranger and self.cycle.response_complete and not self.transport.is_closing():
-            self.strangers.wait(self, self._address)
+        if is_unauthenticated and self.cycle.response_complete and not self.transport.is_closing():
+            self.unauthenticated.wait(self, self._address)
             if self.cycle.more_body:
                 self._await_head()
 
@@ -154,10 +154,10 @@ class PatientConnection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_PATIENCE_S, self.transport.close)
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
 
     def _head_is_here(self) -> None:
-        self.strangers.leave(self)
+        self.unauthenticated.leave(self)
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

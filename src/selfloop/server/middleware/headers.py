@@ -1,4 +1,4 @@
-"""What every answer says to browsers, and which name a server of this machine alone may be called by."""
+"""Security headers of every answer, and the host names that a server on a local address accepts."""
 
 import ipaddress
 import re
@@ -40,7 +40,7 @@ class BrowserHeaders:
 
 
 class LocalNames:
-    """Refuses requests without a valid key that call a server of this machine by a stranger's name.
+    """Refuses requests without a valid key that call a server of this machine by a foreign host name.
 
     A web page can have a name of its own resolve to 127.0.0.1, and then reads what needs no key as its own. It may
     send headers as it likes, but it has no key. ``names`` are allowed beside those of this machine.

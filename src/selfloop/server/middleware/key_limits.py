@@ -17,12 +17,12 @@ from selfloop.types.settings import KeyLimits
 _MAX_WAIT_S = 8.0
 # What may come at once after a pause, in seconds of the rate.
 _BURST_S = 5.0
-# A refused poll is repeated at once by some clients: so it is held for a moment.
+# A refused poll is repeated at once by some clients: so its answer is delayed.
 _POLL_PAUSE_S = 2.0
 
 
 class _Rate:
-    """A token bucket that may be overdrawn: ``wait_s`` tells for how long."""
+    """A token bucket that may be overdrawn: ``wait_s`` is for how long."""
 
     def __init__(self, per_s: float, now: float) -> None:
         self._per_s = per_s
@@ -47,7 +47,7 @@ class _Key:
 
 
 class Admission:
-    """A request that was let in; it is told of each part of the request's body, and of its end."""
+    """A request that was let in; it is notified of each part of the request's body, and of its end."""
 
     def __init__(self, key: _Key | None) -> None:
         self._key = key

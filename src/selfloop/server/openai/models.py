@@ -10,7 +10,7 @@ _CHECKPOINT = "bt://"
 
 
 def entry(id: str, created_at: float, parent: str | None) -> dict[str, object]:
-    """As OpenAI lists a model, with the ``parent`` that Loops clients tell an adapter by."""
+    """As OpenAI lists a model, with the ``parent`` by which Loops clients recognize an adapter."""
     return {
         "id": id,
         "object": "model",
@@ -21,10 +21,10 @@ def entry(id: str, created_at: float, parent: str | None) -> dict[str, object]:
 
 
 async def listed(sampler: Sampler, control: Control) -> list[dict[str, object]]:
-    """The base model, the adapter that is live, and the other checkpoints that the sampler holds."""
+    """The base model, the adapter that is live, and the other pinned checkpoints."""
     live = await control.samplers.live_path(sampler)
-    held = [uri_of(row) for row in await control.samplers.served(sampler)]
-    paths = [path for path in dict.fromkeys([live, *held]) if path is not None]
+    pinned = [uri_of(row) for row in await control.samplers.served(sampler)]
+    paths = [path for path in dict.fromkeys([live, *pinned]) if path is not None]
     base = entry(sampler.base_model, sampler.created_at, None)
     return [base, *(entry(path, sampler.created_at, sampler.base_model) for path in paths)]
 

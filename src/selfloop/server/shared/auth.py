@@ -59,7 +59,7 @@ def caller_of(request: Request) -> Caller:
 
 
 def check_may_change(role: Role) -> None:
-    """Raises :class:`Forbidden` for a role that may only read, where the request's body tells which it is."""
+    """Raises :class:`Forbidden` for a role that may only read, where the request's body decides which it is."""
     if role == Role.READ_ONLY:
         raise Forbidden(role, "a member or admin key, as it changes something or spends compute")
 

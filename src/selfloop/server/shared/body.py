@@ -16,7 +16,7 @@ _MIB = 1024 * 1024
 # The Loops client caps a request at 24 MiB before it adds the model's name.
 MAX_BODY_BYTES = 24 * _MIB + 64 * 1024
 _MAX_WINDOW_BYTES = 32 * _MIB
-BODY_PATIENCE_S = 30.0
+BODY_TIMEOUT_S = 30.0
 # Below this, the work is quicker than a thread's start.
 _INLINE_BYTES = 256 * 1024
 
@@ -105,10 +105,10 @@ class RequestBody:
 
     async def _next(self) -> Message:
         try:
-            async with asyncio.timeout(BODY_PATIENCE_S):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 message = await self._raw_receive()
         except TimeoutError:
-            raise NotReady(f"nothing of the body came for {BODY_PATIENCE_S:g} s", 1.0) from None
+            raise NotReady(f"nothing of the body came for {BODY_TIMEOUT_S:g} s", 1.0) from None
         self._is_whole = not message.get("more_body", False)
         self._received += len(message.get("body", b""))
         return message

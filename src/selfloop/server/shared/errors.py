@@ -83,7 +83,7 @@ class ChatErrorShape(ErrorShape):
         return super().seen(error)
 
     def headers(self, error: SelfloopError, path: str) -> dict[str, str]:
-        # These clients repeat a conflict unless they are told not to.
+        # These clients repeat a conflict unless this header forbids it.
         again = {"x-should-retry": "false"} if isinstance(error, Conflict | CheckpointDamaged) else {}
         return super().headers(error, path) | again
 
@@ -105,7 +105,7 @@ def body_of(message: str, reason: str, field: str | None = None) -> dict[str, ob
 
 
 def final(reason: str) -> dict[str, str]:
-    """What tells a client of the data plane that it was this gateway which refused it, and means it.
+    """Headers that tell a client of the data plane that this gateway refused the request, and that it is final.
 
     The Loops clients take a plain 400, 404, 408 or 502 of the data plane for a server that is still starting, and
     retry for ten minutes. A 4xx that says which gateway refused it reaches the caller at once.

@@ -15,7 +15,7 @@ _LINE_BREAKS = {"\u0085": b"\\u0085", "\u2028": b"\\u2028", "\u2029": b"\\u2029"
 
 
 def frame(data: object, event: str | None = None) -> bytes:
-    """One event, with its name where it has one: JSON on a single line, however lines are told apart."""
+    """One event, with its name where it has one: JSON on a single line, whatever a reader takes for a line break."""
     encoded = msgspec.json.encode(data)
     for character, escape in _LINE_BREAKS.items():
         encoded = encoded.replace(character.encode(), escape)

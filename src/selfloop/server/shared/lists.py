@@ -76,10 +76,10 @@ async def listed(
     """A list as an object with the one member ``name``.
 
     A page has ``next_page_token`` beside it: null on the last one. Rows that are made meanwhile are no part of later
-    pages, and none is told twice.
+    pages, and none is listed twice.
 
     Args:
-        about: what tells this list from others: its caller's team, its filters.
+        about: what distinguishes this list from others: its caller's team, its filters.
         fetch: the rows that come after a place.
         beside: other members of the object.
 
@@ -122,7 +122,7 @@ async def page_of(name: str, rows: Sequence[T], render: Callable[[T], object], c
 async def streamed(head: bytes, fetch: Fetch[T], encode: Callable[[T], bytes], tail: Tail) -> Response:
     """All rows between ``head`` and ``tail``: at once where they are few, else as they are read.
 
-    What goes wrong with the first slice is told; later, the connection breaks off, so that nobody takes a part for all.
+    An error in the first slice is answered; later, the connection breaks off, so that nobody takes a part for all.
     """
     first = await fetch(Cut(SLICE_ROWS))
     if first.next is None:

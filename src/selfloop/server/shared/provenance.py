@@ -103,7 +103,7 @@ def logprobs(spans: Sequence[Span], known: Known, advantages: Sequence[float], f
 def add_recorded(
     inputs: dict[str, Tensor], spans: Sequence[Span], known: Known, field: str, required: Collection[str]
 ) -> None:
-    """Check what is claimed of the targets, and take their logprobs from the record where the data has none."""
+    """Check the spans of the targets, and take their logprobs from the record where the data has none."""
     targets, where = inputs["target_tokens"], f"{field}.loss_fn_input_spans"
     if len(targets.shape) != 1:
         raise BadRequest(where, "none with several targets a position")

@@ -172,14 +172,14 @@ def _feed_unpacked(finder: JsonPlace, raw: bytes) -> None:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether the client, being told of ``error``, gives the call up."""
+    """Whether the client gives the call up after ``error``."""
     if isinstance(error, SelfloopError):
         return not isinstance(error, NotReady | WorkerLost)
     return isinstance(error, RequestValidationError) or (isinstance(error, HTTPException) and error.status_code < 500)
 
 
 async def _digest(request: Request) -> str | None:
-    """What tells a repetition from another request; None for a body that does not come whole."""
+    """What distinguishes a repetition from another request; None for a body that does not come whole."""
     try:
         raw = await RequestBody.of(request).whole()
     except (SelfloopError, ClientDisconnect):

@@ -30,7 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorV1, "descriptio
 
 
 class Schemas:
-    """The structs of one dialect that its routes name; ``prefix`` tells them from another's of the same name."""
+    """The structs of one dialect that its routes name; ``prefix`` keeps names of several dialects apart."""
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix

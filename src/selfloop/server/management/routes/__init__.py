@@ -11,11 +11,10 @@ from selfloop.server.management.routes import (
     observations,
     runs,
     samplers,
-    training_jobs,
 )
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, samplers, models, deployments, checkpoints, account, keys, training_jobs, observations):
+for part in (runs, samplers, models, deployments, checkpoints, account, keys, observations):
     router.include_router(part.router)
 
 public = checkpoints.public

@@ -11,7 +11,7 @@ from selfloop.control.resources.checkpoints.cleanup import CheckpointFilter
 from selfloop.control.resources.deployments import DeployRequest
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
 from selfloop.control.resources.samplers import exactly_one
-from selfloop.server.management.access import RenderOf, Scope
+from selfloop.server.management.render import RenderOf, Scope
 from selfloop.server.management.schemas.checkpoints import (
     DeleteLoopsCheckpointsRequestV1,
     DeleteLoopsCheckpointsResponseV1,

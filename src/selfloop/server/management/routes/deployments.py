@@ -1,14 +1,15 @@
-"""Trainer deployments."""
+"""Trainer deployments; and training jobs, containers that the hosted service runs and this server does not."""
 
 from fastapi import APIRouter, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.runs import DeploymentView
-from selfloop.server.management.access import RenderOf, Scope
+from selfloop.server.management.render import MemberOf, RenderOf, Scope
 from selfloop.server.management.schemas.common import DeactivateLoopsDeploymentResponseV1
 from selfloop.server.management.schemas.deployments import GetLoopsDeploymentResponseV1, ListLoopsDeploymentsResponseV1
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import PagingOf, listed
+from selfloop.types.errors import BadRequest
 
 router = APIRouter()
 
@@ -41,3 +42,17 @@ async def deactivate_deployment(
     row = (await control.runs.deployment(caller, deployment_id)).deployment
     await control.runs.deactivate_deployment(caller, deployment_id)
     return DeactivateLoopsDeploymentResponseV1(id=row.id, base_model=row.base_model, user=render.user(row.key_id))
+
+
+@router.get("/training_projects", summary="Refused: this server runs no training jobs.")
+@router.post("/training_projects", summary="Refused: this server runs no training jobs.")
+@router.post("/teams/{team_id}/training_projects", summary="Refused: this server runs no training jobs.")
+@router.get("/teams/{team_id}/secrets", summary="Refused: this server keeps no secrets for training jobs.")
+async def no_training_jobs(caller: MemberOf) -> None:
+    """The command line prints this message; the listing comes first, so that it has not promised anything yet."""
+    raise BadRequest(
+        "training_project",
+        "not on this server: `truss loops exec` uploads a folder to an object store and runs it in a container, and "
+        "there is neither here. Run the command where you are, without `truss loops exec --`: with LOOPS_BASE_URL and "
+        "BASETEN_API_KEY set as `selfloop serve` prints them, it trains on this server",
+    )

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Response
 
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.listings import Cut, Part, Place, part_of
-from selfloop.server.management.access import MemberOf
+from selfloop.server.management.render import MemberOf
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.keys import (
     APIKeyInfoV1,

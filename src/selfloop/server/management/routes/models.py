@@ -9,7 +9,7 @@ from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.deployments import ModelView
 from selfloop.control.resources.listings import Cut, Part
-from selfloop.server.management.access import MemberOf, RenderOf
+from selfloop.server.management.render import MemberOf, RenderOf
 from selfloop.server.management.schemas.models import (
     DeactivateResponseV1,
     DeploymentsV1,

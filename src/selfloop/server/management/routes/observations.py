@@ -13,7 +13,7 @@ from selfloop.control.observe.meter import Minute, Step
 from selfloop.control.observe.observations import LogWindow
 from selfloop.control.observe.usage import UsageLine
 from selfloop.control.resources.listings import Cut, Part, Place, part_of_sorted
-from selfloop.server.management.access import Scope
+from selfloop.server.management.render import Scope
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.management.schemas.observations import (
     GetDeploymentLogsRequestV1,

@@ -6,8 +6,7 @@ from fastapi import APIRouter, Body, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.runs import RunRequest, RunView
-from selfloop.server.management.access import MemberOf, RenderOf, Scope
-from selfloop.server.management.render import refuse_unserved
+from selfloop.server.management.render import MemberOf, RenderOf, Scope, refuse_unserved
 from selfloop.server.management.schemas.common import DeactivateLoopsRunResponseV1
 from selfloop.server.management.schemas.runs import (
     CreateLoopsRunRequestV1,

@@ -4,8 +4,14 @@ from fastapi import APIRouter, Response
 
 from selfloop.control.resources.listings import Cut, Part
 from selfloop.control.resources.samplers import exactly_one
-from selfloop.server.management.access import MemberOf, RenderOf, Scope
-from selfloop.server.management.render import refuse_replicas, refuse_spot, refuse_with_serverless
+from selfloop.server.management.render import (
+    MemberOf,
+    RenderOf,
+    Scope,
+    refuse_replicas,
+    refuse_spot,
+    refuse_with_serverless,
+)
 from selfloop.server.management.schemas.common import DeactivateLoopsSamplerResponseV1
 from selfloop.server.management.schemas.samplers import (
     CreateLoopsSamplerRequestV1,

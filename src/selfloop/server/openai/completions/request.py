@@ -7,7 +7,7 @@ from selfloop.server.openai.params import Asked, asked
 from selfloop.server.shared.sampling import MAX_TOP_LOGPROBS, within
 from selfloop.types.errors import BadRequest
 
-# What OpenAI's route draws when it is told nothing.
+# What OpenAI's route samples by default.
 _DEFAULT_MAX_TOKENS = 16
 _MAX_CHOICES = 1024
 

@@ -67,8 +67,8 @@ class ResponseAnswer:
 
     def error(self, error: SelfloopError) -> bytes:
         """The last event of a stream that fails."""
-        told = msgspec.convert(ERRORS.body(error), ErrorAnswer).error
-        return self._event("error", code=told.code, message=told.message, param=told.param)
+        shown = msgspec.convert(ERRORS.body(error), ErrorAnswer).error
+        return self._event("error", code=shown.code, message=shown.message, param=shown.param)
 
     def _items(self, grown: Grown) -> Iterator[bytes]:
         self.num_drawn += len(grown.tokens)

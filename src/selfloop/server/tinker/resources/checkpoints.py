@@ -1,4 +1,4 @@
-"""What is done with one checkpoint: told of, deleted, published, given a time to live, downloaded, copied."""
+"""One checkpoint: described, deleted, published, given a time to live, downloaded, copied."""
 
 from datetime import UTC, datetime
 from typing import Annotated

@@ -79,7 +79,7 @@ async def list_checkpoints(caller: CallerOf, control: ControlOf, limit: Limit = 
 
 
 def training_run(listed: ListedRun, key_name: str | None) -> Json:
-    """A ``TrainingRun``. Of another team's run neither the key's name nor the metadata is told."""
+    """A ``TrainingRun``. Another team's run comes without the key's name and without metadata."""
     run = listed.run
     return {
         "training_run_id": names.their_id(run.id),

@@ -64,7 +64,7 @@ async def _parts(request: Request) -> AsyncGenerator[bytes]:
 
 
 def _sdk_version(request: Request) -> tuple[int, int]:
-    """As the SDK tells it; what does not tell is taken for the first that had uploads."""
-    told = request.headers.get("x-stainless-package-version") or request.headers.get("user-agent", "")
-    found = re.search(r"(?:^|Tinker/Python )(\d{1,4})\.(\d{1,4})\b", told)
+    """As the SDK sends it; without one, the first that had uploads."""
+    sent = request.headers.get("x-stainless-package-version") or request.headers.get("user-agent", "")
+    found = re.search(r"(?:^|Tinker/Python )(\d{1,4})\.(\d{1,4})\b", sent)
     return (0, 39) if found is None else (int(found[1]), int(found[2]))

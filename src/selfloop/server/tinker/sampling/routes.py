@@ -59,8 +59,8 @@ async def sampler_info(sampling_session_id: str, caller: CallerOf, control: Cont
     sampler = await control.samplers.get(caller, names.sampler_id(sampling_session_id))
     info: dict[str, object] = {"sampler_id": names.their_id(sampler.id), "base_model": sampler.base_model}
     # Of its own files: the checkpoint may have been deleted, and may be another team's.
-    for held in await control.samplers.served(sampler):
-        info["model_path"] = names.checkpoint_path(held.run_id, CheckpointTarget(held.target), held.name)
+    for row in await control.samplers.served(sampler):
+        info["model_path"] = names.checkpoint_path(row.run_id, CheckpointTarget(row.target), row.name)
     return info
 
 

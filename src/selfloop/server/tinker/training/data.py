@@ -21,7 +21,7 @@ assert sys.byteorder == "little", "tensors travel in little-endian bytes, and ar
 # Where this dialect's defaults are not the losses' own.
 _DEFAULTS: dict[str, dict[str, float]] = {"cispo": {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}}
 _LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
-# It tells whether losses are summed, and here they always are.
+# Whether losses are summed: here they always are.
 _NOT_OFFERED = {"skip_token_normalization"}
 _MAX_CONFIG = 1e9
 _MAX_DATUMS = 4096
@@ -115,20 +115,20 @@ def _datum(
         raise BadRequest(where, f"1 to {limits.max_seq_len} tokens, got {len(tokens)}")
     _check_ids(tokens, limits, where)
     budget.take(len(tokens), where)
-    claimed = provenance.spans(message.model_input_spans)
-    claimed_targets = provenance.spans(message.loss_fn_input_spans)
-    if bool(claimed) != bool(claimed_targets):
+    input_spans = provenance.spans(message.model_input_spans)
+    target_spans = provenance.spans(message.loss_fn_input_spans)
+    if bool(input_spans) != bool(target_spans):
         raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
-    if claimed:
-        check(claimed, tokens, known, f"{field}.model_input_spans")
+    if input_spans:
+        check(input_spans, tokens, known, f"{field}.model_input_spans")
     where = f"{field}.loss_fn_inputs"
     if isinstance(loss, LossSpec):
-        recorded = {"logprobs"} if claimed_targets else set[str]()
+        recorded = {"logprobs"} if target_spans else set[str]()
         inputs = _loss_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens), recorded)
     else:
         inputs = _custom_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
-    if claimed_targets:
-        add_recorded(inputs, claimed_targets, known, field, loss.required if isinstance(loss, LossSpec) else ())
+    if target_spans:
+        add_recorded(inputs, target_spans, known, field, loss.required if isinstance(loss, LossSpec) else ())
     return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs)
 
 

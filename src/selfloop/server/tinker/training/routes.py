@@ -256,7 +256,7 @@ async def _run(caller: Caller, control: Control, model_id: str) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Where an operation belongs, and the bytes that tell a repetition from another request."""
+    """Where an operation belongs, and the bytes that distinguish a repetition from another request."""
 
     run: Run
     seq: int

@@ -1,4 +1,4 @@
-"""Connections that wait for a request's head and have shown no key: bounded in number and bytes, by address."""
+"""Unauthenticated connections that wait for a request's head: bounded in number and bytes, by address."""
 
 from typing import Generic, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ class Waiting(Protocol):
 C = TypeVar("C", bound=Waiting)
 
 
-class Strangers(Generic[C]):
+class Unauthenticated(Generic[C]):
     """Beyond the bounds, the address that has most of them gives up its largest or longest waiting connection.
 
     So nobody who sends a head at once is kept out by those who do not, unless they share an address.
@@ -41,8 +41,8 @@ class Strangers(Generic[C]):
         self._address_of[connection] = address
         self._bytes_of.setdefault(address, {})[connection] = 0
         if len(self._address_of) > self._max_waiting:
-            crowd = max(self._bytes_of.values(), key=len)
-            self._let_go(next(iter(crowd)))
+            most = max(self._bytes_of.values(), key=len)
+            self._let_go(next(iter(most)))
 
     def grow(self, connection: C, num_bytes: int) -> None:
         """So much of its head has come; one that is not waiting is no matter."""
@@ -53,8 +53,8 @@ class Strangers(Generic[C]):
         self._num_bytes += num_bytes - theirs[connection]
         theirs[connection] = num_bytes
         while self._num_bytes > self._max_bytes:
-            crowd = max(self._bytes_of.values(), key=lambda each: sum(each.values()))
-            self._let_go(max(crowd, key=lambda each: crowd[each]))
+            most = max(self._bytes_of.values(), key=lambda each: sum(each.values()))
+            self._let_go(max(most, key=lambda each: most[each]))
 
     def leave(self, connection: C) -> None:
         address = self._address_of.pop(connection, None)
