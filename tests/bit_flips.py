@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.data_dir.disk_space import DiskRoom
@@ -153,8 +152,8 @@ async def read_all(data_dir: Path, known: Known, engine: Engine, about: str = ""
         if run is None:
             raise NotFound("run", run_id)
         folder = "weights" if target == "trainer" else "sampler_weights"
-        payload = msgspec.msgpack.encode(LoadState(f"bt://loops:{run_id}/{folder}/{name}", target == "trainer"))
-        path = local_path(await outcomes.read_from(run, payload), {DATA: data_dir})
+        operation = LoadState(f"bt://loops:{run_id}/{folder}/{name}", target == "trainer")
+        path = local_path(await outcomes.read_from(run, operation), {DATA: data_dir})
         engine.init_run("loaded", rank=run.initial_rank, seed=0)
         engine.load_checkpoint("loaded", path, with_optimizer=target == "trainer")
         engine.load_adapter("loaded", path)

@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import cast
 
-import msgspec
-
 from fake_worker import FakeLifecycle
 from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.capacity.workers import WorkerPool
@@ -13,13 +11,13 @@ from selfloop.control.context import Context
 from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.usage import Usage
-from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal, Submission
 from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.recovery import identity
+from selfloop.control.queue.run_actor import RunActor
 from selfloop.control.queue.run_memory import RunMemories
-from selfloop.control.queue.scheduler import RunActor
+from selfloop.control.queue.scheduler import Scheduler
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.checkpoints import LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs
@@ -87,7 +85,7 @@ class FakeHouse:
                 session.add(SessionRow(id="session", team_id="team", key_id="key", created_at=now))
                 session.add(_deployment(now))
                 await session.flush()
-                session.add(_run(now))
+                session.add(new_run(now))
         await house.operations.start()
         return house
 
@@ -99,9 +97,8 @@ class FakeHouse:
             return (await queries_resources.run_rows(session, {RUN_ID}))[RUN_ID]
 
     async def submit(self, operation: Operation, seq: int | None, id: str, fingerprint: str = "") -> str:
-        payload = msgspec.msgpack.encode(operation)
-        submission = Submission(id, kind_of(operation), seq, fingerprint or id, payload)
-        return await self.operations.accept((await self.run()).view(), submission)
+        submission = Submission(id, kind_of(operation), seq, fingerprint or id)
+        return await self.operations.accept((await self.run()).view(), submission, operation)
 
     async def crash(self) -> None:
         """Everything in memory is gone; what was durable stays."""
@@ -126,7 +123,7 @@ def _deployment(now: float) -> DeploymentRow:
     )
 
 
-def _run(now: float) -> RunRow:
+def new_run(now: float) -> RunRow:
     run = RunRow(
         id=RUN_ID,
         session_id="session",

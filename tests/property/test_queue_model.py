@@ -53,6 +53,8 @@ async def _play(plan: list[Operation], arrival: list[int], what: list[str], conf
                     house = await FakeHouse.open(folder, config)
                 case _:
                     await asyncio.sleep(0)
+            if (actor := house.scheduler.known(RUN_ID)) is not None:
+                actor.queue.check_integrity()
         reference = FakeState(weights=8)
         for seq, operation in enumerate(plan, start=1):
             outcome = await house.operations.wait(RUN_ID, f"op{seq}", 20.0)

@@ -24,7 +24,7 @@ ALLOWED = {
     # Live rows: the journal and the outcomes keep a run's row in memory equal to the one they write.
     "control/queue/journal.py": {"run", "row"},
     "control/queue/outcomes.py": {"run"},
-    "control/queue/scheduler.py": {"row"},
+    "control/queue/run_queue.py": {"row"},
     # Rows that are made, and not yet added, in the same function.
     "control/resources/access.py": {"key"},
     "control/resources/runs.py": {"row"},

@@ -6,10 +6,10 @@ from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.capacity.placement import Capacity
 from selfloop.control.capacity.workers import WorkerPool
 from selfloop.control.data_dir.disk_space import DiskRoom
-from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.run_memory import RunMemories
+from selfloop.control.queue.scheduler import Scheduler
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.blobs.local import LocalBlobs

@@ -27,12 +27,12 @@ from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.observer import Observer
 from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
-from selfloop.control.queue.actors import Scheduler
 from selfloop.control.queue.journal import Journal
 from selfloop.control.queue.operations import Operations
 from selfloop.control.queue.outcomes import Outcomes
+from selfloop.control.queue.run_actor import RunActor
 from selfloop.control.queue.run_memory import RunMemories
-from selfloop.control.queue.scheduler import RunActor
+from selfloop.control.queue.scheduler import Scheduler
 from selfloop.control.resources.access import Access
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.control.resources.checkpoints import pinned

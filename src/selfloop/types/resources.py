@@ -193,6 +193,10 @@ class Checkpoint:
     user_metadata: str | None = None
     public: bool = False
 
+    def may_be_read_by(self, team_id: str, granted_team_id: str | None = None) -> bool:
+        """By its team, by everybody once it is published, and by who shows a key of its team (``granted_team_id``)."""
+        return self.public or self.team_id in (team_id, granted_team_id)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEvent:

@@ -199,7 +199,7 @@ async def test_a_damaged_load_that_waits_needs_no_checkpoint_and_fails_with_its_
         assert (await retention.needs(session)).by_address == {}
     actor = house.scheduler.known(RUN_ID)
     assert actor is not None
-    assert not actor.saves_named("first", "load_state")
+    assert not actor.saves_named("first", LoadState)
     await house.submit(STEP, 1, "op1")
     assert (await outcome(house, "op2")).error_class == "RecoveryFailed"
     await house.crash()

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from fake_house import RUN_ID, FakeHouse
 from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.data_dir.transient_errors import Setbacks, is_passing
-from selfloop.control.queue import scheduler
+from selfloop.control.queue import run_actor
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.local import LocalBlobs
@@ -36,7 +36,7 @@ def failing(number: int):
 
 @pytest.fixture
 async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[FakeHouse]:
-    monkeypatch.setattr(scheduler, "_RETRY_S", 0.01)
+    monkeypatch.setattr(run_actor, "_RETRY_S", 0.01)
     house = await FakeHouse.open(tmp_path, QueueSettings())
     yield house
     await house.crash()

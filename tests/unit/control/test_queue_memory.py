@@ -17,8 +17,8 @@ async def test_operations_ahead_of_their_order_leave_their_bodies_in_the_journal
         await house.submit(ForwardBackward([], "fails", {"value": float(seq)}), seq, f"op{seq}")
     actor = house.scheduler.known(RUN_ID)
     assert actor is not None
-    held = [queued.row for queued in actor._queue if queued.row.payload is not None]
-    assert len(actor._queue) == NUM - 1
+    held = [queued.row for queued in actor.queue if queued.row.payload is not None]
+    assert len(actor.queue) == NUM - 1
     assert len(held) <= 64
     await house.submit(ForwardBackward([], "fails", {"value": 1.0}), 1, "op1")
     for seq in range(1, NUM + 1):

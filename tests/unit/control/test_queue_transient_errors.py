@@ -45,7 +45,7 @@ async def step_of(house: FakeHouse, id: str) -> float:
 @pytest.fixture
 def transient_error(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The next outcomes that are errors cannot be stored; returns whose they are."""
-    monkeypatch.setattr("selfloop.control.queue.scheduler._RETRY_S", 0.01)
+    monkeypatch.setattr("selfloop.control.queue.run_actor._RETRY_S", 0.01)
     store, met = house.journal.fail, list[str]()
 
     async def fail(failures: Sequence[Failure]) -> list[Failure]:
@@ -212,7 +212,7 @@ async def test_a_corrected_call_may_take_its_place_after_a_restart(house: FakeHo
 async def test_places_of_refused_and_cancelled_operations_are_known_after_a_restart(
     house: FakeHouse, tmp_path: Path
 ) -> None:
-    refused = Submission("op2", kind_of(STEP), 2, "f", b"")
+    refused = Submission("op2", kind_of(STEP), 2, "f")
     await house.operations.refuse(await house.run(), refused, "no such loss", "BadRequest")
     await house.submit(STEP, 3, "op3")
     await house.operations.cancel(RUN_ID, "op3")

@@ -13,6 +13,7 @@ from selfloop.storage.db import queries_observations
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.logline import current
+from selfloop.types.operation import KINDS, ForwardBackward
 from selfloop.types.resources import Sampler
 from selfloop.types.result import LossResult, Result
 from selfloop.types.sampling import SampleResult
@@ -26,7 +27,7 @@ Counts = queries_observations.Counts
 def counts_of(row: OperationRow, result: Result) -> Counts:
     """What one finished operation took. Trained tokens are those whose loss counted."""
     trained = 0
-    if row.kind == "forward_backward" and isinstance(result, LossResult):
+    if KINDS.get(row.kind) is ForwardBackward and isinstance(result, LossResult):
         trained = int(result.metrics.get("num_trained_tokens", 0))
     return Counts(
         operations=1,

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 from sqlalchemy import Connection, Update
 from sqlalchemy.exc import IntegrityError
 
@@ -19,7 +20,7 @@ from selfloop.types.digests import digest_of
 from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import Conflict, OperationFailed
 from selfloop.types.logline import current
-from selfloop.types.operation import CHANGES_STATE
+from selfloop.types.operation import CHANGES_STATE, Operation, operation_decoder, traits_of
 from selfloop.types.status import OperationState
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 # Below this a payload or result lies in its row: one write instead of two.
 _INLINE_BYTES = 16 * 1024
 _PURGED_AT_ONCE = 500
-_STARTS_EPOCH = "init_trainer_server"
 
 END_OF_TIME = (2**62, 2**62)
 """A position after every operation."""
@@ -35,20 +35,18 @@ END_OF_TIME = (2**62, 2**62)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An operation as a dialect hands it over.
+    """Whose place an operation takes, as a dialect tells it.
 
     Args:
         id: the client's idempotency key, which becomes the operation's id.
         seq: the client's sequence id, or None to take the next free place.
         fingerprint: digest of the request as the client sent it, to tell a retry from a different request.
-        payload: msgpack bytes of the ``types.operation`` struct.
     """
 
     id: str
     kind: str
     seq: int | None
     fingerprint: str
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,34 +73,37 @@ class Journal:
         self._db = db
         self._blobs = blobs
 
-    async def accept(self, run: RunRow, submission: Submission, parked: Collection[int]) -> Accepted:
+    async def accept(
+        self, run: RunRow, submission: Submission, payload: bytes, out_of_order: Collection[int]
+    ) -> Accepted:
         """Give the submission its place in the run's order and make it durable.
 
         Args:
             run: the live row; its ``epoch`` and ``next_seq`` go on as this operation arrives.
-            parked: sequence ids of the epoch, at or above ``run.next_seq``, that are here already.
+            payload: of :func:`encoded`.
+            out_of_order: sequence ids of the epoch, at or above ``run.next_seq``, that are here already.
 
         Raises:
             Conflict: the id or the sequence id was used for a different request, or the place has passed.
         """
         # Named by its content too: a different request under a used id must not touch the payload that is there.
         name = f"{submission.id}-{submission.fingerprint[:16]}.op"
-        payload_key = await self._store(f"journal/{run.id}/{name}", submission.payload)
+        payload_key = await self._store(f"journal/{run.id}/{name}", payload)
         epoch, next_seq = run.epoch, run.next_seq
-        if submission.kind == _STARTS_EPOCH and submission.seq == 1 and next_seq > 1:
+        if traits_of(submission.kind).starts_epoch and submission.seq == 1 and next_seq > 1:
             if (known := await self.get(run.id, submission.id)) is not None:
                 return Accepted(_same_request(known, submission, "Idempotency-Key"), is_new=False)
             # A client that attaches starts counting anew; what is queued before it still runs first.
-            epoch, next_seq, parked = epoch + 1, 1, ()
-        seq = max([next_seq - 1, *parked]) + 1 if submission.seq is None else submission.seq
+            epoch, next_seq, out_of_order = epoch + 1, 1, ()
+        seq = max([next_seq - 1, *out_of_order]) + 1 if submission.seq is None else submission.seq
         row = _operation_row(run.id, epoch, seq, submission, OperationState.QUEUED)
-        row.payload, row.payload_key = (None, payload_key) if payload_key else (submission.payload, None)
+        row.payload, row.payload_key = (None, payload_key) if payload_key else (payload, None)
         row.key_id = current().key_id or None
-        row.payload_digest = payload_digest(row, submission.payload)
+        row.payload_digest = payload_digest(row, payload)
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
         if seq == next_seq:
-            next_seq = first_missing(seq + 1, parked)
+            next_seq = first_missing(seq + 1, out_of_order)
         try:
             await self._db.write_grouped(lambda connection: queries_operations.add(connection, row, next_seq))
         except IntegrityError:
@@ -181,6 +182,10 @@ class Journal:
             raise _unreadable(row, f"{row.payload_key or 'its row'} is damaged: that is not what was accepted")
         return payload
 
+    async def operation(self, row: OperationRow) -> Operation:
+        """What was accepted. Raises as :meth:`payload`."""
+        return decoded(await self.payload(row))
+
     async def store_result(self, row: OperationRow, result: bytes) -> "StoredResult":
         """Put a large result aside."""
         digest = result_digest(row, result)
@@ -218,7 +223,7 @@ class Journal:
         return result
 
     async def fail(self, failures: Sequence[Failure]) -> list[Failure]:
-        """Settle queued operations without a result, all at once; returns those that were not settled before."""
+        """Complete queued operations without a result, all at once; returns those that had no outcome before."""
 
         def store(connection: Connection) -> list[Failure]:
             return [
@@ -274,6 +279,16 @@ class Journal:
         for key in keys:
             if key is not None:
                 await asyncio.to_thread(self._blobs.delete, key)
+
+
+def encoded(operation: Operation) -> bytes:
+    """An operation as it is stored, and as a worker takes it."""
+    return msgspec.msgpack.encode(operation)
+
+
+def decoded(payload: bytes) -> Operation:
+    """Of :func:`encoded`."""
+    return operation_decoder.decode(payload)
 
 
 class StoredResult(NamedTuple):

@@ -8,15 +8,21 @@ from typing import NamedTuple
 
 from selfloop.control.context import Context
 from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, Ages, tried
-from selfloop.control.queue.journal import Submission, cancelled, first_missing
+from selfloop.control.queue.journal import Submission, cancelled, encoded, first_missing
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.queue.recovery import clear_leftovers
-from selfloop.control.queue.scheduler import RunActor
-from selfloop.control.resources.checkpoints.readable import may_read
+from selfloop.control.queue.run_actor import RunActor
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.tables import OperationRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
-from selfloop.types.operation import USES_CHECKPOINTS, LoadState, Operation, operation_decoder
+from selfloop.types.operation import (
+    Forward,
+    ForwardBackward,
+    LoadState,
+    Operation,
+    SaveState,
+    SaveWeightsForSampler,
+)
 from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import CheckpointTarget, OperationState, RunStatus
 from selfloop.types.uris import CheckpointUri, parse_checkpoint_uri
@@ -28,6 +34,8 @@ _PURGE_EVERY_S = 60.0
 # Refused calls further ahead than this are not remembered: no client sends so many at a time.
 _LEFT_OUT_AHEAD = 1024
 _REFUSALS_COUNT = 1024
+# Token ids of an operation that is encoded beside the event loop.
+_LARGE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Operations:
             self._purger.cancel()
             await asyncio.gather(self._purger, return_exceptions=True)
 
-    async def accept(self, run: Run, submission: Submission) -> str:
+    async def accept(self, run: Run, submission: Submission, operation: Operation) -> str:
         """Make an operation durable and queue it; returns its id.
 
         Raises:
@@ -97,12 +105,13 @@ class Operations:
             raise Conflict(
                 f"run {run.id} is INACTIVE: it was deactivated and takes no more operations", reason="RUN_INACTIVE"
             )
-        self._c.disk_room.check_accept(len(submission.payload))
-        if submission.kind in USES_CHECKPOINTS:
-            await self._check_store(operation_decoder.decode(submission.payload))
+        payload = await _encoded(operation)
+        self._c.disk_room.check_accept(len(payload))
+        if operation.reads_checkpoint or operation.writes_checkpoint:
+            await self._check_store(operation)
         actor = await self._c.scheduler.actor(run.id)
         async with actor.accepting:
-            accepted = await self._c.journal.accept(actor.run, submission, actor.out_of_order_seqs())
+            accepted = await self._c.journal.accept(actor.run, submission, payload, actor.queue.out_of_order_seqs())
             self._c.lifecycle.touch(run.deployment_id)
             if accepted.is_new:
                 self._awaited.expect((run.id, accepted.row.id))
@@ -175,7 +184,7 @@ class Operations:
         """Go past places that were left out, once something waits behind them."""
         run = actor.run
         skipped = self._skipped.get(run.id, set())
-        while (run.epoch, run.next_seq) in skipped and (waiting := actor.out_of_order_seqs()):
+        while (run.epoch, run.next_seq) in skipped and (waiting := actor.queue.out_of_order_seqs()):
             await self._c.journal.skip_gap(run, first_missing(run.next_seq + 1, waiting))
             actor.look_again()
         skipped -= {(epoch, seq) for epoch, seq in skipped if epoch < run.epoch or seq < run.next_seq}
@@ -227,10 +236,10 @@ class Operations:
         if with_optimizer and uri.target is not CheckpointTarget.TRAINER:
             raise BadRequest("path", "a trainer checkpoint (.../weights/<name>): a sampler's has no optimizer state")
         row = await self._checkpoint(uri)
-        if row is not None and may_read(row, run.team_id, granted_team_id):
+        if row is not None and row.may_be_read_by(run.team_id, granted_team_id):
             await self._c.catalogue.same_model(row.base_model, run.base_model, "path")
             return
-        kind = "save_state" if uri.target is CheckpointTarget.TRAINER else "save_weights_for_sampler"
+        kind = SaveState if uri.target is CheckpointTarget.TRAINER else SaveWeightsForSampler
         actor = self._c.scheduler.known(run.id)
         if uri.run_id != run.id or actor is None or not actor.saves_named(uri.name, kind):
             raise NotFound("checkpoint", path)
@@ -244,7 +253,7 @@ class Operations:
         async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, run.id, CheckpointTarget.TRAINER, name)
         actor = self._c.scheduler.known(run.id)
-        if row is not None or (actor is not None and actor.saves_named(name, "save_state")):
+        if row is not None or (actor is not None and actor.saves_named(name, SaveState)):
             raise BadRequest("path", f"a name that is free, or overwrite: this run has a checkpoint {name!r}")
 
     async def _row(self, run_id: str, operation_id: str) -> OperationRow:
@@ -271,6 +280,14 @@ class Operations:
             await asyncio.sleep(_PURGE_EVERY_S)
             with tried("purge of results"):
                 await self._c.journal.purge(ages.old())
+
+
+async def _encoded(operation: Operation) -> bytes:
+    """As bytes; what is large beside the event loop."""
+    data = operation.data if isinstance(operation, Forward | ForwardBackward) else []
+    if sum(len(datum.tokens.data) for datum in data) > _LARGE_BYTES:
+        return await asyncio.to_thread(encoded, operation)
+    return encoded(operation)
 
 
 def checked_operation_id(key: str) -> str:

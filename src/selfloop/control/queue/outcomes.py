@@ -15,7 +15,6 @@ from selfloop.control.queue.journal import Failure, Journal
 from selfloop.control.queue.stored_states import Position, StoredState, older_state
 from selfloop.control.queue.waiters import Announcements, AwaitedOutcomes
 from selfloop.control.resources.checkpoints import retention
-from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.new_rows import new_checkpoint
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db import (
@@ -36,7 +35,7 @@ from selfloop.types.operation import (
     Save,
     SaveState,
     SaveWeightsForSampler,
-    operation_decoder,
+    traits_of,
 )
 from selfloop.types.resources import Checkpoint
 from selfloop.types.result import InitResult, LoadResult, SaveResult, StepResult, result_decoder
@@ -84,14 +83,12 @@ class Outcomes:
         self.published = Announcements()
         """That a sampler may have newer weights."""
 
-    async def read_from(self, run: RunRow, payload: bytes) -> BlobRef:
+    async def read_from(self, run: RunRow, operation: LoadState) -> BlobRef:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
-        operation = operation_decoder.decode(payload)
-        assert isinstance(operation, LoadState)
         uri = parse_checkpoint_uri(operation.path)
         async with self._db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or not may_read(row, run.team_id, operation.reader_team_id):
+        if row is None or not row.may_be_read_by(run.team_id, operation.reader_team_id):
             raise OperationFailed(f"checkpoint {operation.path} does not exist any more", "NotFound")
         try:
             return self._store.ref(await self._store.folder(row.id))
@@ -106,7 +103,7 @@ class Outcomes:
     async def discard(self, row: OperationRow) -> None:
         """Remove what a save that failed has written."""
         try:
-            operation = operation_decoder.decode(await self._journal.payload(row))
+            operation = await self._journal.operation(row)
         except OperationFailed:
             return  # What it was to write can no longer be told; the next start clears it away.
         if isinstance(operation, Save):
@@ -140,7 +137,7 @@ class Outcomes:
             if completed:
                 if counted:
                     await queries_resources.update_run(session, run.id, **counted)
-                # In this transaction: what is replayed or settled twice counts once.
+                # In this transaction: what is replayed or completed twice counts once.
                 account = operation_key(run, row, time.time())
                 await queries_observations.add_usage(session, account, counts)
             match result:
@@ -203,7 +200,7 @@ class Outcomes:
 
     async def _published(self, row: OperationRow, result: SaveResult) -> Save:
         """The save whose files have their name now. Raises :class:`OperationFailed`."""
-        operation = operation_decoder.decode(await self._journal.payload(row))
+        operation = await self._journal.operation(row)
         assert isinstance(operation, Save)
         await self._publish(result.checkpoint_id)
         return operation
@@ -268,7 +265,7 @@ class Outcomes:
 
 def _one_more(run: RunRow, row: OperationRow) -> dict[str, int]:
     """The run's counts of operations that changed it, with this one; none where it does not, or nothing is counted."""
-    if run.num_changes is None or row.kind not in CHANGES_STATE:
+    if run.num_changes is None or not traits_of(row.kind).changes_state:
         return {}
     counts, position = {"num_changes": run.num_changes + 1}, (row.epoch, row.seq)
     # A load is in its stored states before it has its outcome.

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.data_dir.transient_errors import in_words, is_passing
-from selfloop.control.queue.journal import Journal
+from selfloop.control.queue.journal import Journal, decoded
 from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.stored_states import Position, StoredState, newest_state, older_state
 from selfloop.storage.blobs.local import LocalBlobs
@@ -20,6 +20,7 @@ from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.digests import digest_of
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
+from selfloop.types.operation import LoadState, traits_of
 from selfloop.types.resources import Run
 from selfloop.types.status import RunStatus
 from selfloop.worker.client.worker_client import WorkerClient
@@ -113,8 +114,9 @@ async def _replay(run: RunRow, worker: WorkerClient, files: _Files, state: Store
         payload = await files.journal.payload(row)
         context = Execute(run.id, run.seed, initial=initial, targets=LoraTargets.parse(run.targets), alone=True)
         try:
-            if row.kind == "load_state":
-                context = msgspec.structs.replace(context, read_from=await files.outcomes.read_from(run, payload))
+            operation = decoded(payload) if traits_of(row.kind).reads_checkpoint else None
+            if isinstance(operation, LoadState):
+                context = msgspec.structs.replace(context, read_from=await files.outcomes.read_from(run, operation))
             await worker.call(context, payload)
         except OperationFailed as error:
             raise _failed(f"replaying {row.kind} (seq_id {row.seq}, operation {row.id}) failed: {error}") from error

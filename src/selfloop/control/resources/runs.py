@@ -16,7 +16,6 @@ from selfloop.control.queue.journal import END_OF_TIME, cancelled
 from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
-from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.new_rows import new_deployment, new_paired_sampler, new_run, new_session
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
@@ -304,7 +303,7 @@ class Runs:
             raise BadRequest("path", "a trainer checkpoint: bt://loops:<run_id>/weights/<checkpoint_name>")
         async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or not may_read(row, caller.team_id, request.reader_team_id):
+        if row is None or not row.may_be_read_by(caller.team_id, request.reader_team_id):
             raise NotFound("checkpoint", request.path)
         await self._c.catalogue.same_model(row.base_model, request.base_model, "path")
         if request.with_optimizer and not (await self._c.store.folder(row.id) / OPTIMIZER_FILE).is_file():

@@ -7,7 +7,6 @@ from selfloop.control.capacity.placement import Scope
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import pinned
-from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.checkpoints.zero_adapters import warn_of_zero
 from selfloop.control.resources.new_rows import new_paired_sampler, new_sampler
 from selfloop.control.resources.runs import checked_seq_len
@@ -194,7 +193,7 @@ class Samplers:
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or not may_read(row, team_id):
+        if row is None or not row.may_be_read_by(team_id):
             raise NotFound("checkpoint", path)
         return row
 

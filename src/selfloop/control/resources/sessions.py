@@ -142,7 +142,7 @@ class Sessions:
             await self._rest(run)
 
     async def _rest(self, run: Run) -> None:
-        """Park a run, unless its deployment also serves others'."""
+        """Suspend a run, unless its deployment also serves others'."""
         async with self._c.db.read() as session:
             sharing = await queries_resources.runs(session, deployment_id=run.deployment_id)
         if all(other.session_id == run.session_id for other in sharing):

@@ -213,9 +213,8 @@ async def _accept(
         kind=kind_of(operation),
         seq=body.seq_id,
         fingerprint=await off_loop(len(raw), lambda: validate.fingerprint(request.url.path, raw)),
-        payload=await off_loop(len(raw), lambda: msgspec.msgpack.encode(operation)),
     )
-    operation_id = await control.operations.accept(run, submission)
+    operation_id = await control.operations.accept(run, submission, operation)
     return JSONResponse(
         msgspec.to_builtins(wire.Acceptance(operation_id)), 202, {"Location": f"/operations/{operation_id}"}
     )

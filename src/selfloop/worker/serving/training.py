@@ -17,7 +17,6 @@ from selfloop.engine.train.request import LossRequest
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.operation import (
-    CHANGES_STATE,
     Forward,
     ForwardBackward,
     Operation,
@@ -240,7 +239,7 @@ class TrainingQueue:
     def _consequence(self, work: _Work, error: Exception) -> Exception:
         """An unforeseen error, as of memory, may leave the run half-changed: then it is forgotten here."""
         foreseen = isinstance(error, BadRequest | NotFound | OperationFailed) or is_device_lost(error)
-        if foreseen or work.operation is None or kind_of(work.operation) not in CHANGES_STATE:
+        if foreseen or work.operation is None or not work.operation.changes_state:
             return error
         log.error("%s failed; its run is to be opened again", kind_of(work.operation), exc_info=error)
         self._engine.remove_run(work.run_id)

@@ -10,7 +10,6 @@ from selfloop.control.data_dir.signed_urls import LINK_LIFE_S, SignedUrls
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints import retention
-from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.storage.blobs.checkpoints import StoredFile
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
@@ -77,7 +76,7 @@ class Checkpoints:
         uri = parse_checkpoint_uri(path, field)
         async with self._c.db.look_up() as session:
             row = await queries_checkpoints.named(session, uri.run_id, uri.target, uri.name)
-        if row is None or not may_read(row, caller.team_id):
+        if row is None or not row.may_be_read_by(caller.team_id):
             raise NotFound("checkpoint", path)
         return row
 

@@ -13,7 +13,7 @@ from selfloop.storage.db import (
     queries_resources,
 )
 from selfloop.types.errors import BadRequest
-from selfloop.types.operation import LoadState, operation_decoder
+from selfloop.types.operation import LoadState, operation_decoder, traits_of
 from selfloop.types.resources import Checkpoint, Run
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
@@ -42,7 +42,7 @@ async def needs(session: AsyncSession) -> Needs:
                 by_id[id] = f"sampler {sampler.id} serves it"
     by_address: dict[tuple[str, str, str], str] = {}
     for row in await queries_operations.in_state(session, OperationState.QUEUED):
-        if row.kind == "load_state" and row.payload is not None:
+        if traits_of(row.kind).reads_checkpoint and row.payload is not None:
             try:
                 operation = operation_decoder.decode(row.payload)
                 assert isinstance(operation, LoadState)

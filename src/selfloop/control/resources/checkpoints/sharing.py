@@ -13,7 +13,6 @@ from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.checkpoints.checkpoints import Checkpoints, StoredFile
 from selfloop.control.resources.checkpoints.cleanup import Cleanup
-from selfloop.control.resources.checkpoints.readable import may_read
 from selfloop.control.resources.new_rows import new_checkpoint, new_deployment, new_run, new_session
 from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.db import queries_audit, queries_checkpoints, queries_listings, queries_resources
@@ -161,7 +160,7 @@ class Sharing:
 
 async def _readable(session: AsyncSession, caller: Caller, address: Address, granted_team_id: str | None) -> Checkpoint:
     row = await queries_checkpoints.named(session, address.run_id, address.target, address.name)
-    if row is None or not may_read(row, caller.team_id, granted_team_id):
+    if row is None or not row.may_be_read_by(caller.team_id, granted_team_id):
         raise NotFound("checkpoint", address.written)
     return row
 

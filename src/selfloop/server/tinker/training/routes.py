@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import msgspec
 from fastapi import APIRouter, Request
 
 from selfloop.control.gateway import Control
@@ -276,9 +275,8 @@ async def _accept(request: Request, call: _Call, build: Callable[[], Awaitable[O
     try:
         operation = await build()
     except (BadRequest, NotFound) as error:
-        refused = Submission(operation_id, call.kind, seq, digest, b"")
+        refused = Submission(operation_id, call.kind, seq, digest)
         operation_id = await control.operations.refuse(run, refused, str(error), type(error).__name__)
         return futures.of_operation(run.id, operation_id)
-    payload = await off_loop(len(call.raw), lambda: msgspec.msgpack.encode(operation))
-    submission = Submission(operation_id, kind_of(operation), seq, digest, payload)
-    return futures.of_operation(run.id, await control.operations.accept(run, submission))
+    submission = Submission(operation_id, kind_of(operation), seq, digest)
+    return futures.of_operation(run.id, await control.operations.accept(run, submission, operation))
