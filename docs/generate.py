@@ -165,7 +165,7 @@ def options(root: type[Any] = Settings) -> str:
 
 def example_settings() -> str:
     """A file for ``selfloop serve --config`` with every option and its default."""
-    head = "# For `selfloop serve --config`: every option with its default. One without a value stands as a comment."
+    head = "# For `selfloop serve --config`: every option with its default. One without a value is a comment."
     made_by = "# docs/operations.md explains the file. Written by docs/generate.py."
     return f"{head}\n{made_by}\n\n{to_toml(load(Settings, {}, {}, None), with_help=True)}"
 

@@ -132,7 +132,7 @@ class _File:
 
 
 def to_toml(loaded: Loaded[Any], *, with_help: bool = False) -> str:
-    """Settings as a file that gives the same ones, but for secrets, which it leaves out.
+    """Settings as a file that gives the same ones, without the secrets.
 
     Args:
         with_help: say what each option does, rather than where its value comes from.

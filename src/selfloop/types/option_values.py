@@ -23,7 +23,7 @@ class Kind:
         words: what a value is, in an error.
         types: what a value may be in a file.
         parse: reads the text of a value; raises ValueError.
-        write: what stands in a file for a value; parsed again it is the same value.
+        write: the text of a value in a file; parsed again it is the same value.
         unit: what limits are counted in, and how much of a value one of it is.
         choices: the only values, where they are a few words.
     """
@@ -37,7 +37,7 @@ class Kind:
     choices: tuple[str, ...] = ()
 
     def read(self, given: Scalar) -> Any:
-        """The value of what stands in a file. Raises ValueError, without words."""
+        """The value of a text in a file. Raises ValueError without a message."""
         # By its very type: a bool is an int to Python.
         if type(given) not in self.types:
             raise ValueError
@@ -58,7 +58,7 @@ def text_of(value: Scalar) -> str:
 
 
 def kind_of(name: str, hint: Any) -> Kind:
-    """How the values of a field are written: its type tells, and the unit in its name."""
+    """How the values of a field are written, by its type and the unit in its name."""
     if hint is bool:
         return SWITCH
     if get_origin(hint) is Literal:

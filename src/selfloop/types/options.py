@@ -67,9 +67,9 @@ def option(
         unset: what holds without a value, in words, for an option whose default is None.
         minimum: smallest value, in the unit that a user writes.
         maximum: largest, likewise.
-        kind: how a value is read, when the field's type and the unit in its name do not tell.
+        kind: how a value is read, when the field's type and the unit in its name do not determine it.
         secret: never shown, logged or repeated in an error.
-        flag: whether it may stand on the command line, which every user of the machine can read.
+        flag: whether it may be on the command line, which every user of the machine can read.
     """
     found = Option(help, name, env, unset, minimum, maximum, kind, secret, flag)
     return field(default=default, repr=not secret, metadata={_OPTION: found})
@@ -145,7 +145,7 @@ class Leaf:
         return self._checked(self.kind.parse, text)
 
     def read(self, given: Scalar) -> Any:
-        """The value of what stands in a file. Raises ValueError saying what is expected."""
+        """The value of a text in a file. Raises ValueError with what is expected."""
         return self._checked(self.kind.read, given)
 
     def _checked(self, read: Callable[[Any], Any], given: object) -> Any:

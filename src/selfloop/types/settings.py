@@ -209,7 +209,7 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What ``selfloop serve`` was told."""
+    """The settings of ``selfloop serve``."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
     # Not SELFLOOP_PORT: Kubernetes sets that, to something else, where a service is called selfloop.
