@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_models
+from selfloop.engine.backends.base import Model, Row, Varlen
 from selfloop.engine.backends.cpu_native import build
+from selfloop.engine.backends.cpu_native.backend import NativeBackend
+from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.backends.cpu_native.library import Kernels
-from selfloop.engine.backends.torch.attention import PackedCausalAttention
-from selfloop.engine.backends.torch.decoder import Decoder, positions_of
-from selfloop.engine.backends.torch.linear import Layout
+from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.engine import Engine
-from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.config import read_config
-from selfloop.engine.sample.sampler import Row, draw
+from selfloop.engine.models.registry import read_spec
+from selfloop.engine.models.weights import SafetensorsSource
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -33,7 +33,7 @@ assert isinstance(_FOUND, Kernels), f"no kernels on a CPU for which they are: {_
 CPU = torch.device("cpu")
 FAMILIES = ["llama-wide", "llama-wide-biased", "qwen2-wide", "qwen3"]
 LENGTHS = [1, 17, 64, 130, 33]
-_DECODERS: dict[tuple[str, str], Decoder] = {}
+_DECODERS: dict[tuple[str, str], Model] = {}
 
 
 @pytest.fixture(scope="session")
@@ -41,21 +41,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-def decoder(folder: Path, family: str, layout: Layout, dtype: torch.dtype) -> Decoder:
+def decoder(folder: Path, family: str, layout: str, dtype: torch.dtype) -> Model:
     """All of a family's decoders have the weights rounded to bfloat16."""
     path = folder / family
     if not path.exists():
         model = tiny_models.build(family).bfloat16()
         tiny_models.save_quietly(model, path)
-    config = read_config(path)
-    return Decoder(config, load_base_weights(path, config, CPU, dtype, layout))
+    spec = read_spec(path)
+    backend = NativeBackend() if layout == "panels" else TorchBackend(layout)
+    return backend.load(spec, SafetensorsSource(path, spec), CPU, dtype)
 
 
 class Run:
     """Parameters of an adapter that is not the identity."""
 
-    def __init__(self, model: Decoder, rank: int, seed: int, targets: LoraTargets = LoraTargets()) -> None:
-        self.shape = AdapterShape(model.config, rank, targets)
+    def __init__(self, model: Model, rank: int, seed: int, targets: LoraTargets = LoraTargets()) -> None:
+        self.shape = AdapterShape(model.spec, rank, targets)
         noise = torch.randn(self.shape.num_parameters, generator=torch.Generator().manual_seed(seed))
         self.flat_P = (self.shape.initial(seed) + 0.05 * noise).bfloat16()
 
@@ -65,21 +66,15 @@ class Run:
 
 
 def passed(
-    model: Decoder, lengths: list[int], runs: list[tuple[int, Run | None]], *, seed: int = 0, recompute: bool = False
+    model: Model, lengths: list[int], runs: list[tuple[int, Run | None]], *, seed: int = 0, recompute: bool = False
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Hidden states, and the gradient of each run of a sum that weighs them at random."""
     generator = torch.Generator().manual_seed(seed)
     tokens_T = torch.randint(3, 90, (sum(lengths),), generator=generator)
-    weights_TD = torch.randn(sum(lengths), model.config.hidden_size, generator=generator)
+    weights_TD = torch.randn(sum(lengths), model.spec.hidden_size, generator=generator)
     leaves = [None if run is None else run.leaf(model.dtype) for _, run in runs]
     rows = [(num, None if leaf is None else leaf[1]) for (num, _), leaf in zip(runs, leaves, strict=True)]
-    h_TD = model.forward(
-        tokens_T,
-        positions_of(lengths, CPU),
-        PackedCausalAttention(lengths),
-        AdapterBatch.of(rows),
-        recompute=recompute,
-    )
+    h_TD = model.forward(Varlen.whole(tokens_T, lengths), AdapterBatch.of(rows), recompute=recompute)
     grads = torch.autograd.grad((h_TD.float() * weights_TD).sum(), [leaf[0] for leaf in leaves if leaf is not None])
     return h_TD.detach(), list(grads)
 
@@ -93,7 +88,6 @@ def test_close_to_float32_and_no_farther_than_the_operators(folder: Path, family
     exact = decoder(folder, family, "plain", torch.float32)
     operators = decoder(folder, family, "plain", torch.bfloat16)
     kernels = decoder(folder, family, "panels", torch.bfloat16)
-    assert kernels.kernels is not None
     runs = [
         (82, Run(exact, 20, 1)),
         (30, None),
@@ -141,14 +135,13 @@ def test_a_run_has_the_same_bits_alone_and_among_others(tmp_path_factory, parts,
     generator = torch.Generator().manual_seed(7)
     runs = [Run(model, rank, seed) for seed, (_, rank) in enumerate(parts)]
     tokens = [torch.randint(3, 90, (length,), generator=generator) for length, _ in parts]
-    weights = [torch.randn(length, model.config.hidden_size, generator=generator) for length, _ in parts]
+    weights = [torch.randn(length, model.spec.hidden_size, generator=generator) for length, _ in parts]
 
     def computed(chosen: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         leaves = [runs[i].leaf(torch.bfloat16) for i in chosen]
         lengths = [len(tokens[i]) for i in chosen]
         batch = AdapterBatch.of([(length, adapter) for length, (_, adapter) in zip(lengths, leaves, strict=True)])
-        ids_T, attention = torch.cat([tokens[i] for i in chosen]), PackedCausalAttention(lengths)
-        h_TD = model.forward(ids_T, positions_of(lengths, CPU), attention, batch)
+        h_TD = model.forward(Varlen.whole(torch.cat([tokens[i] for i in chosen]), lengths), batch)
         loss = (h_TD.float() * torch.cat([weights[i] for i in chosen])).sum()
         grads = torch.autograd.grad(loss, [leaf for leaf, _ in leaves])
         return list(zip(h_TD.detach().split(lengths), grads, strict=True))

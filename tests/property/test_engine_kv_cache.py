@@ -4,12 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfloop.engine.backends.torch.decoder import BaseWeights, Decoder, LayerWeights
-from selfloop.engine.backends.torch.linear import FrozenLinear
-from selfloop.engine.kv.pages import KvRows, PagePool
-from selfloop.engine.lora.targets import linear_groups
-from selfloop.engine.models.config import ModelConfig, parse_config
-from selfloop.engine.sample.model_runner import cache_passes
+from selfloop.engine.backends.base import Model
+from selfloop.engine.backends.select import load_model
+from selfloop.engine.models.registry import parse_spec
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.sample.model_runner import ModelRunner
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.types.sampling import SampleRequest, SamplingParams
 
@@ -25,26 +24,28 @@ RAW = {
 }
 
 
-def tiny_config() -> ModelConfig:
-    return parse_config(RAW, {})
+class RandomSource:
+    """Weights of a model that is nowhere else."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        torch.manual_seed(0)
+        self._tensors = {name: torch.randn(shape) for name, shape in spec.tensors().items()}
+
+    def names(self):
+        return self._tensors.keys()
+
+    def read(self, names):
+        return [(name, self._tensors[name]) for name in names]
 
 
-def tiny_decoder() -> Decoder:
-    config = tiny_config()
-    torch.manual_seed(0)
-    linears = [
-        FrozenLinear(torch.randn(sum(t.out_features for t in group.targets), group.in_features), None)
-        for group in linear_groups(config)
-    ]
-    layer = LayerWeights(torch.ones(8), torch.ones(8), tuple(linears), None)
-    return Decoder(
-        config, BaseWeights(torch.randn(11, 8), [layer], torch.ones(8), FrozenLinear(torch.randn(11, 8)), False)
-    )
+def tiny_model() -> Model:
+    spec = parse_spec(RAW, {})
+    return load_model(spec, RandomSource(spec), torch.device("cpu"), torch.float32)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5)), max_size=40))
 def test_pool_keeps_its_books(actions):
-    pool = PagePool(KvRows(tiny_config(), 16 * 8, torch.device("cpu"), torch.float32))
+    pool = tiny_model().make_cache(16 * 8).pool
     held: list[list[int]] = []
     for action, number in actions:
         if action == "take" and number <= pool.num_free:
@@ -67,12 +68,10 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers
 @settings(max_examples=25)
 @given(REQUESTS, st.integers(6, 12), st.integers(1, 50), st.integers(1, 5))
 def test_scheduler_finishes_every_request_and_returns_every_page(requests, num_pages, budget, max_batch):
-    decoder = tiny_decoder()
-    passes = cache_passes(decoder, num_pages * 16, 256)
-    pool = passes.pool
+    runner = ModelRunner(tiny_model(), num_pages * 16)
+    pool = runner.cache.pool
     scheduler = SamplingScheduler(
-        decoder,
-        passes,
+        runner,
         prefill_budget=budget,
         max_batch=max_batch,
         vocabulary=None,

@@ -3,11 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_kv_cache import tiny_config
+from test_engine_kv_cache import tiny_model
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows, PagePool
+from selfloop.engine.kv.pages import PAGE_TOKENS
 from selfloop.engine.kv.prefix_cache import PrefixCache
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -20,7 +20,7 @@ TEXTS = st.lists(st.sampled_from([(0,), (1,)]), max_size=6).map(lambda pages: [t
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "end", "abandon"]), TEXTS, st.integers(0, 2)), max_size=40))
 def test_cache_keeps_its_books(actions):
-    pool = PagePool(KvRows(tiny_config(), PAGE_TOKENS * NUM_PAGES, torch.device("cpu"), torch.float32))
+    pool = tiny_model().make_cache(PAGE_TOKENS * NUM_PAGES).pool
     cache = PrefixCache(pool)
     versions = [None, *(Adapter(1.0, [], torch.empty(0)) for _ in range(2))]
     running, content = [], {}
@@ -80,7 +80,7 @@ def engines(folder) -> list[Engine]:
             engine._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
             engine.publish("run", "second")
             _ENGINES.append(engine)
-        _ENGINES[0]._scheduler._passes.window._max_tokens = 128
+        _ENGINES[0]._scheduler._cache.buckets._max_tokens = 128
     return _ENGINES
 
 

@@ -79,7 +79,6 @@ class _Health(msgspec.Struct):
 
 
 # What multiplies by weights that lie so.
-_PRODUCTS = {"panels": "CPU kernels", "blocked": "oneDNN", "plain": "PyTorch's operators"}
 
 
 # Its process is ended then, and what it has measured is shown.
@@ -115,7 +114,7 @@ def _bench_command(model_dir: Path | None) -> list[str]:
 
 
 def _speed_table(speed: Speed) -> Table:
-    title = f"{speed.model}, {speed.dtype} on {speed.device}, {speed.num_threads} threads, {_PRODUCTS[speed.layout]}"
+    title = f"{speed.model}, {speed.dtype} on {speed.device}, {speed.num_threads} threads, {speed.computed_by}"
     table = Table("", "reached", "roof", "share", title=title, title_justify="left")
     for name, reached, unit in (
         ("matrix product, float32", speed.float32_gflops, "GFLOP/s"),

@@ -27,13 +27,14 @@ from selfloop.convert.gguf.write import write_gguf
 from selfloop.convert.model_card import adapter_card, gguf_card, merged_card
 from selfloop.convert.opened import logits_by_transformers
 from selfloop.engine.files.base_copies import BaseTensors
-from selfloop.engine.files.base_weights import DTYPES, stored_weights
 from selfloop.engine.files.checkpoint import STATE_FILE, RunState, write_sampler
 from selfloop.engine.files.compare import Logits, ModelOnDisk, compare, logits_on_disk, model_in
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
 from selfloop.engine.files.peft import LoadedAdapter, read_foreign_peft, read_peft, write_peft
-from selfloop.engine.models.config import ModelConfig, read_config
+from selfloop.engine.models.registry import read_spec
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import DTYPES, stored_weights
 from selfloop.engine.train.run import Run
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import OperationFailed, SelfloopError
@@ -55,15 +56,15 @@ _READ, _WRITTEN = 0.05, 0.75
 def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
     """The adapter alone, as ``PeftModel.from_pretrained`` reads it."""
     report("read", 0.0)
-    config = read_config(model_dir)
-    loaded = _read(checkpoint, config)
+    spec = read_spec(model_dir)
+    loaded = _read(checkpoint, spec)
     report("write", _READ)
     writer = DirectoryWriter(target)
-    write_peft(writer, loaded.shape, loaded.theta_P, loaded.alpha, config, base_model)
+    write_peft(writer, loaded.shape, loaded.theta_P, loaded.alpha, base_model)
     writer.text("README.md", adapter_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()
     report("check", _WRITTEN)
-    written = read_peft(target, config)
+    written = read_peft(target, spec)
     if written.alpha != loaded.alpha or not torch.equal(written.theta_P, loaded.theta_P):
         raise OperationFailed("the adapter that was written is not the checkpoint's; is the disk sound?")
     return {"size_bytes": size_bytes}
@@ -72,7 +73,7 @@ def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str
 def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
     """The base model with the adapter in its weights, as ``AutoModelForCausalLM.from_pretrained`` reads it."""
     report("read", 0.0)
-    loaded = _read(checkpoint, read_config(model_dir))
+    loaded = _read(checkpoint, read_spec(model_dir))
     writer = DirectoryWriter(target)
     for name in tokenizer_files(model_dir):
         if name != MODEL_CONFIG_FILE:
@@ -90,8 +91,8 @@ def export_gguf(
 ) -> Facts:
     """The merged model as one file, as llama.cpp reads it; matrices in ``dtype``, by default that of the base."""
     report("read", 0.0)
-    config = read_config(model_dir)
-    loaded = _read(checkpoint, config)
+    spec = read_spec(model_dir)
+    loaded = _read(checkpoint, spec)
     stored = _gguf_dtype(model_dir) if dtype is None else _GGUF_DTYPES[dtype]
     writer = DirectoryWriter(target)
     path = writer.file(GGUF_FILE)
@@ -99,9 +100,9 @@ def export_gguf(
     writer.text("README.md", gguf_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()
     report("check", _WRITTEN)
-    source = GgufSource(path, config)
+    source = GgufSource(path, spec)
     return {"size_bytes": size_bytes} | _checked(
-        model_dir, loaded, partial(logits_on_disk, ModelOnDisk(source.config, source)), stored
+        model_dir, loaded, partial(logits_on_disk, ModelOnDisk(source.spec, source)), stored
     )
 
 
@@ -110,11 +111,11 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     report("read", 0.0)
     if not any(adapter.glob("*.safetensors")) and any(adapter.glob("*.bin")):
         raise OperationFailed(f"{adapter} has only pickled weights, which are never loaded; save safetensors")
-    config = read_config(model_dir)
+    spec = read_spec(model_dir)
     check_folder(adapter)
-    loaded = read_foreign_peft(adapter, config, BaseTensors(model_dir, config))
+    loaded = read_foreign_peft(adapter, spec, BaseTensors(model_dir, spec))
     report("write", _WRITTEN)
-    size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P), config)
+    size_bytes = write_sampler(target, Run(loaded.shape, loaded.alpha, loaded.theta_P))
     return {
         "size_bytes": size_bytes,
         "lora_rank": loaded.shape.rank,
@@ -123,15 +124,15 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
     }
 
 
-def _read(folder: Path, config: ModelConfig) -> LoadedAdapter:
+def _read(folder: Path, spec: ModelSpec) -> LoadedAdapter:
     """An adapter whose bytes are those that were written, where that can be told."""
     check_folder(folder)
-    return read_peft(folder, config)
+    return read_peft(folder, spec)
 
 
 def _progress(model_dir: Path, report: Report) -> Callable[[int], None]:
     """Reports how much of the base's weights is merged; called with the size of each tensor."""
-    total = stored_weights(model_dir, read_config(model_dir)).size_bytes
+    total = stored_weights(model_dir, read_spec(model_dir)).size_bytes
     written = 0
 
     def on_bytes(size: int) -> None:
@@ -160,7 +161,7 @@ def _gguf_dtype(model_dir: Path) -> torch.dtype:
 
 
 def _stored_dtypes(model_dir: Path) -> set[torch.dtype]:
-    weights = stored_weights(model_dir, read_config(model_dir))
+    weights = stored_weights(model_dir, read_spec(model_dir))
     return {DTYPES[stored.dtype] for stored in weights.tensors.values()}
 
 

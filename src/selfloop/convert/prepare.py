@@ -141,7 +141,7 @@ def _fsync(path: Path) -> None:
 def _check_model(path: Path) -> None:
     """Refuse what the engine would refuse to load."""
     # More than a second of imports, for which a download need not wait.
-    from selfloop.engine.files.base_weights import check_model
+    from selfloop.engine.models.weights import check_model
 
     try:
         check_model(path)

@@ -12,30 +12,27 @@ from typing import NamedTuple
 
 import torch
 
-from selfloop.engine.backends.torch.decoder import Decoder, num_parameters
-from selfloop.engine.backends.torch.linear import Layout, best_layout
-from selfloop.engine.device import (
+from selfloop.engine.backends.base import Model
+from selfloop.engine.backends.device import (
     default_kept_bytes,
-    default_kv_tokens,
     default_pass_bytes,
-    default_train_budget,
-    default_window_tokens,
     give_back_freed_memory,
     has_memory_for,
-    kv_token_bytes,
     pick_device,
     pick_dtype,
     run_bytes,
     total_memory,
 )
+from selfloop.engine.backends.select import load_model
 from selfloop.engine.files import checkpoint
-from selfloop.engine.files.base_weights import load_base_weights
 from selfloop.engine.files.peft import read_peft
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
-from selfloop.engine.models.config import ModelConfig, read_config
+from selfloop.engine.models.registry import read_spec
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import SafetensorsSource
 from selfloop.engine.sample.adapter_cache import AdapterCache
 from selfloop.engine.sample.grammar import CompileGrammar
-from selfloop.engine.sample.model_runner import cache_passes
+from selfloop.engine.sample.model_runner import ModelRunner
 from selfloop.engine.sample.scheduler import SamplingScheduler
 from selfloop.engine.sample.text import Vocabulary
 from selfloop.engine.train.forward_cache import ForwardCache
@@ -67,7 +64,7 @@ _WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 class ModelInfo:
     """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
 
-    ``layout`` is how its weights lie, which says what multiplies by them; ``run_bytes`` what training runs may take.
+    ``computed_by`` says what multiplies by its weights; ``run_bytes`` is what training runs may take.
     """
 
     vocab_size: int
@@ -76,7 +73,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
-    layout: Layout
+    computed_by: str
     run_bytes: int
 
 
@@ -94,7 +91,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: Model,
         *,
         limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
@@ -102,10 +99,10 @@ class Engine:
         deterministic: bool = False,
     ) -> None:
         """The arguments are those of :meth:`load`."""
-        config, device = decoder.config, decoder.device
-        self._decoder = decoder
+        spec, device = model.spec, model.device
+        self._model = model
         self._deterministic = deterministic
-        held_bytes = num_parameters(decoder.weights) * decoder.dtype.itemsize
+        held_bytes = spec.num_parameters * model.dtype.itemsize
         activation_bytes, kept_bytes = limits.activation_bytes, limits.kept_bytes
         memory_bytes = total_memory(device)
         if limits.memory_bytes is not None:
@@ -114,42 +111,36 @@ class Engine:
             activation_bytes = default_pass_bytes(memory_bytes, held_bytes)
         if kept_bytes is None:
             kept_bytes = default_kept_bytes(memory_bytes, held_bytes)
-        memory = PassMemory.of(decoder, activation_bytes)
-        usual = AdapterShape(config, _USUAL_RANK)
+        memory = PassMemory.of(model, activation_bytes)
+        usual = AdapterShape(spec, _USUAL_RANK)
         train_token_budget = limits.train_token_budget
         if train_token_budget is None:
             # As many tokens as are fast, if they fit without computing anything twice.
             fitting = memory.longest(usual, with_gradient=True, recompute=False)
-            train_token_budget = min(default_train_budget(device), max(_LEAST_BUDGET, fitting))
+            train_token_budget = min(model.costs().train_tokens, max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
-        self._kept = ForwardCache(kept_bytes)
-        self._workshop = Workshop(config, device, train_token_budget, memory, self._kept)
-        max_kv_tokens = limits.max_kv_tokens
-        if max_kv_tokens is None:
-            max_kv_tokens = default_kv_tokens(config, device, decoder.dtype)
+        self._forward_cache = ForwardCache(kept_bytes)
+        self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache)
+        runner = ModelRunner(model, limits.max_kv_tokens)
         self._runs: dict[str, Run] = {}
-        self._bank = AdapterCache(limits.max_adapters)
+        self._adapter_cache = AdapterCache(limits.max_adapters)
         self._scheduler = SamplingScheduler(
-            decoder,
-            cache_passes(decoder, max_kv_tokens, default_window_tokens(config, decoder.device)),
+            runner,
             prefill_budget=train_token_budget,
             max_batch=_MAX_BATCH,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
         )
         self.info = ModelInfo(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
-            num_parameters=num_parameters(decoder.weights),
-            eos_token_ids=config.eos_token_ids,
-            device=str(decoder.device),
-            dtype=str(decoder.dtype).removeprefix("torch."),
-            layout=decoder.weights.head.layout,
-            # Weights that are laid out are there once more for the backward.
+            vocab_size=spec.vocab_size,
+            max_position_embeddings=spec.context,
+            num_parameters=spec.num_parameters,
+            eos_token_ids=spec.eos_token_ids,
+            device=str(device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            computed_by=model.computed_by,
             run_bytes=run_bytes(
-                memory_bytes,
-                held_bytes * (1 if decoder.weights.head.layout == "plain" else 2),
-                activation_bytes + kept_bytes + max_kv_tokens * kv_token_bytes(config, decoder.dtype),
+                memory_bytes, model.costs().weights, activation_bytes + kept_bytes + runner.cache.num_bytes
             ),
         )
         log.info(
@@ -187,13 +178,10 @@ class Engine:
         Raises:
             OperationFailed: the folder holds no model that this engine computes, or the memory is too small for it.
         """
-        config = read_config(model_dir)
+        spec = read_spec(model_dir)
         on = pick_device(device)
-        compute = pick_dtype(dtype, on)
-        layout = best_layout(config, on, compute)
-        log.info("base weights in %s on %s, %s", compute, on, layout)
         return cls(
-            Decoder(config, load_base_weights(model_dir, config, on, compute, layout)),
+            load_model(spec, SafetensorsSource(model_dir, spec), on, pick_dtype(dtype, on)),
             limits=limits,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
@@ -223,10 +211,10 @@ class Engine:
         """
         if initial is not None:
             read = checkpoint.read_trainer if with_optimizer else checkpoint.read_weights
-            run = read(initial, self._config, self._decoder.device)
+            run = read(initial, self._spec, self._model.device)
         else:
-            shape = AdapterShape(self._config, rank, targets)
-            run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._decoder.device))
+            shape = AdapterShape(self._spec, rank, targets)
+            run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._model.device))
         self._set(run_id, run)
         return InitResult(step=run.step, lora_rank=run.shape.rank)
 
@@ -236,7 +224,7 @@ class Engine:
     def remove_run(self, run_id: str) -> None:
         """Forget a run; unknown ids are fine."""
         self._runs.pop(run_id, None)
-        self._kept.forget(run_id)
+        self._forward_cache.forget(run_id)
 
     def forward(
         self,
@@ -322,7 +310,7 @@ class Engine:
     def advance(self, requests: Sequence[LossRequest]) -> None:
         """One pass, forward and backward, for the next micro-batch of each of these requests."""
         jobs = [request.job for request in requests]
-        advance(self._decoder, jobs, self._workshop.memory, deterministic=self._deterministic)
+        advance(self._model, jobs, self._workshop.memory, deterministic=self._deterministic)
 
     def optim_step(self, run_id: str, adam: AdamParams) -> StepResult:
         """Divide the accumulated gradient by its trained tokens or pairs (unless unnormalised), clip, apply, clear."""
@@ -330,7 +318,7 @@ class Engine:
         num_tokens = 0 if run.accumulated is None else run.accumulated.num_tokens
         had_moments = run.moments is not None
         grad_norm = optim_step(run, adam)
-        self._kept.drop(run_id)
+        self._forward_cache.drop(run_id)
         if run.moments is not None and not had_moments:
             # The moments lie between what the first gradient freed.
             give_back_freed_memory()
@@ -349,23 +337,23 @@ class Engine:
     def save_sampler_checkpoint(self, run_id: str, directory: Path) -> SavedState:
         """The adapter in PEFT's format."""
         run = self._run(run_id)
-        return _saved(run, checkpoint.write_sampler(directory, run, self._config))
+        return _saved(run, checkpoint.write_sampler(directory, run))
 
     def save_external_weights(self, run_id: str, directory: Path, base_model: str) -> SavedState:
         """The adapter in PEFT's format and nothing else, for other programs."""
         run = self._run(run_id)
-        return _saved(run, checkpoint.write_external(directory, run, self._config, base_model))
+        return _saved(run, checkpoint.write_external(directory, run, base_model))
 
     def save_trainer_checkpoint(self, run_id: str, directory: Path) -> SavedState:
         """Adapter, moments and step."""
         run = self._run(run_id)
-        return _saved(run, checkpoint.write_trainer(directory, run, self._config))
+        return _saved(run, checkpoint.write_trainer(directory, run))
 
     def load_checkpoint(self, run_id: str, directory: Path, *, with_optimizer: bool) -> LoadResult:
         """Replace an existing run's state. Weights only: step 0, no moments. Gradients are dropped either way."""
         self._run(run_id)
         read = checkpoint.read_trainer if with_optimizer else checkpoint.read_weights
-        run = read(directory, self._config, self._decoder.device)
+        run = read(directory, self._spec, self._model.device)
         self._set(run_id, run)
         return LoadResult(run.step, run.shape.rank)
 
@@ -381,7 +369,7 @@ class Engine:
 
     def restore(self, run_id: str, directory: Path) -> LoadResult:
         """Make ``run_id`` what it was at :meth:`snapshot`; creates it if need be."""
-        run = checkpoint.read_snapshot(directory, self._config, self._decoder.device)
+        run = checkpoint.read_snapshot(directory, self._spec, self._model.device)
         self._set(run_id, run)
         return LoadResult(run.step, run.shape.rank)
 
@@ -390,7 +378,7 @@ class Engine:
 
         For a process that workers are forked from: they share what was laid out before.
         """
-        if not has_memory_for(self.info.num_parameters * self._decoder.dtype.itemsize):
+        if not has_memory_for(self.info.num_parameters * self._model.dtype.itemsize):
             return
         length = min(_WARM_UP_TOKENS, self.info.max_position_embeddings)
         tokens = Tensor.of([0] * length, "int64")
@@ -409,8 +397,8 @@ class Engine:
                 "the weights published as %s equal the base model: the adapter's B is zero, as before the first step",
                 checkpoint_id,
             )
-        adapter = run.frozen_adapter(self._decoder.dtype)
-        self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
+        adapter = run.frozen_adapter(self._model.dtype)
+        self._adapter_cache.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
 
     def probe(self, run_id: str) -> Probe:
         """What the trainer makes of a short text now, to compare a sampler with; the run is only read."""
@@ -419,34 +407,34 @@ class Engine:
     def load_adapter(self, checkpoint_id: str, directory: Path) -> None:
         """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""
         check_folder(directory)
-        loaded = read_peft(directory, self._config)
+        loaded = read_peft(directory, self._spec)
         if loaded.shape.changes_nothing(loaded.theta_P):
             log.warning("checkpoint %s samples as the base model: its adapter changes nothing", checkpoint_id)
-        theta_P = loaded.theta_P.to(self._decoder.device, self._decoder.dtype)
+        theta_P = loaded.theta_P.to(self._model.device, self._model.dtype)
         adapter = loaded.shape.adapter(theta_P, loaded.alpha)
-        self._bank.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
+        self._adapter_cache.put(checkpoint_id, adapter, self._scheduler.adapters_in_use())
 
     def has_adapter(self, checkpoint_id: str) -> bool:
-        return checkpoint_id in self._bank
+        return checkpoint_id in self._adapter_cache
 
     def drop_adapter(self, checkpoint_id: str) -> None:
         """Forget an adapter; requests under way keep it to their end."""
-        self._bank.drop(checkpoint_id)
+        self._adapter_cache.drop(checkpoint_id)
 
     def submit_sample(self, request: SampleRequest, *, stream: bool = False) -> None:
-        """Queue a request; its adapter must be in the bank.
+        """Queue a request; its adapter must be published or loaded.
 
         Args:
-            stream: tell of its samples as they grow, by :meth:`take_sample_deltas`.
+            stream: report its samples as they grow, by :meth:`take_sample_deltas`.
 
         Raises:
-            NotFound: the adapter is not in the bank.
+            NotFound: there is no such adapter.
             BadRequest: the request exceeds the context or the KV cache, needs a vocabulary that is not there,
                 or asks for outputs of a form that cannot be compiled.
         """
         if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
             raise BadRequest("prompt", f"token ids must be in 0..{self.info.vocab_size - 1}")
-        adapter = None if request.adapter is None else self._bank.get(request.adapter.checkpoint_id)
+        adapter = None if request.adapter is None else self._adapter_cache.get(request.adapter.checkpoint_id)
         self._scheduler.submit(request, adapter, stream=stream)
 
     @torch.inference_mode()
@@ -476,11 +464,11 @@ class Engine:
         return self._scheduler.num_requests
 
     @property
-    def _config(self) -> ModelConfig:
-        return self._decoder.config
+    def _spec(self) -> ModelSpec:
+        return self._model.spec
 
     def _set(self, run_id: str, run: Run) -> None:
-        self._kept.drop(run_id)
+        self._forward_cache.drop(run_id)
         self._runs[run_id] = run
 
     def _run(self, run_id: str) -> Run:

@@ -6,20 +6,18 @@ of SmolLM2-135M's shape with random weights, which cost as much as trained ones.
 
 import argparse
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 
 import msgspec
 import torch
 from msgspec.structs import replace
 
-from selfloop.engine.backends.torch.decoder import Decoder
-from selfloop.engine.backends.torch.linear import best_layout
-from selfloop.engine.device import pick_device, pick_dtype
+from selfloop.engine.backends.device import pick_device, pick_dtype, synchronize
+from selfloop.engine.backends.select import load_model
 from selfloop.engine.engine import Engine
-from selfloop.engine.files.base_weights import random_base_weights
-from selfloop.engine.lora.targets import linear_groups
-from selfloop.engine.models.config import ModelConfig, parse_config, read_config
+from selfloop.engine.models.registry import parse_spec, read_spec
+from selfloop.engine.models.spec import ModelSpec
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -56,12 +54,12 @@ def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
     """
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    engine, config = _engine(model_dir, device, dtype)
+    engine, spec = _engine(model_dir, device, dtype)
     speed = Speed(
         model=_NAME if model_dir is None else str(model_dir),
         device=engine.info.device,
         dtype=engine.info.dtype,
-        layout=engine.info.layout,
+        computed_by=engine.info.computed_by,
         num_threads=torch.get_num_threads(),
     )
     # Products in what the engine computes in, and nothing else: those of a type that a CPU has no instructions for can
@@ -73,7 +71,7 @@ def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
         speed = replace(speed, bfloat16_gflops=gflops)
     memory = _gb_per_s(device, _MEMORY_SHARE * seconds)
     yield (speed := replace(speed, memory_gb_per_s=memory))
-    weights = _linear_weights(config)
+    weights = spec.num_linear_weights
     products = gflops * 1e9 / (2 * weights)
     steps = memory * 1e9 / (weights * dtype.itemsize)
     engine.init_run(_RUN, rank=_RANK, seed=0)
@@ -82,15 +80,15 @@ def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
         decoded = Rate(num, _decode(engine, num, _DECODE_SHARE * seconds), min(num * steps, products))
         speed = replace(speed, decode_1=decoded) if num == 1 else replace(speed, decode_32=decoded)
         yield speed
-    num_tokens, rate = _train(engine, config, device, _TRAIN_SHARE * seconds)
+    num_tokens, rate = _train(engine, spec, device, _TRAIN_SHARE * seconds)
     yield replace(speed, train=Rate(num_tokens, rate, products / 2))
 
 
-def _train(engine: Engine, config: ModelConfig, device: torch.device, seconds: float) -> tuple[int, float]:
+def _train(engine: Engine, spec: ModelSpec, device: torch.device, seconds: float) -> tuple[int, float]:
     """Tokens of a step, up to eight sequences of 256 and as many as fit the time a few times, and tokens a second."""
 
     def step(num_sequences: int, length: int) -> Callable[[], None]:
-        data = [_datum(index, length, config.vocab_size) for index in range(num_sequences)]
+        data = [_datum(index, length, spec.vocab_size) for index in range(num_sequences)]
 
         def train() -> None:
             engine.forward_backward(_RUN, data, "cross_entropy", {})
@@ -98,7 +96,7 @@ def _train(engine: Engine, config: ModelConfig, device: torch.device, seconds: f
 
         return train
 
-    most = min(_LENGTH, config.max_position_embeddings)
+    most = min(_LENGTH, spec.context)
     end, length = time.perf_counter() + seconds, min(_SMALLEST_LENGTH, most)
     _elapsed(step(1, length), device)  # lays out what only training needs
     took = _elapsed(step(1, length), device)
@@ -109,12 +107,26 @@ def _train(engine: Engine, config: ModelConfig, device: torch.device, seconds: f
     return num_sequences * length, num_sequences * length * rate
 
 
-def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Engine, ModelConfig]:
+class _RandomSource:
+    """Weights that no one has trained."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._shapes = spec.tensors()
+
+    def names(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            yield name, torch.empty(self._shapes[name]).normal_(std=0.02)
+
+
+def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Engine, ModelSpec]:
     if model_dir is not None:
-        return Engine.load(model_dir), read_config(model_dir)
-    config = parse_config(_SHAPE, {})
-    decoder = Decoder(config, random_base_weights(config, device, dtype, best_layout(config, device, dtype)))
-    return Engine(decoder, limits=EngineLimits(max_adapters=1)), config
+        return Engine.load(model_dir), read_spec(model_dir)
+    spec = parse_spec(_SHAPE, {})
+    model = load_model(spec, _RandomSource(spec), device, dtype)
+    return Engine(model, limits=EngineLimits(max_adapters=1)), spec
 
 
 def _datum(index: int, length: int, vocab_size: int) -> Datum:
@@ -145,11 +157,6 @@ def _decode(engine: Engine, num: int, seconds: float) -> float:
     for index in range(num):
         engine.cancel_sample(str(index))
     return fastest
-
-
-def _linear_weights(config: ModelConfig) -> int:
-    layer = sum(g.in_features * sum(t.out_features for t in g.targets) for g in linear_groups(config))
-    return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
 def _gflops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
@@ -183,8 +190,7 @@ def _per_second(call: Callable[[], object], device: torch.device, seconds: float
 def _elapsed(call: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -18,14 +18,13 @@ class Rate(msgspec.Struct, frozen=True):
 class Speed(msgspec.Struct, frozen=True):
     """Rates of the fastest of a few tries; None where there was no time, or nothing to measure.
 
-    ``layout`` is how the weights lie, which says what multiplies by them: our kernels by "panels", oneDNN by "blocked",
-    PyTorch by "plain". Bfloat16 products are measured where the engine computes in it.
+    ``computed_by`` says what multiplies by the weights. Bfloat16 products are measured where the engine computes in it.
     """
 
     model: str
     device: str
     dtype: str
-    layout: str
+    computed_by: str
     num_threads: int
     float32_gflops: float | None = None
     bfloat16_gflops: float | None = None

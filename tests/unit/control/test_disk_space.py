@@ -81,7 +81,7 @@ def test_parameters_per_rank(model: Path, targets: LoraTargets, expected: int) -
 
 def test_the_estimate_is_what_the_engine_trains(model: Path) -> None:
     from selfloop.engine.lora.adapter import AdapterShape
-    from selfloop.engine.models.config import parse_config
+    from selfloop.engine.models.registry import parse_spec
 
-    config = parse_config(SHAPE | {"model_type": "llama", "max_position_embeddings": 64}, {})
+    config = parse_spec(SHAPE | {"model_type": "llama", "max_position_embeddings": 64}, {})
     assert AdapterShape(config, 3).num_parameters == 3 * parameters_per_rank(model, LoraTargets())

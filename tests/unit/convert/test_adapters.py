@@ -264,7 +264,7 @@ def test_a_merged_model_that_is_another_is_not_given_out(
     genuine = adapters.write_merged
 
     def write_another(writer, model_dir, loaded, on_bytes):
-        genuine(writer, model_dir, adapters.read_peft(other, adapters.read_config(model_dir)), on_bytes)
+        genuine(writer, model_dir, adapters.read_peft(other, adapters.read_spec(model_dir)), on_bytes)
 
     monkeypatch.setattr(adapters, "write_merged", write_another)
     fail_to_merge(checkpoint, tiny_model_folder, tmp_path / "out")

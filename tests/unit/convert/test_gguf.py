@@ -17,9 +17,9 @@ import gguf_models
 import tiny_models
 from selfloop.convert import adapters
 from selfloop.convert.gguf import tokenizer
-from selfloop.convert.gguf.names import gguf_name, halved, interleaved
+from selfloop.convert.gguf.names import gguf_name, halved, interleaved, layers_of
 from selfloop.convert.gguf.read import GgufSource
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.registry import read_spec
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
 
@@ -91,11 +91,12 @@ def test_an_adapted_output_layer_is_a_tensor_of_its_own(family: str, tmp_path: P
 def test_every_family_reads_back_to_its_own_shape_and_logits(family: str, tmp_path: Path):
     model_dir = gguf_models.save(family, tmp_path / "model")
     out, facts = exported(model_dir, tmp_path)
-    config = read_config(model_dir)
-    read = GgufSource(out / "model.gguf", config).config
-    assert (read.num_layers, read.num_heads, read.num_kv_heads, read.head_dim) == (2, 4, 2, config.head_dim)
-    assert (read.rope, read.tie_word_embeddings) == (config.rope, config.tie_word_embeddings)
-    assert read.rms_norm_eps == pytest.approx(config.rms_norm_eps)
+    spec = read_spec(model_dir)
+    read = GgufSource(out / "model.gguf", spec).spec
+    assert (read.tensors(), read.rope, read.tied) == (spec.tensors(), spec.rope, spec.tied)
+    attention, _, eps = layers_of(read)
+    assert (read.num_layers, attention.num_heads, attention.num_kv_heads) == (2, 4, 2)
+    assert eps == pytest.approx(spec.final_norm_eps)
     assert facts["difference"] <= facts["tolerance"] < facts["effect"]
 
 
@@ -106,7 +107,7 @@ def test_matrices_are_rounded_once_and_the_rest_is_kept(dtype: str, torch_dtype:
     out, facts = exported(model_dir, tmp_path, dtype)
     assert facts["dtype"] == str(torch_dtype).removeprefix("torch.")
     assert facts["difference"] <= facts["tolerance"]
-    config = read_config(model_dir)
+    config = read_spec(model_dir)
     stored = {tensor.name: tensor for tensor in GGUFReader(out / "model.gguf").tensors}
     state = merged.state_dict()
     assert {gguf_name(name, config) for name in state} == stored.keys()
@@ -245,7 +246,7 @@ def test_a_gguf_of_another_model_is_not_given_out(
         genuine = adapters.write_gguf
 
         def write_another(path, model_dir, loaded, *rest):
-            genuine(path, model_dir, adapters.read_peft(other, adapters.read_config(model_dir)), *rest)
+            genuine(path, model_dir, adapters.read_peft(other, adapters.read_spec(model_dir)), *rest)
 
         monkeypatch.setattr(adapters, "write_gguf", write_another)
     elif damage == "rope":

@@ -84,13 +84,13 @@ def same(one, other):
 
 def count_passes(engine, monkeypatch):
     passes = []
-    forward = engine._decoder.forward
+    forward = engine._model.forward
 
-    def counted(tokens_T, *rest, **more):
-        passes.append(tokens_T.shape[0])
-        return forward(tokens_T, *rest, **more)
+    def counted(batch, *rest, **more):
+        passes.append(batch.tokens_T.shape[0])
+        return forward(batch, *rest, **more)
 
-    monkeypatch.setattr(engine._decoder, "forward", counted)
+    monkeypatch.setattr(engine._model, "forward", counted)
     return passes
 
 
@@ -105,7 +105,7 @@ def test_kept_and_computed_anew_are_the_same_bits(qwen3_dir, monkeypatch, dtype,
         add_run(engine, "run", targets=targets)
         outcomes.append(both(engine, "run", columns=columns))
         assert len(passes) == num_passes, "micro-batches: once, or twice"
-        assert engine._kept.num_bytes == 0
+        assert engine._forward_cache.num_bytes == 0
     same(*outcomes)
 
 
@@ -177,8 +177,8 @@ def test_other_weights_serve_nothing_that_was_kept(qwen3_dir, tmp_path, monkeypa
     if change == "step":
         engine.forward_backward("run", data(slope, seed=50), "cross_entropy", {})
     engine.forward("run", data(zero), "cross_entropy", {})
-    assert engine._kept.num_bytes > 0
-    graph = weakref.ref(engine._kept._runs["run"].forwards[0].scores.logprobs)
+    assert engine._forward_cache.num_bytes > 0
+    graph = weakref.ref(engine._forward_cache._runs["run"].forwards[0].scores.logprobs)
     if change in ("step", "empty-step"):
         engine.optim_step("run", ADAM)
     elif change == "load":
@@ -190,7 +190,7 @@ def test_other_weights_serve_nothing_that_was_kept(qwen3_dir, tmp_path, monkeypa
     else:
         engine.remove_run("run")
         add_run(engine, "run")
-    assert engine._kept.num_bytes == 0
+    assert engine._forward_cache.num_bytes == 0
     gc.collect()
     assert graph() is None
     passes = count_passes(engine, monkeypatch)
@@ -215,13 +215,13 @@ def test_the_limit_lets_the_oldest_go(qwen3_dir, monkeypatch):
     add_run(engine, "run")
     add_run(engine, "other")
     engine.forward("run", data(zero, num=1), "cross_entropy", {})
-    one = engine._kept.num_bytes
+    one = engine._forward_cache.num_bytes
     limited = load(qwen3_dir, 2 * one)
     for name in ("run", "other"):
         add_run(limited, name)
     for name, seed in (("run", 0), ("other", 10), ("other", 20)):
         limited.forward(name, data(zero, seed=seed, num=1), "cross_entropy", {})
-        assert 0 < limited._kept.num_bytes <= 2 * one
+        assert 0 < limited._forward_cache.num_bytes <= 2 * one
     passes = count_passes(limited, monkeypatch)
     for name, seed in (("other", 10), ("other", 20), ("run", 0)):
         limited.forward_backward(name, data(slope, seed=seed, num=1), "cross_entropy", {})
@@ -229,7 +229,7 @@ def test_the_limit_lets_the_oldest_go(qwen3_dir, monkeypatch):
     too_small = load(qwen3_dir, one - 1)
     add_run(too_small, "run")
     too_small.forward("run", data(zero, num=1), "cross_entropy", {})
-    assert too_small._kept.num_bytes == 0
+    assert too_small._forward_cache.num_bytes == 0
 
 
 def test_a_run_s_own_habit_counts(qwen3_dir):
@@ -238,9 +238,9 @@ def test_a_run_s_own_habit_counts(qwen3_dir):
     add_run(engine, "run")
 
     def keeps(weight, seed):
-        before = engine._kept.num_bytes
+        before = engine._forward_cache.num_bytes
         engine.forward("run", data(weight, seed=seed), "cross_entropy", {})
-        return engine._kept.num_bytes > before
+        return engine._forward_cache.num_bytes > before
 
     assert not keeps(slope, 0), "an evaluation, as far as anyone knows"
     engine.forward_backward("run", data(slope, seed=0), "cross_entropy", {})
@@ -262,4 +262,4 @@ def test_small_forwards_of_several_runs_share_a_pass_instead(qwen3_dir, monkeypa
     passes = count_passes(engine, monkeypatch)
     engine.compute([(name, Forward(data(zero, num=1), "cross_entropy", {})) for name in ("a", "bb")])
     assert len(passes) == 1
-    assert engine._kept.num_bytes == 0
+    assert engine._forward_cache.num_bytes == 0

@@ -9,12 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiny_models
-from selfloop.engine import device
-from selfloop.engine import engine as engine_module
+from selfloop.engine.backends import device, select
+from selfloop.engine.backends.base import Varlen
+from selfloop.engine.backends.cpu_native.backend import NativeBackend
 from selfloop.engine.backends.cpu_native.build import kernels
-from selfloop.engine.backends.torch.attention import PackedCausalAttention
-from selfloop.engine.backends.torch.decoder import positions_of
-from selfloop.engine.backends.torch.linear import Layout
+from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.engine import Engine
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
@@ -39,20 +38,16 @@ def deep_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recomputed_layers_give_the_same_bits(deep_dir, dtype):
-    decoder = Engine.load(deep_dir, device="cpu", dtype=dtype)._decoder
-    shape = AdapterShape(decoder.config, 4)
+    model = Engine.load(deep_dir, device="cpu", dtype=dtype)._model
+    shape = AdapterShape(model.spec, 4)
     theta_P = torch.randn(shape.num_parameters, generator=torch.Generator().manual_seed(1)) * 0.1
     lengths = [9, 17]
 
     def outcome(recompute):
-        leaf_P = theta_P.to(decoder.dtype, copy=True).requires_grad_()
-        h_TD = decoder.forward(
-            torch.tensor(tiny_models.random_ids(sum(lengths), 0)),
-            positions_of(lengths, decoder.device),
-            PackedCausalAttention(lengths),
-            AdapterBatch.of([(sum(lengths), shape.adapter(leaf_P, 8.0))]),
-            recompute=recompute,
-        )
+        leaf_P = theta_P.to(model.dtype, copy=True).requires_grad_()
+        batch = Varlen.whole(torch.tensor(tiny_models.random_ids(sum(lengths), 0)), lengths)
+        lora = AdapterBatch.of([(sum(lengths), shape.adapter(leaf_P, 8.0))])
+        h_TD = model.forward(batch, lora, recompute=recompute)
         (grad_P,) = torch.autograd.grad(h_TD.float().square().sum(), leaf_P)
         return h_TD, grad_P
 
@@ -130,7 +125,7 @@ SHAPES = [
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [300, 301], num_runs=2, deterministic=True, qk_norm=True),
 ]
 # All that this machine has: what other machines compute by is computed here, too.
-LAYOUTS: list[Layout] = ["plain"]
+LAYOUTS = ["plain"]
 if torch.ops.mkldnn._is_mkldnn_bf16_supported():
     LAYOUTS.append("blocked")
 if kernels() is not None:
@@ -141,7 +136,8 @@ if kernels() is not None:
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_no_pass_takes_more_than_is_estimated(number, layout, tmp_path, monkeypatch):
     shape, dtype = SHAPES[number], "float32" if layout == "float32" else "bfloat16"
-    monkeypatch.setattr(engine_module, "best_layout", lambda *of: "plain" if layout == "float32" else layout)
+    backend = NativeBackend() if layout == "panels" else TorchBackend("plain" if layout == "float32" else layout)
+    monkeypatch.setattr(select, "BACKENDS", (backend,))
     folder, num_tokens = tmp_path / "model", sum(shape.lengths) * shape.num_runs
     sizes = {"vocab_size": 96, "max_position_embeddings": 2048, "eos_token_id": 2, **shape.model}
     torch.manual_seed(0)
@@ -233,7 +229,7 @@ def test_many_short_sequences_are_split_by_what_fits(deep_dir):
 def test_the_budget_follows_from_the_memory(deep_dir):
     assert Engine.load(deep_dir, device="cpu", dtype="float32").train_token_budget == 512
     small = Engine.load(deep_dir, device="cpu", dtype="float32", limits=EngineLimits(activation_bytes=6 * 2**20))
-    memory, usual = small._workshop.memory, AdapterShape(small._decoder.config, 32)
+    memory, usual = small._workshop.memory, AdapterShape(small._model.spec, 32)
     assert 64 <= small.train_token_budget < 512
     assert not memory.recomputes(small.train_token_budget, usual)
     assert memory.recomputes(small.train_token_budget + 1, usual)

@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.models.config import parse_config
+from selfloop.engine.models.registry import parse_spec
+from selfloop.engine.models.spec import dense_layers
 from selfloop.types.errors import OperationFailed
 
 RAW = {
@@ -26,14 +27,16 @@ RAW = {
 
 
 def test_minimal_config():
-    config = parse_config(RAW, {})
-    assert (config.head_dim, config.num_kv_heads, config.rope.kind, config.rope.theta) == (4, 2, "default", 10000)
+    spec = parse_spec(RAW, {})
+    attention, _, eps = dense_layers(spec)
+    assert (attention.head_dim, attention.num_kv_heads, eps) == (4, 2, 1e-6)
+    assert (spec.rope.kind, spec.rope.theta) == ("default", 10000)
 
 
 def test_both_rope_layouts_mean_the_same():
     scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    old = parse_config(RAW | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}, {})
-    new = parse_config(RAW | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}, {})
+    old = parse_spec(RAW | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}, {})
+    new = parse_spec(RAW | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}, {})
     assert old.rope == new.rope
 
 
@@ -43,7 +46,7 @@ def test_of_both_rope_layouts_the_older_counts_as_in_transformers(scaling: dict[
     newer = {"rope_type": "yarn", "rope_theta": 2e4, "factor": 8.0, "original_max_position_embeddings": 16}
     raw = RAW | {"rope_scaling": scaling, "rope_parameters": newer} | theta
     expected = LlamaConfig.from_dict(raw).rope_parameters
-    rope = parse_config(raw, {}).rope
+    rope = parse_spec(raw, {}).rope
     assert (rope.kind, rope.factor, rope.theta) == tuple(expected[k] for k in ("rope_type", "factor", "rope_theta"))
     assert rope.kind == "linear"
 
@@ -52,7 +55,7 @@ def test_of_both_rope_layouts_the_older_counts_as_in_transformers(scaling: dict[
     ("generation", "expected"), [({}, (2,)), ({"eos_token_id": [2, 7]}, (2, 7)), ({"eos_token_id": 0}, (0,))]
 )
 def test_end_tokens_come_from_the_generation_config_first(generation, expected):
-    assert parse_config(RAW, generation).eos_token_ids == expected
+    assert parse_spec(RAW, generation).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -72,18 +75,18 @@ def test_end_tokens_come_from_the_generation_config_first(generation, expected):
 )  # fmt: skip
 def test_unsupported_models_are_refused_by_name(changes, message):
     with pytest.raises(OperationFailed, match=message):
-        parse_config(RAW | changes, {})
+        parse_spec(RAW | changes, {})
 
 
 def test_a_window_that_is_never_in_force_is_fine():
     raw = RAW | {"num_key_value_heads": 2}
-    parse_config(raw | {"model_type": "mistral", "sliding_window": 64}, {})
-    parse_config(raw | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, {})
+    parse_spec(raw | {"model_type": "mistral", "sliding_window": 64}, {})
+    parse_spec(raw | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, {})
 
 
 def test_missing_fields_are_named():
     with pytest.raises(OperationFailed, match="hidden_size"):
-        parse_config({key: value for key, value in RAW.items() if key != "hidden_size"}, {})
+        parse_spec({key: value for key, value in RAW.items() if key != "hidden_size"}, {})
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def shard(folder):
 def test_sharded_weights_equal_the_single_file(folder, model_dir):
     shard(folder)
     one, other = Engine.load(model_dir, dtype="float32"), Engine.load(folder, dtype="float32")
-    for a, b in zip(one._decoder.weights.layers, other._decoder.weights.layers, strict=True):
+    for a, b in zip(one._model.weights.layers, other._model.weights.layers, strict=True):
         for x, y in zip(a.linears, b.linears, strict=True):
             each = torch.eye(x.in_features)
             assert torch.equal(x(each), y(each))

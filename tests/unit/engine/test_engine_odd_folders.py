@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.files.base_weights import check_model
+from selfloop.engine.models.weights import check_model
 from selfloop.types.errors import OperationFailed
 
 INDEX = "model.safetensors.index.json"
@@ -197,7 +197,7 @@ def test_a_head_of_its_own_counts(tmp_path: Path):
     other_head(folder)
     engine = Engine.load(folder, device="cpu", dtype="float32")
     assert engine.info.num_parameters == before + tensors_of(folder)[HEAD].numel()
-    assert not engine._decoder.weights.tied
+    assert not engine._model.spec.tied
 
 
 @pytest.mark.parametrize("absent", ["num_key_value_heads", "head_dim"])
@@ -312,7 +312,7 @@ REFUSED = [
     (another_shape, r"model\.norm\.weight has shape \[33\], expected \[32\]"),
     (rows_and_columns, r"up_proj\.weight has shape \[32, 48\], expected \[48, 32\]"),
     (cut_short, r"cut short"),
-    (too_many_layers, r"tensors for 2147483648 layers"),
+    (too_many_layers, r"num_hidden_layers must be at most 65536, is 2147483648"),
     (bias_that_the_config_denies, r"unexpected tensors.*q_proj\.bias"),
 ]  # fmt: skip
 

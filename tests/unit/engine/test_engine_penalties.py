@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny_models
+from selfloop.engine.backends.base import Row
+from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.sample import sampler
-from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import sample_generator
 from selfloop.types.sampling import SampleRequest, SamplingParams
 

@@ -62,7 +62,7 @@ def test_a_probe_touches_no_state(load, monkeypatch):
     before = run.theta_P.clone(), run.accumulated, run.accumulated.grad_P.clone(), run.moments, run.step
     engine.probe("run")
     assert calls
-    assert engine._kept not in calls
+    assert engine._forward_cache not in calls
     assert torch.equal(run.theta_P, before[0])
     assert run.accumulated is before[1]
     assert torch.equal(run.accumulated.grad_P, before[2])

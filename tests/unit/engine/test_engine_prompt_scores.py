@@ -61,10 +61,10 @@ def test_named_tokens(any_engine, logprobs_NV):
 
 def test_only_rows_that_are_asked_for_are_computed(load, monkeypatch):
     engine = load(limits=EngineLimits(train_token_budget=512))
-    decoder = engine._decoder
+    model = engine._model
     counted = []
-    logits = decoder.logits
-    monkeypatch.setattr(decoder, "logits", lambda h, *more: counted.append(len(h)) or logits(h, *more))
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda h, *more: counted.append(len(h)) or logits(h, *more))
     asked(engine, prompt_logprobs=0, prompt_logprobs_last_n=4)
     assert sum(counted) == 4 + 1
     counted.clear()

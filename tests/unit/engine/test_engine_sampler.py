@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from selfloop.engine.sample.sampler import Row, draw
+from selfloop.engine.backends.base import Row
+from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.sample.sequence import sample_generator
 from selfloop.types.sampling import SamplingParams
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from selfloop.convert import prepare
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.registry import read_spec
 from selfloop.types.errors import BadRequest
 from selfloop.worker.text.chat import ChatTemplate
 from selfloop.worker.text.tokens import ModelTokenizer
@@ -40,7 +40,7 @@ def hostile(tiny_model_folder: Path, tmp_path: Path) -> Path:
 def test_code_in_a_model_folder_does_not_run(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     prepare.prepare_folder(hostile, tmp_path / "converted", lambda stage, fraction: None)
-    read_config(hostile)
+    read_spec(hostile)
     tokenizer = ModelTokenizer.load(hostile)
     ChatTemplate.load(hostile, tokenizer)
     assert not (tmp_path / "MARKER").exists()

@@ -6,7 +6,8 @@ from functools import cache
 import gguf
 from torch import Tensor
 
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import DenseLayers, ModelSpec, dense_layers
+from selfloop.types.errors import OperationFailed
 
 # Mistral is Llama to llama.cpp.
 _ARCHITECTURES = {
@@ -18,28 +19,37 @@ _ARCHITECTURES = {
 _SUFFIXES = (".weight", ".bias")
 
 
-def architecture(config: ModelConfig) -> str:
+def architecture(spec: ModelSpec) -> str:
     """As ``general.architecture`` names it."""
-    return gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]]
+    return gguf.MODEL_ARCH_NAMES[_architecture(spec)]
 
 
-def gguf_name(name: str, config: ModelConfig) -> str | None:
+def layers_of(spec: ModelSpec) -> DenseLayers:
+    """What GGUF's metadata says once for all layers; raises OperationFailed where they are of other kinds."""
+    layers = dense_layers(spec)
+    if layers is None:
+        raise OperationFailed(f"{spec.model_type} cannot be written as GGUF: its layers are not all dense")
+    return layers
+
+
+def gguf_name(name: str, spec: ModelSpec) -> str | None:
     """GGUF's name of a checkpoint's tensor; None for one that it does not keep (rotary frequencies)."""
-    return _map(_ARCHITECTURES[config.model_type], config.num_layers).get_name(name, try_suffixes=_SUFFIXES)
+    return _map(_architecture(spec), spec.num_layers).get_name(name, try_suffixes=_SUFFIXES)
 
 
-def checkpoint_names(stored: Collection[str], config: ModelConfig) -> set[str]:
+def checkpoint_names(stored: Collection[str], spec: ModelSpec) -> set[str]:
     """Every name that a tensor of ``stored``, GGUF's names, may have in a checkpoint."""
-    known = _map(_ARCHITECTURES[config.model_type], config.num_layers).mapping
+    known = _map(_architecture(spec), spec.num_layers).mapping
     return {key + end for key, (_, name) in known.items() for end in _SUFFIXES if name + end in stored}
 
 
-def heads_of(name: str, config: ModelConfig) -> int | None:
+def heads_of(name: str, spec: ModelSpec) -> int | None:
     """The heads whose rows llama.cpp keeps in another order, if it does so with this tensor."""
-    if architecture(config) != "llama":
+    if architecture(spec) != "llama":
         return None
     part = name.rpartition(".")[0].rpartition(".")[2]
-    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(part)
+    attention = layers_of(spec).attention
+    return {"q_proj": attention.num_heads, "k_proj": attention.num_kv_heads}.get(part)
 
 
 def interleaved(weight: Tensor, num_heads: int) -> Tensor:
@@ -50,6 +60,13 @@ def interleaved(weight: Tensor, num_heads: int) -> Tensor:
 def halved(weight: Tensor, num_heads: int) -> Tensor:
     """Undo :func:`interleaved`."""
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _architecture(spec: ModelSpec) -> gguf.MODEL_ARCH:
+    found = _ARCHITECTURES.get(spec.model_type)
+    if found is None:
+        raise OperationFailed(f"{spec.model_type} cannot be written as GGUF; known: {sorted(_ARCHITECTURES)}")
+    return found
 
 
 @cache

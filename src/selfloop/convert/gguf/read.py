@@ -10,31 +10,31 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
 
-from selfloop.convert.gguf.names import architecture, checkpoint_names, gguf_name, halved, heads_of
-from selfloop.engine.models.config import ModelConfig
+from selfloop.convert.gguf.names import architecture, checkpoint_names, gguf_name, halved, heads_of, layers_of
+from selfloop.engine.models.spec import LayerSpec, ModelSpec
 from selfloop.types.errors import OperationFailed
 
 
 class GgufSource:
     """The tensors of a GGUF, by their names in a Hugging Face checkpoint, in float32."""
 
-    def __init__(self, path: Path, like: ModelConfig) -> None:
+    def __init__(self, path: Path, like: ModelSpec) -> None:
         self._reader = GGUFReader(path)
-        self.config = _config(self._reader, like)
+        self.spec = _spec(self._reader, like)
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def names(self) -> Collection[str]:
-        return checkpoint_names(self._tensors.keys(), self.config)
+        return checkpoint_names(self._tensors.keys(), self.spec)
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            stored = self._tensors[gguf_name(name, self.config) or name]
+            stored = self._tensors[gguf_name(name, self.spec) or name]
             values = torch.tensor(dequantize(stored.data, stored.tensor_type))
-            heads = heads_of(name, self.config)
+            heads = heads_of(name, self.spec)
             yield name, values if heads is None else halved(values, heads)
 
 
-def _config(reader: GGUFReader, like: ModelConfig) -> ModelConfig:
+def _spec(reader: GGUFReader, like: ModelSpec) -> ModelSpec:
     """What the metadata says of the model; what GGUF does not say is as in ``like``."""
     fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
     name = architecture(like)
@@ -47,16 +47,25 @@ def _config(reader: GGUFReader, like: ModelConfig) -> ModelConfig:
         head_dim=fields[f"{name}.rope.dimension_count"],
         factor=float(fields.get(f"{name}.rope.scaling.factor", like.rope.factor)),
     )
-    return replace(
-        like,
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=fields[f"{name}.embedding_length"],
-        intermediate_size=fields[f"{name}.feed_forward_length"],
-        num_layers=fields[f"{name}.block_count"],
+    eps = float(fields[f"{name}.attention.layer_norm_rms_epsilon"])
+    hidden_size = fields[f"{name}.embedding_length"]
+    layer, known = like.layers[0], layers_of(like)
+    attention = replace(
+        known.attention,
+        hidden_size=hidden_size,
         num_heads=fields[f"{name}.attention.head_count"],
         num_kv_heads=fields[f"{name}.attention.head_count_kv"],
         head_dim=fields[f"{name}.attention.key_length"],
-        rms_norm_eps=float(fields[f"{name}.attention.layer_norm_rms_epsilon"]),
-        tie_word_embeddings="output.weight" not in stored,
+        qk_norm_eps=None if known.attention.qk_norm_eps is None else eps,
+    )
+    mlp = replace(known.mlp, hidden_size=hidden_size, inner_size=fields[f"{name}.feed_forward_length"])
+    mixer_norm, feed_forward_norm = (replace(norm, size=hidden_size, eps=eps) for norm in layer.norms)
+    return replace(
+        like,
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=hidden_size,
+        layers=(LayerSpec(attention, mlp, (mixer_norm, feed_forward_norm)),) * fields[f"{name}.block_count"],
+        final_norm_eps=eps,
+        tied="output.weight" not in stored,
         rope=rope,
     )

@@ -13,13 +13,14 @@ import torch
 from gguf import GGMLQuantizationType, RopeScalingType
 from torch import Tensor
 
-from selfloop.convert.gguf.names import architecture, gguf_name, heads_of, interleaved
+from selfloop.convert.gguf.names import architecture, gguf_name, heads_of, interleaved, layers_of
 from selfloop.convert.gguf.tokenizer import add_tokenizer
-from selfloop.engine.files.base_weights import SafetensorsSource
 from selfloop.engine.files.merge import Deltas
 from selfloop.engine.files.peft import LoadedAdapter
-from selfloop.engine.models.config import ModelConfig, read_config
+from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.rope import RopeConfig, inverse_frequencies
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import SafetensorsSource
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
 
@@ -47,21 +48,21 @@ def write_gguf(
     Raises:
         OperationFailed: the format cannot say this model, or a value does not fit ``dtype``.
     """
-    config = read_config(model_dir)
-    source = SafetensorsSource(model_dir, config)
+    spec = read_spec(model_dir)
+    source = SafetensorsSource(model_dir, spec)
     deltas = Deltas(adapter)
     stored = {name: name for name in sorted(source.names())}
-    if config.tie_word_embeddings and HEAD in deltas:
+    if spec.tied and HEAD in deltas:
         stored[HEAD] = EMBEDDING
-    with _opened(path, config) as writer:
-        _add_shape(writer, config)
-        add_tokenizer(writer, model_dir, config.vocab_size, config.eos_token_ids)
+    with _opened(path, spec) as writer:
+        _add_shape(writer, spec)
+        add_tokenizer(writer, model_dir, spec.vocab_size, spec.eos_token_ids)
         writer.add_name(base_model.rpartition("/")[2] + "-merged")
         writer.add_file_type(_STORED[dtype][1])
-        freqs = _frequency_factors(config)
+        freqs = _frequency_factors(spec)
         for name, origin in stored.items():
             shape = source.shape(origin)
-            _declare(writer, gguf_name(name, config) or name, shape, _dtype_of(shape, dtype))
+            _declare(writer, gguf_name(name, spec) or name, shape, _dtype_of(shape, dtype))
         if freqs is not None:
             _declare(writer, ROPE_FREQS, tuple(freqs.shape), torch.float32)
         writer.write_header_to_file(path)
@@ -70,7 +71,7 @@ def write_gguf(
         for name, origin in stored.items():
             ((_, tensor),) = source.read([origin])
             merged = deltas.added(name, tensor, _dtype_of(tuple(tensor.shape), dtype))
-            heads = heads_of(name, config)
+            heads = heads_of(name, spec)
             _write(writer, merged if heads is None else interleaved(merged, heads))
             on_bytes(tensor.nbytes)
         if freqs is not None:
@@ -79,8 +80,8 @@ def write_gguf(
 
 
 @contextmanager
-def _opened(path: Path, config: ModelConfig) -> Generator[gguf.GGUFWriter]:
-    writer = gguf.GGUFWriter(path, architecture(config))
+def _opened(path: Path, spec: ModelSpec) -> Generator[gguf.GGUFWriter]:
+    writer = gguf.GGUFWriter(path, architecture(spec))
     try:
         yield writer
     finally:
@@ -103,20 +104,21 @@ def _write(writer: gguf.GGUFWriter, tensor: Tensor) -> None:
     writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
 
 
-def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    rope = config.rope
+def _add_shape(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    attention, mlp, eps = layers_of(spec)
+    writer.add_vocab_size(spec.vocab_size)
+    writer.add_context_length(spec.context)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_block_count(spec.num_layers)
+    writer.add_feed_forward_length(mlp.inner_size)
+    writer.add_head_count(attention.num_heads)
+    writer.add_head_count_kv(attention.num_kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_layer_norm_rms_eps(eps)
+    writer.add_rope_dimension_count(attention.head_dim)
+    writer.add_rope_freq_base(spec.rope.theta)
+    rope = spec.rope
     if rope.kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(rope.kind))
         writer.add_rope_scaling_factor(rope.factor)
@@ -126,13 +128,13 @@ def _add_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
         raise OperationFailed("llama.cpp computes YaRN with its usual betas and attention factor only")
 
 
-def _frequency_factors(config: ModelConfig) -> Tensor | None:
+def _frequency_factors(spec: ModelSpec) -> Tensor | None:
     """By what llama.cpp divides each rotary frequency, where it has no name for the scaling."""
-    rope = config.rope
+    rope = spec.rope
     if rope.kind != "llama3":
         return None
-    if architecture(config) != "llama":
-        raise OperationFailed(f"llama.cpp does not scale the rotary frequencies of {config.model_type} as Llama 3 does")
+    if architecture(spec) != "llama":
+        raise OperationFailed(f"llama.cpp does not scale the rotary frequencies of {spec.model_type} as Llama 3 does")
     plain, _ = inverse_frequencies(RopeConfig("default", rope.theta, rope.head_dim))
     scaled, _ = inverse_frequencies(rope)
     return plain / scaled

@@ -13,7 +13,7 @@ from torch import Tensor
 from selfloop.engine.kv.pages import PagePool
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.types.sampling import SamplingParams
@@ -61,6 +61,11 @@ class Varlen:
     def whole(cls, tokens_T: Tensor, lengths: list[int]) -> "Varlen":
         """Whole sequences, with nothing before them."""
         return cls(tokens_T, lengths, [0] * len(lengths), [])
+
+    @property
+    def stops(self) -> list[int]:
+        """The position behind each sequence's last row."""
+        return [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
 
     @property
     def positions_T(self) -> Tensor:
@@ -207,7 +212,7 @@ class Model(Protocol):
     Hidden states h are after the final norm, in the compute dtype. Rows of no adapter see the base model only.
     """
 
-    config: ModelConfig
+    spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
     contracts: Contracts
@@ -256,10 +261,10 @@ class Backend(Protocol):
 
     name: str
 
-    def lacks(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
         """Why it does not compute this model there, in words; None where it does."""
         ...
 
-    def load(self, config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:
+    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:
         """Raises OperationFailed: the weights are not those of the model, or cannot be read."""
         ...

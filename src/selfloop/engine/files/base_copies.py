@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from selfloop.engine.files.base_weights import DTYPES, stored_weights
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import DTYPES, stored_weights
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.types.safetensors_header import StoredTensor
@@ -37,9 +37,9 @@ def split_copies(
 class BaseTensors:
     """The weights of a model folder, to compare copies with."""
 
-    def __init__(self, model_dir: Path, config: ModelConfig) -> None:
-        self._tensors = stored_weights(model_dir, config).tensors
-        if config.tie_word_embeddings:
+    def __init__(self, model_dir: Path, spec: ModelSpec) -> None:
+        self._tensors = stored_weights(model_dir, spec).tensors
+        if spec.tied:
             self._tensors = {**self._tensors, HEAD: self._tensors[EMBEDDING]}
 
     def check_copies(self, copies: Mapping[str, StoredTensor], modules_to_save: Collection[str]) -> None:

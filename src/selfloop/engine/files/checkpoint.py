@@ -15,7 +15,7 @@ from torch import Tensor
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import read_peft, write_peft
 from selfloop.engine.lora.adapter import AdapterShape
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.train.run import Accumulated, Moments, Run
 from selfloop.types.digests import check_folder, damaged
 from selfloop.types.errors import OperationFailed
@@ -48,25 +48,25 @@ class RunState(msgspec.Struct, frozen=True):
     targets: str | None = None
 
 
-def write_sampler(directory: Path, run: Run, config: ModelConfig) -> int:
+def write_sampler(directory: Path, run: Run) -> int:
     """Adapter and step only; returns bytes written."""
     writer = DirectoryWriter(directory)
-    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
+    write_peft(writer, run.shape, run.theta_P, run.alpha)
     writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, targets=str(run.shape.targets)))
     return writer.seal()
 
 
-def write_external(directory: Path, run: Run, config: ModelConfig, base_model: str) -> int:
+def write_external(directory: Path, run: Run, base_model: str) -> int:
     """The adapter alone, as PEFT reads it, with the name of its base model; returns bytes written."""
     writer = DirectoryWriter(directory)
-    write_peft(writer, run.shape, run.theta_P, run.alpha, config, base_model)
+    write_peft(writer, run.shape, run.theta_P, run.alpha, base_model)
     return writer.seal()
 
 
-def write_trainer(directory: Path, run: Run, config: ModelConfig) -> int:
+def write_trainer(directory: Path, run: Run) -> int:
     """Adapter, moments and step; returns bytes written."""
     writer = DirectoryWriter(directory)
-    write_peft(writer, run.shape, run.theta_P, run.alpha, config)
+    write_peft(writer, run.shape, run.theta_P, run.alpha)
     state = RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run), targets=str(run.shape.targets))
     writer.json(STATE_FILE, state)
     return writer.seal()
@@ -93,7 +93,7 @@ def write_snapshot(directory: Path, run: Run) -> int:
     return writer.seal()
 
 
-def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+def read_weights(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
     """A run that starts from a checkpoint's weights: step 0, no moments, no gradients.
 
     Raises:
@@ -104,13 +104,13 @@ def read_weights(directory: Path, config: ModelConfig, device: torch.device) -> 
     path = directory / STATE_FILE
     # An adapter of another program has no such file: it may adapt anything.
     stored = _decode_state(path).targets if path.is_file() else None
-    loaded = read_peft(directory, config, None if stored is None else LoraTargets.parse(stored))
+    loaded = read_peft(directory, spec, None if stored is None else LoraTargets.parse(stored))
     return Run(loaded.shape, loaded.alpha, loaded.theta_P.to(device))
 
 
-def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+def read_trainer(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
     """A run with a trainer checkpoint's weights, moments and step, without gradients."""
-    run = read_weights(directory, config, device)
+    run = read_weights(directory, spec, device)
     state = _read_state(directory, run)
     run.step = state.step
     if state.num_updates > 0:
@@ -127,7 +127,7 @@ def read_trainer(directory: Path, config: ModelConfig, device: torch.device) -> 
     return run
 
 
-def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+def read_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
     """The run as it was when :func:`write_snapshot` wrote it.
 
     Raises:
@@ -137,9 +137,9 @@ def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) ->
         raise damaged(directory, "the folder is gone")
     check_folder(directory)
     if not (directory / SNAPSHOT_FILE).is_file():
-        return _read_named_snapshot(directory, config, device)
+        return _read_named_snapshot(directory, spec, device)
     state = _decode_state(directory / STATE_FILE)
-    shape = AdapterShape(config, state.lora_rank, LoraTargets.parse(state.targets))
+    shape = AdapterShape(spec, state.lora_rank, LoraTargets.parse(state.targets))
     tensors = _read_tensors(directory / SNAPSHOT_FILE)
 
     def flat(name: str) -> Tensor:
@@ -157,9 +157,9 @@ def read_snapshot(directory: Path, config: ModelConfig, device: torch.device) ->
     return run
 
 
-def _read_named_snapshot(directory: Path, config: ModelConfig, device: torch.device) -> Run:
+def _read_named_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
     """One of a version before."""
-    run = read_trainer(directory, config, device)
+    run = read_trainer(directory, spec, device)
     pending = _read_state(directory, run).accumulated
     if pending is not None:
         grad_P = _flat(run.shape, "grad", _read_tensors(directory / _GRADIENTS_FILE)).to(device)

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.backends.torch.attention import PackedCausalAttention
-from selfloop.engine.backends.torch.decoder import Decoder
-from selfloop.engine.files.base_weights import SafetensorsSource, open_base_weights
+from selfloop.engine.backends.base import Varlen
+from selfloop.engine.backends.select import open_reference
 from selfloop.engine.files.peft import LoadedAdapter
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.config import ModelConfig, read_config
-from selfloop.engine.models.weights import TensorSource
+from selfloop.engine.models.registry import read_spec
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import SafetensorsSource, TensorSource
 from selfloop.types.errors import OperationFailed
 
 # The largest difference of logits, as a part of the largest logit, that rounding to the base's dtype may make.
@@ -29,7 +29,7 @@ Logits = Callable[[Tensor], Tensor]
 class ModelOnDisk(NamedTuple):
     """A model's shape, and where its weights are read from."""
 
-    config: ModelConfig
+    spec: ModelSpec
     tensors: TensorSource
 
 
@@ -54,8 +54,8 @@ def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: Logits, stored: t
     Raises:
         OperationFailed: one of them is not a whole model.
     """
-    num = min(_NUM_TOKENS, base.config.max_position_embeddings)
-    tokens_T = torch.randint(base.config.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
+    num = min(_NUM_TOKENS, base.spec.context)
+    tokens_T = torch.randint(base.spec.vocab_size, (num,), generator=torch.Generator().manual_seed(0))
     multiplied = adapter.shape.adapter(adapter.theta_P, adapter.alpha)
     expected_TV, base_TV = logits_on_disk(base, tokens_T, multiplied), logits_on_disk(base, tokens_T)
     merged_TV = merged(tokens_T)
@@ -67,18 +67,17 @@ def compare(base: ModelOnDisk, adapter: LoadedAdapter, merged: Logits, stored: t
 
 def model_in(folder: Path) -> ModelOnDisk:
     """The model of a Hugging Face folder."""
-    config = read_config(folder)
-    return ModelOnDisk(config, SafetensorsSource(folder, config))
+    spec = read_spec(folder)
+    return ModelOnDisk(spec, SafetensorsSource(folder, spec))
 
 
 @torch.inference_mode()
 def logits_on_disk(model: ModelOnDisk, tokens_T: Tensor, adapter: Adapter | None = None) -> Tensor:
     """Logits (T, V) in float32, of our own decoder, as it serves the model."""
-    config, num = model.config, len(tokens_T)
-    decoder = Decoder(config, open_base_weights(model.tensors, config, torch.float32))
+    reference, num = open_reference(model.spec, model.tensors), len(tokens_T)
     batch = AdapterBatch.of([(num, adapter)])
-    h_TD = decoder.forward(tokens_T, torch.arange(num), PackedCausalAttention([num]), batch)
-    return decoder.logits(h_TD, batch)
+    h_TD = reference.forward(Varlen.whole(tokens_T, [num]), batch)
+    return reference.logits(h_TD, batch)
 
 
 def _largest(difference_TV: Tensor) -> float:

@@ -17,11 +17,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from selfloop.engine.files.base_weights import DTYPES, stored_weights
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import LoadedAdapter
-from selfloop.engine.lora.targets import HEAD as HEAD_MODULE
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.registry import read_spec
+from selfloop.engine.models.spec import HEAD_MODULE
+from selfloop.engine.models.weights import DTYPES, stored_weights
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.types.safetensors_header import StoredTensor, read_metadata
@@ -89,10 +89,10 @@ def write_merged(
         OperationFailed: a file cannot be read, or a merged value does not fit the dtype.
     """
     deltas = Deltas(adapter)
-    config = read_config(model_dir)
-    weights = stored_weights(model_dir, config)
+    spec = read_spec(model_dir)
+    weights = stored_weights(model_dir, spec)
     written = [_Written(name, stored) for name, stored in weights.tensors.items()]
-    untie = config.tie_word_embeddings and HEAD in deltas
+    untie = spec.tied and HEAD in deltas
     if untie:
         written.append(_Written(HEAD, weights.tensors[EMBEDDING]))
     for path in weights.files:
@@ -104,7 +104,7 @@ def write_merged(
     if weights.index is not None:
         _write_index(writer, weights.index, written)
     raw: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
-    tied = config.tie_word_embeddings and not untie
+    tied = spec.tied and not untie
     if bool(raw.get("tie_word_embeddings", False)) == tied:
         writer.file(MODEL_CONFIG_FILE).write_bytes((model_dir / MODEL_CONFIG_FILE).read_bytes())
     else:

@@ -11,11 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfloop.engine.files.base_copies import BaseTensors, split_copies
-from selfloop.engine.files.base_weights import DTYPES
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.lora.adapter import AdapterShape
-from selfloop.engine.lora.targets import HEAD, adapted_groups, head_group
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import HEAD_MODULE, ModelSpec
+from selfloop.engine.models.weights import DTYPES
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
 from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
@@ -67,15 +66,14 @@ def write_peft(
     shape: AdapterShape,
     theta_P: Tensor,
     alpha: float,
-    config: ModelConfig,
     base_model: str | None = None,
 ) -> None:
     """Write both files, in float32, so that ``PeftModel.from_pretrained`` reads them."""
     writer.tensors(WEIGHTS_FILE, {_key(p.name): p.view for p in shape.named(theta_P)})
-    writer.json(CONFIG_FILE, _peft_config(shape, alpha, config, base_model))
+    writer.json(CONFIG_FILE, _peft_config(shape, alpha, base_model))
 
 
-def read_peft(directory: Path, config: ModelConfig, targets: LoraTargets | None = None) -> LoadedAdapter:
+def read_peft(directory: Path, spec: ModelSpec, targets: LoraTargets | None = None) -> LoadedAdapter:
     """Read and check an adapter; projections of ``targets`` that it leaves out get B = 0, which changes nothing.
 
     Without ``targets`` they are every projection of every layer, and the output layer if it is there.
@@ -86,10 +84,10 @@ def read_peft(directory: Path, config: ModelConfig, targets: LoraTargets | None 
     rank, alpha, raw = _read_config(directory / CONFIG_FILE)
     if raw.get("modules_to_save"):
         raise _invalid(f"{CONFIG_FILE}: modules_to_save = {raw['modules_to_save']!r} is not supported")
-    return _read(directory / WEIGHTS_FILE, _stored(directory / WEIGHTS_FILE), config, rank, alpha, targets)
+    return _read(directory / WEIGHTS_FILE, _stored(directory / WEIGHTS_FILE), spec, rank, alpha, targets)
 
 
-def read_foreign_peft(directory: Path, config: ModelConfig, base: BaseTensors) -> LoadedAdapter:
+def read_foreign_peft(directory: Path, spec: ModelSpec, base: BaseTensors) -> LoadedAdapter:
     """As :func:`read_peft`, of an adapter that somebody else made: nothing that it says of itself is believed.
 
     Copies of the base model's weights, which the PEFT library puts beside an adapter of the output layer, are left
@@ -105,16 +103,16 @@ def read_foreign_peft(directory: Path, config: ModelConfig, base: BaseTensors) -
         raise _invalid(f"{CONFIG_FILE}: lora_alpha must be more than 0 and at most {_MAX_ALPHA:g}, is {alpha!r}")
     stored, copies = split_copies(_stored(directory / WEIGHTS_FILE), _PREFIX)
     _check_targets(raw, stored)
-    shapes = _shapes(stored, config, rank, _targets_of(stored))
+    shapes = _shapes(stored, spec, rank, _targets_of(stored))
     _check_stored(stored, shapes)
     base.check_copies(copies, raw.get("modules_to_save") or [])
-    return _read(directory / WEIGHTS_FILE, stored, config, rank, alpha, None)
+    return _read(directory / WEIGHTS_FILE, stored, spec, rank, alpha, None)
 
 
 def _read(
     path: Path,
     stored: Mapping[str, StoredTensor],
-    config: ModelConfig,
+    spec: ModelSpec,
     rank: int,
     alpha: float,
     targets: LoraTargets | None,
@@ -122,8 +120,8 @@ def _read(
     if targets is None:
         targets = _targets_of(stored)
     # Memory is taken only for what the file has.
-    _check_stored(stored, _shapes(stored, config, rank, targets))
-    shape = AdapterShape(config, rank, targets)
+    _check_stored(stored, _shapes(stored, spec, rank, targets))
+    shape = AdapterShape(spec, rank, targets)
     theta_P = shape.initial(seed=0)
     try:
         with safe_open(path, framework="pt") as file:
@@ -138,18 +136,18 @@ def _read(
 
 
 def _targets_of(stored: Mapping[str, StoredTensor]) -> LoraTargets:
-    return LoraTargets(unembed=_key(f"{HEAD}.lora_A") in stored)
+    return LoraTargets(unembed=_key(f"{HEAD_MODULE}.lora_A") in stored)
 
 
 def _shapes(
-    stored: Mapping[str, StoredTensor], config: ModelConfig, rank: int, targets: LoraTargets
+    stored: Mapping[str, StoredTensor], spec: ModelSpec, rank: int, targets: LoraTargets
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor that there may be, by its name in the file."""
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     if stored and rank > largest:
         name = next(iter(stored))
         raise _invalid(f"{CONFIG_FILE}: r is {rank}, but {name} has shape {list(stored[name].shape)}")
-    shape = AdapterShape(config, rank, targets)
+    shape = AdapterShape(spec, rank, targets)
     nothing_P = torch.empty(shape.num_parameters, device="meta")
     return {_key(parameter.name): tuple(parameter.view.shape) for parameter in shape.named(nothing_P)}
 
@@ -189,11 +187,10 @@ def _invalid(reason: str) -> OperationFailed:
 
 
 def _key(name: str) -> str:
-    return f"{_PREFIX}{name if name.startswith(HEAD) else 'model.' + name}.weight"
+    return f"{_PREFIX}{name if name.startswith(HEAD_MODULE) else 'model.' + name}.weight"
 
 
-def _peft_config(shape: AdapterShape, alpha: float, config: ModelConfig, base_model: str | None) -> dict[str, Any]:
-    groups = [*adapted_groups(config, shape.targets), head_group(config) if shape.targets.unembed else None]
+def _peft_config(shape: AdapterShape, alpha: float, base_model: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -210,7 +207,7 @@ def _peft_config(shape: AdapterShape, alpha: float, config: ModelConfig, base_mo
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,
-        "target_modules": [target.name for group in groups if group for target in group.targets],
+        "target_modules": shape.module_names,
     }
 
 

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.lora.targets import LinearGroup, adapted_groups, head_group
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.lora.targets import adapted_groups
+from selfloop.engine.models.spec import ModelSpec, ProjectionGroup
 from selfloop.types.lora import LoraTargets
 
 DEFAULT_ALPHA = 32.0
@@ -50,49 +50,52 @@ class Adapter:
 class AdapterShape:
     """Layout of the flat vector for one model, rank and choice of targets: layer by layer, then the head."""
 
-    def __init__(self, config: ModelConfig, rank: int, targets: LoraTargets = LoraTargets()) -> None:
+    def __init__(self, spec: ModelSpec, rank: int, targets: LoraTargets = LoraTargets()) -> None:
         assert rank >= 1
         self.rank = rank
         self.targets = targets
-        self.num_layers = config.num_layers
-        self._groups = adapted_groups(config, targets)
-        self._head = head_group(config) if targets.unembed else None
-        self._layer_sizes = [size for group in self._groups if group for size in self._group_sizes(group)]
-        self._head_sizes = self._group_sizes(self._head) if self._head else []
-        self.num_parameters = self.num_layers * sum(self._layer_sizes) + sum(self._head_sizes)
+        self._layers = [adapted_groups(layer, targets) for layer in spec.layers]
+        self._head = ProjectionGroup((spec.head,)) if targets.unembed else None
+        groups = [group for layer in self._layers for group in layer]
+        self._sizes = [size for group in [*groups, self._head] if group for size in self._group_sizes(group)]
+        self.num_parameters = sum(self._sizes)
 
-    def _group_sizes(self, group: LinearGroup) -> list[int]:
-        a_size = len(group.targets) * self.rank * group.in_features
-        return [a_size, *(target.out_features * self.rank for target in group.targets)]
+    @property
+    def module_names(self) -> list[str]:
+        """The short names of what is adapted, each once, in the order of a layer."""
+        groups = [*(group for layer in self._layers for group in layer), self._head]
+        return list(dict.fromkeys(p.short_name for group in groups if group for p in group.projections))
+
+    def _group_sizes(self, group: ProjectionGroup) -> list[int]:
+        a_size = len(group.projections) * self.rank * group.in_features
+        return [a_size, *(size * self.rank for size in group.out_sizes)]
 
     def adapter(self, flat_P: Tensor, alpha: float) -> Adapter:
         """The multipliable form of ``flat_P``, which is in the compute dtype: views, so gradients flow back into it."""
         assert flat_P.shape == (self.num_parameters,)
-        parts = iter(flat_P.split(self._layer_sizes * self.num_layers + self._head_sizes))
-        layers = [
-            tuple(self._view(group, parts) if group else None for group in self._groups) for _ in range(self.num_layers)
-        ]
+        parts = iter(flat_P.split(self._sizes))
+        layers = [tuple(self._view(group, parts) if group else None for group in layer) for layer in self._layers]
         head = self._view(self._head, parts) if self._head else None
         return Adapter(alpha / self.rank, layers, flat_P, head)
 
-    def _view(self, group: LinearGroup, parts: Iterator[Tensor]) -> LoraGroup:
+    def _view(self, group: ProjectionGroup, parts: Iterator[Tensor]) -> LoraGroup:
         a = next(parts).view(-1, group.in_features)
-        return LoraGroup(a, tuple(next(parts).view(-1, self.rank) for _ in group.targets))
+        return LoraGroup(a, tuple(next(parts).view(-1, self.rank) for _ in group.projections))
 
     def named(self, flat_P: Tensor) -> Iterator[NamedParameter]:
         """Every A and B as a view, under PEFT's module names."""
         adapter = self.adapter(flat_P, alpha=1.0)
-        for index, layer in enumerate(adapter.layers):
-            for group, views in zip(self._groups, layer, strict=True):
+        for index, (groups, layer) in enumerate(zip(self._layers, adapter.layers, strict=True)):
+            for group, views in zip(groups, layer, strict=True):
                 if group is not None and views is not None:
                     yield from self._named(f"layers.{index}.", group, views)
         if self._head is not None and adapter.head is not None:
             yield from self._named("", self._head, adapter.head)
 
-    def _named(self, prefix: str, group: LinearGroup, views: LoraGroup) -> Iterator[NamedParameter]:
-        for target, a_RI, b_OR in zip(group.targets, views.a.split(self.rank), views.b, strict=True):
-            yield NamedParameter(f"{prefix}{target.module}.lora_A", "lora_A", a_RI)
-            yield NamedParameter(f"{prefix}{target.module}.lora_B", "lora_B", b_OR)
+    def _named(self, prefix: str, group: ProjectionGroup, views: LoraGroup) -> Iterator[NamedParameter]:
+        for projection, a_RI, b_OR in zip(group.projections, views.a.split(self.rank), views.b, strict=True):
+            yield NamedParameter(f"{prefix}{projection.name}.lora_A", "lora_A", a_RI)
+            yield NamedParameter(f"{prefix}{projection.name}.lora_B", "lora_B", b_OR)
 
     def changes_nothing(self, flat_P: Tensor) -> bool:
         """Whether the model with it is the base model: A or B of each projection is zero, as a fresh adapter's B is."""

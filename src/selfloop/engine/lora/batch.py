@@ -19,8 +19,8 @@ class AdapterRows(NamedTuple):
 class AdapterBatch:
     """Disjoint row ranges with their adapters; rows in no range see the base model only.
 
-    ``blocks`` are the sizes of row blocks that are to be multiplied apart, so that the numbers of none can depend on
-    what else is there; None where all rows go through one product. Then ``rows`` are those blocks.
+    ``blocks`` are the sizes of row blocks that are to be multiplied each by itself, so that the numbers of none can
+    depend on what else is there; None where all rows go through one product. Then ``rows`` are those blocks.
     """
 
     def __init__(self, rows: list[AdapterRows], blocks: list[int] | None = None) -> None:
@@ -30,7 +30,7 @@ class AdapterBatch:
         self.blocks = blocks
 
     @classmethod
-    def apart(cls, runs: list[tuple[int, Adapter]]) -> "AdapterBatch":
+    def batch_invariant(cls, runs: list[tuple[int, Adapter]]) -> "AdapterBatch":
         """As :meth:`of`, each run in a product of its own."""
         stops = list(itertools.accumulate(size for size, _ in runs))
         rows = [AdapterRows(stop - size, stop, adapter) for stop, (size, adapter) in zip(stops, runs, strict=True)]
@@ -50,6 +50,13 @@ class AdapterBatch:
                     rows.append(AdapterRows(start, start + num_rows, adapter))
             start += num_rows
         return cls(rows)
+
+    def of_rows(self, num_rows: int) -> list[Adapter | None]:
+        """The adapter of each of so many rows."""
+        adapters: list[Adapter | None] = [None] * num_rows
+        for start, stop, adapter in self.rows:
+            adapters[start:stop] = [adapter] * (stop - start)
+        return adapters
 
     def at(self, layer: int, group: int) -> list[LoraSegment]:
         """The segments for one fused projection of one layer."""

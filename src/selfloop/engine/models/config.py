@@ -1,104 +1,13 @@
-"""Shape of a decoder, read from a Hugging Face ``config.json``."""
+"""A Hugging Face ``config.json``, read with every number checked: what the families' files make a spec of."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfloop.engine.models.families import FAMILIES
 from selfloop.engine.models.rope import RopeConfig, parse_rope
-from selfloop.engine.models.traits import FamilyTraits
-from selfloop.types.errors import BadRequest, model_invalid
-from selfloop.types.model_weights import read_weights
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What the decoder must know of a model; sizes count elements.
-
-    ``tie_word_embeddings`` tells whether the output layer is the embedding: what the weights say, where they are read.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    rope: RopeConfig
-    eos_token_ids: tuple[int, ...]
-
-
-def read_config(model_dir: Path) -> ModelConfig:
-    """Parse ``config.json`` (and ``generation_config.json``, where end tokens are taken from if it is there).
-
-    Raises:
-        OperationFailed: the folder holds no model, or one that this engine does not compute exactly.
-    """
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise model_invalid(f"{model_dir} holds no config.json")
-    generation_path = model_dir / "generation_config.json"
-    generation = _read_object(generation_path) if generation_path.is_file() else {}
-    config = parse_config(_read_object(path), generation)
-    try:
-        weights = read_weights(model_dir, tie=config.tie_word_embeddings)
-    except BadRequest as error:
-        raise model_invalid(error.expected) from error
-    return replace(config, tie_word_embeddings=weights.tied)
-
-
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    """What a ``config.json`` alone says.
-
-    Raises:
-        OperationFailed: it says no model that this engine computes exactly.
-    """
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise model_invalid(f"model_type {model_type!r} is not supported; known: {sorted(FAMILIES)}")
-    missing = [name for name in _REQUIRED if name not in raw]
-    if missing:
-        raise model_invalid(f"config.json lacks {missing}")
-    sizes = {name: _size(name, raw[name]) for name in _REQUIRED}
-    _refuse_unsupported(raw)
-    traits = FAMILIES[model_type](raw)
-    context = sizes["max_position_embeddings"]
-    if traits.sliding_window is not None and traits.sliding_window < context:
-        window = f"{traits.sliding_window} of {context} positions"
-        raise model_invalid(f"sliding window attention ({window}) is not supported")
-    num_heads, num_kv_heads, head_dim = _heads(raw, sizes, traits)
-    generated_ends, own_ends = _end_tokens(generation), _end_tokens(raw)
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=context,
-        rms_norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=traits.qkv_bias,
-        o_bias=traits.o_bias,
-        mlp_bias=traits.mlp_bias,
-        qk_norm=traits.qk_norm,
-        rope=_rope(raw, head_dim),
-        eos_token_ids=generated_ends or own_ends,
-    )
-
+from selfloop.engine.models.spec import DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
+from selfloop.types.errors import model_invalid
 
 _REQUIRED = (
     "vocab_size",
@@ -110,9 +19,120 @@ _REQUIRED = (
 )
 # Of one tensor's side; what is beyond is no model but an attempt to take the memory.
 _MAX_SIZE = 2**31
+_MAX_LAYERS = 2**16
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+class HfConfig:
+    """The keys that several families read alike. Every method raises OperationFailed for what is not supported."""
+
+    def __init__(self, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self._generation = generation
+        missing = [name for name in _REQUIRED if name not in raw]
+        if missing:
+            raise model_invalid(f"config.json lacks {missing}")
+        self._sizes = {name: _size(name, raw[name]) for name in _REQUIRED}
+        _refuse_unsupported(raw)
+
+    @property
+    def num_layers(self) -> int:
+        num = self._sizes["num_hidden_layers"]
+        if num > _MAX_LAYERS:
+            raise model_invalid(f"config.json: num_hidden_layers must be at most {_MAX_LAYERS}, is {num}")
+        return num
+
+    def flag(self, name: str) -> bool:
+        """False where it is absent."""
+        return bool(self.raw.get(name, False))
+
+    def size(self, *names: str, default: int | None = None) -> int:
+        """The first of these keys that is there, a positive integer; ``default`` where there is none."""
+        found = next((name for name in names if name in self.raw), None)
+        if found is None and default is not None:
+            return default
+        if found is None:
+            raise model_invalid(f"config.json lacks {[names[0]]}")
+        return _size(found, self.raw[found])
+
+    def refuse_window(self, window: int | None) -> None:
+        """``window`` is None where every layer sees the whole context."""
+        context = self._sizes["max_position_embeddings"]
+        if window is not None and window < context:
+            raise model_invalid(f"sliding window attention ({window} of {context} positions) is not supported")
+
+    def qwen_window(self) -> int | None:
+        """The window of a Qwen config, where any layer uses it."""
+        raw = self.raw
+        if not raw.get("use_sliding_window", False):
+            return None
+        layer_types = raw.get("layer_types")
+        if layer_types is None:
+            in_force = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+        else:
+            in_force = "sliding_attention" in layer_types
+        return raw.get("sliding_window", 4096) if in_force else None
+
+    def attention(
+        self,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: bool = False,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> FullAttention:
+        """``num_kv_heads`` and ``head_dim`` are what transformers takes where the config has no such key; None: what
+        follows from the other sizes, which an explicit null asks for, too."""
+        num_heads = self._sizes["num_attention_heads"]
+        raw_kv, raw_dim = self.raw.get("num_key_value_heads", num_kv_heads), self.raw.get("head_dim", head_dim)
+        kv_heads = num_heads if raw_kv is None else _size("num_key_value_heads", raw_kv)
+        dim = self._sizes["hidden_size"] // num_heads if raw_dim is None else _size("head_dim", raw_dim)
+        if num_heads % kv_heads != 0:
+            raise model_invalid(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {kv_heads}")
+        if dim < 2 or dim % 2 != 0:
+            raise model_invalid(f"heads of {dim} dimensions cannot be rotated; an even number is needed")
+        eps = self._eps if qk_norm else None
+        return FullAttention(self._sizes["hidden_size"], num_heads, kv_heads, dim, qkv_bias, o_bias, eps)
+
+    def mlp(self, *, bias: bool = False) -> DenseMlp:
+        return DenseMlp(self._sizes["hidden_size"], self._sizes["intermediate_size"], bias)
+
+    def norms(self) -> tuple[Norm, Norm]:
+        size = self._sizes["hidden_size"]
+        return Norm("input_layernorm", size, self._eps), Norm("post_attention_layernorm", size, self._eps)
+
+    def dense(self, attention: FullAttention, mlp: DenseMlp) -> ModelSpec:
+        """All layers alike."""
+        return self.model([LayerSpec(attention, mlp, self.norms())] * self.num_layers, attention.head_dim)
+
+    def model(self, layers: Sequence[LayerSpec], rotated_dim: int) -> ModelSpec:
+        """``rotated_dim``: dimensions of a head, all of which are rotated."""
+        generated_ends, own_ends = _end_tokens(self._generation), _end_tokens(self.raw)
+        return ModelSpec(
+            model_type=self.raw["model_type"],
+            vocab_size=self._sizes["vocab_size"],
+            hidden_size=self._sizes["hidden_size"],
+            layers=tuple(layers),
+            final_norm_eps=self._eps,
+            tied=self.flag("tie_word_embeddings"),
+            rope=self._rope(rotated_dim),
+            context=self._sizes["max_position_embeddings"],
+            eos_token_ids=generated_ends or own_ends,
+        )
+
+    @property
+    def _eps(self) -> float:
+        return _number("rms_norm_eps", self.raw.get("rms_norm_eps", 1e-6))
+
+    def _rope(self, head_dim: int) -> RopeConfig:
+        try:
+            return parse_rope(self.raw, head_dim)
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; raises OperationFailed where the file holds none."""
     try:
         raw: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -120,19 +140,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise model_invalid(f"{path} cannot be read: it holds no object")
     return raw
-
-
-def _heads(raw: Mapping[str, Any], sizes: Mapping[str, int], traits: FamilyTraits) -> tuple[int, int, int]:
-    """Heads, heads of keys and values, and their size; an explicit null is as if the family had no default."""
-    num_heads = sizes["num_attention_heads"]
-    kv_heads, head_dim = raw.get("num_key_value_heads", traits.num_kv_heads), raw.get("head_dim", traits.head_dim)
-    num_kv_heads = num_heads if kv_heads is None else _size("num_key_value_heads", kv_heads)
-    dim = sizes["hidden_size"] // num_heads if head_dim is None else _size("head_dim", head_dim)
-    if num_heads % num_kv_heads != 0:
-        raise model_invalid(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
-    if dim < 2 or dim % 2 != 0:
-        raise model_invalid(f"heads of {dim} dimensions cannot be rotated; an even number is needed")
-    return num_heads, num_kv_heads, dim
 
 
 def _size(name: str, value: object) -> int:
@@ -145,13 +152,6 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise model_invalid(f"config.json: {name} must be a number of at least 0, is {value!r}")
     return float(value)
-
-
-def _rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    try:
-        return parse_rope(raw, head_dim)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:

@@ -1,11 +1,9 @@
 """Llama (and SmolLM2): biases as the config says."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from selfloop.engine.models.traits import FamilyTraits
+from selfloop.engine.models.config import HfConfig
+from selfloop.engine.models.spec import ModelSpec
 
 
-def traits(raw: Mapping[str, Any]) -> FamilyTraits:
-    attention_bias = bool(raw.get("attention_bias", False))
-    return FamilyTraits(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=bool(raw.get("mlp_bias", False)))
+def spec(config: HfConfig) -> ModelSpec:
+    bias = config.flag("attention_bias")
+    return config.dense(config.attention(qkv_bias=bias, o_bias=bias), config.mlp(bias=config.flag("mlp_bias")))

@@ -1,11 +1,10 @@
 """Mistral: Llama without biases, and in early releases a sliding window on every layer."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from selfloop.engine.models.traits import FamilyTraits
+from selfloop.engine.models.config import HfConfig
+from selfloop.engine.models.spec import ModelSpec
 
 
-def traits(raw: Mapping[str, Any]) -> FamilyTraits:
+def spec(config: HfConfig) -> ModelSpec:
     # An absent key means 4096 to transformers; null means none.
-    return FamilyTraits(sliding_window=raw.get("sliding_window", 4096), num_kv_heads=8)
+    config.refuse_window(config.raw.get("sliding_window", 4096))
+    return config.dense(config.attention(num_kv_heads=8), config.mlp())

@@ -1,10 +1,9 @@
 """Qwen2 and Qwen2.5: biases on q, k and v."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from selfloop.engine.models.traits import FamilyTraits, qwen_sliding_window
+from selfloop.engine.models.config import HfConfig
+from selfloop.engine.models.spec import ModelSpec
 
 
-def traits(raw: Mapping[str, Any]) -> FamilyTraits:
-    return FamilyTraits(qkv_bias=True, sliding_window=qwen_sliding_window(raw), num_kv_heads=32)
+def spec(config: HfConfig) -> ModelSpec:
+    config.refuse_window(config.qwen_window())
+    return config.dense(config.attention(qkv_bias=True, num_kv_heads=32), config.mlp())

@@ -1,4 +1,4 @@
-"""Rotary position embedding: inverse frequencies of each scaling, and the rotation itself."""
+"""Rotary position embedding: its scaling as data, and the inverse frequencies of each."""
 
 import math
 from collections.abc import Mapping
@@ -117,43 +117,3 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 _INVERSE_FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-
-
-class Rotary:
-    """Gives cos and sin (T, 1, head_dim/2) of positions, in the compute dtype."""
-
-    def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
-        freq, self._magnitude = inverse_frequencies(rope)
-        self._freq = freq.to(device)
-        self._dtype = dtype
-
-    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (positions_T.float()[:, None] * self._freq)[:, None, :]
-        cos, sin = angle.cos() * self._magnitude, angle.sin() * self._magnitude
-        return cos.to(self._dtype), sin.to(self._dtype)
-
-
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim/2) of every head; cos and sin are (T, 1, head_dim/2)."""
-    if torch.is_grad_enabled():
-        return _Rotate.apply(x_THd, cos, sin)  # pyright: ignore[reportReturnType]
-    return _rotate(x_THd, cos, sin)
-
-
-def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x_THd.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class _Rotate(torch.autograd.Function):
-    """The backward of a rotation is the rotation back; nothing but cos and sin is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_THd, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None

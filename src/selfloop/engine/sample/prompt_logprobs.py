@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selfloop.engine.backends.torch.decoder import Decoder
-from selfloop.engine.backends.torch.logprob import chunk_rows
+from selfloop.engine.backends.base import Model
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.sample.sampler import draw_with_replacement
@@ -59,17 +58,17 @@ class PromptScores:
             return None
         return PromptDraws(self._drawn_tokens.tobytes(), self._drawn_logprobs.tobytes())
 
-    def add(self, decoder: Decoder, first_row: int, h_ND: Tensor, adapter: Adapter | None) -> None:
+    def add(self, model: Model, first_row: int, h_ND: Tensor, adapter: Adapter | None) -> None:
         """Look at the rows from ``first_row`` on, of which these are the hidden states; the last has no successor."""
         stop = min(first_row + h_ND.shape[0], len(self._request.prompt) - 1)
         needed = [row for row in range(first_row, stop) if self._needs(row)]
         if self.positions is not None:
             self.positions += [None] * (max(first_row, min(stop, self._first_own_row)) - first_row)
-        size = chunk_rows(decoder.config.vocab_size, decoder.device)
+        size = model.costs().logit_rows
         for at in range(0, len(needed), size):
             rows = needed[at : at + size]
             h_CD = h_ND[torch.tensor(rows, device=h_ND.device) - first_row]
-            logits_CV = decoder.logits(h_CD, AdapterBatch.of([(h_CD.shape[0], adapter)]))
+            logits_CV = model.logits(h_CD, AdapterBatch.of([(h_CD.shape[0], adapter)]))
             logprobs_CV = logits_CV.log_softmax(-1)
             self._add_own(rows, logprobs_CV)
             self._add_targets(rows, logprobs_CV)

@@ -4,68 +4,57 @@ A draw inverts the cumulative distribution at the row's uniform number: over the
 min-p over those that are left, the likeliest first. So it depends on the row alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.backends.base import Draw, Row
-from selfloop.engine.backends.cpu_native.build import kernels as native
-from selfloop.engine.backends.cpu_native.library import Kernels
 from selfloop.types.sampling import SamplingParams
+
+DrawRows = Callable[[Tensor, list[Row], int], Draw]
 
 _MAX_ELEMENTS = 4 * 2**20  # of one pass over the vocabulary
 _BLOCK = 256  # tokens that are summed before the block that holds the draw is looked into
 _NUCLEUS = 1024  # top-p looks among so many of the likeliest tokens first
 
 
-def draw(logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None) -> Draw:
+def draw(
+    logits_BV: Tensor, rows: list[Row], num_tokens: int | None = None, draw_rows: "DrawRows | None" = None
+) -> Draw:
     """One token a row from float32 logits.
 
     Args:
         num_tokens: ids from there on are padding of the model's vocabulary and never drawn; None for none.
+        draw_rows: what draws a few rows; None for PyTorch's operators.
     """
     assert logits_BV.shape[0] == len(rows)
     rows_per_pass = max(1, _MAX_ELEMENTS // logits_BV.shape[1])
     result = Draw([], [], [])
     for start in range(0, len(rows), rows_per_pass):
         part = slice(start, start + rows_per_pass)
-        drawn = _draw_rows(logits_BV[part], rows[part], num_tokens)
+        drawn = (draw_rows or _draw_rows)(logits_BV[part], rows[part], num_tokens or logits_BV.shape[1])
         result.tokens.extend(drawn.tokens)
         result.logprobs.extend(drawn.logprobs)
         result.tops.extend(drawn.tops)
     return result
 
 
-def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int | None) -> Draw:
-    kernels = native() if logits_BV.device.type == "cpu" and logits_BV.stride(1) == 1 else None
-    if kernels is not None:
-        return _by_kernels(kernels, logits_BV, rows, num_tokens or logits_BV.shape[1])
+def _draw_rows(logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
     real_BV = logits_BV[:, :num_tokens]
-    tokens_B = _pick(real_BV, rows)
+    tokens_B = pick(real_BV, rows)
     chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
     logsumexp_B = logits_BV.logsumexp(-1)
     logprobs_B = chosen_B - logsumexp_B
-    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(real_BV, logsumexp_B, rows))
+    return Draw(tokens_B.tolist(), logprobs_B.tolist(), likeliest(real_BV, logsumexp_B, rows))
 
 
-def _by_kernels(kernels: Kernels, logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
-    """The kernels say all logprobs, and draw where nothing changes the logits: a row depends on itself alone."""
-    temperatures = [row.params.temperature for row in rows]
-    uniforms = [row.uniform for row in rows]
-    tokens_B, logprobs_B, normalisers_B = kernels.draw(logits_BV, num_tokens, temperatures, uniforms)
-    at = [place for place, row in enumerate(rows) if _is_changed(row) or _is_filtered(row.params)]
-    if at:
-        at_N = torch.tensor(at)
-        tokens_B[at_N] = _pick(logits_BV[at_N, :num_tokens], [rows[place] for place in at])
-        logprobs_B[at_N] = logits_BV[at_N, tokens_B[at_N]] - normalisers_B[at_N]
-    return Draw(tokens_B.tolist(), logprobs_B.tolist(), _tops(logits_BV[:, :num_tokens], normalisers_B, rows))
-
-
-def _pick(real_BV: Tensor, rows: list[Row]) -> Tensor:
+def pick(real_BV: Tensor, rows: list[Row]) -> Tensor:
     """int64 tokens (B,) by PyTorch's operators."""
     masked_BV = _masked(_penalised(real_BV, rows), rows)
     tokens_B = torch.empty(len(rows), dtype=torch.int64, device=real_BV.device)
-    for which, pick in ((_is_greedy, _greedy), (_is_plain, _plain), (_is_filtered, _filtered)):
+    for which, pick in ((_is_greedy, _greedy), (_is_plain, _plain), (is_filtered, _filtered)):
         at = [row for row, (params, *_) in enumerate(rows) if which(params)]
         if len(at) == len(rows):
             tokens_B = pick(masked_BV, rows)
@@ -94,7 +83,7 @@ def _masked(logits_BV: Tensor, rows: list[Row]) -> Tensor:
     return logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
 
 
-def _tops(logits_BV: Tensor, logsumexp_B: Tensor, rows: list[Row]) -> list[list[tuple[int, float]]]:
+def likeliest(logits_BV: Tensor, logsumexp_B: Tensor, rows: list[Row]) -> list[list[tuple[int, float]]]:
     tops: list[list[tuple[int, float]]] = [[] for _ in rows]
     asked = [at for at, row in enumerate(rows) if row.num_top > 0]
     if asked:
@@ -118,7 +107,7 @@ def draw_with_replacement(logits_BV: Tensor, temperature: float, uniforms_BK: Te
     return torch.cat([_draw_by_id(logits, temperature_11, uniforms) for logits, uniforms in parts])
 
 
-def _is_changed(row: Row) -> bool:
+def is_changed(row: Row) -> bool:
     return row.mask_V is not None or row.penalties is not None
 
 
@@ -126,12 +115,12 @@ def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0
 
 
-def _is_filtered(params: SamplingParams) -> bool:
+def is_filtered(params: SamplingParams) -> bool:
     return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 def _is_plain(params: SamplingParams) -> bool:
-    return params.temperature > 0 and not _is_filtered(params)
+    return params.temperature > 0 and not is_filtered(params)
 
 
 def _greedy(logits_NV: Tensor, rows: list[Row]) -> Tensor:

@@ -12,17 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfloop.engine.backends.torch.cached_attention import PromptChunk
-from selfloop.engine.backends.torch.decoder import Decoder
+from selfloop.engine.backends.base import CacheSlot, Row
 from selfloop.engine.kv.pages import PAGE_TOKENS
 from selfloop.engine.kv.prefix_cache import PrefixCache
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
-from selfloop.engine.sample.model_runner import CachePasses
+from selfloop.engine.sample.model_runner import ModelRunner, PromptChunk
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prompt_logprobs import PromptScores
-from selfloop.engine.sample.sampler import Row, draw
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
 from selfloop.types.errors import BadRequest, OperationFailed
@@ -38,25 +36,26 @@ class SamplingScheduler:
 
     def __init__(
         self,
-        decoder: Decoder,
-        passes: CachePasses,
+        runner: ModelRunner,
         *,
         prefill_budget: int,
         max_batch: int,
         vocabulary: Vocabulary | None,
         compile_grammar: CompileGrammar | None,
     ) -> None:
-        self._decoder = decoder
-        self._passes = passes
-        self._pool = passes.pool
-        self._prefixes = PrefixCache(passes.pool)
+        self._runner = runner
+        self._model = runner.model
+        self._cache = runner.cache
+        self._pool = runner.cache.pool
+        self._prefixes = PrefixCache(self._pool)
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
         self._vocabulary = vocabulary
         self._compile_grammar = compile_grammar
-        vocab_size = decoder.config.vocab_size
+        spec = runner.model.spec
+        vocab_size = spec.vocab_size
         self._num_tokens = vocab_size if vocabulary is None else min(vocab_size, vocabulary.num_tokens)
-        self._end_tokens = frozenset(decoder.config.eos_token_ids)
+        self._end_tokens = frozenset(spec.eos_token_ids)
         self._waiting: deque[ActiveRequest] = deque()
         self._active: list[ActiveRequest] = []
         self._samples: list[Sample] = []
@@ -84,7 +83,7 @@ class SamplingScheduler:
         for name, asked in (("stop", params.stop), ("token_bytes", request.token_bytes)):
             if asked and self._vocabulary is None:
                 raise BadRequest(name, "this needs a tokenizer, and this engine has none")
-        context = self._decoder.config.max_position_embeddings
+        context = self._model.spec.context
         if params.max_tokens > room_after(len(request.prompt), context, scored=request.asks_about_prompt):
             raise BadRequest(
                 "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
@@ -110,7 +109,7 @@ class SamplingScheduler:
 
     def _constraint(self, request: SampleRequest, grammar: Grammar) -> Constraint:
         final_tokens = self._ends(request.params) | frozenset(request.params.stop_token_ids)
-        return Constraint(grammar, self._decoder.config.vocab_size, self._end_tokens, final_tokens)
+        return Constraint(grammar, self._model.spec.vocab_size, self._end_tokens, final_tokens)
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         return self._end_tokens if params.use_end_tokens else frozenset()
@@ -141,7 +140,7 @@ class SamplingScheduler:
         self._grow([sample for sample in running if sample in self._samples])
         for sample in self._samples:
             if sample.parent.stream and sample.sent.tokens < len(sample.tokens):
-                self._tell(sample, None)
+                self._report(sample, None)
         return self._collect()
 
     def _admit(self) -> None:
@@ -156,7 +155,7 @@ class SamplingScheduler:
                 return
             prompt = request.request.prompt
             # What is asked about a prompt is read off its hidden states, which no cache holds.
-            asks = request.request.asks_about_prompt
+            asks = request.request.asks_about_prompt or not self._model.contracts.paged
             found = [] if asks else self._prefixes.match(request.adapter, prompt)
             if not asks and self._follows(request, len(found)):
                 self._pool.release(found)
@@ -167,7 +166,7 @@ class SamplingScheduler:
                 self._pool.release(found)
                 return
             self._waiting.remove(request)
-            request.pages = found + self._pool.allocate(request.prompt_pages - len(found))
+            request.slot.pages = found + self._pool.allocate(request.prompt_pages - len(found))
             request.num_prefilled = request.num_found = len(found) * PAGE_TOKENS
             self._active.append(request)
 
@@ -191,7 +190,7 @@ class SamplingScheduler:
         for request in self._active:
             if budget > 0 and not request.is_prefilled:
                 stop = min(request.prompt_length, request.num_prefilled + budget)
-                batch.append((request, PromptChunk(request.pages, request.num_prefilled, stop)))
+                batch.append((request, PromptChunk(request.slot, request.num_prefilled, stop)))
                 budget -= stop - request.num_prefilled
         if not batch:
             return
@@ -208,17 +207,17 @@ class SamplingScheduler:
     def _prefill_forward(self, batch: list[tuple[ActiveRequest, PromptChunk]]) -> Tensor:
         tokens = [t for request, c in batch for t in request.request.prompt[c.start : c.stop]]
         adapters = AdapterBatch.of([(c.stop - c.start, request.adapter) for request, c in batch])
-        return self._passes.prompts(tokens, [c for _, c in batch], adapters)
+        return self._runner.prefill(tokens, [c for _, c in batch], adapters)
 
     def _prefilled(self, request: ActiveRequest, chunk: PromptChunk, h_ND: Tensor) -> None:
         request.num_prefilled = chunk.stop
         if request.prompt_scores is not None:
-            request.prompt_scores.add(self._decoder, chunk.start, h_ND, request.adapter)
+            request.prompt_scores.add(self._model, chunk.start, h_ND, request.adapter)
         if request.is_prefilled:
-            logits_V = self._decoder.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
+            logits_V = self._model.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
             request.first_logits_V = logits_V
             if logits_V.isfinite().all():
-                self._prefixes.insert(request.adapter, request.request.prompt, request.pages)
+                self._share(request.adapter, request.request.prompt, request.slot)
 
     def _start_samples(self) -> None:
         """Start samples of prefilled requests while there is room, and draw their first tokens."""
@@ -230,9 +229,8 @@ class SamplingScheduler:
             while not request.all_started and self._has_room(request, len(started)):
                 started.append(self._start(request))
                 logits.append(request.first_logits_V)
-            if request.all_started and request.pages:
-                self._pool.release(request.pages)
-                request.pages = []
+            if request.all_started and request.slot.pages:
+                self._release(request.slot)
         if started:
             self._samples += started
             self._draw(started, torch.stack(logits))
@@ -243,20 +241,22 @@ class SamplingScheduler:
         return room <= self._pool.num_available and len(self._samples) + num_starting < self._max_batch
 
     def _start(self, request: ActiveRequest) -> Sample:
-        shared = request.pages[: request.shared_pages]
+        shared = request.slot.pages[: request.shared_pages]
         own = self._pool.allocate(request.sample_pages)
         self._pool.share(shared)
         if own and request.prompt_pages > request.shared_pages:
-            self._pool.copy_page(request.pages[-1], own[0])
+            self._pool.copy_page(request.slot.pages[-1], own[0])
+        slot = CacheSlot([*shared, *own], grows=True, num_in_pages=request.prompt_length)
+        self._cache.fork(request.slot, slot)
         index = request.num_started
         request.num_started += 1
         generator = sample_generator(request.request.params.seed, index)
         text = SampleText(self._vocabulary, request.stops)
-        sample = Sample(request, index, [*shared, *own], generator, text, num_in_pages=request.prompt_length)
+        sample = Sample(request, index, slot, generator, text)
         if request.grammar is not None:
             sample.constraint = self._constraint(request.request, request.grammar)
         asked = request.request
-        sample.penalties = Penalties.of(asked.params, asked.prompt, self._num_tokens, self._decoder.device)
+        sample.penalties = Penalties.of(asked.params, asked.prompt, self._num_tokens, self._model.device)
         if request.request.top_logprobs > 0:
             sample.top_logprobs = []
         if request.request.token_bytes:
@@ -267,7 +267,7 @@ class SamplingScheduler:
         if not samples:
             return
         samples = _by_adapter(samples, lambda s: s.parent.adapter)
-        self._draw(samples, self._passes.step(samples))
+        self._draw(samples, self._runner.decode(samples))
 
     def _draw(self, samples: list[Sample], logits_BV: Tensor) -> None:
         finite: list[bool] = logits_BV.sum(-1).isfinite().tolist()
@@ -279,7 +279,7 @@ class SamplingScheduler:
             samples, logits_BV = [samples[row] for row in kept], logits_BV[kept]
             if not samples:
                 return
-        drawn = draw(logits_BV, [_row(sample) for sample in samples], self._num_tokens)
+        drawn = self._model.draw(logits_BV, [_row(sample) for sample in samples], self._num_tokens)
         for sample, token, logprob, top in zip(samples, *drawn, strict=True):
             self._append(sample, token, logprob, top)
         for sample in samples:
@@ -328,21 +328,30 @@ class SamplingScheduler:
         self._forget(sample)
         sample.text.finish()
         if sample.parent.stream:
-            self._tell(sample, reason)
+            self._report(sample, reason)
         sample.parent.finished[sample.index] = sample.finished(reason)
 
     def _keep(self, sample: Sample) -> None:
         """Leave the sample's full pages to those whose prompt goes on from it."""
         known = [*sample.parent.request.prompt, *sample.tokens[:-1]]
-        self._passes.write_back(sample, len(known) // PAGE_TOKENS * PAGE_TOKENS)
-        self._prefixes.insert(sample.parent.adapter, known, sample.pages)
+        self._cache.write_back(sample.slot, len(known) // PAGE_TOKENS * PAGE_TOKENS)
+        self._share(sample.parent.adapter, known, sample.slot)
+
+    def _share(self, adapter: Adapter | None, tokens: list[int], slot: CacheSlot) -> None:
+        """Leave the pages that are full of ``tokens`` to those whose prompt begins like that."""
+        if self._model.contracts.paged:
+            self._prefixes.insert(adapter, tokens, slot.pages)
+
+    def _release(self, slot: CacheSlot) -> None:
+        self._cache.leave(slot)
+        self._pool.release(slot.pages)
+        slot.pages = []
 
     def _forget(self, sample: Sample) -> None:
-        self._passes.leave(sample)
-        self._pool.release(sample.pages)
+        self._release(sample.slot)
         self._samples.remove(sample)
 
-    def _tell(self, sample: Sample, reason: StopReason | None) -> None:
+    def _report(self, sample: Sample, reason: StopReason | None) -> None:
         self._deltas.setdefault(sample.parent.request.request_id, []).append(sample.delta(reason))
 
     def _fail(self, sample: Sample, error: OperationFailed) -> None:
@@ -353,7 +362,7 @@ class SamplingScheduler:
     def _drop(self, request: ActiveRequest) -> None:
         for sample in [s for s in self._samples if s.parent is request]:
             self._forget(sample)
-        self._pool.release(request.pages)
+        self._release(request.slot)
         self._active.remove(request)
         self._deltas.pop(request.request.request_id, None)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selfloop.engine.backends.base import CacheSlot
 from selfloop.engine.kv.pages import PAGE_TOKENS, pages_for
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.grammar import Constraint, Grammar
@@ -16,7 +17,6 @@ from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
 if TYPE_CHECKING:
-    from selfloop.engine.backends.torch.kv_buckets import Shelf
     from selfloop.engine.sample.prompt_logprobs import PromptScores
 
 StopReason = Literal["stop", "length"]
@@ -27,9 +27,9 @@ class ActiveRequest:
     """State of one request.
 
     Args:
-        stream: whether the samples are told of as they grow.
+        stream: whether the samples are reported as they grow.
         grammar: what every sample must match.
-        pages: cache of the prompt, until every sample has started.
+        slot: cache of the prompt, until every sample has started.
         num_prefilled: prompt tokens already in the cache.
         num_found: of these, how many were there before it came.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
@@ -42,7 +42,7 @@ class ActiveRequest:
     stream: bool = False
     grammar: Grammar | None = None
     stops: list[StopString] = field(default_factory=list[StopString])
-    pages: list[int] = field(default_factory=list[int])
+    slot: CacheSlot = field(default_factory=lambda: CacheSlot([]))
     num_prefilled: int = 0
     num_found: int = 0
     first_logits_V: Tensor | None = None
@@ -97,14 +97,13 @@ class Sample:
         penalties: what changes the logits it is drawn from; None for nothing.
         top_logprobs: the likeliest tokens at each position, when asked for.
         token_bytes: what each token stands for, when asked for.
-        sent: how much of it was told of.
-        num_in_pages: how many of its tokens, from the first on, its pages hold.
-        shelf: where the window keeps all of them; None for a sample outside.
+        slot: its cache.
+        sent: how much of it was reported.
     """
 
     parent: ActiveRequest
     index: int
-    pages: list[int]
+    slot: CacheSlot
     generator: torch.Generator
     text: SampleText
     constraint: Constraint | None = None
@@ -114,8 +113,6 @@ class Sample:
     top_logprobs: list[list[TokenLogprob]] | None = None
     token_bytes: list[bytes] | None = None
     sent: Sent = field(default_factory=lambda: Sent(0, 0))
-    num_in_pages: int = 0
-    shelf: "Shelf | None" = None
 
     @property
     def position(self) -> int:

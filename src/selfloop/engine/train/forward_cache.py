@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from selfloop.engine.backends.torch.logprob import Scores
+from selfloop.engine.backends.base import Scores
 from selfloop.engine.train.batch import MicroBatch
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.run import Run
@@ -130,15 +130,15 @@ class ForwardCache:
         return of
 
 
-class RunShelf:
+class RunForwards:
     """One operation's view of :class:`ForwardCache`.
 
     Args:
         keeps: the operation is a forward whose backward is expected.
     """
 
-    def __init__(self, kept: ForwardCache, memory: PassMemory, run_id: str, run: Run, *, keeps: bool) -> None:
-        self._kept = kept
+    def __init__(self, cache: ForwardCache, memory: PassMemory, run_id: str, run: Run, *, keeps: bool) -> None:
+        self._cache = cache
         self._memory = memory
         self._run_id = run_id
         self._run = run
@@ -147,20 +147,20 @@ class RunShelf:
     def wants(self, batch: MicroBatch) -> bool:
         """Whether this micro-batch of a forward is to be kept."""
         longest = self._memory.longest(self._run.shape, with_gradient=True)
-        return self._keeps and batch.tokens_T.shape[0] <= longest and self._kept.fits(self._num_bytes(batch))
+        return self._keeps and batch.tokens_T.shape[0] <= longest and self._cache.fits(self._num_bytes(batch))
 
     def put(self, batch: MicroBatch, num_top: int, leaf_P: Tensor, scores: Scores) -> None:
         forward = KeptForward(batch.digest, num_top, leaf_P, scores, self._num_bytes(batch))
-        self._kept.put(self._run_id, self._run, forward)
+        self._cache.put(self._run_id, self._run, forward)
 
     def has(self, batch: MicroBatch, num_top: int) -> bool:
-        return self._kept.find(self._run_id, self._run, batch.digest, num_top) is not None
+        return self._cache.find(self._run_id, self._run, batch.digest, num_top) is not None
 
     def take(self, batch: MicroBatch, num_top: int) -> KeptForward:
         """What :meth:`has` has found. It is kept no longer, as its graph serves one backward."""
-        forward = self._kept.find(self._run_id, self._run, batch.digest, num_top)
+        forward = self._cache.find(self._run_id, self._run, batch.digest, num_top)
         assert forward is not None
-        self._kept.remove(self._run_id, forward)
+        self._cache.remove(self._run_id, forward)
         return forward
 
     def _num_bytes(self, batch: MicroBatch) -> int:

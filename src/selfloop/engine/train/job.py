@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selfloop.engine.backends.torch.linear import FrozenLinear
-from selfloop.engine.backends.torch.logprob import HeadAdapter, Scores, score
+from selfloop.engine.backends.base import Model, Scores
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.losses.custom import CustomLossRunner, with_gradients
 from selfloop.engine.losses.inputs import LossInputs
 from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.train.batch import MicroBatch
-from selfloop.engine.train.forward_cache import RunShelf
+from selfloop.engine.train.forward_cache import RunForwards
 from selfloop.engine.train.norm import all_finite
 from selfloop.engine.train.run import Run
 from selfloop.types.custom_loss import CustomLoss
@@ -110,7 +109,7 @@ class LossJob:
     """
 
     def __init__(
-        self, run: Run, batches: list[MicroBatch], loss: LossChoice, shelf: RunShelf, *, with_gradient: bool
+        self, run: Run, batches: list[MicroBatch], loss: LossChoice, forwards: RunForwards, *, with_gradient: bool
     ) -> None:
         self.run = run
         self.with_gradient = with_gradient
@@ -120,7 +119,7 @@ class LossJob:
         """float32 gradient (P,) of the loss sum; None as long as nothing had one."""
         self._loss = loss
         self._custom = None if loss.custom is None else CustomLossRunner(loss.custom)
-        self._shelf = shelf
+        self._forwards = forwards
         self._left = deque(batches)
         self._adapter: Adapter | None = None
 
@@ -136,12 +135,12 @@ class LossJob:
     @property
     def next_is_kept(self) -> bool:
         """Whether the next micro-batch has been through the model already, and its backward is all that is left."""
-        return self.with_gradient and bool(self._left) and self._shelf.has(self._left[0], self._loss.num_top)
+        return self.with_gradient and bool(self._left) and self._forwards.has(self._left[0], self._loss.num_top)
 
     @property
     def next_wants_keeping(self) -> bool:
         """Whether the next micro-batch had better keep its graph for the backward that is to follow."""
-        return not self.with_gradient and bool(self._left) and self._shelf.wants(self._left[0])
+        return not self.with_gradient and bool(self._left) and self._forwards.wants(self._left[0])
 
     def take(self, dtype: torch.dtype, *, with_graph: bool) -> "LossPart":
         """The next micro-batch, with the adapter to send it through."""
@@ -154,22 +153,21 @@ class LossJob:
     def take_kept(self) -> tuple["LossPart", Scores]:
         """The next micro-batch and its targets' scores, of which it only needs the backward."""
         assert self.next_is_kept
-        kept = self._shelf.take(self._left[0], self._loss.num_top)
+        kept = self._forwards.take(self._left[0], self._loss.num_top)
         adapter = self.run.shape.adapter(kept.leaf_P, self.run.alpha)
         return LossPart(self, self._left.popleft(), adapter, kept.leaf_P), kept.scores
 
-    def scores(self, part: "LossPart", h_TD: Tensor, base_head: FrozenLinear) -> Scores:
+    def scores(self, part: "LossPart", h_TD: Tensor, model: Model) -> Scores:
         """Of the part's targets that are not masked, row by row."""
         batch, adapter = part.batch, part.adapter
         active_N = batch.active_T.nonzero().squeeze(1)
         # A row with several targets may have some of them masked: they are scored as token 0 and left out of the loss.
         targets = batch.targets[active_N].clamp_(min=0)
-        head = None if adapter.head is None else HeadAdapter(adapter.head.a, adapter.head.b[0], adapter.scaling)
-        return score(h_TD[active_N], base_head, targets, self._loss.num_top, head)
+        return model.score(h_TD[active_N], targets, self._loss.num_top, adapter)
 
     def keep(self, part: "LossPart", scores: Scores) -> None:
         """Leave a part of a forward, which was computed with its graph, to the backward that is to follow."""
-        self._shelf.put(part.batch, self._loss.num_top, part.leaf_P, scores)
+        self._forwards.put(part.batch, self._loss.num_top, part.leaf_P, scores)
 
     def loss(self, part: "LossPart", scores: Scores) -> Tensor | None:
         """Sum of the part's loss, which is None when it has no gradient or ended the job."""
@@ -192,7 +190,7 @@ class LossJob:
         else:
             self.grad_P += grad_P
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Let go of what only micro-batches need, once there are no more."""
         if self.is_done:
             self._adapter = None

@@ -25,17 +25,17 @@ def probe(
         advance: :meth:`Engine.advance`.
         dtype: what is computed in.
     """
-    config = workshop.config
-    num = min(_NUM_TOKENS, config.max_position_embeddings)
-    tokens = [(2 * i + 1) * config.vocab_size // (2 * num) for i in range(num)]
+    spec = workshop.spec
+    num = min(_NUM_TOKENS, spec.context)
+    tokens = [(2 * i + 1) * spec.vocab_size // (2 * num) for i in range(num)]
     datum = Datum(Tensor.of(tokens[:-1], "int64"), {"target_tokens": Tensor.of(tokens[1:], "int64")})
-    # Kept forwards of its own: what is known of the run's own operations stays as it is.
+    # A cache of its own: what is known of the run's own operations stays as it is.
     request = LossRequest(
-        run_id, run, Forward([datum], "cross_entropy", {}), replace(workshop, kept=ForwardCache(limit_bytes=0))
+        run_id, run, Forward([datum], "cross_entropy", {}), replace(workshop, forward_cache=ForwardCache(limit_bytes=0))
     )
     while not request.job.is_done:
         advance([request])
-    # Weights that have diverged: the loss is not finite, and no logprob is told.
+    # Weights that have diverged: the loss is not finite, and no logprob is reported.
     failed = request.job.failure is not None
     logprobs = [math.nan] * (num - 1) if failed else request.result().logprobs[0].values()
     return Probe(tokens, list(logprobs), _BOUNDS[dtype], run.shape.changes_nothing(run.theta_P))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from selfloop.engine.lora.adapter import AdapterShape
-from selfloop.engine.models.config import ModelConfig
+from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
-from selfloop.engine.train.forward_cache import ForwardCache, RunShelf
+from selfloop.engine.train.forward_cache import ForwardCache, RunForwards
 from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.norm import all_finite
@@ -30,11 +30,11 @@ _CUSTOM = LossSpec("custom", many_targets=True)
 class Workshop:
     """What requests of all runs are computed with; ``token_budget`` is of a micro-batch."""
 
-    config: ModelConfig
+    spec: ModelSpec
     device: torch.device
     token_budget: int
     memory: PassMemory
-    kept: ForwardCache
+    forward_cache: ForwardCache
 
 
 class LossRequest:
@@ -56,13 +56,13 @@ class LossRequest:
         batches = _micro_batches(operation, run.shape, workshop)
         choice = LossChoice(operation.loss_fn, full, operation.top_k_logprobs, operation.custom)
         self._shapes = [datum.loss_inputs["target_tokens"].shape for datum in operation.data]
-        digests, kept, keeps = [batch.digest for batch in batches], workshop.kept, False
+        digests, cache, keeps = [batch.digest for batch in batches], workshop.forward_cache, False
         if with_gradient:
-            kept.begin_backward(run_id, run, digests)
+            cache.begin_backward(run_id, run, digests)
         else:
-            keeps = kept.begin_forward(run_id, run, digests, hinted=_is_half_of_a_loss(batches))
-        shelf = RunShelf(kept, workshop.memory, run_id, run, keeps=keeps)
-        self.job = LossJob(run, batches, choice, shelf, with_gradient=with_gradient)
+            keeps = cache.begin_forward(run_id, run, digests, hinted=_is_half_of_a_loss(batches))
+        forwards = RunForwards(cache, workshop.memory, run_id, run, keeps=keeps)
+        self.job = LossJob(run, batches, choice, forwards, with_gradient=with_gradient)
 
     def result(self) -> LossResult:
         """The result of a finished job, whose gradient joins those of the run; all or nothing.
@@ -106,13 +106,10 @@ class LossRequest:
 
 
 def _micro_batches(operation: Forward | ForwardBackward, shape: AdapterShape, workshop: Workshop) -> list[MicroBatch]:
-    spec, data, config = _spec(operation.loss_fn, operation.custom), operation.data, workshop.config
+    spec, data, model = _spec(operation.loss_fn, operation.custom), operation.data, workshop.spec
     if len(data) % spec.rows != 0:
         raise BadRequest("data", f"{operation.loss_fn} takes datums in pairs, chosen and rejected; got {len(data)}")
-    examples = [
-        read_example(index, datum, spec, config.vocab_size, config.max_position_embeddings)
-        for index, datum in enumerate(data)
-    ]
+    examples = [read_example(index, datum, spec, model.vocab_size, model.context) for index, datum in enumerate(data)]
     longest = workshop.memory.longest(shape, with_gradient=isinstance(operation, ForwardBackward))
     _check_lengths([example.tokens_N.shape[0] for example in examples], spec.rows, longest)
     if operation.custom is not None:

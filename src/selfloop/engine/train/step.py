@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
-from selfloop.engine.backends.torch.decoder import Decoder, positions_of
-from selfloop.engine.backends.torch.logprob import Scores
+from selfloop.engine.backends.base import Model, Scores, Varlen
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.train.job import LossJob, LossPart
 from selfloop.engine.train.memory import PassMemory
@@ -34,7 +33,7 @@ def _goes_alone(job: LossJob, token_budget: int) -> bool:
     return job.next_is_kept or (job.num_next_tokens >= _FILLS_A_PASS * token_budget and job.next_wants_keeping)
 
 
-def advance(decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool) -> None:
+def advance(model: Model, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool) -> None:
     """Take the next micro-batch of each job through the model, all in one pass.
 
     Every row meets the adapter of its own run only, and every loss its own rows: what is not finite stays in its job.
@@ -46,7 +45,7 @@ def advance(decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, de
     if len(jobs) == 1 and jobs[0].next_is_kept:
         scored = [jobs[0].take_kept()]
     else:
-        scored = _forward(decoder, jobs, memory, deterministic=deterministic)
+        scored = _forward(model, jobs, memory, deterministic=deterministic)
     with torch.set_grad_enabled(with_gradient):
         losses = [(part.job.loss(part, scores), part) for part, scores in scored]
     trained = [(loss, part) for loss, part in losses if loss is not None]
@@ -55,36 +54,41 @@ def advance(decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, de
         for grad_P, (_, part) in zip(grads, trained, strict=True):
             part.job.add_gradient(part, grad_P)
     for job in jobs:
-        job.settle()
+        job.finish()
 
 
 def _forward(
-    decoder: Decoder, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool
+    model: Model, jobs: Sequence[LossJob], memory: PassMemory, *, deterministic: bool
 ) -> list[tuple[LossPart, Scores]]:
     """The parts with their targets' scores, which carry a graph where there is a backward, now or later."""
     keeps = len(jobs) == 1 and jobs[0].next_wants_keeping
     with_graph = jobs[0].with_gradient or keeps
-    parts = [job.take(decoder.dtype, with_graph=with_graph) for job in jobs]
+    parts = [job.take(model.dtype, with_graph=with_graph) for job in jobs]
     lengths = [length for part in parts for length in part.batch.lengths]
     sizes = [part.batch.tokens_T.shape[0] for part in parts]
     rows = [(size, part.adapter) for size, part in zip(sizes, parts, strict=True)]
-    attention: Attention = PackedCausalAttention(lengths)
-    if deterministic:
-        each = [PackedCausalAttention(part.batch.lengths) for part in parts]
-        attention = BatchInvariantAttention(list(zip(sizes, each, strict=True)))
     widest = max((job.run.shape for job in jobs), key=lambda shape: shape.rank)
     with torch.set_grad_enabled(with_graph):
-        h_TD = decoder.forward(
-            torch.cat([part.batch.tokens_T for part in parts]),
-            positions_of(lengths, decoder.device),
-            attention,
-            AdapterBatch.apart(rows) if deterministic else AdapterBatch.of(rows),
-            recompute=with_graph and memory.recomputes(sum(sizes), widest, num_runs=len(jobs)),
-        )
-        head = decoder.weights.head
-        scored = [
-            (part, part.job.scores(part, h_ND, head)) for part, h_ND in zip(parts, h_TD.split(sizes), strict=True)
-        ]
+        batch = Varlen.whole(torch.cat([part.batch.tokens_T for part in parts]), lengths)
+        lora = AdapterBatch.batch_invariant(rows) if deterministic else AdapterBatch.of(rows)
+        recompute = with_graph and memory.recomputes(sum(sizes), widest, num_runs=len(jobs))
+        h_TD = _hidden_states(model, batch, lora, recompute=recompute)
+        each = zip(parts, h_TD.split(sizes), strict=True)
+        scored = [(part, part.job.scores(part, h_ND, model)) for part, h_ND in each]
     if keeps:
         jobs[0].keep(*scored[0])
     return scored
+
+
+def _hidden_states(model: Model, batch: Varlen, lora: AdapterBatch, *, recompute: bool) -> Tensor:
+    """h_TD of whole sequences; one at a time where the model cannot keep them apart in a batch."""
+    if model.contracts.packed:
+        return model.forward(batch, lora, recompute=recompute)
+    adapters = lora.of_rows(sum(batch.lengths))
+    alone: list[Tensor] = []
+    start = 0
+    for length, tokens_N in zip(batch.lengths, batch.tokens_T.split(batch.lengths), strict=True):
+        own = AdapterBatch.of([(length, adapters[start])])
+        alone.append(model.forward(Varlen.whole(tokens_N, [length]), own, recompute=recompute))
+        start += length
+    return torch.cat(alone)

@@ -27,7 +27,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
 
-from selfloop.engine.device import pick_device
+from selfloop.engine.backends.device import pick_device
 from selfloop.types.logline import JsonFormatter
 from selfloop.worker.launchers.fork_protocol import (
     HEARTBEAT_S,

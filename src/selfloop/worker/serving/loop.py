@@ -7,7 +7,7 @@ import time
 
 import zmq
 
-from selfloop.engine.device import give_back_freed_memory
+from selfloop.engine.backends.device import give_back_freed_memory
 from selfloop.worker.protocol import (
     Call,
     CancelSample,

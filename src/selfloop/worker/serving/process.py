@@ -8,7 +8,7 @@ from typing import NamedTuple
 import zmq
 
 from selfloop.engine.engine import Engine
-from selfloop.engine.models.config import read_config
+from selfloop.engine.models.registry import read_spec
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
 from selfloop.types.settings import EngineSettings
@@ -39,9 +39,9 @@ class Model(NamedTuple):
 def load_model(model_dir: Path, settings: EngineSettings) -> Model:
     """Read a prepared model folder, checked where it was written by us; see :meth:`Engine.load`."""
     check_folder(model_dir)
-    config = read_config(model_dir)
+    spec = read_spec(model_dir)
     try:
-        tokenizer = ModelTokenizer.load(model_dir, config.vocab_size)
+        tokenizer = ModelTokenizer.load(model_dir, spec.vocab_size)
     except Exception as error:  # The library raises the base class for every file that it cannot read.
         raise model_invalid(f"the tokenizer of {model_dir} cannot be read: {error}") from error
     chat = ChatTemplate.load(model_dir, tokenizer)
@@ -50,7 +50,7 @@ def load_model(model_dir: Path, settings: EngineSettings) -> Model:
         device=settings.device,
         dtype=settings.dtype,
         vocabulary=tokenizer,
-        compile_grammar=GrammarCompiler(tokenizer, config.vocab_size, list(config.eos_token_ids)),
+        compile_grammar=GrammarCompiler(tokenizer, spec.vocab_size, list(spec.eos_token_ids)),
         deterministic=settings.deterministic,
         limits=settings.limits,
     )

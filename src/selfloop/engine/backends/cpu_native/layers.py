@@ -6,7 +6,7 @@ A row's numbers do not depend on the other rows of a pass, nor on whether it is 
 import ctypes
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,10 @@ from torch import Tensor
 from selfloop.engine.backends.cpu_native import library
 from selfloop.engine.backends.cpu_native.adapters import PackedAdapter
 from selfloop.engine.backends.cpu_native.library import LANES, NUM_GROUPS, PAGE_TOKENS, Kernels
-from selfloop.engine.backends.cpu_native.sizes import covers
+from selfloop.engine.backends.cpu_native.linear import PanelLinear
+from selfloop.engine.backends.cpu_native.sizes import Sizes
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch, AdapterRows
-from selfloop.engine.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from selfloop.engine.backends.torch.decoder import BaseWeights
 
 _ALIGN = 64
 _BF16, _FLOAT = 2, 4  # bytes
@@ -42,8 +39,8 @@ class TiledCache:
     With one layer for a model of several, each layer's replace those of the one before.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int, num_pages: int) -> None:
-        shape = (num_layers, num_pages, config.num_kv_heads, 2, PAGE_TOKENS * config.head_dim)
+    def __init__(self, sizes: Sizes, num_layers: int, num_pages: int) -> None:
+        shape = (num_layers, num_pages, sizes.num_kv_heads, 2, PAGE_TOKENS * sizes.head_dim)
         self.tiles_LPGSN = torch.empty(shape, dtype=torch.bfloat16)
         self.layer_stride = self.tiles_LPGSN.stride(0) if num_layers > 1 else 0
 
@@ -60,36 +57,43 @@ class TiledCache:
             self.tiles_LPGSN[:, pages] = 0
 
 
+class LayerWeights(NamedTuple):
+    """One layer; ``linears`` are q, k and v as one; out; gate and up as one; down."""
+
+    attention_norm_D: Tensor
+    mlp_norm_D: Tensor
+    qk_norm_Hd: Tensor | None
+    linears: tuple[PanelLinear, ...]
+
+
 class KernelLayers:
     """Layers whose weights lie in panels. Work space is kept between passes and grows with them."""
 
-    def __init__(self, kernels: Kernels, config: ModelConfig, weights: "BaseWeights") -> None:
-        assert covers(config)
+    def __init__(self, kernels: Kernels, sizes: Sizes, layers: list[LayerWeights], final_norm_D: Tensor) -> None:
         self._kernels = kernels
-        self._config = config
-        self._weights = weights
+        self._sizes = sizes
+        self._weights = layers
         self._norms: list[Tensor] = []
-        self._layers = (library.Layer * config.num_layers)()
-        for to, layer in zip(self._layers, weights.layers, strict=True):
+        self._layers = (library.Layer * sizes.num_layers)()
+        for to, layer in zip(self._layers, layers, strict=True):
             to.attention_norm, to.mlp_norm = self._float32(layer.attention_norm_D), self._float32(layer.mlp_norm_D)
             if layer.qk_norm_Hd is not None:
                 to.qk_norm = self._float32(layer.qk_norm_Hd)
             for linear, given in zip(to.linears, layer.linears, strict=True):
-                assert given.panels is not None
                 linear.forward, linear.in_features = given.panels.data.data_ptr(), given.in_features
                 linear.out_features = given.out_features
                 if given.bias_O is not None:
                     linear.bias = self._float32(given.bias_O)
         self._model = library.Model(
-            config.num_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.rms_norm_eps,
+            sizes.num_layers,
+            sizes.hidden_size,
+            sizes.inner_size,
+            sizes.num_heads,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            sizes.eps,
             self._layers,
-            self._float32(weights.final_norm_D),
+            self._float32(final_norm_D),
         )
         self._trains = False
         self._work, self._passing = _Space(), _Space()
@@ -127,7 +131,7 @@ class KernelLayers:
         # One layer's keys and values at a time.
         cache = self._own_cache
         if cache is None or cache.num_pages < first_page:
-            cache = self._own_cache = TiledCache(self._config, 1, first_page)
+            cache = self._own_cache = TiledCache(self._sizes, 1, first_page)
         cache.zero([row.pages[-1] for row in rows])
         flats = [row.adapter.flat_P for row in adapters.rows]
         follows = torch.is_grad_enabled() and any(flat_P.requires_grad for flat_P in flats)
@@ -149,7 +153,7 @@ class KernelLayers:
 
     def forward(self, asked: "_Asked", kept: "_Space") -> "_Done":
         """All layers; what a backward needs is left in ``kept``."""
-        config, num = self._config, asked.h_TD.shape[0]
+        sizes, num = self._sizes, asked.h_TD.shape[0]
         if asked.longest > 0:
             self._lay_out_backward()
         packed = [self._pack(row.adapter, asked.longest > 0) for row in asked.adapters]
@@ -164,7 +168,7 @@ class KernelLayers:
             chunk.begin, chunk.end, chunk.position, chunk.pages = row.start, row.stop, row.position, table.data_ptr()
         cos_Td, sin_Td = (x.float().flatten(1).contiguous() for x in asked.rotation)
         tiles = asked.cache.tiles_LPGSN
-        out_TD = torch.empty(num, config.hidden_size, dtype=torch.bfloat16)
+        out_TD = torch.empty(num, sizes.hidden_size, dtype=torch.bfloat16)
         on = library.Pass()
         on.model = ctypes.pointer(self._model)
         on.rows, on.num_threads = num, library.num_threads()
@@ -206,7 +210,7 @@ class KernelLayers:
 
     def _lay_out_backward(self) -> None:
         if not self._trains:
-            for to, layer in zip(self._layers, self._weights.layers, strict=True):
+            for to, layer in zip(self._layers, self._weights, strict=True):
                 for linear, given in zip(to.linears, layer.linears, strict=True):
                     linear.backward = given.backward_panels().data.data_ptr()
             self._trains = True
@@ -232,16 +236,16 @@ class KernelLayers:
         space.place(self._kept_parts(on, backward=backward, recompute=asked.recompute))
 
     def _kept_parts(self, on: library.Pass, *, backward: bool, recompute: bool) -> "list[_Part]":
-        config, rows, width, keeps = self._config, on.rows, on.kept.low_rank_width, backward and not recompute
-        each = rows * (config.num_layers if keeps else 1)
-        hidden, inner, heads, d = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
-        num_qk = heads + config.num_kv_heads
+        sizes, rows, width, keeps = self._sizes, on.rows, on.kept.low_rank_width, backward and not recompute
+        each = rows * (sizes.num_layers if keeps else 1)
+        hidden, inner, heads, d = sizes.hidden_size, sizes.inner_size, sizes.num_heads, sizes.head_dim
+        num_qk = heads + sizes.num_kv_heads
         parts: list[_Part] = [
             (on, "final_unit", rows * hidden * _BF16),
             (on, "final_inverse", rows * _FLOAT),
             (on.kept, "attention_unit", each * hidden * _BF16),
             (on.kept, "mlp_unit", each * hidden * _BF16),
-            (on.kept, "qkv", each * (num_qk + config.num_kv_heads) * d * _BF16),
+            (on.kept, "qkv", each * (num_qk + sizes.num_kv_heads) * d * _BF16),
             (on.kept, "attended", each * heads * d * _BF16),
             (on.kept, "attention_inverse", each * _FLOAT),
             (on.kept, "mlp_inverse", each * _FLOAT),
@@ -252,23 +256,23 @@ class KernelLayers:
                 (on.kept, "gate_up", each * 2 * inner * _BF16),
                 (on.kept, "lse", each * heads * _FLOAT),
             ]
-        if backward and config.qk_norm:
+        if backward and sizes.qk_norm:
             parts += [
                 (on.kept, "qk_unit", each * num_qk * d * _BF16),
                 (on.kept, "qk_inverse", each * num_qk * _FLOAT),
             ]
         if backward and recompute:
-            parts.append((on, "h_inputs", rows * config.num_layers * hidden * _FLOAT))
+            parts.append((on, "h_inputs", rows * sizes.num_layers * hidden * _FLOAT))
         return parts
 
     def _place_work(self, on: library.Pass, asked: "_Asked") -> None:
         self._work.place(self._work_parts(on, asked.longest, recompute=asked.recompute))
 
     def _work_parts(self, on: library.Pass, longest: int, *, recompute: bool) -> "list[_Part]":
-        config, rows, width = self._config, on.rows, on.kept.low_rank_width
-        hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
-        q = config.num_heads * d
-        widest_in, widest_out = max(hidden, inner, q), max(q + 2 * config.num_kv_heads * d, 2 * inner, hidden)
+        sizes, rows, width = self._sizes, on.rows, on.kept.low_rank_width
+        hidden, inner, d = sizes.hidden_size, sizes.inner_size, sizes.head_dim
+        q = sizes.num_heads * d
+        widest_in, widest_out = max(hidden, inner, q), max(q + 2 * sizes.num_kv_heads * d, 2 * inner, hidden)
         on.work.thread_bytes = self._kernels.thread_bytes(longest, d)
         parts: list[_Part] = [
             (on.work, "x", rows * hidden * _BF16),

@@ -56,6 +56,20 @@ class BatchInvariantAttention:
         return torch.cat([attention(layer, q, k, v) for attention, q, k, v in parts])
 
 
+def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention":
+    """Of sequences that lie one after another; with ``blocks``, sizes of row blocks, each of these by itself."""
+    if blocks is None:
+        return PackedCausalAttention(lengths)
+    left, parts = iter(lengths), list[tuple[int, PackedCausalAttention]]()
+    for size in blocks:
+        own: list[int] = []
+        while sum(own) < size:
+            own.append(next(left))
+        assert sum(own) == size, "a sequence lies across two blocks"
+        parts.append((size, PackedCausalAttention(own)))
+    return BatchInvariantAttention(parts)
+
+
 def causal_attention(q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor) -> Tensor:
     """Causal attention with shared key heads; (B, H, N, head_dim)."""
     if computes_in_float32(q_BHNd):

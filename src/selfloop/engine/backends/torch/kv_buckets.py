@@ -1,32 +1,30 @@
-"""Keys and values of running samples, side by side, so that a decode step reads them where they lie.
+"""Keys and values of growing sequences, side by side, so that a decode step reads them where they lie.
 
-Pages stay the owners of memory and what is shared; a sample in the window has a copy of its own, which alone grows.
+Pages stay the owners of memory and what is shared; a sequence in a bucket has a copy of its own, which alone grows.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from selfloop.engine.kv.pages import PAGE_TOKENS, KvRows
-from selfloop.engine.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from selfloop.engine.sample.sequence import Sample
+from selfloop.engine.backends.base import CacheSlot
+from selfloop.engine.backends.torch.kv_rows import KvRows
+from selfloop.engine.kv.pages import PAGE_TOKENS
+from selfloop.engine.models.spec import FullAttention
 
 _MIN_TOKENS = 128
 
 
-class Shelf:
-    """Rows of ``num_tokens`` each, without gaps: row i is that of ``samples[i]``."""
+class DenseBucket:
+    """Rows of ``num_tokens`` each, without gaps: row i is that of ``slots[i]``."""
 
-    def __init__(self, config: ModelConfig, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, num_layers: int, attention: FullAttention, num_tokens: int, device: torch.device) -> None:
         self.num_tokens = num_tokens
-        self.samples: list[Sample] = []
-        self._config = config
-        self._empty = torch.empty((config.num_layers, 2, 0, config.num_kv_heads, num_tokens, config.head_dim))
-        self.kv_LSRGNd = self._empty.to(device, dtype)
+        self.slots: list[CacheSlot] = []
+        empty = torch.empty((num_layers, 2, 0, attention.num_kv_heads, num_tokens, attention.head_dim))
+        self.kv_LSRGNd = empty.to(device)
 
     @property
     def num_rows(self) -> int:
@@ -34,106 +32,111 @@ class Shelf:
 
     @property
     def is_full(self) -> bool:
-        return len(self.samples) == self.num_rows
+        return len(self.slots) == self.num_rows
 
     def widen(self, num_rows: int) -> None:
         layers, two, _, *rest = self.kv_LSRGNd.shape
         wider = self.kv_LSRGNd.new_empty((layers, two, num_rows, *rest))
-        wider[:, :, : len(self.samples)] = self.kv_LSRGNd[:, :, : len(self.samples)]
+        wider[:, :, : len(self.slots)] = self.kv_LSRGNd[:, :, : len(self.slots)]
         self.kv_LSRGNd = wider
 
-    def add(self, sample: "Sample") -> Tensor:
+    def add(self, slot: CacheSlot) -> Tensor:
         """Its row (L, 2, G, N, head_dim), zeroed: what is masked is multiplied by zero, and a NaN would stay one."""
-        self.samples.append(sample)
-        row = self.kv_LSRGNd[:, :, len(self.samples) - 1]
+        self.slots.append(slot)
+        row = self.kv_LSRGNd[:, :, len(self.slots) - 1]
         return row.zero_()
 
-    def row(self, sample: "Sample") -> Tensor:
-        return self.kv_LSRGNd[:, :, self.samples.index(sample)]
+    def row(self, slot: CacheSlot) -> Tensor:
+        return self.kv_LSRGNd[:, :, self.slots.index(slot)]
 
-    def remove(self, sample: "Sample") -> None:
+    def remove(self, slot: CacheSlot) -> None:
         """The last row takes its place."""
-        at, last = self.samples.index(sample), self.samples.pop()
-        if last is not sample:
-            self.samples[at] = last
-            self.kv_LSRGNd[:, :, at] = self.kv_LSRGNd[:, :, len(self.samples)]
+        at, last = self.slots.index(slot), self.slots.pop()
+        if last is not slot:
+            self.slots[at] = last
+            self.kv_LSRGNd[:, :, at] = self.kv_LSRGNd[:, :, len(self.slots)]
 
 
-class Seated(NamedTuple):
-    """The samples of a step by where their cache is; ``outside`` those for whom the window has no room."""
+class Placed(NamedTuple):
+    """The slots of a step by where their cache is; ``outside`` those for which no bucket has room."""
 
-    shelves: list[Shelf]
-    outside: "list[Sample]"
+    buckets: list[DenseBucket]
+    outside: list[CacheSlot]
 
 
 class KvBuckets:
-    """Shelves for samples of about equal lengths, at most ``max_tokens`` in all."""
+    """Buckets for sequences of about equal lengths, at most ``max_tokens`` in all, in float32."""
 
-    def __init__(self, config: ModelConfig, cache: KvRows, max_tokens: int, device: torch.device, dtype: torch.dtype):
-        self._config = config
-        self._cache = cache
+    def __init__(
+        self, num_layers: int, attention: FullAttention, rows: KvRows, max_tokens: int, device: torch.device
+    ) -> None:
+        self._num_layers = num_layers
+        self._attention = attention
+        self._rows = rows
         self._max_tokens = max_tokens
         self._device = device
-        self._dtype = dtype
-        self._shelves: dict[int, Shelf] = {}
+        self._buckets: dict[int, DenseBucket] = {}
+        self._of: dict[CacheSlot, DenseBucket] = {}
 
-    def seat(self, samples: "Sequence[Sample]") -> Seated:
-        """Make room for one more token of each."""
-        outside = [sample for sample in samples if not self._has_room(sample) and not self._place(sample)]
-        return Seated([shelf for shelf in self._shelves.values() if shelf.samples], outside)
+    def place(self, slots: Sequence[CacheSlot], positions: Sequence[int]) -> Placed:
+        """Make room for one more token of each, which is at its position."""
+        each = zip(slots, positions, strict=True)
+        outside = [slot for slot, at in each if not self._has_room(slot, at) and not self._add(slot, at)]
+        return Placed([bucket for bucket in self._buckets.values() if bucket.slots], outside)
 
-    def write_back(self, sample: "Sample", stop: int) -> None:
+    def write_back(self, slot: CacheSlot, stop: int) -> None:
         """Bring the pages up to date, as far as tokens before ``stop`` go."""
-        if sample.shelf is not None and stop > sample.num_in_pages:
-            start = sample.num_in_pages
-            self._cache.zero([sample.pages[at // PAGE_TOKENS] for at in range(start, stop) if at % PAGE_TOKENS == 0])
-            cells = [sample.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in range(start, stop)]
-            row = sample.shelf.row(sample)
-            self._cache.write_all(torch.tensor(cells, device=self._device), row[:, :, :, start:stop])
-            sample.num_in_pages = stop
+        bucket = self._of.get(slot)
+        if bucket is not None and stop > slot.num_in_pages:
+            start = slot.num_in_pages
+            self._rows.zero([slot.pages[at // PAGE_TOKENS] for at in range(start, stop) if at % PAGE_TOKENS == 0])
+            cells = [slot.pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS for at in range(start, stop)]
+            self._rows.write_all(torch.tensor(cells, device=self._device), bucket.row(slot)[:, :, :, start:stop])
+            slot.num_in_pages = stop
 
-    def leave(self, sample: "Sample") -> None:
+    def leave(self, slot: CacheSlot) -> None:
         """Free the row; what was not written back is lost."""
-        if sample.shelf is None:
+        bucket = self._of.pop(slot, None)
+        if bucket is None:
             return
-        sample.shelf.remove(sample)
-        if not sample.shelf.samples:
-            del self._shelves[sample.shelf.num_tokens]
-        sample.shelf = None
+        bucket.remove(slot)
+        if not bucket.slots:
+            del self._buckets[bucket.num_tokens]
 
-    def _has_room(self, sample: "Sample") -> bool:
-        return sample.shelf is not None and sample.position < sample.shelf.num_tokens
+    def _has_room(self, slot: CacheSlot, position: int) -> bool:
+        bucket = self._of.get(slot)
+        return bucket is not None and position < bucket.num_tokens
 
-    def _place(self, sample: "Sample") -> bool:
-        shelf = self._shelf(sample.position + 1)
-        if shelf is None:
-            self.write_back(sample, sample.position)
-            self.leave(sample)
+    def _add(self, slot: CacheSlot, position: int) -> bool:
+        bucket = self._bucket(position + 1)
+        if bucket is None:
+            self.write_back(slot, position)
+            self.leave(slot)
             return False
-        row = shelf.add(sample)
-        known = sample.position
-        if sample.shelf is not None:
-            row[:, :, :, :known] = sample.shelf.row(sample)[:, :, :, :known]
-            self.leave(sample)
+        row = bucket.add(slot)
+        before = self._of.get(slot)
+        if before is not None:
+            row[:, :, :, :position] = before.row(slot)[:, :, :, :position]
+            self.leave(slot)
         else:
-            self._cache.read_all(sample.pages[: -(-known // PAGE_TOKENS)], row[:, :, :, :known])
-        sample.shelf = shelf
+            self._rows.read_all(slot.pages[: -(-position // PAGE_TOKENS)], row[:, :, :, :position])
+        self._of[slot] = bucket
         return True
 
-    def _shelf(self, num_tokens: int) -> Shelf | None:
-        """A shelf with a free row for that many tokens, widened or made if need be."""
+    def _bucket(self, num_tokens: int) -> DenseBucket | None:
+        """A bucket with a free row for that many tokens, widened or made if need be."""
         size = _MIN_TOKENS
         while size < num_tokens:
             size *= 2
-        shelf = self._shelves.get(size)
-        if shelf is not None and not shelf.is_full:
-            return shelf
-        used = sum(other.num_rows * other.num_tokens for other in self._shelves.values())
-        num_rows = 0 if shelf is None else shelf.num_rows
+        bucket = self._buckets.get(size)
+        if bucket is not None and not bucket.is_full:
+            return bucket
+        used = sum(other.num_rows * other.num_tokens for other in self._buckets.values())
+        num_rows = 0 if bucket is None else bucket.num_rows
         more = min(max(num_rows, 1), (self._max_tokens - used) // size)
         if more <= 0:
             return None
-        if shelf is None:
-            shelf = self._shelves[size] = Shelf(self._config, size, self._device, self._dtype)
-        shelf.widen(num_rows + more)
-        return shelf
+        if bucket is None:
+            bucket = self._buckets[size] = DenseBucket(self._num_layers, self._attention, size, self._device)
+        bucket.widen(num_rows + more)
+        return bucket

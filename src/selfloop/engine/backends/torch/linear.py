@@ -1,9 +1,8 @@
 """A frozen weight, laid out once for the fastest product of its device; training and sampling multiply by nothing else.
 
-On a CPU with bfloat16 instructions our own kernels read weights in panels. Where those cannot be had, oneDNN reads them
-in blocks: laid out once, a product of few rows takes about half the time of one that reorders the weight at every call.
-With either a row's numbers do not depend on how many others there are. The layout is a rule rather than a measurement:
-a worker that starts anew must not come to another choice.
+On a CPU with bfloat16 instructions oneDNN reads weights in blocks: laid out once, a product of few rows takes about
+half the time of one that reorders the weight at every call, and a row's numbers do not depend on how many others there
+are. The layout is a rule rather than a measurement: a worker that starts anew must not come to another choice.
 """
 
 from typing import Literal
@@ -12,13 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfloop.engine.backends.cpu_native.build import kernels
-from selfloop.engine.backends.cpu_native.library import Kernels
-from selfloop.engine.backends.cpu_native.panels import Panels
-from selfloop.engine.backends.cpu_native.sizes import covers
-from selfloop.engine.models.config import ModelConfig
-
-Layout = Literal["plain", "blocked", "panels"]
+Products = Literal["plain", "blocked"]
+"""By PyTorch's operators on plain matrices, or by oneDNN on its own layout."""
 
 _mkldnn = torch.ops.mkldnn
 # What is summed in float32 in one go. In a sum over a vocabulary small terms would vanish beside what is there already.
@@ -27,11 +21,11 @@ _MAX_SUMMANDS = 8192
 _MAX_COPY_ELEMENTS = 4 * 2**20
 
 
-def best_layout(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Layout:
-    """For bfloat16 on a CPU that computes in it, panels or else blocks; elsewhere the plain product is as fast."""
+def best_products(device: torch.device, dtype: torch.dtype) -> Products:
+    """Blocks for bfloat16 on a CPU that computes in it; elsewhere the plain product is as fast."""
     if device.type != "cpu" or dtype != torch.bfloat16 or not _mkldnn._is_mkldnn_bf16_supported():
         return "plain"
-    return "panels" if covers(config) and kernels() is not None else "blocked"
+    return "blocked"
 
 
 class FrozenLinear:
@@ -40,22 +34,14 @@ class FrozenLinear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight_OI.shape
         self.bias_O = bias_O
-        self.panels: Panels | None = None
         self._plain_OI: Tensor | None = weight_OI
         self._blocked_OI: Tensor | None = None
         self._blocked_IO: Tensor | None = None
         self._shared_OI: Tensor | None = None
         self._blocked_shift: Tensor | None = None
-        self._panels_IO: Panels | None = None
 
     @property
-    def num_parameters(self) -> int:
-        return self.out_features * (self.in_features + (self.bias_O is not None))
-
-    @property
-    def layout(self) -> Layout:
-        if self.panels is not None:
-            return "panels"
+    def products(self) -> Products:
         return "plain" if self._blocked_OI is None else "blocked"
 
     @property
@@ -66,41 +52,25 @@ class FrozenLinear:
             return 0
         return _copy_rows(plain_OI) * self.in_features * torch.float32.itemsize
 
-    def lay_out(self, layout: Layout, *, shared: bool = False) -> None:
-        """Bring the weight into ``layout``, and let go of the plain one unless it is ``shared`` with an embedding."""
-        if layout == "plain":
+    def lay_out(self, products: Products, *, shared: bool = False) -> None:
+        """Lay the weight out, and let go of the plain one unless it is ``shared`` with an embedding."""
+        if products == "plain":
             return
         assert self._plain_OI is not None, "laid out already"
-        if layout == "panels":
-            self.panels = Panels(_kernels(), self._plain_OI)
-        else:
-            self._blocked_OI = _blocked(self._plain_OI)
-            if shared:
-                self._shared_OI = self._plain_OI
+        self._blocked_OI = _blocked(self._plain_OI)
+        if shared:
+            self._shared_OI = self._plain_OI
         self._plain_OI = None
 
     def plain(self) -> Tensor:
         """The weight (out, in) as it was given; a copy where it is laid out otherwise."""
         if self._plain_OI is not None:
             return self._plain_OI
-        return self._dense()
-
-    def backward_panels(self) -> Panels:
-        """W^T in panels, made when it is first asked for."""
-        if self._panels_IO is None:
-            self._panels_IO = Panels(_kernels(), self._dense().t())
-        return self._panels_IO
-
-    def _dense(self) -> Tensor:
-        if self.panels is not None:
-            return self.panels.dense()
         assert self._blocked_OI is not None
         return self._blocked_OI.to_dense()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """(T, in) -> (T, out) in the compute dtype."""
-        if self.panels is not None:
-            return self.in_float32(x_TI).to(x_TI.dtype)
         if self._blocked_OI is None:
             assert self._plain_OI is not None
             return F.linear(x_TI, self._plain_OI, self.bias_O)
@@ -110,8 +80,6 @@ class FrozenLinear:
         """(T, out) -> (T, in): dy W. What only training needs is laid out when it is first asked for."""
         if self._plain_OI is not None:
             return _plain_input_grad(dy_TO, self._plain_OI)
-        if self.panels is not None:
-            return self.backward_panels().multiply(dy_TO).to(dy_TO.dtype)
         if self._blocked_IO is None:
             assert self._blocked_OI is not None
             self._blocked_IO = _blocked(self._blocked_OI.to_dense().t().contiguous())
@@ -125,9 +93,6 @@ class FrozenLinear:
         """
         if x_TI.dtype == torch.float32:
             return self(x_TI)
-        if self.panels is not None:
-            y_TO = self.panels.multiply(x_TI)
-            return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
         if self._blocked_OI is not None:
             negative_TO = _product(x_TI, self._blocked_OI, self.bias_O).neg_()
             rest_TO = _mkldnn._linear_pointwise.binary(
@@ -154,12 +119,6 @@ class FrozenLinear:
         high_T1 = reference_T1.to(x_TI.dtype)
         low_T1 = (reference_T1 - high_T1.float()).to(x_TI.dtype)
         return _product(_in_full_blocks(torch.cat((x_TI, high_T1, low_T1), dim=1)), self._blocked_shift, None).float()
-
-
-def _kernels() -> Kernels:
-    found = kernels()
-    assert found is not None, "the layout was chosen where there are none"
-    return found
 
 
 def _in_full_blocks(x: Tensor) -> Tensor:

@@ -8,21 +8,35 @@ With K targets a row that slope would be (N, K, D). There the backward makes eac
 through them with what the K targets together ask for: sum_k g_k W[y_k] - (sum_k g_k) softmax(z) W.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.backends.base import Scores
-from selfloop.engine.backends.cpu_native.panels import Panels
-from selfloop.engine.backends.torch.linear import FrozenLinear
-from selfloop.engine.lora.grouped_matmul import add_low_rank
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.grouped_matmul import Linear, add_low_rank
 
 # On a CPU a chunk's logits should stay in its cache, but fewer rows make the products slow.
 _CPU_CHUNK_ROWS = (32, 256)
 _CPU_CHUNK_ELEMENTS = 6 * 2**20
 _CUDA_CHUNK_ELEMENTS = 256 * 2**20
+
+
+class Head(Linear, Protocol):
+    """The output layer, in whatever layout."""
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class ShiftedHead(Head, Protocol):
+    """An output layer that knows distances between logits more cheaply than the logits."""
+
+    def up_to_a_shift(self, x_TI: Tensor, references_T: Tensor) -> Tensor:
+        """See :meth:`FrozenLinear.up_to_a_shift`."""
+        ...
 
 
 class HeadAdapter(NamedTuple):
@@ -32,22 +46,37 @@ class HeadAdapter(NamedTuple):
     b_VR: Tensor
     scaling: float
 
+    @classmethod
+    def of(cls, adapter: Adapter | None) -> "HeadAdapter | None":
+        """The part of an adapter that is on the output layer, if it has one."""
+        if adapter is None or adapter.head is None:
+            return None
+        return cls(adapter.head.a, adapter.head.b[0], adapter.scaling)
 
-def score(
-    h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None
-) -> Scores:
+
+def score(h_ND: Tensor, head: ShiftedHead, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None) -> Scores:
     """float32 logprobs of ``targets``, (N,) or (N, K), and each row's ``num_top`` likeliest tokens (all, if fewer).
 
     Gradients reach ``h_ND`` and never the frozen head; with an ``adapter`` on the head its A and B, too.
     """
+    if adapter is not None or targets.dim() > 1:
+        return score_by_logits(h_ND, head, targets, num_top, adapter)
     assert h_ND.shape[0] == targets.shape[0]
+    return Scores(*_TargetLogprobs.apply(h_ND, head, targets, min(num_top, head.out_features)))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def score_by_logits(
+    h_ND: Tensor, head: Head, targets: Tensor, num_top: int, adapter: HeadAdapter | None = None
+) -> Scores:
+    """As :func:`score`, of several targets a row or with an adapter on the head."""
+    assert h_ND.shape[0] == targets.shape[0]
+    num_top = min(num_top, head.out_features)
     if adapter is not None:
-        return _adapted_score(h_ND, head, targets, min(num_top, head.out_features), adapter)
-    function = _TargetLogprobs if targets.dim() == 1 else _ManyTargetLogprobs
-    return Scores(*function.apply(h_ND, head, targets, min(num_top, head.out_features)))  # pyright: ignore[reportGeneralTypeIssues]
+        return _adapted_score(h_ND, head, targets, num_top, adapter)
+    return Scores(*_ManyTargetLogprobs.apply(h_ND, head, targets, num_top))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def _adapted_score(h_ND: Tensor, head: FrozenLinear, targets: Tensor, num_top: int, adapter: HeadAdapter) -> Scores:
+def _adapted_score(h_ND: Tensor, head: Head, targets: Tensor, num_top: int, adapter: HeadAdapter) -> Scores:
     u_NR = F.linear(h_ND, adapter.a_RD)
     targets_NK = targets[:, None] if targets.dim() == 1 else targets
     found = _AdaptedTargetLogprobs.apply(h_ND, u_NR, head, adapter.b_VR, adapter.scaling, targets_NK, num_top)
@@ -63,12 +92,13 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     return min(most, max(fewest, _CPU_CHUNK_ELEMENTS // vocab_size))
 
 
-def _chunks(h_ND: Tensor, head: FrozenLinear) -> list[slice]:
+def chunks(h_ND: Tensor, head: Head) -> list[slice]:
+    """Rows whose logits are held at once, one chunk after another."""
     rows = chunk_rows(head.out_features, h_ND.device)
     return [slice(start, start + rows) for start in range(0, h_ND.shape[0], rows)]
 
 
-class _Tops:
+class Tops:
     """The likeliest tokens, filled in chunk by chunk."""
 
     def __init__(self, num_rows: int, num_top: int, device: torch.device) -> None:
@@ -96,18 +126,13 @@ class _Tops:
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, head: FrozenLinear, targets_N: Tensor, num_top: int
+        ctx: Any, h_ND: Tensor, head: ShiftedHead, targets_N: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad: bool = ctx.needs_input_grad[0]
         logprobs_N = torch.empty(h_ND.shape[0], dtype=torch.float32, device=h_ND.device)
         slope_ND = torch.empty_like(h_ND) if wants_grad else None
-        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        if head.panels is not None:
-            _by_kernels(h_ND, head, head.panels, targets_N, logprobs_N, slope_ND, tops)
-            if slope_ND is not None:
-                ctx.save_for_backward(slope_ND)
-            return logprobs_N, *tops.outputs(ctx)
-        for chunk in _chunks(h_ND, head):
+        tops = Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in chunks(h_ND, head):
             targets_C1 = targets_N[chunk, None]
             # A target's logprob is how far the others are from it; the likeliest tokens' own need all of the logits.
             if num_top > 0:
@@ -138,44 +163,13 @@ class _TargetLogprobs(torch.autograd.Function):
         return (slope_ND.float() * grads[0][:, None]).to(slope_ND.dtype), None, None, None
 
 
-def _by_kernels(
-    h_ND: Tensor,
-    head: FrozenLinear,
-    panels: Panels,
-    targets_N: Tensor,
-    logprobs_N: Tensor,
-    slope_ND: Tensor | None,
-    tops: _Tops,
-) -> None:
-    """Fill in what :class:`_TargetLogprobs` gives, in two passes over each chunk's logits."""
-    chunks = _chunks(h_ND, head)
-    room = panels.room(min(h_ND.shape[0], chunks[0].stop)) if chunks else None
-    weights_CV = None
-    if slope_ND is not None and room is not None:
-        weights_CV = torch.empty(room.shape[0], head.out_features, dtype=h_ND.dtype)
-    for chunk in chunks:
-        logits_CV = panels.multiply(h_ND[chunk], room)
-        if head.bias_O is not None:
-            logits_CV += head.bias_O
-        own_CV = None if weights_CV is None else weights_CV[: logits_CV.shape[0]]
-        found = panels.target_logprobs(logits_CV, targets_N[chunk], own_CV)
-        logprobs_N[chunk] = found.logprobs_N
-        likeliest = tops.likeliest(logits_CV)
-        if likeliest is not None:
-            tops.put(chunk, likeliest, found.normalisers_N[:, None])
-        if slope_ND is not None and own_CV is not None:
-            slope_ND[chunk] = head.backward_panels().multiply(own_CV).div_(-found.sums_N[:, None])
-
-
 class _ManyTargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h_ND: Tensor, head: FrozenLinear, targets_NK: Tensor, num_top: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, h_ND: Tensor, head: Head, targets_NK: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
-        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND, head):
+        tops = Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in chunks(h_ND, head):
             logits_CV = head.in_float32(h_ND[chunk])
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
@@ -188,10 +182,10 @@ class _ManyTargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         h_ND, targets_NK, normaliser_N1 = ctx.saved_tensors
-        head: FrozenLinear = ctx.head
+        head: Head = ctx.head
         grad_NK = grads[0]
         grad_ND = torch.empty_like(h_ND)
-        for chunk in _chunks(h_ND, head):
+        for chunk in chunks(h_ND, head):
             slope_CV = head.in_float32(h_ND[chunk]).sub_(normaliser_N1[chunk]).exp_()
             slope_CV.mul_(-grad_NK[chunk].sum(1, keepdim=True))
             # One scatter a target: with all K at once a token that is there twice would make the order matter.
@@ -210,7 +204,7 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         ctx: Any,
         h_ND: Tensor,
         u_NR: Tensor,
-        head: FrozenLinear,
+        head: Head,
         b_VR: Tensor,
         scaling: float,
         targets_NK: Tensor,
@@ -218,8 +212,8 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs_NK = torch.empty(targets_NK.shape, dtype=torch.float32, device=h_ND.device)
         normaliser_N1 = torch.empty(h_ND.shape[0], 1, dtype=torch.float32, device=h_ND.device)
-        tops = _Tops(h_ND.shape[0], num_top, h_ND.device)
-        for chunk in _chunks(h_ND, head):
+        tops = Tops(h_ND.shape[0], num_top, h_ND.device)
+        for chunk in chunks(h_ND, head):
             logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, scaling)
             normaliser_N1[chunk] = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_NK[chunk] = logits_CV.gather(1, targets_NK[chunk]) - normaliser_N1[chunk]
@@ -233,11 +227,11 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, u_NR, b_VR, targets_NK, normaliser_N1 = ctx.saved_tensors
-        head: FrozenLinear = ctx.head
+        head: Head = ctx.head
         grad_NK = grads[0]
         grad_ND, grad_NR = torch.empty_like(h_ND), torch.empty_like(u_NR)
         grad_VR = torch.zeros(b_VR.shape, dtype=torch.float32, device=b_VR.device)
-        for chunk in _chunks(h_ND, head):
+        for chunk in chunks(h_ND, head):
             logits_CV = _adapted_logits(h_ND[chunk], u_NR[chunk], head, b_VR, ctx.scaling)
             slope_CV = logits_CV.sub_(normaliser_N1[chunk]).exp_().mul_(-grad_NK[chunk].sum(1, keepdim=True))
             for k in range(targets_NK.shape[1]):
@@ -250,6 +244,6 @@ class _AdaptedTargetLogprobs(torch.autograd.Function):
         return grad_ND, grad_NR, None, grad_VR.to(b_VR.dtype), None, None, None
 
 
-def _adapted_logits(h_CD: Tensor, u_CR: Tensor, head: FrozenLinear, b_VR: Tensor, scaling: float) -> Tensor:
+def _adapted_logits(h_CD: Tensor, u_CR: Tensor, head: Head, b_VR: Tensor, scaling: float) -> Tensor:
     """float32 (C, V), as the sampler's own."""
     return add_low_rank(head.in_float32(h_CD), u_CR, b_VR, scaling)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.lora.adapter import Adapter, LoraGroup
-from selfloop.engine.lora.targets import LinearGroup
+from selfloop.engine.models.spec import ProjectionGroup
 
 
 class StepAdapters(Protocol):
@@ -75,13 +75,13 @@ class StackedAdapters:
     Rows are dealt to the adapters in equal numbers, some of them padding, so that one batched product serves all.
     """
 
-    def __init__(self, adapters: list[Adapter], groups: tuple[LinearGroup, ...], dtype: torch.dtype) -> None:
+    def __init__(self, adapters: list[Adapter], layers: list[tuple[ProjectionGroup, ...]], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.places = {id(adapter): place for place, adapter in enumerate(adapters)}
         self._adapters = adapters  # keeps their ids their own
         self._layers = [
             [_stack(adapters, layer, index, group, dtype) for index, group in enumerate(groups)]
-            for layer in range(len(adapters[0].layers))
+            for layer, groups in enumerate(layers)
         ]
         self._deal: Tensor | None = None
         self._rows = self._cells = torch.empty(0)
@@ -119,20 +119,21 @@ class StackedAdapters:
                 part_BO.index_add_(0, self._rows, more_NO.index_select(0, self._cells))
 
 
-def _stack(adapters: list[Adapter], layer: int, index: int, group: LinearGroup, dtype: torch.dtype) -> _Group | None:
+def _stack(
+    adapters: list[Adapter], layer: int, index: int, group: ProjectionGroup, dtype: torch.dtype
+) -> _Group | None:
     held = [adapter.layers[layer][index] for adapter in adapters]
     ranks = [part.b[0].shape[1] for part in held if part is not None]
     if not ranks:
         return None
-    rank, num = max(ranks), len(group.targets)
+    rank, num = max(ranks), len(group.projections)
     device = next(part.a.device for part in held if part is not None)
     a_SnRI = torch.zeros(len(adapters), num, rank, group.in_features, dtype=dtype, device=device)
-    bs = [torch.zeros(len(adapters), t.out_features, rank, dtype=dtype, device=device) for t in group.targets]
+    bs = [torch.zeros(len(adapters), size, rank, dtype=dtype, device=device) for size in group.out_sizes]
     for place, (adapter, part) in enumerate(zip(adapters, held, strict=True)):
         if part is not None:
             own = part.b[0].shape[1]
             a_SnRI[place, :, :own] = part.a.unflatten(0, (num, own))
             for b_SOR, b_OR in zip(bs, part.b, strict=True):
                 b_SOR[place, :, :own] = b_OR * adapter.scaling
-    sizes = [target.out_features for target in group.targets]
-    return _Group(a_SnRI.flatten(1, 2).transpose(1, 2), [b_SOR.transpose(1, 2) for b_SOR in bs], sizes)
+    return _Group(a_SnRI.flatten(1, 2).transpose(1, 2), [b_SOR.transpose(1, 2) for b_SOR in bs], group.out_sizes)

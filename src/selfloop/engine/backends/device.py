@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from selfloop.engine.backends.cpu_native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
-from selfloop.engine.models.config import ModelConfig
 from selfloop.types.errors import OperationFailed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
 _CPU_KV_BYTES = 256 * 2**20
 _CUDA_KV_SHARE = 0.4
-_CPU_WINDOW_BYTES = 384 * 2**20
-_CUDA_WINDOW_SHARE = 0.1
+_CPU_BUCKET_BYTES = 384 * 2**20
+_CUDA_BUCKET_SHARE = 0.1
 _CPU_COPY_SHARE = 0.1
 # Of what the base weights leave: a pass of training, and forwards that are kept for their backward.
 _PASS_SHARE, _KEPT_SHARE = 0.25, 0.125
@@ -93,26 +92,26 @@ def run_bytes(memory_bytes: int, held_bytes: int, other_bytes: int) -> int:
     return int(max(rest - other_bytes - _PROCESS_BYTES, rest * _LEAST_RUN_SHARE, 0))
 
 
-def kv_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-
-
-def default_kv_tokens(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+def default_kv_tokens(token_bytes: int, context: int, device: torch.device) -> int:
     """Tokens of KV cache, at least one full context."""
-    per_token = kv_token_bytes(config, dtype)
     budget_bytes = _CPU_KV_BYTES
     if device.type == "cuda":
         budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
-    return max(budget_bytes // per_token, config.max_position_embeddings)
+    return max(budget_bytes // token_bytes, context)
 
 
-def default_window_tokens(config: ModelConfig, device: torch.device) -> int:
-    """Tokens of running samples whose keys and values lie side by side, in float32; memory is taken as it is needed."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * torch.float32.itemsize
-    budget_bytes = _CPU_WINDOW_BYTES
+def default_bucket_tokens(token_bytes: int, device: torch.device) -> int:
+    """Tokens of running samples whose keys and values lie side by side; memory is taken as it is needed."""
+    budget_bytes = _CPU_BUCKET_BYTES
     if device.type == "cuda":
-        budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_WINDOW_SHARE)
-    return budget_bytes // per_token
+        budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_BUCKET_SHARE)
+    return budget_bytes // token_bytes
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was given to compute."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def has_memory_for(num_bytes: int) -> bool:

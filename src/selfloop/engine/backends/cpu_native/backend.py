@@ -1,0 +1,30 @@
+"""The CPU kernels as a backend."""
+
+import torch
+
+from selfloop.engine.backends.base import Lacking
+from selfloop.engine.backends.cpu_native.build import kernels, look
+from selfloop.engine.backends.cpu_native.model import NativeModel
+from selfloop.engine.backends.cpu_native.sizes import sizes_of
+from selfloop.engine.backends.torch.weights import load_weights
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import TensorSource
+
+
+class NativeBackend:
+    """Computes dense models in bfloat16 on CPUs with AVX-512 and its bfloat16 products."""
+
+    name = "cpu_native"
+
+    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+        if device.type != "cpu" or dtype != torch.bfloat16:
+            return Lacking("it computes bfloat16 on a CPU")
+        if sizes_of(spec) is None:
+            return Lacking("it computes layers of full attention and a dense MLP whose sizes are multiples of 16")
+        found = look()
+        return found if isinstance(found, Lacking) else None
+
+    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> NativeModel:
+        found = kernels()
+        assert found is not None, "the backend was chosen where it has no kernels"
+        return NativeModel(found, spec, load_weights(spec, source, device, dtype))

@@ -1,0 +1,65 @@
+"""Which backend computes a model: the first that lacks nothing. What the others lack is logged, in their order."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from selfloop.engine.backends.base import Backend, Lacking, Model
+from selfloop.engine.backends.cpu_native.backend import NativeBackend
+from selfloop.engine.backends.torch.backend import TorchBackend
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import TensorSource
+from selfloop.types.errors import model_invalid
+
+log = logging.getLogger("selfloop.engine")
+
+BACKENDS: tuple[Backend, ...] = (NativeBackend(), TorchBackend())
+
+
+class Choice(NamedTuple):
+    """A backend, and why not those before it, by name."""
+
+    backend: Backend
+    passed_over: dict[str, Lacking]
+
+
+def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The first backend that computes this model there.
+
+    Raises:
+        OperationFailed: none does; the text says what each lacks.
+    """
+    passed_over: dict[str, Lacking] = {}
+    for backend in BACKENDS:
+        lacking = backend.lacks(spec, device, dtype)
+        if lacking is None:
+            return Choice(backend, passed_over)
+        passed_over[backend.name] = lacking
+    why = "; ".join(f"{name}: {lacking.reason}" for name, lacking in passed_over.items())
+    raise model_invalid(f"no backend computes {spec.model_type} in {dtype} on {device}: {why}".replace("torch.", ""))
+
+
+def load_model(spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:
+    """By the backend of :func:`choose`.
+
+    Raises:
+        OperationFailed: no backend computes it, or the weights are not those of the model.
+    """
+    backend, passed_over = choose(spec, device, dtype)
+    for name, lacking in passed_over.items():
+        # What helps is worth a look; that a CPU is another one is not.
+        level = logging.WARNING if lacking.remedy else logging.INFO
+        log.log(level, "backend %s does not compute %s: %s%s", name, spec.model_type, *lacking)
+    model = backend.load(spec, source, device, dtype)
+    log.info("base weights in %s on %s by %s (%s)", dtype, device, backend.name, model.computed_by)
+    return model
+
+
+def open_reference(spec: ModelSpec, source: TensorSource) -> Model:
+    """The float32 reference on the CPU, of whose layers one at a time is in memory.
+
+    Raises:
+        OperationFailed: the weights are not those of the model.
+    """
+    return TorchBackend().open(spec, source, torch.float32)

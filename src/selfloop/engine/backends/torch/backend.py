@@ -1,0 +1,43 @@
+"""PyTorch's operators as a backend."""
+
+import torch
+
+from selfloop.engine.backends.base import Lacking
+from selfloop.engine.backends.torch.blocks.base import has_block
+from selfloop.engine.backends.torch.linear import Products, best_products
+from selfloop.engine.backends.torch.model import TorchModel
+from selfloop.engine.backends.torch.weights import load_weights, open_weights
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import TensorSource
+
+
+class TorchBackend:
+    """Computes on any device, in any type, every model of whose blocks it has the file.
+
+    Args:
+        products: what it multiplies by; None for what is best on the device.
+    """
+
+    name = "torch"
+
+    def __init__(self, products: Products | None = None) -> None:
+        self._products: Products | None = products
+
+    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+        absent = sorted(kind for kind in spec.blocks() if not has_block(kind))
+        if absent:
+            return Lacking(f"it has no {', '.join(absent)}")
+        if len({layer.mixer for layer in spec.layers}) > 1:
+            return Lacking("its cache is for mixers that are all alike")
+        return None
+
+    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> TorchModel:
+        weights = load_weights(spec, source, device, dtype)
+        products = self._products or best_products(device, dtype)
+        for linear in weights.linears():
+            linear.lay_out(products, shared=spec.tied and linear is weights.head)
+        return TorchModel(spec, weights)
+
+    def open(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype) -> TorchModel:
+        """On the CPU, each layer read when it is asked for and not kept: one pass needs the memory of one."""
+        return TorchModel(spec, open_weights(spec, source, dtype))

@@ -1,0 +1,1 @@
+"""The blocks that PyTorch computes, each in the file of its ``kind``."""

@@ -1,0 +1,89 @@
+"""What a layer asks of its blocks, and what it gives them."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.places import Places
+from selfloop.engine.models.spec import Block
+
+
+class LayerPass(Protocol):
+    """One layer of a pass over packed rows: training and prefill."""
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of each row."""
+        ...
+
+    def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
+        """(T, in) -> (T, out) of the layer's group of that number, its adapters included."""
+        ...
+
+    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        """Rotated queries and keys, values -> (T, H, head_dim)."""
+        ...
+
+    def in_blocks(self, act: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
+        """``act`` on all rows, or in a batch-invariant pass on each run's rows by themselves."""
+        ...
+
+
+class LayerStep(Protocol):
+    """One layer of a decode step, a row for each sample. Between the products everything is float32."""
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """cos (B, H + G, 1, d/2) and -sin, sin (B, H + G, 2, d/2), those of the queries scaled by d^-1/2."""
+        ...
+
+    def project(self, group: int, linear: FrozenLinear, x_BI: Tensor) -> Tensor:
+        """float32 (B, in) -> float32 (B, out) of the layer's group of that number, its adapters included."""
+        ...
+
+    def attend(self, qkv_BHd: Tensor) -> Tensor:
+        """(B, H + 2G, head_dim) rotated, queries scaled -> (B, H * head_dim)."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm with the model's epsilon, in float32."""
+        ...
+
+
+class TorchBlock(Protocol):
+    """A mixer or feed-forward with its weights."""
+
+    def linears(self) -> list[FrozenLinear]:
+        """Its matrices; the first are those of its spec's groups, in their order."""
+        ...
+
+    def __call__(self, x_TD: Tensor, at: LayerPass) -> Tensor:
+        """Normalised rows in the compute dtype -> what is added to h; gradients reach x and the adapters."""
+        ...
+
+    def step(self, x_BD: Tensor, at: LayerStep) -> Tensor:
+        """The same of a decode step, float32 in and out; no gradients."""
+        ...
+
+
+Build = Callable[[Block, int, Places], TorchBlock]
+"""From a block's spec, the number of its first group in the layer, and the places that its tensors are to go to."""
+
+
+def has_block(kind: str) -> bool:
+    return find_spec(f"{__package__}.{kind}") is not None
+
+
+def block_builder(kind: str) -> Build:
+    """The ``build`` of the block's file."""
+    return import_module(f"{__package__}.{kind}").build
+
+
+def float32(weight: Tensor) -> Tensor:
+    """A copy of a small weight for decode steps; itself where it is float32 already."""
+    return weight.to(torch.float32)

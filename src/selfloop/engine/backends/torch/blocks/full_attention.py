@@ -1,0 +1,69 @@
+"""Rotary attention with fused q, k and v."""
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.backends.torch.blocks.base import LayerPass, LayerStep, float32
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.norm import rms_norm
+from selfloop.engine.backends.torch.places import Places
+from selfloop.engine.backends.torch.rotary import rotate
+from selfloop.engine.models.spec import Block, FullAttention
+
+QKV, OUT = range(2)
+
+
+class FullAttentionBlock:
+    """``qk_norm_Hd`` is (num_heads + num_kv_heads, head_dim), None in families without it."""
+
+    def __init__(self, spec: FullAttention, first_group: int, places: Places) -> None:
+        self.spec = spec
+        self._first = first_group
+        self.qkv, self.out = (places.group(group) for group in spec.groups)
+        self.qk_norm_Hd = None if spec.qk_norm_eps is None else self._allocate_qk_norm(places)
+        self._float32_qk_norm_Hd: Tensor | None = None
+
+    def linears(self) -> list[FrozenLinear]:
+        return [self.qkv, self.out]
+
+    def __call__(self, x_TD: Tensor, at: LayerPass) -> Tensor:
+        spec = self.spec
+        qkv_THd = at.project(self._first + QKV, self.qkv, x_TD).unflatten(1, (-1, spec.head_dim))
+        qk_THd, v_TGd = qkv_THd.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        if self.qk_norm_Hd is not None and spec.qk_norm_eps is not None:
+            qk_THd = rms_norm(qk_THd, self.qk_norm_Hd, spec.qk_norm_eps)
+        q_THd, k_TGd = rotate(qk_THd, *at.rotation).split([spec.num_heads, spec.num_kv_heads], dim=1)
+        return at.project(self._first + OUT, self.out, at.attend(q_THd, k_TGd, v_TGd).flatten(1))
+
+    def step(self, x_BD: Tensor, at: LayerStep) -> Tensor:
+        spec = self.spec
+        qkv_BHd = at.project(self._first + QKV, self.qkv, x_BD).unflatten(1, (-1, spec.head_dim))
+        qk_BHd = qkv_BHd[:, : spec.num_heads + spec.num_kv_heads]
+        if self.qk_norm_Hd is not None:
+            if self._float32_qk_norm_Hd is None:
+                self._float32_qk_norm_Hd = float32(self.qk_norm_Hd)
+            qk_BHd.copy_(at.norm(qk_BHd, self._float32_qk_norm_Hd))
+        cos_BH1d, sin_BH2d = at.rotation
+        halves_BH2d = qk_BHd.unflatten(2, (2, -1))
+        torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
+        return at.project(self._first + OUT, self.out, at.attend(qkv_BHd))
+
+    def _allocate_qk_norm(self, places: Places) -> Tensor:
+        """The files hold one row for all heads of q and one for those of k; repeated over their heads, q and k are
+        normalised in one operation."""
+        num = self.spec.num_heads
+        weight_Hd = places.empty(num + self.spec.num_kv_heads, self.spec.head_dim)
+        places.put("self_attn.q_norm.weight", weight_Hd[0])
+        places.put("self_attn.k_norm.weight", weight_Hd[num])
+
+        def spread() -> None:
+            weight_Hd[1:num] = weight_Hd[0].clone()
+            weight_Hd[num + 1 :] = weight_Hd[num].clone()
+
+        places.then(spread)
+        return weight_Hd
+
+
+def build(spec: Block, first_group: int, places: Places) -> FullAttentionBlock:
+    assert isinstance(spec, FullAttention)
+    return FullAttentionBlock(spec, first_group, places)

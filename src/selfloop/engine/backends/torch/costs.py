@@ -1,0 +1,176 @@
+"""What a pass by PyTorch's operators takes of memory: counted on a few tokens of one layer of each kind."""
+
+from collections import Counter
+from collections.abc import Callable, Generator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.backends.base import Cost, Costs, LayerCosts
+from selfloop.engine.backends.device import default_train_budget
+from selfloop.engine.backends.torch.allocations import UNIT, Work, profile
+from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
+from selfloop.engine.backends.torch.logprob import chunk_rows
+from selfloop.engine.backends.torch.rotary import Rotary
+from selfloop.engine.backends.torch.weights import BaseWeights
+from selfloop.engine.lora.adapter import Adapter, AdapterShape
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.models.spec import FullAttention, ModelSpec
+
+# Queries and keys of the largest blocks of PyTorch's fused attention on a CPU.
+_BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
+
+
+class Profiled(Protocol):
+    """A model whose layers can be computed one at a time."""
+
+    spec: ModelSpec
+    weights: BaseWeights
+    rotary: Rotary
+    device: torch.device
+    dtype: torch.dtype
+
+    def layer(
+        self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch
+    ) -> Tensor: ...
+
+
+def costs_of(model: Profiled) -> Costs:
+    spec, head, itemsize = model.spec, model.weights.head, model.dtype.itemsize
+    # Weights that are laid out are there once more for the backward.
+    copies = 1 if head.products == "plain" else 2
+    # oneDNN's product that adds to something copies what it adds to.
+    copied = itemsize if head.products == "blocked" else 0
+    return Costs(
+        weights=copies * spec.num_parameters * itemsize,
+        layers=_layer_costs(model),
+        ends=ends_cost(spec, model.device, itemsize, logit_bytes=copied, weight_bytes=head.float32_copy_bytes),
+        rank_step=1,
+        adapter_panels=0,
+        train_tokens=default_train_budget(model.device),
+        logit_rows=chunk_rows(spec.vocab_size, model.device),
+    )
+
+
+def ends_cost(
+    spec: ModelSpec, device: torch.device, itemsize: int, *, logit_bytes: int = 0, weight_bytes: int = 0
+) -> Cost:
+    """Of a token: embeddings, hidden states and slopes; one layer's cache, rotations; ids, positions, losses.
+
+    Besides, the logits that are there at once: as they come and as they are put together, or as they are summed. Beside
+    them lie the chunk's hidden states and their slopes, and what the product copies of the weight.
+
+    Args:
+        logit_bytes: of each logit, in copies that the product makes.
+        weight_bytes: of the output layer, in such copies.
+    """
+    float_bytes = torch.float32.itemsize
+    attention = spec.layers[0].mixer
+    assert isinstance(attention, FullAttention)
+    hidden = spec.hidden_size * (2 * float_bytes + 3 * itemsize)
+    heads = attention.head_dim * (4 * float_bytes + 2 * attention.num_kv_heads * itemsize)
+    token = hidden + heads + 16 * torch.int64.itemsize
+    each = (2 * float_bytes + logit_bytes) * spec.vocab_size + 3 * float_bytes * spec.hidden_size
+    return Cost(token, 0, chunk_rows(spec.vocab_size, device) * each + weight_bytes)
+
+
+def _layer_costs(model: Profiled) -> LayerCosts:
+    """Of all layers, each kind of which is counted once; at a time there is one layer's work."""
+    numbers = Counter(model.spec.layers)
+    first = {layer: model.spec.layers.index(layer) for layer in numbers}
+    each = {layer: _one_layer_costs(model, first[layer]) for layer in numbers}
+    between = Cost(model.spec.hidden_size * torch.float32.itemsize, 0, 0)
+    kept = Cost(0, 0, 0)
+    for layer, num in numbers.items():
+        kept = kept + each[layer].kept.times(num)
+    return LayerCosts(
+        _most([costs.forward for costs in each.values()]),
+        kept,
+        _most([costs.work for costs in each.values()]),
+        between.times(model.spec.num_layers),
+        _most([costs.work_again for costs in each.values()]),
+    )
+
+
+def _most(costs: list[Cost]) -> Cost:
+    """The largest of each part."""
+    return Cost(*(max(parts) for parts in zip(*costs, strict=True)))
+
+
+def _one_layer_costs(model: Profiled, index: int) -> LayerCosts:
+    scratch = _attention_scratch(model, num_blocks=2)
+    between = Cost(model.spec.hidden_size * torch.float32.itemsize, 0, 0)
+    forward, trained = profile(_forward_of_a_layer(model, index)), profile(_training_of_a_layer(model, index))
+    most, kept = Cost(*trained.most, 0), Cost(*trained.left, 0)
+    return LayerCosts(
+        between + Cost(*forward.most, 0) + _attention_scratch(model, num_blocks=1),
+        kept,
+        between + Cost(most.token - kept.token, most.rank - kept.rank, 0) + scratch,
+        between,
+        between + most + scratch,
+    )
+
+
+def _forward_of_a_layer(model: Profiled, index: int) -> Work:
+    def work(units: int, rank: int) -> Generator[None]:
+        run = _layer_run(model, index, units, rank)
+        yield
+        with torch.no_grad():
+            run.forward()
+        yield
+
+    return work
+
+
+def _training_of_a_layer(model: Profiled, index: int) -> Work:
+    """Pauses between forward and backward."""
+
+    def work(units: int, rank: int) -> Generator[None]:
+        run = _layer_run(model, index, units, rank)
+        slope_TD = torch.zeros_like(run.h_TD)
+        yield
+        with torch.enable_grad():
+            out_TD = run.forward()
+        yield
+        torch.autograd.grad(out_TD, [run.h_TD, run.leaf_P], slope_TD)
+
+    return work
+
+
+class _LayerRun(NamedTuple):
+    h_TD: Tensor
+    leaf_P: Tensor
+    forward: Callable[[], Tensor]
+
+
+def _layer_run(model: Profiled, index: int, units: int, rank: int) -> _LayerRun:
+    """A layer on two blocks of rows that are computed apart, of two sequences of different lengths each.
+
+    No pass takes more of a token: blocks and sequences are put together once they are computed.
+    """
+    shape = AdapterShape(model.spec, rank)
+    leaf_P = torch.zeros(shape.num_parameters, dtype=model.dtype, device=model.device).requires_grad_()
+    adapter: Adapter = shape.adapter(leaf_P, 1.0)
+    long, short = UNIT // 3 * units, UNIT // 6 * units
+    blocks = [[long, short], [short, long]]
+    attention = BatchInvariantAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
+    adapters = AdapterBatch.batch_invariant([(sum(block), adapter) for block in blocks])
+    positions_T = torch.cat([torch.arange(length) for length in attention.lengths]).to(model.device)
+    rotation = model.rotary(positions_T)
+    h_TD = torch.zeros(UNIT * units, model.spec.hidden_size, device=model.device).requires_grad_()
+    return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotation, attention, adapters))
+
+
+def _attention_scratch(model: Profiled, num_blocks: int) -> Cost:
+    """What PyTorch's fused attention takes within itself: blocks of scores, and in the backward of their slopes."""
+    attention = model.spec.layers[0].mixer
+    assert isinstance(attention, FullAttention)
+    if model.device.type != "cpu":
+        # Gradients of the queries in float32, and of each query head's keys and values.
+        return Cost(
+            attention.num_heads * attention.head_dim * (torch.float32.itemsize + 2 * model.dtype.itemsize), 0, 0
+        )
+    # Of each thread, with sums and results of the block's rows.
+    elements = _BLOCK_QUERIES * (num_blocks * _BLOCK_KEYS + attention.head_dim + 2)
+    return Cost(0, 0, torch.get_num_threads() * elements * torch.float32.itemsize)

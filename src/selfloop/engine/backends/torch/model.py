@@ -1,0 +1,119 @@
+"""The decoder by PyTorch's operators, on any device: the reference, and what computes where nothing else does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from selfloop.engine.backends.base import Cache, Contracts, Costs, Draw, Row, Scores, Varlen
+from selfloop.engine.backends.cpu_native.draw import draw
+from selfloop.engine.backends.torch.attention import Attention, packed_attention
+from selfloop.engine.backends.torch.cache import TorchCache
+from selfloop.engine.backends.torch.cached_attention import PrefillAttention
+from selfloop.engine.backends.torch.costs import costs_of
+from selfloop.engine.backends.torch.decode_step import DecodeStep
+from selfloop.engine.backends.torch.linear import FrozenLinear, Products
+from selfloop.engine.backends.torch.logprob import HeadAdapter, score
+from selfloop.engine.backends.torch.norm import rms_norm
+from selfloop.engine.backends.torch.rotary import Rotary
+from selfloop.engine.backends.torch.weights import BaseWeights
+from selfloop.engine.lora.adapter import Adapter
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
+from selfloop.engine.models.spec import ModelSpec
+
+_COMPUTED_BY: dict[Products, str] = {"plain": "PyTorch's operators", "blocked": "oneDNN"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """One layer of a pass: what its blocks ask for."""
+
+    index: int
+    rotation: tuple[Tensor, Tensor]
+    attention: Attention
+    adapters: AdapterBatch
+
+    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        return self.attention(self.index, q_THd, k_TGd, v_TGd)
+
+    def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
+        adapters = self.adapters
+        if adapters.blocks is None:
+            return lora_linear(x_TI, linear, adapters.at(self.index, group))
+        blocks = zip(x_TI.split(adapters.blocks), adapters.at_each(self.index, group), strict=True)
+        return torch.cat([lora_linear(x_BI, linear, segments) for x_BI, segments in blocks])
+
+    def in_blocks(self, act: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
+        if self.adapters.blocks is None:
+            return act(x_TI)
+        return torch.cat([act(x_BI) for x_BI in x_TI.split(self.adapters.blocks)])
+
+
+class TorchModel:
+    """Pre-norm decoder of the spec's blocks, low-rank adapters added to every adaptable projection."""
+
+    contracts = Contracts()
+
+    def __init__(self, spec: ModelSpec, weights: BaseWeights) -> None:
+        assert len(weights.layers) == spec.num_layers
+        self.spec = spec
+        self.weights = weights
+        self.device = weights.embedding_VD.device
+        self.dtype = weights.embedding_VD.dtype
+        self.computed_by = _COMPUTED_BY[weights.head.products]
+        self.rotary = Rotary(spec.rope, self.device, self.dtype)
+        self._decode_step: DecodeStep | None = None
+        self._costs: Costs | None = None
+
+    def forward(self, batch: Varlen, lora: AdapterBatch, *, recompute: bool = False) -> Tensor:
+        """h_TD in the compute dtype; between layers it is float32."""
+        return self._forward(batch, packed_attention(batch.lengths, lora.blocks), lora, recompute=recompute)
+
+    def forward_cached(self, batch: Varlen, cache: Cache, lora: AdapterBatch) -> Tensor:
+        assert isinstance(cache, TorchCache)
+        if not batch.slots[0].grows:
+            return self._forward(batch, PrefillAttention(cache.rows, batch, self.device), lora, recompute=False)
+        if self._decode_step is None:
+            self._decode_step = DecodeStep(self.spec, self.weights, self.rotary)
+        return self._decode_step.forward(batch, cache.step_attention(batch), lora)
+
+    def layer(
+        self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch
+    ) -> Tensor:
+        """One layer: float32 h_TD in and out."""
+        spec, layer = self.spec.layers[index], self.weights.layers[index]
+        at = LayerRun(index, rotation, attention, adapters)
+        h_TD = h_TD + layer.mixer(rms_norm(h_TD, layer.mixer_norm_D, spec.norms[0].eps), at)
+        return h_TD + layer.feed_forward(rms_norm(h_TD, layer.feed_forward_norm_D, spec.norms[1].eps), at)
+
+    def score(self, h_ND: Tensor, targets: Tensor, num_top: int, adapter: Adapter | None) -> Scores:
+        return score(h_ND, self.weights.head, targets, num_top, HeadAdapter.of(adapter))
+
+    def logits(self, h_ND: Tensor, lora: AdapterBatch) -> Tensor:
+        return lora_logits(h_ND, self.weights.head, lora.at_head())
+
+    def draw(self, logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
+        return draw(logits_BV, rows, num_tokens)
+
+    def make_cache(self, num_tokens: int | None) -> TorchCache:
+        return TorchCache(self.spec, num_tokens, self.device, self.dtype)
+
+    def costs(self) -> Costs:
+        if self._costs is None:
+            self._costs = costs_of(self)
+        return self._costs
+
+    def _forward(self, batch: Varlen, attention: Attention, lora: AdapterBatch, *, recompute: bool) -> Tensor:
+        rotation = self.rotary(batch.positions_T)
+        h_TD = F.embedding(batch.tokens_T, self.weights.embedding_VD).float()
+        for index in range(self.spec.num_layers):
+            if recompute:
+                rest = (h_TD, rotation, attention, lora)
+                h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h_TD = self.layer(index, h_TD, rotation, attention, lora)
+        return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps)

@@ -1,0 +1,85 @@
+"""Where each named tensor of a checkpoint goes: a slice of an allocated weight."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.models.spec import Projection, ProjectionGroup
+from selfloop.engine.models.weights import TensorSource
+from selfloop.types.errors import OperationFailed
+
+
+class Places:
+    """Weights allocated by name on a device, to be filled out of a source."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._prefix = ""
+        self._slots: dict[str, Tensor] = {}
+        self._after: list[Callable[[], None]] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def inside(self, prefix: str) -> "Places":
+        """The same places, for names that begin with ``prefix``."""
+        inner = Places(self._device, self._dtype)
+        inner._prefix, inner._slots, inner._after = self._prefix + prefix, self._slots, self._after
+        return inner
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def put(self, name: str, place: Tensor) -> None:
+        """The tensor of that name goes into ``place``."""
+        self._slots[self._prefix + name] = place
+
+    def alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        weight = self.empty(*shape)
+        self.put(name, weight)
+        return weight
+
+    def group(self, group: ProjectionGroup) -> FrozenLinear:
+        """Projections as one matrix, whose rows are theirs one after another."""
+        return self.fused(group.projections)
+
+    def fused(self, projections: Sequence[Projection]) -> FrozenLinear:
+        """As :meth:`group`, of projections that read the same input."""
+        sizes = [projection.out_features for projection in projections]
+        weight_OI = self.empty(sum(sizes), projections[0].in_features)
+        bias_O = self.empty(sum(sizes)) if projections[0].bias else None
+        for index, (projection, part_OI) in enumerate(zip(projections, weight_OI.split(sizes), strict=True)):
+            self.put(f"{projection.name}.weight", part_OI)
+            if bias_O is not None:
+                self.put(f"{projection.name}.bias", bias_O.split(sizes)[index])
+        return FrozenLinear(weight_OI, bias_O)
+
+    def then(self, act: Callable[[], None]) -> None:
+        """Once all is filled in."""
+        self._after.append(act)
+
+    def fill(self, source: TensorSource) -> None:
+        """Copy each place's tensor out of the source.
+
+        Raises:
+            OperationFailed: tensors are missing, misshapen or of no floating-point type.
+        """
+        absent = sorted(self._slots.keys() - set(source.names()))
+        if absent:
+            raise OperationFailed(f"the weights lack {len(absent)} tensors, e.g. {absent[:3]}")
+        for name, tensor in source.read(self._slots.keys()):
+            _copy(name, tensor, self._slots[name])
+        for act in self._after:
+            act()
+
+
+def _copy(name: str, source: Tensor, place: Tensor) -> None:
+    if source.shape != place.shape:
+        raise OperationFailed(f"{name} has shape {list(source.shape)}, expected {list(place.shape)}")
+    if not source.is_floating_point():
+        raise OperationFailed(f"{name} is {source.dtype}; quantized base weights are not supported")
+    place.copy_(source)

@@ -1,0 +1,45 @@
+"""The model families: of each ``model_type`` a file of that name here, with ``spec(config)``."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from selfloop.engine.models.config import HfConfig, read_object
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.types.errors import BadRequest, model_invalid
+from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
+from selfloop.types.model_weights import read_weights
+
+
+def read_spec(model_dir: Path) -> ModelSpec:
+    """Of a folder's ``config.json`` (and ``generation_config.json``, where end tokens are taken from if it is there).
+
+    Raises:
+        OperationFailed: the folder holds no model, or one that no family describes exactly.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise model_invalid(f"{model_dir} holds no config.json")
+    generation_path = model_dir / "generation_config.json"
+    generation = read_object(generation_path) if generation_path.is_file() else {}
+    spec = parse_spec(read_object(path), generation)
+    try:
+        weights = read_weights(model_dir, tie=spec.tied)
+    except BadRequest as error:
+        raise model_invalid(error.expected) from error
+    return replace(spec, tied=weights.tied)
+
+
+def parse_spec(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
+    """What a ``config.json`` alone says.
+
+    Raises:
+        OperationFailed: it says no model that a family describes exactly.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise model_invalid(f"model_type {model_type!r} is not supported; known: {sorted(SUPPORTED_MODEL_TYPES)}")
+    family = import_module(f"selfloop.engine.models.{model_type}")
+    return family.spec(HfConfig(raw, generation))

@@ -1,0 +1,309 @@
+"""What a model is, as data: a family's file makes it of a ``config.json``, and all else is derived from it.
+
+Which tensors are loaded under which names, where adapters go and what they are called, sizes, and what a cache holds:
+nothing of that is written a second time. A block is a frozen dataclass with what :class:`Block` asks; a backend that
+computes it has a file of the block's ``kind``.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from selfloop.engine.models.rope import RopeConfig
+from selfloop.types.model_weights import EMBEDDING, HEAD
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensors by name."""
+
+HEAD_MODULE = "lm_head"
+"""Name of the output layer, which belongs to no layer of the decoder."""
+
+_FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A matrix W (out, in) of a layer.
+
+    Args:
+        name: its module's path inside the layer, as the checkpoint and PEFT have it.
+        shard: which side of W is dealt to the ranks of a tensor-parallel group.
+        adaptable: whether an adapter may be added to it.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    shard: Literal["out", "in"]
+    bias: bool = False
+    adaptable: bool = True
+
+    @property
+    def short_name(self) -> str:
+        """The last part, by which PEFT's ``target_modules`` names it."""
+        return self.name.rpartition(".")[2]
+
+    def tensors(self) -> Shapes:
+        shapes: Shapes = {f"{self.name}.weight": (self.out_features, self.in_features)}
+        if self.bias:
+            shapes[f"{self.name}.bias"] = (self.out_features,)
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionGroup:
+    """Projections that read the same input, held as one matrix, with the A of their adapters side by side."""
+
+    projections: tuple[Projection, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.projections[0].in_features
+
+    @property
+    def out_sizes(self) -> list[int]:
+        return [projection.out_features for projection in self.projections]
+
+    @property
+    def bias(self) -> bool:
+        return self.projections[0].bias
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What a mixer keeps of a sequence in one layer.
+
+    Args:
+        kind: ``pages``: of every token; ``window``: of the last ones; ``state``: a state of one size.
+        num_elements: of each token, or of the state.
+    """
+
+    kind: Literal["pages", "window", "state"]
+    num_elements: int
+
+
+class Block(Protocol):
+    """A mixer or a feed-forward; names are inside its layer."""
+
+    kind: ClassVar[str]
+    """Name of the file in which a backend computes it."""
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        """Its adaptable projections."""
+        ...
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All of them, those that take no adapter included."""
+        ...
+
+    @property
+    def num_active_weights(self) -> int:
+        """Elements of the matrices that a token is multiplied by."""
+        ...
+
+    def tensors(self) -> Shapes:
+        """Everything that the checkpoint has of it."""
+        ...
+
+    @property
+    def cache(self) -> CacheSpec | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FullAttention:
+    """Rotary attention of each token to all before it, with heads that share keys; ``qk_norm_eps`` None is without."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm_eps: float | None = None
+
+    kind: ClassVar[str] = "full_attention"
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        qkv = [Projection(f"self_attn.{n}", self.hidden_size, size, "out", self.qkv_bias) for n, size in sizes.items()]
+        out = Projection("self_attn.o_proj", heads, self.hidden_size, "in", self.o_bias)
+        return ProjectionGroup(tuple(qkv)), ProjectionGroup((out,))
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return _flat(self.groups)
+
+    @property
+    def num_active_weights(self) -> int:
+        return sum(projection.in_features * projection.out_features for projection in self.projections)
+
+    def tensors(self) -> Shapes:
+        shapes = _tensors(self.projections)
+        if self.qk_norm_eps is not None:
+            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        return shapes
+
+    @property
+    def cache(self) -> CacheSpec:
+        return CacheSpec("pages", 2 * self.num_kv_heads * self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """down(silu(gate(x)) * up(x))."""
+
+    hidden_size: int
+    inner_size: int
+    bias: bool = False
+
+    kind: ClassVar[str] = "dense_mlp"
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        hidden, inner = self.hidden_size, self.inner_size
+        gate_up = [Projection(f"mlp.{name}", hidden, inner, "out", self.bias) for name in ("gate_proj", "up_proj")]
+        down = Projection("mlp.down_proj", inner, hidden, "in", self.bias)
+        return ProjectionGroup(tuple(gate_up)), ProjectionGroup((down,))
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return _flat(self.groups)
+
+    @property
+    def num_active_weights(self) -> int:
+        return sum(projection.in_features * projection.out_features for projection in self.projections)
+
+    def tensors(self) -> Shapes:
+        return _tensors(self.projections)
+
+    @property
+    def cache(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm; ``name`` is its module's path inside the layer, or of the model."""
+
+    name: str
+    size: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """h + mixer(norm(h)), then h + feed_forward(norm(h)); ``norms`` are before the one and before the other."""
+
+    mixer: Block
+    feed_forward: Block
+    norms: tuple[Norm, Norm]
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        """Those of the mixer, then those of the feed-forward: the order of an adapter's layer."""
+        return (*self.mixer.groups, *self.feed_forward.groups)
+
+    def tensors(self) -> Shapes:
+        norms: Shapes = {f"{norm.name}.weight": (norm.size,) for norm in self.norms}
+        return norms | self.mixer.tensors() | self.feed_forward.tensors()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model.
+
+    Args:
+        model_type: the family, as ``config.json`` names it.
+        tied: whether the output layer is the embedding: what the weights say, where they are read.
+        context: positions that it is made for.
+        eos_token_ids: each ends a sample.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    final_norm_eps: float
+    tied: bool
+    rope: RopeConfig
+    context: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head(self) -> Projection:
+        """The output layer."""
+        return Projection(HEAD_MODULE, self.hidden_size, self.vocab_size, "out")
+
+    def layer_prefix(self, index: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"model.layers.{index}."
+
+    def ends(self) -> Shapes:
+        """The tensors that belong to no layer."""
+        shapes: Shapes = {EMBEDDING: (self.vocab_size, self.hidden_size), _FINAL_NORM: (self.hidden_size,)}
+        if not self.tied:
+            shapes[HEAD] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def tensors(self) -> Shapes:
+        """Every tensor by name, as Hugging Face checkpoints have it."""
+        layers = enumerate(self.layers)
+        named = {self.layer_prefix(i) + name: shape for i, layer in layers for name, shape in layer.tensors().items()}
+        return self.ends() | named
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """A tied output layer counted once."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    @property
+    def num_linear_weights(self) -> int:
+        """Elements of the matrices that a token is multiplied by, the output layer included."""
+        layers = sum(layer.mixer.num_active_weights + layer.feed_forward.num_active_weights for layer in self.layers)
+        return layers + self.head.in_features * self.head.out_features
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements that the cache takes for each token, in all layers."""
+        caches = [layer.mixer.cache for layer in self.layers]
+        return sum(cache.num_elements for cache in caches if cache is not None and cache.kind == "pages")
+
+    def blocks(self) -> set[str]:
+        """The kinds of its blocks."""
+        return {block.kind for layer in self.layers for block in (layer.mixer, layer.feed_forward)}
+
+
+class DenseLayers(NamedTuple):
+    """What every layer of a model is, where all are alike."""
+
+    attention: FullAttention
+    mlp: DenseMlp
+    eps: float
+
+
+def dense_layers(spec: ModelSpec) -> DenseLayers | None:
+    """None where layers differ, or are anything but full attention and a dense MLP with the one epsilon."""
+    first = spec.layers[0]
+    if any(layer is not first and layer != first for layer in spec.layers):
+        return None
+    if not isinstance(first.mixer, FullAttention) or not isinstance(first.feed_forward, DenseMlp):
+        return None
+    eps = {norm.eps for norm in first.norms} | {spec.final_norm_eps, first.mixer.qk_norm_eps or spec.final_norm_eps}
+    return DenseLayers(first.mixer, first.feed_forward, spec.final_norm_eps) if len(eps) == 1 else None
+
+
+def _flat(groups: tuple[ProjectionGroup, ...]) -> tuple[Projection, ...]:
+    return tuple(projection for group in groups for projection in group.projections)
+
+
+def _tensors(projections: tuple[Projection, ...]) -> Shapes:
+    return {name: shape for projection in projections for name, shape in projection.tensors().items()}
