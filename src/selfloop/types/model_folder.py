@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,10 @@ from selfloop.types.model_weights import read_weights, weight_paths
 
 T = TypeVar("T")
 
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloop.model_families")}
+"""Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
+
+SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", *INSTALLED_FAMILIES})
 
 PUBLIC_FILES = frozenset(
     {

@@ -1,6 +1,9 @@
-"""The model families: of each ``model_type`` a file of that name here, with ``spec(config)``."""
+"""The model families: of each ``model_type`` a file of that name here, with ``spec(config)``.
 
-from collections.abc import Mapping
+An installed package adds one with an entry point of the ``model_type``'s name in ``selfloop.model_families``.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 from selfloop.engine.models.config import HfConfig, read_object
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.types.errors import BadRequest, model_invalid
-from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
+from selfloop.types.model_folder import INSTALLED_FAMILIES, SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import read_weights
 
 
@@ -41,5 +44,8 @@ def parse_spec(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSp
     model_type = raw.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise model_invalid(f"model_type {model_type!r} is not supported; known: {sorted(SUPPORTED_MODEL_TYPES)}")
-    family = import_module(f"selfloop.engine.models.{model_type}")
-    return family.spec(HfConfig(raw, generation))
+    if model_type in INSTALLED_FAMILIES:
+        make: Callable[[HfConfig], ModelSpec] = INSTALLED_FAMILIES[model_type].load()
+    else:
+        make = import_module(f"selfloop.engine.models.{model_type}").spec
+    return make(HfConfig(raw, generation))
