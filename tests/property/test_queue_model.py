@@ -24,7 +24,9 @@ operations = st.lists(
     max_size=12,
 )
 # After each submission: nothing, the client retries it, the worker dies, the gateway dies.
-events = st.lists(st.sampled_from(["", "", "retry", "kill worker", "kill gateway", "park"]), min_size=12, max_size=12)
+events = st.lists(
+    st.sampled_from(["", "", "retry", "kill worker", "kill gateway", "suspend"]), min_size=12, max_size=12
+)
 
 
 @settings(max_examples=40)
@@ -46,7 +48,7 @@ async def _play(plan: list[Operation], arrival: list[int], what: list[str], conf
                     assert await house.submit(plan[seq - 1], seq, f"op{seq}") == f"op{seq}"
                 case "kill worker" if house.lifecycle.workers:
                     house.lifecycle.workers[-1].die()
-                case "park":
+                case "suspend":
                     await house.scheduler.suspend("deploy")
                 case "kill gateway":
                     await house.crash()

@@ -28,7 +28,7 @@ class Worker:
 class House:
     memory: RunMemory
     now: float = 0.0
-    parked: list[str] = field(default_factory=list[str])
+    suspended: list[str] = field(default_factory=list[str])
     busy: set[str] = field(default_factory=set[str])
     waits: list[str] = field(default_factory=list[str])
 
@@ -47,7 +47,7 @@ class Run:
         return self.id in self.house.busy
 
     async def suspend(self) -> None:
-        self.house.parked.append(self.id)
+        self.house.suspended.append(self.id)
         self.house.memory.leave(self.id)
 
 
@@ -61,14 +61,14 @@ async def test_the_longest_unused_idle_run_makes_room():
     runs, worker = house(), Worker()
     await runs.enter("a", worker)
     await runs.enter("b", worker)
-    assert runs.parked == []
+    assert runs.suspended == []
     runs.now += 1
     runs.memory.used("a")
     await runs.enter("c", worker)
-    assert runs.parked == ["b"]
+    assert runs.suspended == ["b"]
     runs.busy = {"a"}
     await runs.enter("d", worker)
-    assert runs.parked == ["b", "c"], "a has work"
+    assert runs.suspended == ["b", "c"], "a has work"
     assert any("waiting for memory: 2 runs are open" in reason for reason in runs.waits)
     assert runs.waits[-1] == ""
 
@@ -81,10 +81,10 @@ async def test_where_all_have_work_each_has_its_turn():
     waiting = asyncio.create_task(runs.enter("c", worker))
     await asyncio.sleep(0.25)
     assert not waiting.done()
-    assert runs.parked == []
+    assert runs.suspended == []
     runs.now += 10
     await waiting
-    assert runs.parked == ["a"]
+    assert runs.suspended == ["a"]
 
 
 async def test_those_who_wait_come_in_their_order():
@@ -128,7 +128,7 @@ async def test_a_worker_that_is_lost_holds_nothing():
     after = Worker()
     for run_id in ("c", "d"):
         await runs.enter(run_id, after)
-    assert runs.parked == []
+    assert runs.suspended == []
 
 
 async def test_the_plan_shrinks_once_for_each_worker_that_the_kernel_ended():

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 RESULT_KEPT_S = 3600.0
 _PURGE_EVERY_S = 60.0
 # Refused calls further ahead than this are not remembered: no client sends so many at a time.
-_LEFT_OUT_AHEAD = 1024
+_SKIPPED_AHEAD = 1024
 _REFUSALS_COUNT = 1024
 # Token ids of an operation that is encoded beside the event loop.
 _LARGE_BYTES = 256 * 1024
@@ -162,7 +162,7 @@ class Operations:
         async with actor.accepting:
             next_seq = actor.run.next_seq
             known = self._skipped.get(run.id, set())
-            if next_seq <= seq < next_seq + _LEFT_OUT_AHEAD and (actor.run.epoch, seq) not in known:
+            if next_seq <= seq < next_seq + _SKIPPED_AHEAD and (actor.run.epoch, seq) not in known:
                 await self._c.journal.skip(actor.run, seq)
                 await self._skip(actor, seq)
 
@@ -181,7 +181,7 @@ class Operations:
         await self._pass_skipped(actor)
 
     async def _pass_skipped(self, actor: RunActor) -> None:
-        """Go past places that were left out, once something waits behind them."""
+        """Go past places that were skipped, once something waits behind them."""
         run = actor.run
         skipped = self._skipped.get(run.id, set())
         while (run.epoch, run.next_seq) in skipped and (waiting := actor.queue.out_of_order_seqs()):

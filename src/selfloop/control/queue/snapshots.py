@@ -1,4 +1,4 @@
-"""When a run's state is stored: beside its work, and never ahead of what is settled.
+"""When a run's state is stored: beside its work, and never ahead of what is completed.
 
 Two stored states are kept, so that a damaged one is not the end: the newest, and the one before it (at first, the run's
 start) with the payloads of all operations after it. A load of a checkpoint, which is never done again, is stored twice.

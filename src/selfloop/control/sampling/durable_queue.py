@@ -40,7 +40,7 @@ _UNFORESEEN = "internal error; the server's log has the cause"
 
 
 class AcceptedSample(msgspec.Struct, frozen=True):
-    """What is drawn, settled when the request is accepted, so that drawing it once more gives the same.
+    """What is sampled, fixed when the request is accepted, so that sampling it once more gives the same.
 
     Args:
         draw: its ``params.seed`` is never None.

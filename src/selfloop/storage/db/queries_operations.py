@@ -121,7 +121,7 @@ def finishing(
     error: str | None = None,
     error_class: str | None = None,
 ) -> Update:
-    """The statement that stores the outcome of a queued operation; it changes no row when it was settled before."""
+    """The statement that stores the outcome of a queued operation; it changes no row when it was completed before."""
     queued = OperationRow.run_id == row.run_id, OperationRow.id == row.id, OperationRow.state == "queued"
     return (
         update(OperationRow)
