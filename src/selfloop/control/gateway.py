@@ -64,11 +64,12 @@ from selfloop.storage.db import migrate, queries_resources
 from selfloop.storage.db.address import parse_database_url, shown, sqlite_url
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import RunRow
-from selfloop.types.blob_ref import DATA
+from selfloop.types.blob_ref import DATA, blob_ref
 from selfloop.types.errors import BadRequest
 from selfloop.types.resources import Run
 from selfloop.types.settings import ControlSettings
-from selfloop.worker.launchers.local import WorkerCommand
+from selfloop.worker.launchers.base import WorkerSpec
+from selfloop.worker.launchers.registry import make_launcher
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ class Control:
         store = checkpoint_store(data_dir, settings.store)
         journal = Journal(self.db, blobs)
         self.catalogue = Catalogue(self.db, data_dir)
+        self._launcher = make_launcher(settings.worker.launcher, data_dir)
         pool = WorkerPool(self._make_slot)
         observer = Observer(Usage(self.db))
         self._publish_checks = PublishChecks(store, observer.meter, lambda name: pool.slot(name).client)
@@ -270,21 +272,15 @@ class Control:
         self._lock.close()
 
     def _make_slot(self, model_name: str) -> WorkerSlot:
-        def command(name: str, folder: Path) -> WorkerCommand:
-            return WorkerCommand(
-                folder,
-                self.observations.worker_log(name),
-                self._settings.worker,
-                record_path=self._data_dir / "workers" / f"{name.replace('/', '--')}.json",
-                owner=self._identity.owner,
-                roots={DATA: self._data_dir},
-            )
+        def spec(name: str, folder: Path) -> WorkerSpec:
+            model = blob_ref(folder, {DATA: self._data_dir})
+            return WorkerSpec(name, model, self._identity.owner, self._settings.worker)
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:
             await self.observations.on_worker_state(name, state, reason)
             await self.lifecycle.on_worker_state(name, state, reason)
 
-        return WorkerSlot(model_name, self.catalogue.prepare, command, on_state)
+        return WorkerSlot(model_name, self.catalogue.prepare, spec, self._launcher, on_state)
 
 
 def _end_at_once(reason: str) -> None:

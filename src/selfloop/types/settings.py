@@ -91,6 +91,9 @@ class WorkerSettings:
     heartbeat_timeout_s: float = option(
         60.0, "Seconds without a heartbeat after which a worker is replaced.", minimum=1
     )
+    launcher: str = option(
+        "local", "Where workers run: local is this machine; package.module:Launcher is a launcher of your own."
+    )
     keep_loaded_s: float = option(
         60.0,
         "Seconds that base models stay in memory when this server dies, for the one started after it.",

@@ -18,9 +18,10 @@ from gateway import is_gone
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.types.settings import EngineSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.launchers import fork_client, local
+from selfloop.worker.launchers import fork_client, fork_command
 from selfloop.worker.launchers.fork_client import ForkServerClient, ForkServerRecord, find_or_launch
-from selfloop.worker.launchers.local import WorkerCommand
+from selfloop.worker.launchers.fork_command import WorkerCommand
+from selfloop.worker.launchers.local import launch_worker
 from selfloop.worker.protocol import Tokenize
 
 SETTINGS = WorkerSettings(keep_loaded_s=20.0, engine=EngineSettings("cpu", "float32"))
@@ -35,8 +36,7 @@ def command(tmp_path: Path) -> WorkerCommand:
 
 async def worker_of(host: ForkServerClient, command: WorkerCommand) -> WorkerClient:
     await host.ready()
-    client = WorkerClient(command, lambda stage: None)
-    await client.start(host)
+    client = WorkerClient(await launch_worker(host, command), lambda stage: None)
     await client.ready
     return client
 
@@ -136,11 +136,9 @@ async def test_the_death_of_a_host_is_that_of_its_worker(command: WorkerCommand)
     await client.lost
     await gone(client.pid)
     assert not host.serves(command)
-    late = WorkerClient(command, lambda stage: None)
     with pytest.raises(WorkerLost):
-        await late.start(host)
-    for one in (client, late):
-        await one.kill("over")
+        await launch_worker(host, command)
+    await client.kill("over")
     await host.stop()
 
 
@@ -179,10 +177,8 @@ async def test_a_stopped_host_is_noticed_and_replaced(
         await asyncio.wait_for(asyncio.shield(client.lost), 60)
         await client.kill("over")
     elif stop_at == "ready":
-        late = WorkerClient(quick, lambda stage: None)
         with pytest.raises(WorkerLost, match=r"made no worker|no sign of life"):
-            await late.start(host)
-        await late.kill("over")
+            await launch_worker(host, quick)
     else:
         with pytest.raises(WorkerLost, match="no sign of life"):
             await asyncio.wait_for(host.ready(), 60)
@@ -260,7 +256,7 @@ async def test_the_host_of_another_data_directory_is_left_alone(command: WorkerC
 
 
 async def test_a_host_that_does_not_even_begin_says_so(command: WorkerCommand, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "FORK_SERVER", ("/bin/false",))
+    monkeypatch.setattr(fork_command, "FORK_SERVER", ("/bin/false",))
     host = await find_or_launch(command)
     with pytest.raises(WorkerLost, match="exited with status 1"):
         await host.ready()

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +20,8 @@ from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, Sa
 from selfloop.types.settings import EngineSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.fork_client import find_or_launch
-from selfloop.worker.launchers.local import WorkerCommand
+from selfloop.worker.launchers.fork_command import WorkerCommand
+from selfloop.worker.launchers.local import launch_worker
 from selfloop.worker.protocol import CancelSample, Detokenize, RenderChat, Sample, Tokenize
 
 decode = msgspec.msgpack.decode
@@ -36,8 +39,7 @@ async def worker(model_dir: Path, tmp_path: Path) -> AsyncIterator[WorkerClient]
     )
     host = await find_or_launch(command)
     await host.ready()
-    client = WorkerClient(command, lambda stage: None)
-    await client.start(host)
+    client = WorkerClient(await launch_worker(host, command), lambda stage: None)
     await client.ready
     yield client
     await client.stop()
@@ -88,7 +90,7 @@ async def test_streams_end_when_they_are_refused_cancelled_or_lost(worker):
         await consume("b", lambda: worker.call(CancelSample("b")))
     assert cancelled.value.error_class == "Cancelled"
     with pytest.raises(WorkerLost):
-        await consume("c", worker._process.kill)
+        await consume("c", lambda: os.kill(worker.pid, signal.SIGKILL))
 
 
 async def test_text(worker):

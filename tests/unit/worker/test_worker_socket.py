@@ -10,7 +10,9 @@ import pytest
 from selfloop.types.errors import WorkerLost
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.fork_client import ForkServerClient, WorkerProcess
-from selfloop.worker.launchers.local import WorkerCommand, _environment
+from selfloop.worker.launchers.fork_command import WorkerCommand
+from selfloop.worker.launchers.local import launch_worker
+from selfloop.worker.launchers.processes import child_environment
 from selfloop.worker.protocol import ModelInfo, Tokenize
 
 # Connects, says that it is ready, and answers the first call.
@@ -47,8 +49,8 @@ async def test_a_stranger_of_the_same_user_is_not_heard(tmp_path: Path):
         process.end(await launched.wait())
 
     waiting: list[asyncio.Task[None]] = []
-    client = WorkerClient(WorkerCommand(tmp_path, tmp_path / "log"), lambda stage: None)
-    await client.start(cast(ForkServerClient, Host()))
+    command = WorkerCommand(tmp_path, tmp_path / "log")
+    client = WorkerClient(await launch_worker(cast(ForkServerClient, Host()), command), lambda stage: None)
     folder = Path(addresses[0].removeprefix("ipc://")).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     stranger = await speak(addresses[0], 0, "stranger")
@@ -78,6 +80,6 @@ def test_a_worker_inherits_no_secret(monkeypatch: pytest.MonkeyPatch):
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    assert not secrets.keys() & _environment().keys()
-    assert secrets.keys() & _environment(["HF_TOKEN"]).keys() == {"HF_TOKEN"}
-    assert "PATH" in _environment()
+    assert not secrets.keys() & child_environment().keys()
+    assert secrets.keys() & child_environment(["HF_TOKEN"]).keys() == {"HF_TOKEN"}
+    assert "PATH" in child_environment()

@@ -9,8 +9,7 @@ from typing import Literal
 
 from selfloop.types.errors import OperationFailed, WorkerLost
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.launchers.fork_client import ForkServerClient, find_or_launch
-from selfloop.worker.launchers.local import WorkerCommand
+from selfloop.worker.launchers.base import Launcher, WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +31,17 @@ class WorkerSlot:
         self,
         model_name: str,
         prepare: Callable[[str, Callable[[str], None]], Awaitable[Path]],
-        command: Callable[[str, Path], WorkerCommand],
+        spec: Callable[[str, Path], WorkerSpec],
+        launcher: Launcher,
         on_state: Callable[[str, WorkerState, str], Awaitable[None]],
     ) -> None:
         self.model_name = model_name
         self.state: WorkerState = "stopped"
         self.reason = ""
         self._prepare = prepare
-        self._command = command
+        self._spec = spec
+        self._launcher = launcher
         self._on_state = on_state
-        self._host: ForkServerClient | None = None
         self._client: WorkerClient | None = None
         self._lock = asyncio.Lock()
         self._failed_at = float("-inf")
@@ -83,34 +83,30 @@ class WorkerSlot:
         for attempt in range(1, _MAX_STARTS + 1):
             if self.state != "crashing":
                 await self._set("loading", "starting the worker process")
-            command = self._command(self.model_name, folder)
-            client = WorkerClient(command, self._note)
             try:
-                await client.start(await self._loaded_fork_server(command))
-                info = await client.ready
+                client = await self._launched(folder)
             except WorkerLost as error:
                 lost = str(error)
-                await client.kill(lost)
                 log.warning("worker of %s died while loading (%d): %s", self.model_name, attempt, lost)
                 continue
-            except BaseException as error:
-                await client.kill(str(error))
-                raise
-            log.info("worker of %s is ready (pid %d): %s", self.model_name, client.pid, info)
+            info = client.ready.result()
+            log.info("worker of %s is ready (%s): %s", self.model_name, client.address, info)
             self._client = client
             await self._set("ready", f"serving on {info.device} in {info.dtype}")
             self._watch = asyncio.create_task(self._watch_client(client), name=f"watch-{self.model_name}")
             return client
         raise OperationFailed(f"the worker died {_MAX_STARTS} times while loading: {lost}", "LoadFailed")
 
-    async def _loaded_fork_server(self, command: WorkerCommand) -> ForkServerClient:
-        if self._host is None or not self._host.serves(command):
-            if self._host is not None:
-                await self._host.stop()
-            self._host = await find_or_launch(command)
-        self._note("loading the base model")
-        await self._host.ready()
-        return self._host
+    async def _launched(self, folder: Path) -> WorkerClient:
+        """A worker that has its model. Raises :class:`WorkerLost` and :class:`OperationFailed`."""
+        handle = await self._launcher.launch(self._spec(self.model_name, folder), self._note)
+        client = WorkerClient(handle, self._note)
+        try:
+            await client.ready
+        except BaseException as error:
+            await client.kill(str(error))
+            raise
+        return client
 
     async def _watch_client(self, client: WorkerClient) -> None:
         reason = await asyncio.shield(client.lost)
@@ -145,13 +141,11 @@ class WorkerSlot:
                 if client is not None:
                     await client.stop()
             finally:
-                self.end_fork_server()
+                self.release()
 
-    def end_fork_server(self) -> None:
+    def release(self) -> None:
         """Give back the memory of the base model, and of a worker that there may be, now."""
-        host, self._host = self._host, None
-        if host is not None:
-            host.end()
+        self._launcher.release(self.model_name)
 
     def _note(self, stage: str) -> None:
         self.reason = stage
@@ -183,4 +177,4 @@ class WorkerPool:
         finally:
             # Also where one was still loading.
             for slot in self._slots.values():
-                slot.end_fork_server()
+                slot.release()

@@ -26,6 +26,7 @@ from selfloop.control.resources.runs import Deployment, Runs
 from selfloop.storage.db import queries_observations, queries_resources
 from selfloop.types.errors import NotFound, Unavailable
 from selfloop.types.logline import LogLine
+from selfloop.worker.launchers.base import worker_log_path
 
 log = logging.getLogger(__name__)
 events = logging.getLogger("selfloop.events")
@@ -84,7 +85,7 @@ class Observations:
             await self._store(self._meter.take_all())
 
     def worker_log(self, model_name: str) -> Path:
-        return self._data_dir / "logs" / f"worker-{model_name.replace('/', '--')}.log"
+        return worker_log_path(self._data_dir, model_name)
 
     # -- events ---------------------------------------------------------------------------------------
 
@@ -161,9 +162,10 @@ class Observations:
     async def look(self) -> None:
         """Note what the worker of each awake deployment takes now, and store the minutes that are over."""
         pids = {slot.model_name: slot.client.pid for slot in self._c.pool.slots() if slot.client is not None}
-        found = await asyncio.to_thread(self._processes.look, set(pids.values()))
+        found = await asyncio.to_thread(self._processes.look, {pid for pid in pids.values() if pid is not None})
         for key, model_name in self._c.lifecycle.awake():
-            usage = found.get(pids.get(model_name, -1))
+            pid = pids.get(model_name)
+            usage = None if pid is None else found.get(pid)
             if usage is not None:
                 self._meter.look(key, usage)
         closed = self._meter.take_closed()
@@ -205,7 +207,7 @@ class Observations:
         for state, count in states.items():
             instruments.WORKERS.labels(state).set(count)
         instruments.QUEUED.set(self._c.outcomes.observer.num_queued)
-        pids = {slot.client.pid for slot in slots if slot.client is not None}
+        pids = {slot.client.pid for slot in slots if slot.client is not None and slot.client.pid is not None}
         instruments.RESIDENT.labels("workers").set(await asyncio.to_thread(resident_bytes, pids))
         instruments.RESIDENT.labels("gateway").set(resident_bytes({os.getpid()}))
         async with self._c.db.read() as session:

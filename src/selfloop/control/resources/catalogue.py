@@ -19,7 +19,7 @@ from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.model_folder import ModelFacts, read_facts
 from selfloop.types.resources import Alias, CatalogueEntry
-from selfloop.worker.launchers.local import launch_prepare
+from selfloop.worker.launchers.conversions import launch_prepare
 
 log = logging.getLogger(__name__)
 

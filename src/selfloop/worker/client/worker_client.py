@@ -4,23 +4,15 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import shutil
-import time
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
-
-import zmq
-import zmq.asyncio
 
 from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
-from selfloop.worker.launchers.fork_client import SILENCE_AT_START, ForkServerClient, WorkerProcess, describe_exit
-from selfloop.worker.launchers.kernel_kills import num_kernel_kills
-from selfloop.worker.launchers.local import WorkerCommand
-from selfloop.worker.launchers.processes import make_socket_folder
+from selfloop.worker.launchers.base import WorkerEnd, WorkerHandle
 from selfloop.worker.protocol import (
     Call,
     Command,
     Dying,
+    Event,
     LoadFailed,
     Loading,
     ModelInfo,
@@ -29,74 +21,44 @@ from selfloop.worker.protocol import (
     Reply,
     ReplyError,
     Shutdown,
-    encode,
-    event_decoder,
-    heartbeat_decoder,
 )
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 20.0
-_LOOK_EVERY_S = 0.5
 
 
 class WorkerClient:
-    """One incarnation of a worker process, from launch to exit.
+    """One worker that was launched, to its end.
 
     Every future it hands out ends: with the result's bytes, with :class:`OperationFailed` carrying the
-    worker's own cause, or with :class:`WorkerLost` when the process is gone.
+    worker's own cause, or with :class:`WorkerLost` when the worker is gone.
+
+    Args:
+        on_loading: hears the stages of its load.
     """
 
-    def __init__(self, command: WorkerCommand, on_loading: Callable[[str], None]) -> None:
-        self._command = command
+    def __init__(self, handle: WorkerHandle, on_loading: Callable[[str], None]) -> None:
+        self._handle = handle
         self._on_loading = on_loading
         self._tickets = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._dying: str | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._folder: Path | None = None
-        self._process: WorkerProcess | None = None
         self._stopping = False
-        self._kernel_kills = num_kernel_kills()
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def start(self, host: ForkServerClient) -> None:
-        """Have ``host`` make the process; returns before it answers (see ``ready``).
-
-        The socket lies in a folder of mode 0700 and takes that process alone.
-
-        Raises:
-            WorkerLost: the host is gone.
-        """
-        self._folder = make_socket_folder()
-        address = f"ipc://{self._folder}/worker.sock"
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._heartbeats = self._context.socket(zmq.PULL)
-        heartbeats = f"ipc://{self._folder}/pulse.sock"
-        try:
-            self._process = await host.fork(address, heartbeats, self._folder / "begun")
-        except WorkerLost as lost:
-            self._lose(str(lost))
-            raise
-        # The kernel says who connects; the worker tries again until there is something to connect to.
-        for socket, at in ((self._socket, address), (self._heartbeats, heartbeats)):
-            socket.setsockopt(zmq.IPC_FILTER_PID, self._process.pid)
-            socket.bind(at)
-        self._tasks = [
-            asyncio.create_task(self._receive(), name="worker-receive"),
-            asyncio.create_task(self._watch(self._process), name="worker-watch"),
-            asyncio.create_task(self._watch_heartbeats(), name="worker-pulse"),
-        ]
+        self._reading = asyncio.create_task(self._read(), name="worker-events")
 
     @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+    def address(self) -> str:
+        """Which worker it is, for logs."""
+        return self._handle.address
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, where that is one of this machine."""
+        return self._handle.pid
 
     def call(self, command: Command, payload: bytes = b"") -> asyncio.Future[bytes]:
         """Send a command (also before ``ready``: it waits in the worker's queue)."""
@@ -108,8 +70,7 @@ class WorkerClient:
             future.set_exception(WorkerLost(self.lost.result()))
             return future
         self._waiting[ticket] = future
-        # With no high-water mark a PAIR socket takes the message at once, so order is the order of calls.
-        self._socket.send_multipart([encode(Call(ticket, command)), payload], copy=False)
+        self._handle.send(Call(ticket, command), payload)
         return future
 
     async def stream(self, command: Command) -> AsyncGenerator[bytes]:
@@ -117,7 +78,7 @@ class WorkerClient:
 
         Raises:
             OperationFailed: the worker refused or failed, also after parts.
-            WorkerLost: the process ended.
+            WorkerLost: the worker ended.
         """
         parts: asyncio.Queue[bytes | None] = asyncio.Queue()
         ticket = next(self._tickets)
@@ -133,7 +94,7 @@ class WorkerClient:
             answer.add_done_callback(_retrieve)
 
     async def stop(self) -> None:
-        """Ask the process to exit, then make it."""
+        """Ask the worker to exit, then make it."""
         self._stopping = True
         if not self.lost.done():
             self.call(Shutdown()).add_done_callback(_retrieve)
@@ -142,100 +103,53 @@ class WorkerClient:
         await self.kill("stopped")
 
     async def kill(self, reason: str) -> None:
-        """End the process now, if it was started, and let go of everything it held."""
-        if self._process is not None:
-            self._process.kill()
-            await asyncio.wait({self._process.ended})
-        self._lose(reason)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._folder is not None:
-            self._socket.close()
-            self._heartbeats.close(linger=0)
-            self._context.term()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """End the worker now, and let go of everything it held."""
+        await self._handle.kill(reason)
+        await asyncio.wait({self._reading})
 
-    async def _receive(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
-            match event_decoder.decode(frames[0]):
-                case Reply(ticket):
-                    self._complete(ticket, lambda future, body=frames[1]: future.set_result(body))
-                case ReplyError(ticket, error, error_class, state_lost):
-                    failure = _failure(error, error_class, state_lost=state_lost)
-                    self._complete(ticket, lambda future, failure=failure: future.set_exception(failure))
-                case Partial(ticket):
-                    if ticket in self._streams:
-                        self._streams[ticket].put_nowait(frames[1])
-                case Dying(cause):
-                    self._dying = cause
-                case Loading(stage):
-                    self._on_loading(stage)
-                case Ready(info):
-                    if not self.ready.done():
-                        self.ready.set_result(info)
-                case LoadFailed(cause, error_class):
-                    if not self.ready.done():
-                        self.ready.set_exception(OperationFailed(cause, error_class))
-                        self.ready.exception()
+    async def _read(self) -> None:
+        async for event, body in self._handle.events():
+            self._take(event, body)
+        self._lose(await self._handle.ended)
+
+    def _take(self, event: Event, body: bytes) -> None:
+        match event:
+            case Reply(ticket):
+                self._complete(ticket, lambda future: future.set_result(body))
+            case ReplyError(ticket, error, error_class, state_lost):
+                failure = _failure(error, error_class, state_lost=state_lost)
+                self._complete(ticket, lambda future: future.set_exception(failure))
+            case Partial(ticket):
+                if ticket in self._streams:
+                    self._streams[ticket].put_nowait(body)
+            case Dying(cause):
+                self._dying = cause
+            case Loading(stage):
+                self._on_loading(stage)
+            case Ready(info):
+                if not self.ready.done():
+                    self.ready.set_result(info)
+            case LoadFailed(cause, error_class):
+                if not self.ready.done():
+                    self.ready.set_exception(OperationFailed(cause, error_class))
+                    self.ready.exception()
 
     def _complete(self, ticket: int, complete: Callable[[asyncio.Future[bytes]], None]) -> None:
         future = self._waiting.pop(ticket, None)
         if future is not None and not future.done():
             complete(future)
 
-    async def _watch(self, process: WorkerProcess) -> None:
-        code = await asyncio.shield(process.ended)
-        # Answers that were sent before the process ended are still on the socket.
-        await asyncio.sleep(0.05)
-        self._lose("stopped" if self._stopping else self._dying or process.cause or describe_exit(code))
-
-    async def _watch_heartbeats(self) -> None:
-        """End the process when nothing is heard of it, or when it has been at one thing for too long."""
-        command = self._command
-        now = time.monotonic()
-        heard_at, busy_s = now + (SILENCE_AT_START - 1) * command.settings.heartbeat_timeout_s, 0.0
-        while True:
-            while await self._heartbeats.poll(0):
-                heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._heartbeats.recv()).busy_s
-            if time.monotonic() - heard_at > command.settings.heartbeat_timeout_s:
-                self._end(f"worker process gave no sign of life for {command.settings.heartbeat_timeout_s:g} s")
-            elif busy_s > command.settings.operation_timeout_s:
-                self._end(f"worker process hung: {busy_s:.0f} s at one piece of work (--operation-timeout)")
-            before = time.monotonic()
-            await asyncio.sleep(_LOOK_EVERY_S)
-            # If it was we who stood still, what the worker said meanwhile is yet to be read.
-            heard_at += max(time.monotonic() - before - 2 * _LOOK_EVERY_S, 0.0)
-
-    def _end(self, cause: str) -> None:
-        if self._dying is None:
-            log.error("%s: ending process %d", cause, self.pid)
-            self._dying = cause
-        assert self._process is not None
-        self._process.kill()
-
-    def _lose(self, reason: str) -> None:
-        if not self.lost.done():
-            self.lost.set_result(reason)
+    def _lose(self, end: WorkerEnd) -> None:
+        reason = "stopped" if self._stopping else self._dying or end.reason
+        self.lost.set_result(reason)
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
             self.ready.exception()
-        # We end it by the same signal, and then say why.
-        by_kernel = self._dying is None and "SIGKILL" in reason and num_kernel_kills() > self._kernel_kills
-        begun = _read_begun(self._folder / "begun") if self._folder is not None and self._waiting else set[int]()
         for ticket, future in self._waiting.items():
             if not future.done():
-                future.set_exception(WorkerLost(reason, begun=ticket in begun, by_kernel=by_kernel))
+                future.set_exception(WorkerLost(reason, begun=ticket in end.begun, by_kernel=end.by_kernel))
                 _retrieve(future)
         self._waiting.clear()
-
-
-def _read_begun(path: Path) -> set[int]:
-    try:
-        return {int(ticket) for ticket in path.read_bytes().partition(b"\n")[0].split()}
-    except FileNotFoundError:
-        return set()  # It died before it had opened it.
 
 
 def _failure(error: str, error_class: str, *, state_lost: bool) -> OperationFailed:

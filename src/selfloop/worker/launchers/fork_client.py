@@ -14,6 +14,11 @@ import msgspec
 
 import selfloop
 from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.worker.launchers.fork_command import (
+    WorkerCommand,
+    launch_fork_server,
+    put_aside_large_log,
+)
 from selfloop.worker.launchers.fork_protocol import (
     Alive,
     Exited,
@@ -25,11 +30,6 @@ from selfloop.worker.launchers.fork_protocol import (
     host_decoder,
     peer_user,
     to_line,
-)
-from selfloop.worker.launchers.local import (
-    WorkerCommand,
-    launch_fork_server,
-    put_aside_large_log,
 )
 from selfloop.worker.launchers.processes import (
     ProcessIdentity,

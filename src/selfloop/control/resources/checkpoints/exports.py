@@ -21,7 +21,7 @@ from selfloop.types.ids import is_id, new_id
 from selfloop.types.model_folder import read_facts, tokenizer_files
 from selfloop.types.resources import Checkpoint
 from selfloop.types.uris import parse_checkpoint_uri
-from selfloop.worker.launchers.local import launch_adapters
+from selfloop.worker.launchers.conversions import launch_adapters
 
 Format = Literal["peft", "merged", "gguf"]
 GgufDtype = Literal["f32", "f16", "bf16"]

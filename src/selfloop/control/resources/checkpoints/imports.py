@@ -22,7 +22,7 @@ from selfloop.types.ids import RunId, new_id
 from selfloop.types.resources import Run
 from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import CheckpointUri
-from selfloop.worker.launchers.local import launch_adapters
+from selfloop.worker.launchers.conversions import launch_adapters
 
 CHECKPOINT_NAME = "imported"
 _CONFIG_FILE = "adapter_config.json"
