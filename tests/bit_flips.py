@@ -30,7 +30,7 @@ from selfloop.types.digests import check_file, digest_of
 from selfloop.types.errors import NotFound, OperationFailed, SelfloopError
 from selfloop.types.operation import LoadState
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.protocol import Command, Execute, OpenRun
+from selfloop.worker.protocol import Command, Execute, ModelInfo, OpenRun
 
 _PROGRESS_EVERY = 500
 # Beside a few dozen small files, the database has most of what can be read wrongly.
@@ -46,6 +46,8 @@ class Recorder:
     def __init__(self, engine: Engine, roots: Mapping[str, Path]) -> None:
         self._engine = engine
         self._roots = roots
+        self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
+        self.ready.set_result(ModelInfo(1, 1, 1, "float32", "cpu"))
         self.seen: list[str] = []
 
     def call(self, command: Command, payload: bytes = b"") -> "asyncio.Future[bytes]":

@@ -16,7 +16,7 @@ import served_model
 from fake_launcher import INFO, Channel, FakeLauncher, LauncherFromOutside
 from selfloop.types.blob_ref import DATA, BlobRef
 from selfloop.types.errors import BadRequest, OperationFailed, WorkerLost
-from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams
+from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, StructuredOutput
 from selfloop.types.settings import EngineSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.base import Launcher, WorkerHandle, WorkerSpec
@@ -24,8 +24,11 @@ from selfloop.worker.launchers.local import LocalLauncher
 from selfloop.worker.launchers.registry import make_launcher
 from selfloop.worker.protocol import (
     Call,
+    Capabilities,
+    Command,
     Event,
     LoadFailed,
+    OpenRun,
     Partial,
     Ready,
     Reply,
@@ -38,6 +41,9 @@ from selfloop.worker.protocol import (
 SETTINGS = WorkerSettings(engine=EngineSettings("cpu", "float32", num_threads=1))
 DAMAGED = "damaged"
 """The model that cannot be loaded."""
+REQUEST = SampleRequest("a", [75, 108], 1, SamplingParams(max_tokens=5, seed=1, use_end_tokens=False))
+BOUND = SampleRequest("b", [1], 1, SamplingParams(max_tokens=1, structured=StructuredOutput("regex", "a")))
+SCORED = SampleRequest("c", [1], 1, SamplingParams(max_tokens=1), prompt_logprobs=0)
 
 
 async def scripted(channel: Channel) -> None:
@@ -108,8 +114,10 @@ async def house(request: pytest.FixtureRequest, data_dir: Path) -> AsyncIterator
     yield house
     for client in house.clients:
         await client.kill("over")
-    for name in ("tiny", "second"):
-        house.launcher.release(name)
+    if isinstance(launcher, LocalLauncher):
+        # A release does not wait for what it ends.
+        for server in launcher._servers.values():
+            await server.stop()
 
 
 async def test_calls_are_answered_in_the_order_they_were_sent(house: House):
@@ -126,8 +134,7 @@ async def test_calls_are_answered_in_the_order_they_were_sent(house: House):
 
 async def test_parts_come_before_their_answer(house: House):
     _, client = await house.launch()
-    request = SampleRequest("a", [75, 108], 1, SamplingParams(max_tokens=5, seed=1, use_end_tokens=False))
-    *parts, answer = [part async for part in client.stream(Sample(request, stream=True))]
+    *parts, answer = [part async for part in client.stream(Sample(REQUEST, stream=True))]
     deltas = [delta for part in parts for delta in msgspec.msgpack.decode(part, type=list[SampleDelta])]
     tokens = [token for delta in deltas for token in delta.tokens]
     assert len(tokens) == 5
@@ -195,6 +202,47 @@ async def test_two_workers_live_side_by_side(house: House):
     await one.kill("over")
     assert isinstance(await two.call(Tokenize(["b"])), bytes)
     assert not two.lost.done()
+
+
+async def test_a_worker_says_what_it_can(house: House):
+    _, client = await house.launch()
+    info = client.ready.result()
+    assert info.can.trains
+    assert info.can.samples
+    assert (info.device, info.dtype) == ("cpu", "float32")
+    assert info.vocab_size >= 1
+    assert info.max_position_embeddings >= 1
+
+
+@pytest.mark.parametrize(
+    ("can", "command", "expected"),
+    [
+        (Capabilities(trains=False), OpenRun("run", 1, 1, None, None), "does not train"),
+        (Capabilities(samples=False), Sample(REQUEST), "does not sample"),
+        (Capabilities(streams=False), Sample(REQUEST, stream=True), "stream: false"),
+        (Capabilities(structured_output=False), Sample(BOUND), "structured_outputs: none"),
+        (Capabilities(prompt_logprobs=False), Sample(SCORED), "prompt_logprobs: none"),
+    ],
+)
+async def test_what_a_worker_cannot_do_is_refused_before_it_is_sent(can: Capabilities, command: Command, expected: str):
+    """By what it said when it was ready; another command goes through."""
+    sent: list[Call] = []
+
+    async def limited(channel: Channel) -> None:
+        channel.send(Ready(msgspec.structs.replace(INFO, can=can)))
+        while True:
+            call, payload = await channel.receive()
+            sent.append(call)
+            channel.send(Reply(call.ticket), payload)
+
+    handle = await FakeLauncher(limited).launch(WorkerSpec("tiny", BlobRef(DATA, "m")), lambda stage: None)
+    client = WorkerClient(handle, lambda stage: None)
+    await client.ready
+    with pytest.raises(OperationFailed, match=expected):
+        await client.call(command)
+    assert await client.call(Tokenize(["a"]), b"answer") == b"answer"
+    assert [call.command for call in sent] == [Tokenize(["a"])]
+    await client.kill("over")
 
 
 async def test_what_is_released_ends_its_worker(house: House):

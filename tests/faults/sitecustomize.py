@@ -40,11 +40,11 @@ def _go_wrong(engine: Any, run_id: str, fault: float) -> None:
 def _spoil(operations: ModuleType) -> None:
     carry_out = operations.carry_out
 
-    def spoiled(engine: Any, context: Any, operation: Any) -> Any:
+    def spoiled(engine: Any, staging: Any, context: Any, operation: Any) -> Any:
         adam = getattr(operation, "adam", None)
         if adam is not None:
             _go_wrong(engine, context.run_id, adam.learning_rate)
-        return carry_out(engine, context, operation)
+        return carry_out(engine, staging, context, operation)
 
     operations.carry_out = spoiled  # type: ignore[attr-defined]
 

@@ -98,6 +98,7 @@ COMMANDS = {
         "--key-mib-per-second",
         "--key-open-requests",
         "--key-requests-per-second",
+        "--launcher",
         "--log-format",
         "--max-adapters",
         "--max-kv-tokens",

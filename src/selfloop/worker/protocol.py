@@ -149,8 +149,34 @@ class Call(msgspec.Struct, frozen=True):
     command: Command
 
 
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a worker does. What it does not is refused by control, in words, before it is sent.
+
+    Args:
+        trains: runs and their operations.
+        samples: samples, alone or with others.
+        streams: ``Partial`` events of a sample, before its reply.
+        structured_output: samples that must match a grammar.
+        prompt_logprobs: logprobs of a prompt's tokens.
+        exact_replay: the same operations on the same state give the same bits, whatever is computed beside them.
+    """
+
+    trains: bool = True
+    samples: bool = True
+    streams: bool = True
+    structured_output: bool = True
+    prompt_logprobs: bool = True
+    exact_replay: bool = True
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the worker found in the model folder and on the machine; ``run_bytes`` is what open runs may take in all."""
+    """The base model as the worker holds it.
+
+    Args:
+        max_position_embeddings: longest sequence, of training and of sampling, in tokens.
+        run_bytes: what open runs may take in all.
+        computed_by: what multiplies by its weights.
+    """
 
     vocab_size: int
     max_position_embeddings: int
@@ -158,6 +184,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     run_bytes: int = 2**63
+    computed_by: str = ""
+    can: Capabilities = Capabilities()
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

@@ -14,8 +14,8 @@ from selfloop.types.option_sources import load
 from selfloop.types.option_values import text_of
 from selfloop.types.options import Leaf, leaves
 from selfloop.types.settings import EngineSettings, Settings, WorkerSettings
+from selfloop.worker.launchers.fork_command import WorkerCommand
 from selfloop.worker.launchers.fork_protocol import ForkWorker, fork_decoder, start_decoder, to_line
-from selfloop.worker.launchers.local import WorkerCommand
 from selfloop.worker.serving import fork_server
 
 OF_WORKER = leaves(WorkerSettings)

@@ -108,6 +108,9 @@ async def _replay(run: RunRow, worker: WorkerClient, files: _Files, state: Store
     await _check(run, rows, files.journal, state)
     if rows:
         log.info("run %s: replaying %d operations", run.id, len(rows))
+        info = await worker.ready
+        if not info.can.exact_replay:
+            log.warning("run %s: what is replayed on %s may differ in its last bits", run.id, info.device)
     initial = None if run.initial_key is None else files.blobs.ref(run.initial_key)
     started = time.monotonic()
     for row in rows:

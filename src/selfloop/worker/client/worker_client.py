@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 
 from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
+from selfloop.worker.client.capabilities import refusal
 from selfloop.worker.launchers.base import WorkerEnd, WorkerHandle
 from selfloop.worker.protocol import (
     Call,
@@ -68,6 +69,10 @@ class WorkerClient:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if self.lost.done():
             future.set_exception(WorkerLost(self.lost.result()))
+            return future
+        is_ready = self.ready.done() and self.ready.exception() is None
+        if is_ready and (refused := refusal(command, self.ready.result())) is not None:
+            future.set_exception(refused)
             return future
         self._waiting[ticket] = future
         self._handle.send(Call(ticket, command), payload)

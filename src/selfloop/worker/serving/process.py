@@ -13,7 +13,7 @@ from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
 from selfloop.types.settings import EngineSettings
 from selfloop.worker.launchers.fork_protocol import ForkWorker
-from selfloop.worker.protocol import LoadFailed, Loading, ModelInfo, Ready
+from selfloop.worker.protocol import Capabilities, LoadFailed, Loading, ModelInfo, Ready
 from selfloop.worker.serving.background import Heartbeats
 from selfloop.worker.serving.loop import Worker
 from selfloop.worker.serving.replies import Replies
@@ -91,6 +91,8 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
             str(info.dtype),
             str(info.device),
             info.run_bytes,
+            info.layout,
+            Capabilities(exact_replay=info.layout != "plain" or order.settings.engine.deterministic),
         )
     )
     replies.send(ready)
