@@ -91,8 +91,8 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
             str(info.dtype),
             str(info.device),
             info.run_bytes,
-            info.layout,
-            Capabilities(exact_replay=info.layout != "plain" or order.settings.engine.deterministic),
+            info.computed_by,
+            Capabilities(exact_replay=info.computed_by == "CPU kernels" or order.settings.engine.deterministic),
         )
     )
     replies.send(ready)
