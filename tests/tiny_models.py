@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from selfloop.types.datum import Datum, Tensor
@@ -59,6 +61,21 @@ _BUILDERS = {
 }
 
 FAMILIES = tuple(_BUILDERS)
+
+_EXPERTS = {**_SIZES, "num_hidden_layers": 3, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2}
+
+_BUILDERS |= {
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=24, norm_topk_prob=True, mlp_only_layers=[1])
+    ),
+    "qwen3-moe-sparse": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16, norm_topk_prob=False, decoder_sparse_step=2)
+    ),
+}
+
+_BUILDERS["qwen3-moe-experts"] = lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16))
+
+MOE_FAMILIES = ("qwen3-moe", "qwen3-moe-sparse")
 
 _BUILDERS |= {
     "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE)),

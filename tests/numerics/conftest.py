@@ -15,8 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 from selfloop.engine.engine import Engine
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 class Zoo:
     """Folders, reference models and engines by family name."""
@@ -39,7 +37,7 @@ class Zoo:
         run = engine._runs[run_id]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = LoraConfig(r=run.shape.rank, lora_alpha=int(run.alpha), target_modules=TARGETS)
+            settings = LoraConfig(r=run.shape.rank, lora_alpha=int(run.alpha), target_modules=run.shape.module_names)
             model = get_peft_model(self.reference(family), settings)
         with torch.no_grad():
             for parameter in run.shape.named(run.theta_P):

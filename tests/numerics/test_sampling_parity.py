@@ -31,7 +31,10 @@ def train(engine, run_id, rank, seed):
     return AdapterRef(f"{run_id}-final")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama3-rope", "llama-yarn", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama-tied", "llama3-rope", "llama-yarn", "qwen2", "qwen3", "mistral", *tiny_models.MOE_FAMILIES],
+)
 def test_greedy_equals_transformers_generate(zoo, family):
     engine = zoo.engine(family)
     prompts = [tiny_models.random_ids(n, seed=n) for n in (1, 5, 16, 40)]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import tiny_models
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.digests import MANIFEST_FILE
+from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams
 from selfloop.types.settings import EngineLimits
 
@@ -48,11 +49,16 @@ def named_gradients(model):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biased", "llama3-rope", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama-tied", "llama-biased", "llama3-rope", "qwen2", "qwen3", "mistral", *tiny_models.MOE_FAMILIES],
+)
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_loss_and_gradients_equal_peft(zoo, family, budget):
     engine = zoo.engine(family, limits=EngineLimits(train_token_budget=budget))
-    engine.init_run("run", rank=4, seed=3)
+    # Of a mixture of experts PEFT takes the names of a dense MLP for those of all experts.
+    targets = LoraTargets(mlp=family not in tiny_models.MOE_FAMILIES)
+    engine.init_run("run", rank=4, seed=3, targets=targets)
     disturb(engine)
     reference = zoo.peft(family, engine, "run")
     weights = [[0.5 + 0.1 * (i % 7) for i in range(len(ids) - 1)] for ids in SEQUENCES]

@@ -214,6 +214,8 @@ class Engine:
             run = read(initial, self._spec, self._model.device)
         else:
             shape = AdapterShape(self._spec, rank, targets)
+            if shape.num_parameters == 0:
+                raise BadRequest("targets", f"a part of the model that takes adapters; {targets} of this one has none")
             run = Run(shape, DEFAULT_ALPHA, shape.initial(seed).to(self._model.device))
         self._set(run_id, run)
         return InitResult(step=run.step, lora_rank=run.shape.rank)

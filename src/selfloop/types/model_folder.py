@@ -18,7 +18,7 @@ T = TypeVar("T")
 INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloop.model_families")}
 """Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
 
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", *INSTALLED_FAMILIES})
+SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *INSTALLED_FAMILIES})
 
 PUBLIC_FILES = frozenset(
     {

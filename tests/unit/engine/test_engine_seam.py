@@ -7,12 +7,15 @@ import pytest
 import torch
 
 import selfloop
+import tiny_models
 from selfloop.engine.backends import select
 from selfloop.engine.backends.base import Lacking
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
 from selfloop.engine.backends.torch.backend import TorchBackend
+from selfloop.engine.engine import Engine
 from selfloop.engine.models.registry import parse_spec
-from selfloop.types.errors import OperationFailed
+from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 
 SOURCE = Path(selfloop.__file__).parent
@@ -74,3 +77,10 @@ def test_a_model_that_no_backend_computes_is_refused_in_words(monkeypatch: pytes
         OperationFailed, match=r"no backend computes llama in float32 on cpu: cpu_native: .*; without: it"
     ):
         select.choose(parse_spec(RAW, {}), CPU, torch.float32)
+
+
+def test_a_run_that_would_adapt_nothing_is_refused(tmp_path: Path):
+    engine = Engine.load(tiny_models.save("qwen3-moe-experts", tmp_path / "model"), device="cpu", dtype="float32")
+    with pytest.raises(BadRequest, match=r"targets: .*mlp of this one has none"):
+        engine.init_run("run", rank=4, seed=0, targets=LoraTargets(attn=False))
+    assert engine.init_run("run", rank=4, seed=0).lora_rank == 4

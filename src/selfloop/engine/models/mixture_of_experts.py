@@ -1,0 +1,59 @@
+"""A feed-forward of many small MLPs, of which a router gives each token a few."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from selfloop.engine.models.spec import Projection, ProjectionGroup, Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """sum over the ``top_k`` likeliest experts e of p_e * down_e(silu(gate_e(x)) * up_e(x)), p = softmax(router(x)).
+
+    Nothing here takes an adapter yet.
+
+    Args:
+        normalised: whether the chosen experts' p are divided by their sum.
+    """
+
+    hidden_size: int
+    inner_size: int
+    num_experts: int
+    top_k: int
+    normalised: bool
+
+    kind: ClassVar[str] = "mixture_of_experts"
+
+    @property
+    def router(self) -> Projection:
+        return Projection("mlp.gate", self.hidden_size, self.num_experts, "out", adaptable=False)
+
+    def expert(self, index: int) -> tuple[Projection, Projection, Projection]:
+        """Its gate, up and down projections."""
+        name, hidden, inner = f"mlp.experts.{index}", self.hidden_size, self.inner_size
+        return (
+            Projection(f"{name}.gate_proj", hidden, inner, "out", adaptable=False),
+            Projection(f"{name}.up_proj", hidden, inner, "out", adaptable=False),
+            Projection(f"{name}.down_proj", inner, hidden, "in", adaptable=False),
+        )
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        return ()
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        experts = [projection for index in range(self.num_experts) for projection in self.expert(index)]
+        return (self.router, *experts)
+
+    @property
+    def num_active_weights(self) -> int:
+        """Elements of the matrices that a token is multiplied by."""
+        return self.hidden_size * (self.num_experts + 3 * self.top_k * self.inner_size)
+
+    def tensors(self) -> Shapes:
+        return {name: shape for projection in self.projections for name, shape in projection.tensors().items()}
+
+    @property
+    def cache(self) -> None:
+        return None

@@ -1,0 +1,24 @@
+"""Qwen3 with a mixture of experts in every layer, or in every few of them."""
+
+from selfloop.engine.models.config import HfConfig
+from selfloop.engine.models.mixture_of_experts import MixtureOfExperts
+from selfloop.engine.models.spec import LayerSpec, ModelSpec
+
+
+def spec(config: HfConfig) -> ModelSpec:
+    config.refuse_window(config.qwen_window())
+    bias = config.flag("attention_bias")
+    attention = config.attention(qkv_bias=bias, o_bias=bias, qk_norm=True, num_kv_heads=4)
+    experts = MixtureOfExperts(
+        hidden_size=config.size("hidden_size"),
+        inner_size=config.size("moe_intermediate_size", default=768),
+        num_experts=config.size("num_local_experts", "num_experts", default=128),
+        top_k=config.size("num_experts_per_tok", default=8),
+        normalised=config.flag("norm_topk_prob"),
+    )
+    dense, step = config.raw.get("mlp_only_layers") or (), config.size("decoder_sparse_step", default=1)
+    layers = [
+        LayerSpec(attention, config.mlp() if index in dense or (index + 1) % step else experts, config.norms())
+        for index in range(config.num_layers)
+    ]
+    return config.model(layers, attention.head_dim)
