@@ -5,6 +5,12 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -12,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -76,6 +84,34 @@ _BUILDERS |= {
 _BUILDERS["qwen3-moe-experts"] = lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16))
 
 MOE_FAMILIES = ("qwen3-moe", "qwen3-moe-sparse")
+
+_QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0}
+# Of which only transformers knows how they are computed.
+_OTHERS = {
+    # Windows in every other layer, norms of 1 + w, a scaled and tied embedding.
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True)
+    ),
+    # Soft caps of attention and of logits.
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GEMMA, final_logit_softcapping=4.0)),
+    # Logits are divided, and so is much else.
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(
+            **_SIZES, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.5, embedding_multiplier=4.0
+        )
+    ),
+    # A recurrence, which sequences in one row leak through.
+    "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_SIZES, head_dim=8, **_QWEN3_5)),
+}
+OTHER_FAMILIES = tuple(_OTHERS)
+_BUILDERS |= _OTHERS
 
 _BUILDERS |= {
     "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE)),

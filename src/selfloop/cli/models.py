@@ -17,10 +17,11 @@ def list_models(data_dir: local.DataDir = None) -> None:
     async def work() -> Table:
         async with local.opened(data_dir) as data:
             models, aliases = await data.catalogue.entries()
-            table = local.table("name", "source", "also served as", "files")
+            table = local.table("name", "source", "also served as", "computed by", "files")
             for row in models:
                 names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
-                table.add_row(row.name, row.source, names, data.catalogue.files_of(row))
+                own = (data.catalogue.computed_by(row), data.catalogue.files_of(row))
+                table.add_row(row.name, row.source, names, *own)
             return table
 
     local.show(local.run(work))

@@ -12,6 +12,7 @@ import msgspec
 from selfloop.types.errors import BadRequest
 from selfloop.types.folders import is_own_file
 from selfloop.types.model_weights import read_weights, weight_paths
+from selfloop.types.transformers_models import why_unknown
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloo
 """Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
 
 SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *INSTALLED_FAMILIES})
+"""Those that the engine's own decoder computes; others are computed by transformers, where it knows them."""
 
 PUBLIC_FILES = frozenset(
     {
@@ -72,6 +74,8 @@ class _Config(msgspec.Struct):
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
     quantization_config: dict[str, msgspec.Raw] | None = None
+    auto_map: object = None
+    text_config: object = None
 
 
 class _GenerationConfig(msgspec.Struct):
@@ -115,6 +119,16 @@ def read_facts(path: Path) -> ModelFacts:
 def check_config(path: Path) -> None:
     """Refuse a folder by its ``config.json`` alone, before any weights are fetched (:class:`BadRequest`)."""
     _read_config(path)
+
+
+def computed_by(path: Path) -> str:
+    """Whose code computes the folder's model, and why where it is not the engine's own; empty where that is unclear."""
+    try:
+        model_type = _read_config(path).model_type
+    except BadRequest:
+        return ""
+    own = model_type in SUPPORTED_MODEL_TYPES
+    return "selfloop" if own else f"transformers (selfloop has no {model_type})"
 
 
 def tokenizer_files(path: Path) -> list[str]:
@@ -179,8 +193,12 @@ def _read_config(path: Path) -> _Config:
         raise _refusal(f"{path} has no config.json")
     config = _decode(file, _Config)
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
-        raise _refusal(f"model type {config.model_type!r} is not supported (supported: {known})")
+        unknown = why_unknown(
+            config.model_type, has_own_code=config.auto_map is not None, nests_text=config.text_config is not None
+        )
+        if unknown is not None:
+            known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+            raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")
     if config.quantization_config:
         raise _refusal(f"{path} holds quantized weights; bfloat16, float16 or float32 ones are needed")
     if config.vocab_size < 1 or config.max_position_embeddings < 1:

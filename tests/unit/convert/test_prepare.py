@@ -17,11 +17,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 import served_model
+import tiny_models
 from selfloop.convert import prepare
 from selfloop.server import hub as hub_dialect
 from selfloop.types.digests import MANIFEST_FILE, read_manifest
 from selfloop.types.errors import BadRequest
-from selfloop.types.model_folder import ModelFacts, read_facts, tokenizer_files
+from selfloop.types.model_folder import ModelFacts, computed_by, read_facts, tokenizer_files
 from selfloop.types.model_weights import weight_names
 from selfloop.worker.text.chat import ChatTemplate
 from selfloop.worker.text.tokens import ModelTokenizer
@@ -73,6 +74,16 @@ def test_a_local_folder_is_served_where_it_lies(folder: Path):
     assert lines[-1]["facts"]["path"] == str(folder)
     assert lines[-1]["facts"]["vocab_size"] == served_model.VOCAB_SIZE
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_family_that_only_transformers_knows_is_admitted(folder: Path, tmp_path: Path):
+    other = tiny_models.save("gemma3", tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, other / name)
+    facts = prepare.prepare_folder(other, None, lambda stage, fraction: None)
+    assert (facts.model_type, facts.vocab_size) == ("gemma3_text", tiny_models.VOCAB_SIZE)
+    assert computed_by(other) == "transformers (selfloop has no gemma3_text)"
+    assert computed_by(folder) == "selfloop"
 
 
 def test_a_refusal_is_one_json_line(folder: Path):

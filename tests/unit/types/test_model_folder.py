@@ -85,7 +85,13 @@ def test_an_index_cannot_point_outside(folder: Path, name: str):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gpt_neox"}, "model type 'gpt_neox' is not supported"),
+        (
+            {"model_type": "bert"},
+            "'bert' is not supported, and no causal language model of transformers (supported: llama",
+        ),
+        ({"model_type": "own", "auto_map": {}}, "'own' needs code of its own (auto_map), which is never run"),
+        ({"model_type": "gemma3", "text_config": {}}, "'gemma3' holds its text model in a part (text_config)"),
+        ({"model_type": "gemma3_text", "quantization_config": {"bits": 4}}, "quantized"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"vocab_size": 0}, "no vocab_size"),
         ({"vocab_size": "many"}, "cannot be read"),

@@ -17,7 +17,7 @@ from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
-from selfloop.types.model_folder import ModelFacts, read_facts
+from selfloop.types.model_folder import ModelFacts, computed_by, read_facts
 from selfloop.types.resources import Alias, CatalogueEntry
 from selfloop.worker.launchers.conversions import launch_prepare
 
@@ -141,6 +141,10 @@ class Catalogue:
             return "prepared at first use"
         path = self._paths.resolved(row.path)
         return str(path) if path.is_dir() else f"{path} (gone)"
+
+    def computed_by(self, row: CatalogueEntry) -> str:
+        """Whose code computes a model, in words; empty where its files are not there."""
+        return "" if row.path is None else computed_by(self._paths.resolved(row.path))
 
     async def prepare(self, model_name: str, on_stage: Callable[[str], None]) -> Path:
         """Make sure the model's files are on disk, whole.

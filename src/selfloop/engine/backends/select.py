@@ -8,13 +8,14 @@ import torch
 from selfloop.engine.backends.base import Backend, Lacking, Model
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
 from selfloop.engine.backends.torch.backend import TorchBackend
+from selfloop.engine.backends.transformers.backend import TransformersBackend
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import model_invalid
 
 log = logging.getLogger("selfloop.engine")
 
-BACKENDS: tuple[Backend, ...] = (NativeBackend(), TorchBackend())
+BACKENDS: tuple[Backend, ...] = (NativeBackend(), TorchBackend(), TransformersBackend())
 
 
 class Choice(NamedTuple):
@@ -57,9 +58,12 @@ def load_model(spec: ModelSpec, source: TensorSource, device: torch.device, dtyp
 
 
 def open_reference(spec: ModelSpec, source: TensorSource) -> Model:
-    """The float32 reference on the CPU, of whose layers one at a time is in memory.
+    """The float32 reference on the CPU, of whose layers one at a time is in memory where our own decoder computes it.
 
     Raises:
         OperationFailed: the weights are not those of the model.
     """
-    return TorchBackend().open(spec, source, torch.float32)
+    device, dtype = torch.device("cpu"), torch.float32
+    if TorchBackend().lacks(spec, device, dtype) is None:
+        return TorchBackend().open(spec, source, dtype)
+    return choose(spec, device, dtype).backend.load(spec, source, device, dtype)

@@ -31,7 +31,7 @@ class HfConfig:
         missing = [name for name in _REQUIRED if name not in raw]
         if missing:
             raise model_invalid(f"config.json lacks {missing}")
-        self._sizes = {name: _size(name, raw[name]) for name in _REQUIRED}
+        self._sizes = {name: read_size(name, raw[name]) for name in _REQUIRED}
         _refuse_unsupported(raw)
 
     @property
@@ -52,7 +52,7 @@ class HfConfig:
             return default
         if found is None:
             raise model_invalid(f"config.json lacks {[names[0]]}")
-        return _size(found, self.raw[found])
+        return read_size(found, self.raw[found])
 
     def refuse_window(self, window: int | None) -> None:
         """``window`` is None where every layer sees the whole context."""
@@ -85,8 +85,8 @@ class HfConfig:
         follows from the other sizes, which an explicit null asks for, too."""
         num_heads = self._sizes["num_attention_heads"]
         raw_kv, raw_dim = self.raw.get("num_key_value_heads", num_kv_heads), self.raw.get("head_dim", head_dim)
-        kv_heads = num_heads if raw_kv is None else _size("num_key_value_heads", raw_kv)
-        dim = self._sizes["hidden_size"] // num_heads if raw_dim is None else _size("head_dim", raw_dim)
+        kv_heads = num_heads if raw_kv is None else read_size("num_key_value_heads", raw_kv)
+        dim = self._sizes["hidden_size"] // num_heads if raw_dim is None else read_size("head_dim", raw_dim)
         if num_heads % kv_heads != 0:
             raise model_invalid(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {kv_heads}")
         if dim < 2 or dim % 2 != 0:
@@ -107,7 +107,7 @@ class HfConfig:
 
     def model(self, layers: Sequence[LayerSpec], rotated_dim: int) -> ModelSpec:
         """``rotated_dim``: dimensions of a head, all of which are rotated."""
-        generated_ends, own_ends = _end_tokens(self._generation), _end_tokens(self.raw)
+        generated_ends, own_ends = end_tokens(self._generation), end_tokens(self.raw)
         return ModelSpec(
             model_type=self.raw["model_type"],
             vocab_size=self._sizes["vocab_size"],
@@ -142,7 +142,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _size(name: str, value: object) -> int:
+def read_size(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
         raise model_invalid(f"config.json: {name} must be a positive integer, is {value!r}")
     return value
@@ -163,7 +163,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise model_invalid(f"transformers_weights {raw['transformers_weights']!r} is not supported")
 
 
-def _end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:
+def end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:
     value = raw.get("eos_token_id")
     if value is None:
         return ()

@@ -201,7 +201,7 @@ class LayerSpec:
 
     mixer: Block
     feed_forward: Block
-    norms: tuple[Norm, Norm]
+    norms: tuple[Norm, ...]
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:

@@ -89,7 +89,8 @@ class SamplingScheduler:
                 "max_tokens", f"prompt ({len(request.prompt)} tokens) and max_tokens must fit {context} positions"
             )
         stops = [StopString(stop) for stop in params.stop]
-        active = ActiveRequest(request, adapter, stream, self._grammar(request), stops)
+        paged = self._model.contracts.paged
+        active = ActiveRequest(request, adapter, stream, self._grammar(request), stops, paged=paged)
         if request.asks_about_prompt:
             active.prompt_scores = PromptScores(request, self._num_tokens, lambda token: self._raw(active, token))
         if active.prompt_pages + active.sample_pages > self._pool.num_pages:

@@ -30,6 +30,7 @@ class ActiveRequest:
         stream: whether the samples are reported as they grow.
         grammar: what every sample must match.
         slot: cache of the prompt, until every sample has started.
+        paged: whether samples share the pages that are full of prompt.
         num_prefilled: prompt tokens already in the cache.
         num_found: of these, how many were there before it came.
         first_logits_V: float32 logits after the prompt, once it is prefilled.
@@ -43,6 +44,7 @@ class ActiveRequest:
     grammar: Grammar | None = None
     stops: list[StopString] = field(default_factory=list[StopString])
     slot: CacheSlot = field(default_factory=lambda: CacheSlot([]))
+    paged: bool = True
     num_prefilled: int = 0
     num_found: int = 0
     first_logits_V: Tensor | None = None
@@ -61,7 +63,7 @@ class ActiveRequest:
     @property
     def shared_pages(self) -> int:
         """Pages full of prompt, which all samples read and none writes."""
-        return self.prompt_length // PAGE_TOKENS
+        return self.prompt_length // PAGE_TOKENS if self.paged else 0
 
     @property
     def sample_pages(self) -> int:

@@ -1,0 +1,36 @@
+"""transformers' own code as a backend, for models that no family here describes. It is imported when it is chosen."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from selfloop.engine.backends.base import Lacking
+from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.stored import StoredSpec
+from selfloop.engine.models.weights import TensorSource
+
+if TYPE_CHECKING:
+    from selfloop.engine.backends.transformers.model import TransformersModel
+
+
+class TransformersBackend:
+    """Computes whatever ``AutoModelForCausalLM`` knows, on any device, without paging and without code of a folder."""
+
+    name = "transformers"
+
+    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+        if find_spec("transformers") is None:
+            return Lacking("transformers is not installed", "; pip install transformers")
+        # What else there is to say of a type, a folder's own code or quantised weights is said when it is described.
+        if not isinstance(spec, StoredSpec):
+            return Lacking("it loads models of folders that no family here describes")
+        return None
+
+    def load(
+        self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype
+    ) -> "TransformersModel":
+        from selfloop.engine.backends.transformers.loading import load
+
+        assert isinstance(spec, StoredSpec)
+        return load(spec, device, dtype)

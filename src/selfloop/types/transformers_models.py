@@ -1,0 +1,87 @@
+"""Models that only transformers describes: which types it knows, what their tensors say. Nothing is imported.
+
+Both halves of the server ask here, so that a folder is refused before its weights are fetched.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from selfloop.types.safetensors_header import StoredTensor
+
+_LIST, _LIST_FILE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", Path("models/auto/modeling_auto.py")
+_MATRIX = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+# Routers choose experts, and stay as they are. A matrix for each expert sees some of the tokens only.
+_FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts"})
+_FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d?)([._]|$)")
+
+
+class StoredProjection(NamedTuple):
+    """A matrix W (out, in) of a layer that an adapter may be added to, by its module's path inside the layer."""
+
+    layer: int
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+    part: Literal["attn", "mlp"]
+
+
+@lru_cache(maxsize=1)
+def causal_model_types() -> frozenset[str] | None:
+    """Every ``model_type`` of a causal language model that transformers knows; None where it is not installed."""
+    found = find_spec("transformers")
+    if found is None or found.origin is None:
+        return None
+    tree = ast.parse((Path(found.origin).parent / _LIST_FILE).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == _LIST for t in node.targets):
+            assert isinstance(node.value, ast.Call)
+            pairs: list[tuple[str, str]] = ast.literal_eval(node.value.args[0])
+            return frozenset(name for name, of in pairs if of.endswith("ForCausalLM"))
+    return frozenset()
+
+
+def why_unknown(model_type: str, *, has_own_code: bool, nests_text: bool) -> str | None:
+    """Why transformers cannot load models of this type by its own code; None where it can.
+
+    Args:
+        has_own_code: the configuration names code of the folder (``auto_map``).
+        nests_text: the text model is a part of another (``text_config``).
+    """
+    known = causal_model_types()
+    if nests_text:
+        return f"model type {model_type!r} holds its text model in a part (text_config), which is not supported"
+    if known is not None and model_type in known:
+        return None
+    if has_own_code:
+        return f"model type {model_type!r} needs code of its own (auto_map), which is never run"
+    if known is None:
+        return f"model type {model_type!r} is not supported, and transformers, which may know it, is not installed"
+    return f"model type {model_type!r} is not supported, and no causal language model of transformers"
+
+
+def stored_projections(tensors: Mapping[str, StoredTensor], num_layers: int | None) -> list[StoredProjection]:
+    """Layer by layer, attention first, by name; layers from ``num_layers`` on, which are for drafting, are left out."""
+    found: list[StoredProjection] = []
+    for name, tensor in tensors.items():
+        match = _MATRIX.fullmatch(name)
+        if match is None or len(tensor.shape) != 2:
+            continue
+        layer, path = int(match[1]), match[2]
+        if (num_layers is not None and layer >= num_layers) or not _FROZEN.isdisjoint(path.split(".")):
+            continue
+        bias = f"{name.removesuffix('weight')}bias" in tensors
+        part = "mlp" if _FEED_FORWARD.search(path) else "attn"
+        found.append(StoredProjection(layer, path, *tensor.shape, bias, part))
+    return sorted(found, key=lambda projection: (projection.layer, projection.part, projection.name))
+
+
+def num_stored_layers(names: Iterable[str]) -> int:
+    """One more than the last layer that any tensor is of; 0 where there is none."""
+    matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
