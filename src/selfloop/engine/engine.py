@@ -86,6 +86,44 @@ class SavedState(NamedTuple):
     size_bytes: int
 
 
+class _MemoryShare(NamedTuple):
+    """How the device's memory is divided, in bytes."""
+
+    total_bytes: int
+    activation_bytes: int
+    kept_bytes: int
+
+    @classmethod
+    def of(cls, model: Model, limits: EngineLimits) -> "_MemoryShare":
+        """As limited, else by default."""
+        total, weights = total_memory(model.device), model.spec.num_parameters * model.dtype.itemsize
+        if limits.memory_bytes is not None:
+            total = min(total, limits.memory_bytes)
+        activation, kept = limits.activation_bytes, limits.kept_bytes
+        return cls(
+            total,
+            default_pass_bytes(total, weights) if activation is None else activation,
+            default_kept_bytes(total, weights) if kept is None else kept,
+        )
+
+    def left_for_runs(self, model: Model, cache_bytes: int) -> int:
+        return run_bytes(self.total_bytes, model.costs().weights, self.activation_bytes + self.kept_bytes + cache_bytes)
+
+
+def _info_of(model: Model, run_bytes: int) -> ModelInfo:
+    spec = model.spec
+    return ModelInfo(
+        vocab_size=spec.vocab_size,
+        max_position_embeddings=spec.context,
+        num_parameters=spec.num_parameters,
+        eos_token_ids=spec.eos_token_ids,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        computed_by=model.computed_by,
+        run_bytes=run_bytes,
+    )
+
+
 class Engine:
     """Trains and samples LoRA adapters of one frozen base model. Use :meth:`load`."""
 
@@ -102,16 +140,8 @@ class Engine:
         spec, device = model.spec, model.device
         self._model = model
         self._deterministic = deterministic
-        held_bytes = spec.num_parameters * model.dtype.itemsize
-        activation_bytes, kept_bytes = limits.activation_bytes, limits.kept_bytes
-        memory_bytes = total_memory(device)
-        if limits.memory_bytes is not None:
-            memory_bytes = min(memory_bytes, limits.memory_bytes)
-        if activation_bytes is None:
-            activation_bytes = default_pass_bytes(memory_bytes, held_bytes)
-        if kept_bytes is None:
-            kept_bytes = default_kept_bytes(memory_bytes, held_bytes)
-        memory = PassMemory.of(model, activation_bytes)
+        share = _MemoryShare.of(model, limits)
+        memory = PassMemory.of(model, share.activation_bytes)
         usual = AdapterShape(spec, _USUAL_RANK)
         train_token_budget = limits.train_token_budget
         if train_token_budget is None:
@@ -119,7 +149,7 @@ class Engine:
             fitting = memory.longest(usual, with_gradient=True, recompute=False)
             train_token_budget = min(model.costs().train_tokens, max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
-        self._forward_cache = ForwardCache(kept_bytes)
+        self._forward_cache = ForwardCache(share.kept_bytes)
         self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache)
         runner = ModelRunner(model, limits.max_kv_tokens)
         self._runs: dict[str, Run] = {}
@@ -131,18 +161,7 @@ class Engine:
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
         )
-        self.info = ModelInfo(
-            vocab_size=spec.vocab_size,
-            max_position_embeddings=spec.context,
-            num_parameters=spec.num_parameters,
-            eos_token_ids=spec.eos_token_ids,
-            device=str(device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            computed_by=model.computed_by,
-            run_bytes=run_bytes(
-                memory_bytes, model.costs().weights, activation_bytes + kept_bytes + runner.cache.num_bytes
-            ),
-        )
+        self.info = _info_of(model, share.left_for_runs(model, runner.cache.num_bytes))
         log.info(
             "passes of up to %d tokens; sequences of up to %d at rank %d fit %d MiB of activations, "
             "from %d on layers are computed twice",

@@ -11,7 +11,7 @@ import tiny_models
 from selfloop.engine.backends.base import Row
 from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.sample import sampler
-from selfloop.engine.sample.sequence import sample_generator
+from selfloop.engine.sample.sampler import sample_generator
 from selfloop.types.sampling import SampleRequest, SamplingParams
 
 PROMPT = [*tiny_models.random_ids(6, seed=1), 5, 5]

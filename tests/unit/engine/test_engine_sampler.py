@@ -5,7 +5,7 @@ import torch
 
 from selfloop.engine.backends.base import Row
 from selfloop.engine.backends.cpu_native.draw import draw
-from selfloop.engine.sample.sequence import sample_generator
+from selfloop.engine.sample.sampler import sample_generator
 from selfloop.types.sampling import SamplingParams
 
 LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()

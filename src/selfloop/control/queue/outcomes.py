@@ -140,41 +140,11 @@ class Outcomes:
                 # In this transaction: what is replayed or completed twice counts once.
                 account = operation_key(run, row, time.time())
                 await queries_observations.add_usage(session, account, counts)
-            match result:
-                case InitResult(step=step, lora_rank=rank) | LoadResult(step=step, lora_rank=rank):
-                    run.step, run.lora_rank = step, rank
-                    await queries_resources.update_run(session, run.id, step=step, lora_rank=rank)
-                case StepResult(metrics):
-                    run.step = int(metrics["step"])
-                    await queries_resources.update_run(session, run.id, step=run.step)
-                case SaveResult():
-                    assert operation is not None
-                    checkpoint = _checkpoint_row(run, operation, result)
-                    old = await queries_checkpoints.holder_of_name(session, run.id, checkpoint.target, checkpoint.name)
-                    if old is not None:
-                        gone.append(old.id)
-                        await queries_checkpoints.remove(session, old.id)
-                        await session.flush()
-                    session.add(checkpoint)
-                    if checkpoint.sampler_id is None:
-                        size = str(checkpoint.size_bytes)
-                        key_id = row.key_id or run.key_id
-                        queries_audit.record_checkpoint(
-                            session, "saved", checkpoint.view(), run.team_id, key_id, size_bytes=size
-                        )
-                    if isinstance(operation, SaveWeightsForSampler) and operation.publish:
-                        for sampler in await queries_resources.samplers(session, run_id=run.id):
-                            await queries_resources.update_sampler(
-                                session, sampler.id, live_checkpoint_id=checkpoint.id, live_version=result.step
-                            )
-                    await session.flush()
-                    if isinstance(operation, SaveWeightsForSampler) and operation.inflight:
-                        gone += await _lead_followers(session, run, checkpoint)
-                    for surplus in await retention.beyond_last(session, run.view(), checkpoint.target):
-                        gone.append(surplus.id)
-                        await queries_checkpoints.remove(session, surplus.id)
-                case _:
-                    pass
+            if isinstance(result, SaveResult):
+                assert operation is not None
+                gone = await _add_checkpoint(session, run, row, operation, result)
+            else:
+                await _update_run(session, run, result)
         for id in gone:
             await self._store.delete(id)
         if completed:
@@ -275,6 +245,48 @@ def _one_more(run: RunRow, row: OperationRow) -> dict[str, int]:
     if older is not None and older.num_changes is not None and position <= older.position:
         counts["older_changes"] = older.num_changes + 1
     return counts
+
+
+async def _update_run(session: AsyncSession, run: RunRow, result: object) -> None:
+    """What a result that makes no checkpoint changes in the run."""
+    match result:
+        case InitResult(step=step, lora_rank=rank) | LoadResult(step=step, lora_rank=rank):
+            run.step, run.lora_rank = step, rank
+            await queries_resources.update_run(session, run.id, step=step, lora_rank=rank)
+        case StepResult(metrics):
+            run.step = int(metrics["step"])
+            await queries_resources.update_run(session, run.id, step=run.step)
+        case _:
+            pass
+
+
+async def _add_checkpoint(
+    session: AsyncSession, run: RunRow, row: OperationRow, operation: Save, result: SaveResult
+) -> list[str]:
+    """Add the checkpoint and lead samplers to it; returns the ids of those whose place it takes."""
+    gone: list[str] = []
+    checkpoint = _checkpoint_row(run, operation, result)
+    old = await queries_checkpoints.holder_of_name(session, run.id, checkpoint.target, checkpoint.name)
+    if old is not None:
+        gone.append(old.id)
+        await queries_checkpoints.remove(session, old.id)
+        await session.flush()
+    session.add(checkpoint)
+    if checkpoint.sampler_id is None:
+        size, key_id = str(checkpoint.size_bytes), row.key_id or run.key_id
+        queries_audit.record_checkpoint(session, "saved", checkpoint.view(), run.team_id, key_id, size_bytes=size)
+    if isinstance(operation, SaveWeightsForSampler) and operation.publish:
+        for sampler in await queries_resources.samplers(session, run_id=run.id):
+            await queries_resources.update_sampler(
+                session, sampler.id, live_checkpoint_id=checkpoint.id, live_version=result.step
+            )
+    await session.flush()
+    if isinstance(operation, SaveWeightsForSampler) and operation.inflight:
+        gone += await _lead_followers(session, run, checkpoint)
+    for surplus in await retention.beyond_last(session, run.view(), checkpoint.target):
+        gone.append(surplus.id)
+        await queries_checkpoints.remove(session, surplus.id)
+    return gone
 
 
 async def _lead_followers(session: AsyncSession, run: RunRow, checkpoint: CheckpointRow) -> list[str]:

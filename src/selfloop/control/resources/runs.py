@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.capacity.lifecycle import record_creation
-from selfloop.control.capacity.placement import Scope
+from selfloop.control.capacity.placement import Chosen, Scope
 from selfloop.control.context import Context
 from selfloop.control.queue.journal import END_OF_TIME, cancelled
 from selfloop.control.queue.recovery import identity
@@ -20,6 +20,7 @@ from selfloop.control.resources.new_rows import new_deployment, new_paired_sampl
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
+from selfloop.storage.db.tables import RunRow
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
@@ -128,19 +129,8 @@ class Runs:
         checkpoint = await self._initial_checkpoint(caller, request)
         lora_rank = _checked_rank(request, checkpoint)
         await self._c.memories.check_rank(model.name, lora_rank, request.targets)
-        max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
-        capacity = self._c.capacity.choose(
-            request.scope, request.base_model, rank=lora_rank, seq_len=request.max_seq_len, reuses=request.reuses
-        )
-        if capacity.serverless:
-            max_seq_len = self._c.capacity.shortened(max_seq_len)
-        if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
-            raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
-        if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
-            raise BadRequest("scale_down_delay_seconds", f"1 to {_MAX_DELAY_S}, got {request.scale_down_delay_s}")
-        keep_last = request.keep_last_checkpoints
-        if keep_last is not None and not 1 <= keep_last <= _MAX_KEPT:
-            raise BadRequest("keep_last_checkpoints", f"1 to {_MAX_KEPT}, or null to keep all; got {keep_last}")
+        capacity, max_seq_len = self._chosen(request, model, lora_rank)
+        _check_ranges(request)
         await self._user_configs.check(caller, trainer=True, sampler=with_sampler)
         reused, capacity_reason = await self._reusable(caller, request, model)
         run_id = request.id or new_id()
@@ -162,7 +152,7 @@ class Runs:
                 initial_key=initial_key,
                 step=checkpoint.step if checkpoint is not None and request.with_optimizer else 0,
                 with_optimizer=request.with_optimizer,
-                keep_last_checkpoints=keep_last,
+                keep_last_checkpoints=request.keep_last_checkpoints,
                 reused_from=reused.run_id if reused else None,
                 capacity_reason=capacity.words(capacity_reason),
                 serverless=capacity.serverless,
@@ -171,13 +161,7 @@ class Runs:
                 num_changes=0,
             )
             row.digest = identity(row)
-            session.add(row)
-            run = row.view()
-            record_creation(session, "run", run.id, RunStatus.ACTIVE, "created")
-            await session.flush()
-            await queries_resources.update_deployment(
-                session, deployment.id, latest_run_id=run.id, scale_down_delay_s=request.scale_down_delay_s
-            )
+            run = await _add(session, row, request)
             sampler = None
             if with_sampler:
                 made = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
@@ -185,6 +169,14 @@ class Runs:
                 sampler = made.view()
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
+
+    def _chosen(self, request: RunRequest, model: Model, lora_rank: int) -> tuple[Chosen, int]:
+        """Which capacity, and the longest sequences there."""
+        max_seq_len = checked_seq_len(request.max_seq_len, model, "max_seq_len")
+        capacity = self._c.capacity.choose(
+            request.scope, request.base_model, rank=lora_rank, seq_len=request.max_seq_len, reuses=request.reuses
+        )
+        return capacity, self._c.capacity.shortened(max_seq_len) if capacity.serverless else max_seq_len
 
     def _register(self, deployment: Deployment, run: Run, sampler: Sampler | None, delay_s: float) -> None:
         lifecycle = self._c.lifecycle
@@ -377,6 +369,27 @@ def checked_seq_len(asked: int | None, model: Model, field: str) -> int:
     if not 1 <= asked <= model.max_position_embeddings:
         raise BadRequest(field, f"1 to {model.max_position_embeddings} tokens for {model.name}, got {asked}")
     return asked
+
+
+async def _add(session: AsyncSession, row: RunRow, request: RunRequest) -> Run:
+    session.add(row)
+    run = row.view()
+    record_creation(session, "run", run.id, RunStatus.ACTIVE, "created")
+    await session.flush()
+    await queries_resources.update_deployment(
+        session, run.deployment_id, latest_run_id=run.id, scale_down_delay_s=request.scale_down_delay_s
+    )
+    return run
+
+
+def _check_ranges(request: RunRequest) -> None:
+    if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
+        raise BadRequest("seed", f"an integer from 0 to {_MAX_SEED}")
+    if not 0 < request.scale_down_delay_s <= _MAX_DELAY_S:
+        raise BadRequest("scale_down_delay_seconds", f"1 to {_MAX_DELAY_S}, got {request.scale_down_delay_s}")
+    keep_last = request.keep_last_checkpoints
+    if keep_last is not None and not 1 <= keep_last <= _MAX_KEPT:
+        raise BadRequest("keep_last_checkpoints", f"1 to {_MAX_KEPT}, or null to keep all; got {keep_last}")
 
 
 def _checked_rank(request: RunRequest, checkpoint: Checkpoint | None) -> int:

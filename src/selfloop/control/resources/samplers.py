@@ -13,6 +13,7 @@ from selfloop.control.resources.runs import checked_seq_len
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
+from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.resources import Checkpoint, PinnedCheckpoint, Sampler
 from selfloop.types.status import RunStatus, SamplerStatus
@@ -66,11 +67,8 @@ class Samplers:
             id: of the sampler, when the caller must know it beforehand; one that has it already is taken as it is.
         """
         await self._check_session(caller, session_id)
-        if id is not None:
-            async with self._c.db.look_up() as session:
-                known = await queries_resources.sampler(session, id)
-            if known is not None and known.team_id == caller.team_id:
-                return known
+        if id is not None and (known := await self._known(caller, id)) is not None:
+            return known
         await self._user_configs.check(caller, trainer=False, sampler=True)
         checkpoint: Checkpoint | None = None
         if model_path is not None:
@@ -102,6 +100,17 @@ class Samplers:
             capacity_reason=capacity.words(capacity_reason),
             serverless=capacity.serverless,
         )
+        sampler = await self._add(row, checkpoint, str(model_path))
+        self._register(sampler, sampler.id)
+        return sampler
+
+    async def _known(self, caller: Caller, id: str) -> Sampler | None:
+        async with self._c.db.look_up() as session:
+            known = await queries_resources.sampler(session, id)
+        return known if known is not None and known.team_id == caller.team_id else None
+
+    async def _add(self, row: SamplerRow, checkpoint: Checkpoint | None, model_path: str) -> Sampler:
+        """Store a new sampler, and pin the checkpoint that it serves. Raises NotFound: that went meanwhile."""
         if checkpoint is not None:
             # Before the transaction, in which nobody else can write: it may come from far.
             await self._c.store.check(checkpoint.id)
@@ -111,12 +120,11 @@ class Samplers:
             if checkpoint is not None:
                 await session.flush()
                 if await queries_checkpoints.get(session, checkpoint.id) is None:
-                    raise NotFound("checkpoint", str(model_path))
+                    raise NotFound("checkpoint", model_path)
                 await pinned.hold(session, self._c.store, self._c.blobs, row.id, [checkpoint])
         sampler = row.view()
         if checkpoint is not None:
             await warn_of_zero(self._c.store, sampler, [checkpoint])
-        self._register(sampler, sampler.id)
         return sampler
 
     async def get(self, caller: Caller, id: str) -> Sampler:

@@ -9,8 +9,7 @@ from torch import Tensor
 from selfloop.engine.backends.base import Model
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.sample.sampler import draw_with_replacement
-from selfloop.engine.sample.sequence import sample_generator
+from selfloop.engine.sample.sampler import draw_with_replacement, sample_generator
 from selfloop.types.sampling import PromptDraws, SampleRequest, TokenLogprob
 
 # The samples of a request draw from the streams 0, 1, ...

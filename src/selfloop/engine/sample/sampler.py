@@ -4,6 +4,8 @@ A draw inverts the cumulative distribution at the row's uniform number: over the
 min-p over those that are left, the likeliest first. So it depends on the row alone.
 """
 
+import hashlib
+import secrets
 from collections.abc import Callable
 
 import torch
@@ -206,3 +208,11 @@ def _temperatures(logits_NV: Tensor, rows: list[Row]) -> Tensor:
 
 def _uniforms(logits_NV: Tensor, rows: list[Row]) -> Tensor:
     return torch.tensor([[row.uniform] for row in rows], dtype=torch.float64, device=logits_NV.device)
+
+
+def sample_generator(seed: int | None, index: int) -> torch.Generator:
+    """The stream of sample ``index``: reproducible from ``seed``, fresh without one."""
+    if seed is None:
+        return torch.Generator().manual_seed(secrets.randbits(63))
+    mixed = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)

@@ -21,7 +21,8 @@ from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
 from selfloop.engine.sample.model_runner import ModelRunner, PromptChunk
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prompt_logprobs import PromptScores
-from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason, sample_generator
+from selfloop.engine.sample.sampler import sample_generator
+from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob, room_after

@@ -1,9 +1,7 @@
 """A sampling request on its way through the scheduler, and the samples it draws."""
 
-import hashlib
-import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +11,9 @@ from selfloop.engine.kv.pages import PAGE_TOKENS, pages_for
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.grammar import Constraint, Grammar
 from selfloop.engine.sample.penalties import Penalties
+from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
-
-if TYPE_CHECKING:
-    from selfloop.engine.sample.prompt_logprobs import PromptScores
 
 StopReason = Literal["stop", "length"]
 
@@ -49,7 +45,7 @@ class ActiveRequest:
     num_found: int = 0
     first_logits_V: Tensor | None = None
     num_started: int = 0
-    prompt_scores: "PromptScores | None" = None
+    prompt_scores: PromptScores | None = None
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
 
     @property
@@ -151,11 +147,3 @@ class Sample:
             None if reason is None else self.text.stopped_by,
             self.parent.num_found,
         )
-
-
-def sample_generator(seed: int | None, index: int) -> torch.Generator:
-    """The stream of sample ``index``: reproducible from ``seed``, fresh without one."""
-    if seed is None:
-        return torch.Generator().manual_seed(secrets.randbits(63))
-    mixed = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
