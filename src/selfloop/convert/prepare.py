@@ -17,7 +17,6 @@ tokenizer that is not in the form of ``tokenizer.json`` is converted to it, as t
 import argparse
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from typing import NoReturn
 
 import msgspec
 
+from selfloop.convert.reports import Report, exit_with_error, print_done, print_progress
 from selfloop.convert.slow_tokenizer import check_tokenizer, convert_tokenizer
 from selfloop.types.digests import seal
 from selfloop.types.errors import BadRequest, OperationFailed, SelfloopError
@@ -41,9 +41,6 @@ from selfloop.types.model_folder import (
     tokenizer_files,
     weight_files,
 )
-
-Report = Callable[[str, float], None]
-"""Called with a stage and the fraction of the whole that is done."""
 
 
 def prepare_embedded(target: Path, report: Report) -> ModelFacts:
@@ -149,10 +146,6 @@ def _check_model(path: Path) -> None:
         raise BadRequest("base_model", str(error)) from error
 
 
-def _print_progress(stage: str, fraction: float) -> None:
-    print(json.dumps({"stage": stage, "fraction": round(fraction, 4)}), flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfloop.convert.prepare", description="Prepare a model folder.")
     sources = parser.add_subparsers(dest="source", required=True)
@@ -170,10 +163,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(args: argparse.Namespace) -> ModelFacts:
     if args.source == "embedded":
-        return prepare_embedded(args.target, _print_progress)
+        return prepare_embedded(args.target, print_progress)
     if args.source == "hub":
-        return prepare_hub(args.repo_id, args.revision, args.target, _print_progress)
-    return prepare_folder(args.path, args.converted_into, _print_progress)
+        return prepare_hub(args.repo_id, args.revision, args.target, print_progress)
+    return prepare_folder(args.path, args.converted_into, print_progress)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -181,10 +174,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         facts = _prepare(args)
     except (SelfloopError, OSError) as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        sys.exit(1)
-    done = {"stage": "done", "fraction": 1.0, "facts": msgspec.Raw(facts.to_json())}
-    print(msgspec.json.encode(done).decode(), flush=True)
+        exit_with_error(error)
+    print_done(msgspec.Raw(facts.to_json()))
     sys.exit(0)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import TOKENIZER_FILE
-from selfloop.worker.text.tokens import ModelTokenizer
+from selfloop.types.model_tokenizer import ModelTokenizer
 
 # What two readings of one tokenizer would differ in: spaces, digits, case, accents, other scripts, emoji, controls.
 _PROBE = "  Ahoy, 12345 sailors!\n\n\tžluťoučký kůň 日本語 🦜🏴‍☠️ ﬁ ½ <s> don't WON'T\r\n  def f(x):\n    return x "

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import served_model
 import tiny_models
-from selfloop.convert import adapters
+from selfloop.convert import adapters, export_adapters, import_adapters
 from selfloop.engine.engine import Engine
 from selfloop.engine.files import compare
 from selfloop.engine.lora.adapter import AdapterShape
@@ -88,7 +88,7 @@ IDS = tiny_models.random_ids(20, seed=3)
 def test_a_merged_model_is_what_peft_merges(family: str, tmp_path: Path):
     model_dir = tiny_models.save(family, tmp_path / "model")
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
-    facts = adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+    facts = export_adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
     merged = load_adapter(load(model_dir), checkpoint).merge_and_unload()
     ours = load(tmp_path / "out")
     assert (logits(ours, IDS) - logits(merged, IDS)).abs().max() < 1e-4
@@ -104,7 +104,7 @@ def test_a_merged_model_is_whole(tiny_model_folder: Path, tmp_path: Path):
     model_dir = sharded(tiny_model_folder, tmp_path / "model")
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
     out = tmp_path / "out"
-    facts = adapters.export_merged(checkpoint, model_dir, out, "tiny/llama", quiet)
+    facts = export_adapters.export_merged(checkpoint, model_dir, out, "tiny/llama", quiet)
     names = {path.name for path in out.iterdir()}
     assert names == {path.name for path in model_dir.iterdir()} | {"README.md"}
     assert facts["size_bytes"] == sum(path.stat().st_size for path in out.iterdir())
@@ -138,7 +138,7 @@ def test_an_adapted_output_layer_is_merged(family: str, in_shards: bool, tmp_pat
         model_dir = sharded(model_dir, tmp_path / "sharded", tokenizer=False)
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=True))
     out = tmp_path / "out"
-    facts = adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
+    facts = export_adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
     ours = load(out)
     assert not ours.config.tie_word_embeddings
     expected = logits(load_adapter(untied(model_dir), checkpoint), IDS)
@@ -161,7 +161,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(dtype: torch.dtype, tmp_pa
     model_dir = tmp_path / "model"
     tiny_models.save_quietly(tiny_models.build("llama-tied").to(dtype), model_dir)
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
-    facts = adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+    facts = export_adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
     assert facts["dtype"] == str(dtype).removeprefix("torch.")
     base = safetensors.torch.load_file(model_dir / "model.safetensors")
     ours = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
@@ -180,7 +180,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(dtype: torch.dtype, tmp_pa
 def test_an_exported_adapter_loads_in_peft(tiny_model_folder: Path, tmp_path: Path):
     checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint", alpha=12.0)
     out = tmp_path / "out"
-    adapters.export_peft(checkpoint, tiny_model_folder, out, "tiny/llama", quiet)
+    export_adapters.export_peft(checkpoint, tiny_model_folder, out, "tiny/llama", quiet)
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -261,12 +261,12 @@ def test_a_merged_model_that_is_another_is_not_given_out(
 ):
     checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
     other = make_checkpoint(tiny_model_folder, tmp_path / "other", seed=2)
-    genuine = adapters.write_merged
+    genuine = export_adapters.write_merged
 
     def write_another(writer, model_dir, loaded, on_bytes):
-        genuine(writer, model_dir, adapters.read_peft(other, adapters.read_spec(model_dir)), on_bytes)
+        genuine(writer, model_dir, export_adapters.read_peft(other, export_adapters.read_spec(model_dir)), on_bytes)
 
-    monkeypatch.setattr(adapters, "write_merged", write_another)
+    monkeypatch.setattr(export_adapters, "write_merged", write_another)
     fail_to_merge(checkpoint, tiny_model_folder, tmp_path / "out")
     assert "is not base plus adapter" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -279,7 +279,7 @@ def test_what_transformers_would_open_as_another_model_is_not_given_out(
     """Our own reader is not asked whether the folder is right."""
     model_dir = tiny_models.save("llama-tied", tmp_path / "model")
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=True))
-    genuine = adapters.write_merged
+    genuine = export_adapters.write_merged
 
     def write_then_damage(writer, *rest):
         genuine(writer, *rest)
@@ -297,7 +297,7 @@ def test_what_transformers_would_open_as_another_model_is_not_given_out(
             return
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(adapters, "write_merged", write_then_damage)
+    monkeypatch.setattr(export_adapters, "write_merged", write_then_damage)
     fail_to_merge(checkpoint, model_dir, tmp_path / "out")
     said = capsys.readouterr().out
     assert "is not base plus adapter" in said or "transformers does not open" in said or "No such file" in said
@@ -335,7 +335,7 @@ def test_an_odd_base_is_merged_as_it_was_served(odd: str, in_shards: bool, unemb
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", targets=LoraTargets(unembed=unembed))
     served = scored(checkpoint, model_dir)
     out = tmp_path / "out"
-    facts = adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
+    facts = export_adapters.export_merged(checkpoint, model_dir, out, "org/base", quiet)
     ours = load(out)
     scores = logits(ours, IDS[:-1]).log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
     assert (scores - served).abs().max() < 1e-4
@@ -353,7 +353,7 @@ def test_a_full_disk_leaves_nothing(
         writer.file("model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "write_merged", torn)
+    monkeypatch.setattr(export_adapters, "write_merged", torn)
     fail_to_merge(checkpoint, tiny_model_folder, tmp_path / "out")
     assert "No space left" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -369,7 +369,7 @@ def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path):
     tiny_models.save_quietly(tiny_models.build("llama").to(torch.float16), model_dir)
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint", alpha=1e9)
     with pytest.raises(OperationFailed, match="do not fit float16"):
-        adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
+        export_adapters.export_merged(checkpoint, model_dir, tmp_path / "out", "org/base", quiet)
 
 
 # -- import ---------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path):
 def test_an_adapter_of_peft_is_imported(tiny_model_folder: Path, tmp_path: Path):
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
     out = tmp_path / "checkpoint"
-    facts = adapters.import_peft(folder, tiny_model_folder, out, quiet)
+    facts = import_adapters.import_peft(folder, tiny_model_folder, out, quiet)
     size_bytes = sum(p.stat().st_size for p in out.iterdir() if p.name != MANIFEST_FILE)
     assert facts == {"size_bytes": size_bytes, "lora_rank": 4, "lora_alpha": 16.0, "changes_nothing": False}
     engine = Engine.load(tiny_model_folder, device="cpu", dtype="float32", limits=EngineLimits(max_kv_tokens=512))
@@ -409,7 +409,7 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(
 ):
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter", **settings)
     with pytest.raises(OperationFailed, match=message):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 
 def scored(checkpoint: Path, model_dir: Path) -> torch.Tensor:
@@ -443,17 +443,17 @@ def test_copies_of_the_bases_weights_are_left(family: str, settings: dict, dtype
     stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     assert any("lora" not in name for name in stored)
     out = tmp_path / "checkpoint"
-    adapters.import_peft(folder, model_dir, out, quiet)
+    import_adapters.import_peft(folder, model_dir, out, quiet)
     assert (scored(out, model_dir) - scored_by_peft(folder, model_dir)).abs().max() < 1e-4
     name = next(name for name in stored if "lora" not in name)
     stored[name][-1] += 0.5
     safetensors.torch.save_file(stored, folder / "adapter_model.safetensors")
     with pytest.raises(OperationFailed, match=f"{name} is not the base model's .*modules_to_save"):
-        adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
+        import_adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
     stored[name] = stored[name][:-1].clone()
     safetensors.torch.save_file(stored, folder / "adapter_model.safetensors")
     with pytest.raises(OperationFailed, match=f"{name} is F32 .*, where the base model has"):
-        adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
+        import_adapters.import_peft(folder, model_dir, tmp_path / "another", quiet)
 
 
 def test_a_copy_beside_a_tied_base_with_a_head_of_its_own(tmp_path: Path):
@@ -463,7 +463,7 @@ def test_a_copy_beside_a_tied_base_with_a_head_of_its_own(tmp_path: Path):
     safetensors.torch.save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
     folder = served_model.save_adapter(model_dir, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
     out = tmp_path / "checkpoint"
-    adapters.import_peft(folder, model_dir, out, quiet)
+    import_adapters.import_peft(folder, model_dir, out, quiet)
     assert (scored(out, model_dir) - scored_by_peft(folder, model_dir)).abs().max() < 1e-4
 
 
@@ -502,7 +502,7 @@ def test_what_an_adapter_says_of_itself_is_checked_before_memory_is_taken(
     hostile(folder, **changes)
     monkeypatch.setattr(AdapterShape, "initial", None)
     with pytest.raises(OperationFailed, match=message):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 
 def with_header(folder: Path, change: Callable[[dict], None], length: int | None = None) -> None:
@@ -547,7 +547,7 @@ def test_headers_that_lie_are_refused(
     with_header(folder, change)
     monkeypatch.setattr(AdapterShape, "initial", None)
     with pytest.raises(OperationFailed, match=message):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 3])
@@ -555,7 +555,7 @@ def test_lengths_of_headers_that_lie_are_refused(length: int, tiny_model_folder:
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
     with_header(folder, lambda header: None, length)
     with pytest.raises(OperationFailed, match=r"adapter_model\.safetensors cannot be read"):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_an_adapter_config_that_is_none_is_refused(content: str, tiny_model_fold
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
     (folder / "adapter_config.json").write_text(content)
     with pytest.raises(OperationFailed, match=r"adapter_config\.json cannot be read"):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_model_folder: Path, tmp_path: Path):
@@ -581,4 +581,4 @@ def test_pickled_weights_are_refused(tiny_model_folder: Path, tmp_path: Path):
     folder = served_model.save_adapter(tiny_model_folder, tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(OperationFailed, match="pickled"):
-        adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)
+        import_adapters.import_peft(folder, tiny_model_folder, tmp_path / "checkpoint", quiet)

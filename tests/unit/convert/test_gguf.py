@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import gguf_models
 import tiny_models
-from selfloop.convert import adapters
+from selfloop.convert import adapters, export_adapters
 from selfloop.convert.gguf import tokenizer
 from selfloop.convert.gguf.names import gguf_name, halved, interleaved, layers_of
 from selfloop.convert.gguf.read import GgufSource
@@ -43,7 +43,9 @@ def exported(model_dir: Path, tmp_path: Path, dtype: str | None = None, name: st
     checkpoint = tmp_path / "checkpoint"
     if not checkpoint.exists():
         make_checkpoint(model_dir, checkpoint)
-    return tmp_path / name, adapters.export_gguf(checkpoint, model_dir, tmp_path / name, "org/base", quiet, dtype)
+    return tmp_path / name, export_adapters.export_gguf(
+        checkpoint, model_dir, tmp_path / name, "org/base", quiet, dtype
+    )
 
 
 def qwen3(folder: Path) -> Path:
@@ -131,7 +133,7 @@ def test_the_dtype_is_that_of_the_base(tmp_path: Path):
     assert wide["difference"] < facts["difference"]
     make_checkpoint(model_dir, tmp_path / "large", alpha=1e9)
     with pytest.raises(OperationFailed, match="do not fit float16"):
-        adapters.export_gguf(tmp_path / "large", model_dir, tmp_path / "not", "org/base", quiet, "f16")
+        export_adapters.export_gguf(tmp_path / "large", model_dir, tmp_path / "not", "org/base", quiet, "f16")
 
 
 def test_pairs_and_halves():
@@ -243,12 +245,12 @@ def test_a_gguf_of_another_model_is_not_given_out(
     checkpoint = make_checkpoint(model_dir, tmp_path / "checkpoint")
     other = make_checkpoint(model_dir, tmp_path / "other", seed=2)
     if damage == "another adapter":
-        genuine = adapters.write_gguf
+        genuine = export_adapters.write_gguf
 
         def write_another(path, model_dir, loaded, *rest):
-            genuine(path, model_dir, adapters.read_peft(other, adapters.read_spec(model_dir)), *rest)
+            genuine(path, model_dir, export_adapters.read_peft(other, export_adapters.read_spec(model_dir)), *rest)
 
-        monkeypatch.setattr(adapters, "write_gguf", write_another)
+        monkeypatch.setattr(export_adapters, "write_gguf", write_another)
     elif damage == "rope":
         monkeypatch.setattr(
             gguf.GGUFWriter,

@@ -23,9 +23,9 @@ from selfloop.server import hub as hub_dialect
 from selfloop.types.digests import MANIFEST_FILE, read_manifest
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_folder import ModelFacts, computed_by, read_facts, tokenizer_files
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.model_weights import weight_names
 from selfloop.worker.text.chat import ChatTemplate
-from selfloop.worker.text.tokens import ModelTokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

@@ -17,9 +17,9 @@ import served_model
 from selfloop.engine.engine import Engine
 from selfloop.server.shared.tools import CallReader, Choice, Function, ToolUse, tool_use
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.sampling import SampledSequence, SampleRequest, SamplingParams
 from selfloop.worker.text.grammars import GrammarCompiler
-from selfloop.worker.text.tokens import ModelTokenizer
 
 TAGS = 'tools <tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call>'
 WHOLE = 'tools {"name": function name, "parameters": dictionary of argument name and its value}.'

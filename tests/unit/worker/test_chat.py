@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from selfloop.convert import prepare
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.worker.protocol import RenderChat
 from selfloop.worker.text import chat
 from selfloop.worker.text.chat import ChatTemplate
-from selfloop.worker.text.tokens import ModelTokenizer
 
 TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}}},

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import served_model
 from selfloop.engine.engine import Engine
 from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.sampling import SampleRequest, SamplingParams, StructuredOutput
 from selfloop.worker.text import grammars
 from selfloop.worker.text.grammars import GrammarCompiler
-from selfloop.worker.text.tokens import ModelTokenizer
 
 PROMPT = [72 + 3, 105 + 3]
 SCHEMA = {
@@ -197,8 +197,8 @@ def test_what_takes_too_long_is_broken_off_and_the_next_is_served(engine):
 
 def test_a_checker_that_was_killed_is_replaced(compiler):
     compiler(StructuredOutput("regex", "before"))
-    compiler._checker.kill()
-    compiler._checker.wait()
+    compiler._checker._process.kill()
+    compiler._checker._process.wait()
     compiler(StructuredOutput("regex", "after"))
 
 
@@ -209,10 +209,10 @@ def test_what_fails_at_its_first_tokens_is_refused_at_once(engine):
 
 def test_a_checker_that_cannot_run_is_not_the_callers_fault(compiler, monkeypatch):
     compiler.close()
-    monkeypatch.setattr(grammars.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OperationFailed):
         compiler(StructuredOutput("regex", "never seen before"))
-    assert compiler._checker is None
+    assert compiler._checker._process is None
 
 
 def test_only_the_last_grammars_are_kept(compiler, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 from selfloop.convert import prepare
 from selfloop.engine.models.registry import read_spec
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.worker.text.chat import ChatTemplate
-from selfloop.worker.text.tokens import ModelTokenizer
 
 CODE = "custom.py"
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}{{ messages[0]['content'] }}"

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_tokenizer import MAX_CHARS, ModelTokenizer
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
 from selfloop.worker.text.calls import TextQueue
-from selfloop.worker.text.tokens import MAX_CHARS, ModelTokenizer
 
 
 class SlowTokens:

@@ -1,4 +1,4 @@
-"""The gateway's side of a base model's host: launched, or taken over from a gateway that died; it makes workers."""
+"""The gateway's side of a base model's fork server: launched, or left by a gateway that died. It makes workers."""
 
 import asyncio
 import contextlib
@@ -54,10 +54,10 @@ SILENCE_AT_START = 5
 
 
 class ForkServerRecord(msgspec.Struct, frozen=True):
-    """Where a host listens, whose it is, and what it was loaded with: it is of use to who wants just that.
+    """Where a fork server listens, whose it is, and what it was loaded with: it is of use to who wants just that.
 
     Args:
-        owner: of the data directory, see :class:`WorkerCommand`. Another's host is neither spoken to nor ended.
+        owner: of the data directory, see :class:`WorkerCommand`. Another's fork server is neither spoken to nor ended.
     """
 
     socket: str
@@ -67,7 +67,7 @@ class ForkServerRecord(msgspec.Struct, frozen=True):
 
 
 class WorkerProcess:
-    """A worker that a host has made. It is the host's child, not ours."""
+    """A worker that a fork server has made. It is that process's child, not ours."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -92,7 +92,7 @@ class WorkerProcess:
 
 
 class ForkServerClient:
-    """One host process. Make it with :func:`find_or_launch`.
+    """One fork server process. Make it with :func:`find_or_launch`.
 
     It is watched from the first moment on: one that is silent for as long as a worker may be is ended, with its worker.
     """
@@ -123,8 +123,8 @@ class ForkServerClient:
         self._heard_at = time.monotonic()
         self._silence_s = command.settings.heartbeat_timeout_s * (1 if launched is None else SILENCE_AT_START)
         self.is_lost = False
-        self._reading = asyncio.create_task(self._read(), name="worker-host")
-        self._watching = asyncio.create_task(self._watch(), name="worker-host-heartbeat")
+        self._reading = asyncio.create_task(self._read(), name="fork-server")
+        self._watching = asyncio.create_task(self._watch(), name="fork-server-heartbeat")
 
     def serves(self, command: WorkerCommand) -> bool:
         """Whether what ``command`` asks for is what lies in its memory."""
@@ -135,7 +135,7 @@ class ForkServerClient:
 
         Raises:
             OperationFailed: it cannot be.
-            WorkerLost: the host is gone.
+            WorkerLost: the fork server is gone.
         """
         # The shortest operations that somebody wants to wait for say nothing of a load.
         patience_s = max(self._command.settings.operation_timeout_s, _LEAST_LOAD_S)
@@ -146,10 +146,10 @@ class ForkServerClient:
             await self._greeted
 
     async def fork(self, address: str, pulse_address: str, begun_path: Path) -> WorkerProcess:
-        """A worker that connects to both addresses and dies with its host, or when we let go of that.
+        """A worker that connects to both addresses and dies with its fork server, or when we let go of that.
 
         Raises:
-            WorkerLost: the host is gone, or does not answer.
+            WorkerLost: the fork server is gone, or does not answer.
         """
         assert self._forked is None
         command = self._command
@@ -178,7 +178,7 @@ class ForkServerClient:
         return self._worker
 
     def end(self, cause: str = _GONE) -> None:
-        """End the host and its worker at once, and forget where it was: the memory is free again."""
+        """End the fork server and its worker at once, and forget where it was: the memory is free again."""
         if self.is_lost:
             return
         if self._launched is not None and self._launched.returncode is None:
@@ -206,12 +206,12 @@ class ForkServerClient:
             while line := await self._reader.readline():
                 self._hear(host_decoder.decode(line))
         except (OSError, ValueError) as error:  # Also what is no message.
-            log.warning("the host of %s: %s", self._command.model_dir, error)
+            log.warning("the fork server of %s: %s", self._command.model_dir, error)
         launched = None if self.is_lost else self._launched
         if launched is None or self._greeted.done():
             self.end()
             return
-        # It has died while it loaded. Whoever waits for that is told how.
+        # It has died while it loaded. Whoever waits for that hears how.
         kill(self._descriptor)
         code = await launched.wait()
         self.end(f"{describe_exit(code)} ({self._command.log_path} may tell why)")
@@ -256,7 +256,7 @@ class ForkServerClient:
             os.close(self._descriptor)
             self._descriptor = None
         if self._worker is not None:
-            # It dies with its host.
+            # It dies with its fork server.
             self._worker.end(_NO_CODE, None if cause == _GONE else cause)
         for awaited in (self._greeted, self._forked):
             if awaited is not None and not awaited.done():
@@ -266,7 +266,7 @@ class ForkServerClient:
 
 
 async def find_or_launch(command: WorkerCommand) -> ForkServerClient:
-    """The host that a gateway which died has left, if it is made of the same; else a new one."""
+    """The fork server that a gateway which died has left, if it is made of the same; else a new one."""
     found = None if command.record_path is None else await _find(command, command.record_path)
     return found or await _launch(command)
 
@@ -300,12 +300,12 @@ async def _find(command: WorkerCommand, record_path: Path) -> ForkServerClient |
         connection[1].close()
         os.close(descriptor)
         return None
-    host = ForkServerClient(command, folder, connection, descriptor)
-    if record.made_of != host._made_of:
-        await host.stop()
+    server = ForkServerClient(command, folder, connection, descriptor)
+    if record.made_of != server._made_of:
+        await server.stop()
         return None
     log.info("taking over the process that has %s in memory", command.model_dir)
-    return host
+    return server
 
 
 async def _launch(command: WorkerCommand) -> ForkServerClient:
@@ -314,20 +314,20 @@ async def _launch(command: WorkerCommand) -> ForkServerClient:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        # Before there is a host: if it dies at once, this connection ends, too.
+        # Before there is a fork server: if it dies at once, this connection ends, too.
         connection = await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES)
         launched = await launch_fork_server(command, listener)
-    host = ForkServerClient(command, folder, connection, open_process(launched.pid), launched)
+    server = ForkServerClient(command, folder, connection, open_process(launched.pid), launched)
     if command.record_path is not None and (process := identify(launched.pid)) is not None:
         command.record_path.parent.mkdir(parents=True, exist_ok=True)
         aside = command.record_path.with_suffix(".part")
-        aside.write_bytes(msgspec.json.encode(ForkServerRecord(str(path), host._made_of, command.owner, process)))
+        aside.write_bytes(msgspec.json.encode(ForkServerRecord(str(path), server._made_of, command.owner, process)))
         aside.replace(command.record_path)
-    return host
+    return server
 
 
 def made_of(command: WorkerCommand) -> list[str]:
-    """All that tells one host from another: how it was loaded, from which files, by which code."""
+    """All that tells one fork server from another: how it was loaded, from which files, by which code."""
     package = Path(selfloop.__file__).parent
     code = max(path.stat().st_mtime_ns for path in package.rglob("*.py"))
     files = sorted((path.name, path.stat().st_mtime_ns) for path in command.model_dir.iterdir())

@@ -1,4 +1,4 @@
-"""What a gateway and the host of a base model say to each other: a line of JSON a message, over a local socket."""
+"""What a gateway and the fork server of a base model say: a line of JSON a message, over a local socket."""
 
 import socket
 import struct
@@ -40,17 +40,17 @@ class ForkWorker(msgspec.Struct, frozen=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """The host's heartbeat, also while it loads; nobody answers it."""
+    """The fork server's heartbeat, also while it loads; nobody answers it."""
 
 
 class HostReady(msgspec.Struct, frozen=True, tag=True):
-    """Workers can be made; the first word to each gateway but heartbeats. ``pid`` is the host's own."""
+    """Workers can be made; the first word to each gateway but heartbeats. ``pid`` is its own."""
 
     pid: int
 
 
 class HostFailed(msgspec.Struct, frozen=True, tag=True):
-    """The base model cannot be loaded; the host exits. ``error_class`` tells whether it ever can."""
+    """The base model cannot be loaded; the fork server exits. ``error_class`` tells whether it ever can."""
 
     cause: str
     error_class: str = "LoadFailed"
@@ -72,7 +72,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 HostMessage = Alive | HostReady | HostFailed | Forked | Exited
 
 HEARTBEAT_S = 0.5
-"""How often a host sends one."""
+"""How often a fork server sends one."""
 
 start_decoder = msgspec.json.Decoder(ForkServerStart)
 fork_decoder = msgspec.json.Decoder(ForkWorker)

@@ -63,7 +63,7 @@ def call_this_process(name: str) -> None:
 
 
 def _die_with(parent_pid: int) -> None:
-    """End this process when its host is gone."""
+    """End this process when its fork server is gone."""
     if sys.platform == "linux":
         # At once, so that no late write of ours meets the next worker's.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -164,7 +164,7 @@ class Host:
 
     def _fork(self, order: ForkWorker, connection: socket.socket) -> int:
         if sys.platform == "linux" and (num := _num_threads()) > 1:
-            log.error("the host has %d threads: a worker may hang", num)
+            log.error("the fork server has %d threads: a worker may hang", num)
         host_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -179,7 +179,7 @@ class Host:
             self._listener.close()
             for gateway in (connection, *self._waiting):
                 gateway.close()
-            # The log may have been put aside since the host opened it.
+            # The log may have been put aside since the fork server opened it.
             descriptor = os.open(order.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for standard in (1, 2):
                 os.dup2(descriptor, standard)
@@ -190,7 +190,7 @@ class Host:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-        except BaseException:  # The child's edge: it must never go on as a second host.
+        except BaseException:  # The child's edge: it must never go on as a second fork server.
             traceback.print_exc()
         finally:
             sys.stdout.flush()

@@ -33,7 +33,7 @@ from selfloop.worker.text.calls import TextQueue
 log = logging.getLogger("selfloop.worker")
 
 _IDLE_POLL_MS = 1000
-# While a snapshot is being written, whose end is to be told.
+# While a snapshot is being written, whose end is to be reported.
 _WRITING_POLL_MS = 10
 # It takes 10 to 20 ms of a heap of 3 GiB.
 _TIDY_EVERY_S = 30.0
@@ -41,7 +41,7 @@ _TRAINING, _SAMPLING = "training", "sampling"
 
 
 class Worker:
-    """Brings each call to the desk that it is for; the desks of training and sampling share the device.
+    """Brings each call to the queue that it is for; those of training and sampling share the device.
 
     Args:
         training_share: part of the device's time that training gets while there is sampling to do, too.

@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-from selfloop.convert.encryption import encrypt_folder
 from selfloop.engine.engine import Engine
 from selfloop.types.blob_ref import BlobRef
 from selfloop.types.operation import (
@@ -21,6 +20,7 @@ from selfloop.types.operation import (
 from selfloop.types.result import Probe, Result, SaveResult
 from selfloop.types.status import CheckpointTarget
 from selfloop.worker.protocol import Execute, OpenRun
+from selfloop.worker.serving.encryption import encrypt_folder
 from selfloop.worker.serving.replies import attempt, is_device_lost
 from selfloop.worker.serving.staging import Staging
 

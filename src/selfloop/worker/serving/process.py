@@ -11,6 +11,7 @@ from selfloop.engine.engine import Engine
 from selfloop.engine.models.registry import read_spec
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.settings import EngineSettings
 from selfloop.worker.launchers.fork_protocol import ForkWorker
 from selfloop.worker.protocol import Capabilities, LoadFailed, Loading, ModelInfo, Ready
@@ -23,7 +24,6 @@ from selfloop.worker.serving.training import TrainingQueue
 from selfloop.worker.text.calls import TextQueue
 from selfloop.worker.text.chat import ChatTemplate
 from selfloop.worker.text.grammars import GrammarCompiler
-from selfloop.worker.text.tokens import ModelTokenizer
 
 log = logging.getLogger("selfloop.worker")
 

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from selfloop.types.errors import BadRequest
+from selfloop.types.model_tokenizer import MAX_CHARS, BeyondVocabulary
 from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
 from selfloop.worker.serving.fair_share import FairShare
 from selfloop.worker.serving.replies import attempt
 from selfloop.worker.text.chat import field_with
-from selfloop.worker.text.tokens import MAX_CHARS, BeyondVocabulary
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Replies(Protocol):
 
 
 class Tokens(Protocol):
-    """See :class:`selfloop.worker.text.tokens.ModelTokenizer`."""
+    """See :class:`selfloop.types.model_tokenizer.ModelTokenizer`."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def token_bytes(self, token: int) -> bytes: ...

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from selfloop.types.errors import BadRequest, OperationFailed
-from selfloop.worker.helper_process import Helper, HelperEnded
+from selfloop.types.model_tokenizer import BeyondVocabulary, ModelTokenizer
 from selfloop.worker.protocol import RenderChat
 from selfloop.worker.text.chat_render import Render, too_much_memory
-from selfloop.worker.text.tokens import BeyondVocabulary, ModelTokenizer
+from selfloop.worker.text.helper_process import Helper, HelperEnded
 
 _CPU_LIMIT_S = 2.0
 _PATIENCE_S = 30.0

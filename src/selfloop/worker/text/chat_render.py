@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import msgspec
 
-from selfloop.worker.cpu_limit import CpuLimitReached, cpu_limit
+from selfloop.worker.text.cpu_limit import CpuLimitReached, cpu_limit
 
 MAX_TEXT_BYTES = 32 * 2**20
 """Of what is rendered; more than a prompt can be."""

@@ -1,10 +1,6 @@
 """Constrained decoding with llguidance: the engine's grammars."""
 
-import contextlib
 import json
-import select
-import subprocess
-import sys
 from collections import OrderedDict
 
 import llguidance
@@ -12,9 +8,10 @@ from tokenizers import Tokenizer
 
 from selfloop.engine.sample.grammar import GrammarState
 from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.sampling import StructuredOutput
 from selfloop.worker.text.grammar_check import CPU_LIMIT_S, limits
-from selfloop.worker.text.tokens import ModelTokenizer
+from selfloop.worker.text.helper_process import Helper, HelperEnded
 
 _FIELD = "structured_outputs"
 _MAX_SPEC_CHARS = 256 * 1024
@@ -33,7 +30,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_tokens = end_tokens
         self._tokens: llguidance.LLTokenizer | None = None
-        self._checker: subprocess.Popen[str] | None = None
+        self._checker = Helper("selfloop.worker.text.grammar_check", _CHECK_TIMEOUT_S)
         self._kept: OrderedDict[StructuredOutput, CompiledGrammar] = OrderedDict()
 
     def __call__(self, structured: StructuredOutput) -> "CompiledGrammar":
@@ -54,50 +51,20 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the process that checks."""
-        if self._checker is not None:
-            assert self._checker.stdin is not None
-            assert self._checker.stdout is not None
-            self._checker.kill()
-            self._checker.wait()
-            with contextlib.suppress(BrokenPipeError):
-                self._checker.stdin.close()
-            self._checker.stdout.close()
-            self._checker = None
+        self._checker.close()
 
     def _check(self, structured: StructuredOutput) -> str:
-        checker = self._running_checker()
-        assert checker.stdin is not None
-        assert checker.stdout is not None
-        # A checker that ends before it has read everything has no answer either.
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"kind": structured.kind, "spec": structured.spec}), file=checker.stdin, flush=True)
-        ready, _, _ = select.select([checker.stdout], [], [], _CHECK_TIMEOUT_S)
-        line = checker.stdout.readline() if ready else ""
-        if not line:
-            if not ready:
-                checker.kill()
-            status = checker.wait()
-            self.close()
-            if status >= 0:
-                raise OperationFailed(f"the process that checks grammars exited with status {status}")
-            raise BadRequest(_FIELD, f"something simpler: compiling it takes more than {CPU_LIMIT_S:g} s or 1 GiB")
-        reply = json.loads(line)
+        request = {"kind": structured.kind, "spec": structured.spec}
+        try:
+            reply = json.loads(self._checker.ask(json.dumps(request).encode()))
+        except HelperEnded as ended:
+            if ended.status >= 0:
+                raise OperationFailed(f"the process that checks grammars {ended}") from None
+            simpler = f"something simpler: compiling it takes more than {CPU_LIMIT_S:g} s or 1 GiB"
+            raise BadRequest(_FIELD, simpler) from None
         if "error" in reply:
             raise BadRequest(_FIELD, _message(reply["error"]))
         return reply["grammar"]
-
-    def _running_checker(self) -> "subprocess.Popen[str]":
-        if self._checker is not None and self._checker.poll() is not None:
-            self.close()
-        if self._checker is None:
-            self._checker = subprocess.Popen(
-                [sys.executable, "-m", "selfloop.worker.text.grammar_check"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-        return self._checker
 
     def _llguidance_tokens(self) -> llguidance.LLTokenizer:
         # Made for the first such request: it takes tens of megabytes.

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pyrage
 
-from selfloop.convert.encryption import encrypt_folder
 from selfloop.types.digests import MANIFEST_FILE
+from selfloop.worker.serving.encryption import encrypt_folder
 
 
 def test_every_file_is_sealed_for_each_recipient(tmp_path: Path):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from selfloop.engine.sample.text import SampleText
-from selfloop.worker.text.tokens import MAX_CHARS, ModelTokenizer
+from selfloop.types.model_tokenizer import MAX_CHARS, ModelTokenizer
 
 METASPACE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 
