@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models
 from selfloop.engine.backends.base import Row
+from selfloop.engine.backends.cpu_native import draw as native_draw
 from selfloop.engine.backends.cpu_native.draw import draw
-from selfloop.engine.sample import sampler
 from selfloop.engine.sample.sampler import sample_generator
 from selfloop.types.sampling import SampleRequest, SamplingParams
 
@@ -53,7 +53,7 @@ def reference(model_dir):
 @pytest.fixture(params=["kernels", "operators"])
 def engine(request, load, monkeypatch):
     if request.param == "operators":
-        monkeypatch.setattr(sampler, "native", lambda: None)
+        monkeypatch.setattr(native_draw, "kernels", lambda: None)
     made = load()
     # Every sample is as long as it may be.
     made._scheduler._end_tokens = frozenset()

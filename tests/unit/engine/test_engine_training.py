@@ -261,7 +261,7 @@ def test_a_snapshot_of_a_version_before_is_read(trained, load, tmp_path):
     trained.forward_backward("run", some_data(seed=50), "cross_entropy", {})
     run = trained._runs["run"]
     folder = tmp_path / "snapshot"
-    checkpoint.write_trainer(folder, run, trained._config)
+    checkpoint.write_trainer(folder, run)
     gradients = {f"grad.{p.name}": p.view.clone() for p in run.shape.named(run.accumulated.grad_P)}
     safetensors.torch.save_file(gradients, folder / "gradients.safetensors")
     scalars = json.loads((folder / "selfloop.json").read_text())

@@ -160,13 +160,8 @@ class Runs:
                 user_metadata=request.user_metadata,
                 num_changes=0,
             )
-            row.digest = identity(row)
             run = await _add(session, row, request)
-            sampler = None
-            if with_sampler:
-                made = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
-                session.add(made)
-                sampler = made.view()
+            sampler = _add_paired(session, run, request, reused) if with_sampler else None
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
 
@@ -372,6 +367,7 @@ def checked_seq_len(asked: int | None, model: Model, field: str) -> int:
 
 
 async def _add(session: AsyncSession, row: RunRow, request: RunRequest) -> Run:
+    row.digest = identity(row)
     session.add(row)
     run = row.view()
     record_creation(session, "run", run.id, RunStatus.ACTIVE, "created")
@@ -380,6 +376,12 @@ async def _add(session: AsyncSession, row: RunRow, request: RunRequest) -> Run:
         session, run.deployment_id, latest_run_id=run.id, scale_down_delay_s=request.scale_down_delay_s
     )
     return run
+
+
+def _add_paired(session: AsyncSession, run: Run, request: RunRequest, reused: _Reusable | None) -> Sampler:
+    made = new_paired_sampler(run, request.scale_down_delay_s, reused.sampler if reused else None)
+    session.add(made)
+    return made.view()
 
 
 def _check_ranges(request: RunRequest) -> None:

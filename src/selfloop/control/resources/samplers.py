@@ -70,20 +70,14 @@ class Samplers:
         if id is not None and (known := await self._known(caller, id)) is not None:
             return known
         await self._user_configs.check(caller, trainer=False, sampler=True)
-        checkpoint: Checkpoint | None = None
-        if model_path is not None:
-            checkpoint = await self.checkpoint(caller.team_id, model_path, "model_path")
-            base_model = checkpoint.base_model
+        checkpoint = None if model_path is None else await self.checkpoint(caller.team_id, model_path, "model_path")
+        base_model = base_model if checkpoint is None else checkpoint.base_model
         assert base_model is not None
         model = await self._c.catalogue.resolve(base_model)
         seq_len = checked_seq_len(max_seq_len, model, "max_seq_length")
-        capacity = self._c.capacity.choose(
-            scope,
-            base_model,
-            rank=None if checkpoint is None else checkpoint.lora_rank,
-            seq_len=max_seq_len,
-            reuses=None if reuse_from_session_id is None else f"session {reuse_from_session_id}",
-        )
+        rank = None if checkpoint is None else checkpoint.lora_rank
+        reuses = None if reuse_from_session_id is None else f"session {reuse_from_session_id}"
+        capacity = self._c.capacity.choose(scope, base_model, rank=rank, seq_len=max_seq_len, reuses=reuses)
         if capacity.serverless:
             seq_len = self._c.capacity.shortened(seq_len)
         reused, capacity_reason = await self._reusable(caller, reuse_from_session_id, base_model)
