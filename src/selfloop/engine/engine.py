@@ -14,19 +14,16 @@ import torch
 
 from selfloop.engine.backends.base import Model
 from selfloop.engine.backends.device import (
-    default_kept_bytes,
-    default_pass_bytes,
     give_back_freed_memory,
     has_memory_for,
     pick_device,
     pick_dtype,
-    run_bytes,
-    total_memory,
 )
 from selfloop.engine.backends.select import load_model
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.peft import read_peft
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
+from selfloop.engine.memory_share import MemoryShare
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import SafetensorsSource
@@ -64,7 +61,8 @@ _WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 class ModelInfo:
     """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
 
-    ``computed_by`` says what multiplies by its weights; ``run_bytes`` is what training runs may take.
+    ``computed_by`` says what multiplies by its weights; ``run_bytes`` is what training runs may take;
+    ``exact_replay``: the same operations give the same bits, whatever is computed beside them.
     """
 
     vocab_size: int
@@ -75,6 +73,7 @@ class ModelInfo:
     dtype: str
     computed_by: str
     run_bytes: int
+    exact_replay: bool
 
 
 class SavedState(NamedTuple):
@@ -86,31 +85,7 @@ class SavedState(NamedTuple):
     size_bytes: int
 
 
-class _MemoryShare(NamedTuple):
-    """How the device's memory is divided, in bytes."""
-
-    total_bytes: int
-    activation_bytes: int
-    kept_bytes: int
-
-    @classmethod
-    def of(cls, model: Model, limits: EngineLimits) -> "_MemoryShare":
-        """As limited, else by default."""
-        total, weights = total_memory(model.device), model.spec.num_parameters * model.dtype.itemsize
-        if limits.memory_bytes is not None:
-            total = min(total, limits.memory_bytes)
-        activation, kept = limits.activation_bytes, limits.kept_bytes
-        return cls(
-            total,
-            default_pass_bytes(total, weights) if activation is None else activation,
-            default_kept_bytes(total, weights) if kept is None else kept,
-        )
-
-    def left_for_runs(self, model: Model, cache_bytes: int) -> int:
-        return run_bytes(self.total_bytes, model.costs().weights, self.activation_bytes + self.kept_bytes + cache_bytes)
-
-
-def _info_of(model: Model, run_bytes: int) -> ModelInfo:
+def _info_of(model: Model, run_bytes: int, deterministic: bool) -> ModelInfo:
     spec = model.spec
     return ModelInfo(
         vocab_size=spec.vocab_size,
@@ -121,6 +96,7 @@ def _info_of(model: Model, run_bytes: int) -> ModelInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         computed_by=model.computed_by,
         run_bytes=run_bytes,
+        exact_replay=deterministic or model.contracts.batch_invariant,
     )
 
 
@@ -140,7 +116,7 @@ class Engine:
         spec, device = model.spec, model.device
         self._model = model
         self._deterministic = deterministic
-        share = _MemoryShare.of(model, limits)
+        share = MemoryShare.of(model, limits)
         memory = PassMemory.of(model, share.activation_bytes)
         usual = AdapterShape(spec, _USUAL_RANK)
         train_token_budget = limits.train_token_budget
@@ -161,7 +137,7 @@ class Engine:
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
         )
-        self.info = _info_of(model, share.left_for_runs(model, runner.cache.num_bytes))
+        self.info = _info_of(model, share.left_for_runs(model, runner.cache.num_bytes), deterministic)
         log.info(
             "passes of up to %d tokens; sequences of up to %d at rank %d fit %d MiB of activations, "
             "from %d on layers are computed twice",

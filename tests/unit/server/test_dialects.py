@@ -155,9 +155,9 @@ async def test_its_routes_are_served_beside_the_others():
 )
 async def test_its_errors_have_its_shape(method: str, path: str, status: int, fault: str, about: str | None):
     answer = await asked(method, path, "admin")
-    told = msgspec.json.decode(answer.body)
-    assert (answer.status, told["about"]) == (status, about)
-    assert fault in told["fault"]
+    answered = msgspec.json.decode(answer.body)
+    assert (answer.status, answered["about"]) == (status, about)
+    assert fault in answered["fault"]
     assert answer.headers.get("x-example") == (about if about == "NOT_FOUND" or status == 405 else None)
 
 

@@ -48,9 +48,9 @@ class Reported(Replies):
 class Queue(TrainingQueue):
     """The queue with calls made simple: tickets count from 1."""
 
-    def __init__(self, engine: Engine, told: Reported, staging: Staging | None = None) -> None:
-        super().__init__(engine, staging or SharedDisk({}), told)
-        self.told = told
+    def __init__(self, engine: Engine, reported: Reported, staging: Staging | None = None) -> None:
+        super().__init__(engine, staging or SharedDisk({}), reported)
+        self.reported = reported
         self._num = 0
 
     def order(self, command: OpenRun | Snapshot) -> None:
@@ -117,11 +117,11 @@ def test_what_is_ready_shares_a_pass_and_each_gets_its_own_result(queue: Queue, 
     steps = [queue.ask(run, STEP) for run in "abcd"]
     finish(queue)
     assert sorted(map(sum, passes)) == [20, 31]
-    results = [msgspec.msgpack.decode(queue.told.bodies[ticket], type=LossResult) for ticket in tickets]
+    results = [msgspec.msgpack.decode(queue.reported.bodies[ticket], type=LossResult) for ticket in tickets]
     assert [len(result.logprobs[0].values()) for result in results] == [10, 12, 9, 20]
     assert [result.spent.num_tokens for result in results] == [10, 12, 9, 20]
-    assert set(queue.told.answered) == {*tickets, *steps}
-    assert not any(isinstance(event, ReplyError) for event in queue.told.events)
+    assert set(queue.reported.answered) == {*tickets, *steps}
+    assert not any(isinstance(event, ReplyError) for event in queue.reported.events)
 
 
 def test_a_small_operation_overtakes_a_large_one(queue: Queue, passes: list[list[int]]):
@@ -129,7 +129,7 @@ def test_a_small_operation_overtakes_a_large_one(queue: Queue, passes: list[list
     queue.step()
     small = queue.ask("b", loss(10))
     finish(queue)
-    assert queue.told.answered == [small, large]
+    assert queue.reported.answered == [small, large]
     # The small one waited for one pass, or for two if it was level with the large one.
     assert [10] in passes[1:3]
     assert len(passes) == 13
@@ -139,8 +139,8 @@ def test_alone_means_alone_from_begin_to_end(queue: Queue, passes: list[list[int
     alone = queue.ask("a", loss(10, num_sequences=7), alone=True)
     others = [queue.ask(run, loss(5)) for run in "bc"]
     finish(queue)
-    begun = [event for event in queue.told.events if isinstance(event, int)]
-    between = queue.told.events[queue.told.events.index(alone) : queue.told.events.index(Reply(alone))]
+    begun = [event for event in queue.reported.events if isinstance(event, int)]
+    between = queue.reported.events[queue.reported.events.index(alone) : queue.reported.events.index(Reply(alone))]
     assert between == [alone]
     assert sorted(begun) == [alone, *others]
     assert [30] in passes
@@ -159,9 +159,9 @@ def test_one_that_breaks_the_pass_fails_alone(queue: Queue, engine: Engine, monk
     monkeypatch.setattr(engine, "advance", breaks)
     tickets = {run: queue.ask(run, loss(8)) for run in "abc"}
     finish(queue)
-    errors = [event for event in queue.told.events if isinstance(event, ReplyError)]
+    errors = [event for event in queue.reported.events if isinstance(event, ReplyError)]
     assert [(error.ticket, error.error_class) for error in errors] == [(tickets["b"], "MemoryError")]
-    assert sorted(queue.told.bodies) == [tickets["a"], tickets["c"]]
+    assert sorted(queue.reported.bodies) == [tickets["a"], tickets["c"]]
     assert engine._runs["b"].accumulated is None
 
 
@@ -170,10 +170,10 @@ def test_refusals_come_at_once_and_closed_runs_are_forgotten(queue: Queue, engin
     queue.ask("nobody", loss(4))
     good = queue.ask("b", loss(4))
     finish(queue)
-    errors = [event for event in queue.told.events if isinstance(event, ReplyError)]
+    errors = [event for event in queue.reported.events if isinstance(event, ReplyError)]
     assert [error.error_class for error in errors] == ["BadRequest", "NotFound"]
     assert errors[0].ticket == bad
-    assert list(queue.told.bodies) == [good]
+    assert list(queue.reported.bodies) == [good]
     close = CloseRun("b")
     queue.take(Call(99, close), close, b"")
     finish(queue)
@@ -232,6 +232,6 @@ def test_a_worker_on_another_machine_writes_and_reads_by_reference(engine: Engin
     assert not (tmp_path / "scratch" / ref.key).exists()
     queue.order(OpenRun("again", 2, 0, None, ref))
     finish(queue)
-    assert queue.told.answered == [1, 2, 3, 4]
-    assert not any(isinstance(event, ReplyError) for event in queue.told.events)
+    assert queue.reported.answered == [1, 2, 3, 4]
+    assert not any(isinstance(event, ReplyError) for event in queue.reported.events)
     assert torch.equal(engine._runs["again"].theta_P, engine._runs["a"].theta_P)

@@ -180,10 +180,13 @@ class Contracts:
         paged: a sequence may begin with pages that another filled. Without it prompts share nothing, and the cache
             forks whole slots.
         packed: each sequence of a batch gets the numbers it has alone. Without it sequences come one a call.
+        batch_invariant: and the same bits, whatever else is in the batch. Without it an engine that is asked to be
+            deterministic computes the blocks of different runs apart.
     """
 
     paged: bool = True
     packed: bool = True
+    batch_invariant: bool = False
 
 
 class Cache(Protocol):

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Replies(Protocol):
-    """Where answers go; see :class:`selfloop.worker.serving.replies.Outbox`."""
+    """Where answers go; see :class:`selfloop.worker.serving.replies.Replies`."""
 
     def reply(self, ticket: int, result: object) -> None: ...
     def refuse(self, ticket: int, error: Exception) -> None: ...

@@ -54,7 +54,7 @@ class NativeCache:
 class NativeModel:
     """A row's numbers do not depend on the other rows, nor on whether it is trained, read as a prompt or drawn."""
 
-    contracts = Contracts()
+    contracts = Contracts(batch_invariant=True)
     computed_by = "CPU kernels"
     device = CPU
     dtype = torch.bfloat16

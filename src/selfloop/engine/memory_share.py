@@ -1,0 +1,31 @@
+"""How an engine divides its device's memory between passes, kept forwards and runs."""
+
+from typing import NamedTuple
+
+from selfloop.engine.backends.base import Model
+from selfloop.engine.backends.device import default_kept_bytes, default_pass_bytes, run_bytes, total_memory
+from selfloop.types.settings import EngineLimits
+
+
+class MemoryShare(NamedTuple):
+    """How the device's memory is divided, in bytes."""
+
+    total_bytes: int
+    activation_bytes: int
+    kept_bytes: int
+
+    @classmethod
+    def of(cls, model: Model, limits: EngineLimits) -> "MemoryShare":
+        """As limited, else by default."""
+        total, weights = total_memory(model.device), model.spec.num_parameters * model.dtype.itemsize
+        if limits.memory_bytes is not None:
+            total = min(total, limits.memory_bytes)
+        activation, kept = limits.activation_bytes, limits.kept_bytes
+        return cls(
+            total,
+            default_pass_bytes(total, weights) if activation is None else activation,
+            default_kept_bytes(total, weights) if kept is None else kept,
+        )
+
+    def left_for_runs(self, model: Model, cache_bytes: int) -> int:
+        return run_bytes(self.total_bytes, model.costs().weights, self.activation_bytes + self.kept_bytes + cache_bytes)
