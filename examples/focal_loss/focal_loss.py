@@ -11,8 +11,8 @@ def focal(batch: LossInputs) -> Tensor:
 
     A masked target contributes neither loss nor gradient.
     """
-    lp_T = torch.where(batch.active_T, batch.logprobs_T, -1.0)
+    lp_T = torch.where(batch.active, batch.logprobs, -1.0)
     # The bound keeps the gradient finite for a gamma below 1.
     missed_T = -torch.expm1(lp_T).clamp(max=-1e-6)
     loss_T = -batch.inputs["weights"] * missed_T ** batch.config["gamma"] * lp_T
-    return torch.where(batch.active_T, loss_T, 0.0)
+    return torch.where(batch.active, loss_T, 0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import tiny_models
 from selfloop.engine.engine import Engine
@@ -64,6 +65,13 @@ def _batch(lp_T: torch.Tensor, q: list[float], a: list[float], config: dict[str,
     active_T[-1] = False
     inputs = {"weights": torch.ones(len(q)), "logprobs": torch.tensor(q), "advantages": torch.tensor(a)}
     return LossInputs(lp_T, active_T, inputs, [len(q)], config)
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(TypeCheckError, match="active"):
+        LossInputs(torch.zeros(3), torch.ones(2, dtype=torch.bool), {"weights": torch.ones(3)}, [3], {})
+    batch = LossInputs(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), {"weights": torch.ones(3, 2)}, [3], {})
+    assert LOSS_FUNCTIONS["cross_entropy"](batch).shape == (3,)
 
 
 def _random_tokens() -> tuple[list[float], list[float], list[float]]:

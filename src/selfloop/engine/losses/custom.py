@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from selfloop.engine.losses.custom_ops import COMPUTE, MAKES, SLOW, check_number
@@ -31,7 +32,7 @@ class DatumLoss(NamedTuple):
 
     loss: float
     metrics: dict[str, float]
-    grad: Tensor | None
+    grad: Float32[Tensor, "T *K"] | None
 
 
 @dataclass(slots=True)
@@ -42,11 +43,13 @@ class CustomLossRunner:
     _work_left: int = MAX_WORK
     _work_of: dict[tuple[object, ...], int] = field(default_factory=dict[tuple[object, ...], int])
 
-    def run(self, index: int, logprobs: Tensor, inputs: Mapping[str, Tensor], *, with_grad: bool) -> DatumLoss:
+    def run(
+        self, index: int, logprobs: Float32[Tensor, "T *K"], inputs: Mapping[str, Tensor], *, with_grad: bool
+    ) -> DatumLoss:
         """The loss of datum ``index``.
 
         Args:
-            logprobs: float32 CPU tensor, (T,) or (T, K); its history is not followed.
+            logprobs: on the CPU; its history is not followed.
             inputs: what the loss reads besides, by name.
 
         Raises:
@@ -79,7 +82,7 @@ class CustomLossRunner:
             raise BadRequest(_FIELD, f"the loss takes too much over this request, at {where}; send fewer datums a call")
 
 
-def with_gradients(logprobs: Tensor, losses: list[DatumLoss]) -> Tensor:
+def with_gradients(logprobs: Float32[Tensor, "T *K"], losses: list[DatumLoss]) -> Tensor:
     """The sum of ``losses`` as a float64 scalar, whose gradient by the packed ``logprobs`` is theirs."""
     total = torch.tensor(math.fsum(loss.loss for loss in losses), dtype=torch.float64, device=logprobs.device)
     grads = [loss.grad for loss in losses if loss.grad is not None]

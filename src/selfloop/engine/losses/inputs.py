@@ -3,25 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """One micro-batch of packed sequences.
+    """One micro-batch of packed sequences: T tokens, and with several targets a token K columns.
 
-    With K targets a token the tensors are (T, K) instead of (T,).
+    Shapes are annotations of ``jaxtyping``; the tests check them in every call.
 
     Args:
-        logprobs_T: float32 logprob of each target under the weights being trained; 0 where masked.
-        active_T: True where the target is not masked.
-        inputs: float32 (T,) per-token inputs by name; ``weights`` is always there, 1 by default.
+        logprobs: logprob of each target under the weights being trained; 0 where masked.
+        active: True where the target is not masked.
+        inputs: per-token inputs by name; ``weights`` is always there, 1 by default.
         lengths: tokens of each sequence, in order.
         config: the loss's configuration, every field present.
     """
 
-    logprobs_T: Tensor
-    active_T: Tensor
-    inputs: Mapping[str, Tensor]
+    logprobs: Float32[Tensor, "T *K"]
+    active: Bool[Tensor, "T *K"]
+    inputs: Mapping[str, Float32[Tensor, "T *K"]]
     lengths: list[int]
     config: Mapping[str, float | bool]

@@ -8,18 +8,19 @@ infinity is no number, and infinity times a gradient of 0 is none either.
 """
 
 import torch
+from jaxtyping import Bool, Float32, Shaped
 from torch import Tensor
 
 from selfloop.engine.losses.inputs import LossInputs
 
 
-def importance_sampling(batch: LossInputs) -> Tensor:
+def importance_sampling(batch: LossInputs) -> Float32[Tensor, " T"]:
     """-r * A: the off-policy policy gradient without clipping."""
     advantages_T = _advantages_T(batch)
     return -ratio_where(advantages_T != 0, _drift_T(batch)) * advantages_T
 
 
-def ppo(batch: LossInputs) -> Tensor:
+def ppo(batch: LossInputs) -> Float32[Tensor, " T"]:
     """-min(r * A, clip(r, low, high) * A), Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7.
 
     The thresholds are ratios themselves (0.8 and 1.2 for the paper's epsilon of 0.2).
@@ -28,20 +29,20 @@ def ppo(batch: LossInputs) -> Tensor:
     return clipped_gain(_drift_T(batch), _advantages_T(batch), *bounds).neg()
 
 
-def cispo(batch: LossInputs) -> Tensor:
+def cispo(batch: LossInputs) -> Float32[Tensor, " T"]:
     """-stop_gradient(clip(r, low, high)) * lp * A, MiniMax-M1 2025, https://arxiv.org/abs/2506.13585."""
     advantages_T = _advantages_T(batch)
     ratio_T = ratio_where(advantages_T != 0, _drift_T(batch).detach())
     weight_T = ratio_T.clamp(batch.config["clip_low_threshold"], batch.config["clip_high_threshold"])
-    return -(weight_T * advantages_T) * batch.logprobs_T
+    return -(weight_T * advantages_T) * batch.logprobs
 
 
-def dro(batch: LossInputs) -> Tensor:
+def dro(batch: LossInputs) -> Float32[Tensor, " T"]:
     """-(lp * A - beta / 2 * (lp - q)^2), after Richemond et al. 2024, https://arxiv.org/abs/2405.19107."""
-    return squared(_drift_T(batch), 0.5 * batch.config["beta"]) - batch.logprobs_T * _advantages_T(batch)
+    return squared(_drift_T(batch), 0.5 * batch.config["beta"]) - batch.logprobs * _advantages_T(batch)
 
 
-def dppo(batch: LossInputs) -> Tensor:
+def dppo(batch: LossInputs) -> Float32[Tensor, " T"]:
     """-keep * adv_tau * A * r + kl_tau * (lp - q)^2, with a trust region in probabilities rather than ratios.
 
     ``keep`` is 0 where A > 0 and exp(lp) - exp(q) > mask_high, or A <= 0 and exp(lp) - exp(q) < -mask_low: the
@@ -50,7 +51,7 @@ def dppo(batch: LossInputs) -> Tensor:
     after https://arxiv.org/abs/2602.04879 (the mask) and https://arxiv.org/abs/2602.02276 (the squared drift).
     """
     advantages_T, drift_T = _advantages_T(batch), _drift_T(batch)
-    moved_T = batch.logprobs_T.detach().exp() - batch.inputs["logprobs"].exp()
+    moved_T = batch.logprobs.detach().exp() - batch.inputs["logprobs"].exp()
     dropped_T = torch.where(
         advantages_T > 0, moved_T > batch.config["dppo_mask_high"], moved_T < -batch.config["dppo_mask_low"]
     )
@@ -58,20 +59,22 @@ def dppo(batch: LossInputs) -> Tensor:
     return squared(drift_T, batch.config["kl_tau"]) - factor_T * ratio_where(factor_T != 0, drift_T)
 
 
-def sampler_gap(batch: LossInputs) -> dict[str, Tensor]:
+def sampler_gap(batch: LossInputs) -> dict[str, Shaped[Tensor, ""]]:
     """``sampler_logprob_gap``: the mean of |lp - q| over sampled tokens, times the trained tokens of this batch.
 
     For tokens of the very policy that is trained it is how far sampler and trainer are apart. Clients mark the tokens
     of a prompt with q = 0 and A = 0; those were not sampled.
     """
     old_T, advantages_T = batch.inputs["logprobs"], batch.inputs["advantages"]
-    sampled_T = batch.active_T & ((advantages_T != 0) | (old_T != 0))
-    num_trained = (batch.active_T & (batch.inputs["weights"] != 0)).sum()
-    gaps_T = torch.where(sampled_T, (batch.logprobs_T.detach() - old_T).abs().double(), 0.0)
+    sampled_T = batch.active & ((advantages_T != 0) | (old_T != 0))
+    num_trained = (batch.active & (batch.inputs["weights"] != 0)).sum()
+    gaps_T = torch.where(sampled_T, (batch.logprobs.detach() - old_T).abs().double(), 0.0)
     return {"sampler_logprob_gap": gaps_T.sum() * num_trained / sampled_T.sum().clamp(min=1)}
 
 
-def clipped_gain(drift_T: Tensor, advantages_T: Tensor, low: float, high: float) -> Tensor:
+def clipped_gain(
+    drift_T: Float32[Tensor, " T"], advantages_T: Float32[Tensor, " T"], low: float, high: float
+) -> Float32[Tensor, " T"]:
     """min(r * A, clip(r, low, high) * A) of r = exp(``drift_T``).
 
     Where A > 0 that is A * min(r, high), where A < 0 it is A * max(r, low): beyond the bound there is no gradient.
@@ -82,21 +85,21 @@ def clipped_gain(drift_T: Tensor, advantages_T: Tensor, low: float, high: float)
     return advantages_T * torch.where(above_T, high, torch.where(below_T, low, free_T))
 
 
-def ratio_where(counts_T: Tensor, drift_T: Tensor) -> Tensor:
+def ratio_where(counts_T: Bool[Tensor, " T"], drift_T: Float32[Tensor, " T"]) -> Float32[Tensor, " T"]:
     """exp(``drift_T``) where it counts; 1 elsewhere, without gradient."""
     return torch.exp(torch.where(counts_T, drift_T, 0.0))
 
 
-def squared(drift_T: Tensor, factor: float) -> Tensor:
+def squared(drift_T: Float32[Tensor, " T"], factor: float) -> Float32[Tensor, " T"]:
     """factor * drift^2; 0 for a factor of 0."""
     return factor * drift_T * drift_T if factor != 0 else torch.zeros_like(drift_T)
 
 
-def _drift_T(batch: LossInputs) -> Tensor:
+def _drift_T(batch: LossInputs) -> Float32[Tensor, " T"]:
     """lp - q; 0 where masked."""
-    return torch.where(batch.active_T, batch.logprobs_T - batch.inputs["logprobs"], 0.0)
+    return torch.where(batch.active, batch.logprobs - batch.inputs["logprobs"], 0.0)
 
 
-def _advantages_T(batch: LossInputs) -> Tensor:
+def _advantages_T(batch: LossInputs) -> Float32[Tensor, " T"]:
     """0 where masked."""
-    return torch.where(batch.active_T, batch.inputs["advantages"], 0.0)
+    return torch.where(batch.active, batch.inputs["advantages"], 0.0)
