@@ -13,6 +13,10 @@ import pytest
 import stores
 from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
 
+# As many tests at once as there are cores: with more threads than that, those of OpenMP wait for each other in loops.
+# Before anything imports torch. A test of several threads says so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # How long an example takes tells of the machine, not of us.
 hypothesis.settings.register_profile("selfloop", deadline=None)
 hypothesis.settings.load_profile("selfloop")
