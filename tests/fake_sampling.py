@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.sampling.durable_queue import QueuedSamples
+from selfloop.control.sampling.queued_samples import QueuedSamples
 from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import SamplerRow

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
-from selfloop.control.sampling.durable_queue import Drawn, Failed
+from selfloop.control.sampling.queued_samples import Drawn, Failed
 from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict
 

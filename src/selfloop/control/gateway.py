@@ -52,10 +52,10 @@ from selfloop.control.resources.samplers import Samplers
 from selfloop.control.resources.sessions import Sessions
 from selfloop.control.resources.shared_samplers import SharedSamplers
 from selfloop.control.resources.user_config import UserConfigs
-from selfloop.control.sampling.durable_queue import QueuedSamples
 from selfloop.control.sampling.futures import Jobs
 from selfloop.control.sampling.idempotency import SampleIdempotency
 from selfloop.control.sampling.publish_checks import PublishChecks
+from selfloop.control.sampling.queued_samples import QueuedSamples
 from selfloop.control.sampling.service import Sampling
 from selfloop.storage.blobs.checkpoints import LOCAL, CheckpointStore, LocalCheckpoints
 from selfloop.storage.blobs.local import LocalBlobs

@@ -2,19 +2,19 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from selfloop.control.data_dir.transient_errors import in_words
-from selfloop.control.queue.journal import payload_digest, result_digest, stored_bytes
+from selfloop.control.queue.durable_bytes import BytesLost, StoredBytes, is_intact, read
+from selfloop.control.queue.journal import payload_place, result_place
 from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.checkpoints.pinned import pinned_key
-from selfloop.control.sampling.durable_queue import sample_digest
+from selfloop.control.sampling.queued_samples import sample_place
 from selfloop.storage.blobs.checkpoints import CheckpointStore, check_whole
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import integrity, queries_resources, queries_verify
@@ -38,16 +38,6 @@ class Trouble:
     verdict: Verdict
     what: str
     how: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """What a row keeps in itself or in a file, its digest, and how that is made."""
-
-    inline: bytes | None
-    key: str | None
-    digest: str | None
-    digest_of: Callable[[bytes], str]
 
 
 @dataclass(slots=True)
@@ -142,10 +132,10 @@ class Verification:
                 rows = await queries_verify.operations(session, last)
             for row in rows:
                 what = f"{row.kind} (seq_id {row.seq}) of run {row.run_id}"
-                payload = _Stored(row.payload, row.payload_key, row.payload_digest, partial(payload_digest, row))
-                result = _Stored(row.result, row.result_key, row.result_digest, partial(result_digest, row))
-                await self._bytes("payloads", what, payload)
-                await self._bytes("results", what, result)
+                payload = StoredBytes(row.payload, row.payload_key, row.payload_digest)
+                result = StoredBytes(row.result, row.result_key, row.result_digest)
+                await self._bytes("payloads", what, payload, payload_place(row))
+                await self._bytes("results", what, result, result_place(row))
             if not rows:
                 return
             last = rows[-1]
@@ -157,30 +147,29 @@ class Verification:
                 rows = await queries_verify.samples(session, last)
             for row in rows:
                 what = f"sample {row.id} of sampler {row.sampler_id}"
-                digest_of = partial(sample_digest, row.sampler_id, row.id)
                 for stored in (
-                    _Stored(row.payload, row.payload_key, row.payload_digest, digest_of),
-                    _Stored(row.result, row.result_key, row.result_digest, digest_of),
+                    StoredBytes(row.payload, row.payload_key, row.payload_digest),
+                    StoredBytes(row.result, row.result_key, row.result_digest),
                 ):
-                    await self._bytes("samples", what, stored)
+                    await self._bytes("samples", what, stored, sample_place(row.sampler_id, row.id))
             if not rows:
                 return
             last = rows[-1]
 
-    async def _bytes(self, kind: str, what: str, stored: _Stored) -> None:
+    async def _bytes(self, kind: str, what: str, stored: StoredBytes, place: str) -> None:
         """What a row keeps in itself or in a file."""
         if stored.inline is None and stored.key is None:
             return
         if stored.key is not None:
             self._known.add(stored.key)
         try:
-            content = await stored_bytes(self._blobs, stored.inline, stored.key)
-        except FileNotFoundError as error:
+            content = await read(self._blobs, stored)
+        except BytesLost as error:
             self.report.note(kind, "missing", what, str(error))
             return
         if stored.digest is None:
             self.report.note(kind, "no digest")
-        elif stored.digest == stored.digest_of(content):
+        elif is_intact(stored, place, content):
             self.report.note(kind, "sound")
         else:
             where = stored.key or "its row"

@@ -1,6 +1,5 @@
 """The durable operation queue on disk: what was accepted, in which order, and how it ended."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -11,23 +10,17 @@ import msgspec
 from sqlalchemy import Connection, Update
 from sqlalchemy.exc import IntegrityError
 
-from selfloop.control.data_dir.transient_errors import is_passing
+from selfloop.control.queue.durable_bytes import BytesLost, DurableBytes, StoredBytes
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_operations, queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import OperationRow, RunRow
-from selfloop.types.digests import digest_of
-from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import Conflict, OperationFailed
 from selfloop.types.logline import current
 from selfloop.types.operation import CHANGES_STATE, Operation, operation_decoder, traits_of
 from selfloop.types.status import OperationState
 
 log = logging.getLogger(__name__)
-
-# Below this a payload or result lies in its row: one write instead of two.
-_INLINE_BYTES = 16 * 1024
-_PURGED_AT_ONCE = 500
 
 END_OF_TIME = (2**62, 2**62)
 """A position after every operation."""
@@ -71,7 +64,7 @@ class Journal:
 
     def __init__(self, db: Database, blobs: LocalBlobs) -> None:
         self._db = db
-        self._blobs = blobs
+        self._bytes = DurableBytes(db, blobs, "journal")
 
     async def accept(
         self, run: RunRow, submission: Submission, payload: bytes, out_of_order: Collection[int]
@@ -86,9 +79,6 @@ class Journal:
         Raises:
             Conflict: the id or the sequence id was used for a different request, or the place has passed.
         """
-        # Named by its content too: a different request under a used id must not touch the payload that is there.
-        name = f"{submission.id}-{submission.fingerprint[:16]}.op"
-        payload_key = await self._store(f"journal/{run.id}/{name}", payload)
         epoch, next_seq = run.epoch, run.next_seq
         if traits_of(submission.kind).starts_epoch and submission.seq == 1 and next_seq > 1:
             if (known := await self.get(run.id, submission.id)) is not None:
@@ -97,11 +87,13 @@ class Journal:
             epoch, next_seq, out_of_order = epoch + 1, 1, ()
         seq = max([next_seq - 1, *out_of_order]) + 1 if submission.seq is None else submission.seq
         row = _operation_row(run.id, epoch, seq, submission, OperationState.QUEUED)
-        row.payload, row.payload_key = (None, payload_key) if payload_key else (payload, None)
-        row.key_id = current().key_id or None
-        row.payload_digest = payload_digest(row, payload)
         if seq < next_seq:
             return Accepted(await self._known(row, submission, next_seq), is_new=False)
+        row.key_id = current().key_id or None
+        # Named by its content too: a different request under a used id must not touch the payload that is there.
+        name = f"{submission.id}-{submission.fingerprint[:16]}.op"
+        stored = await self._bytes.put(run.id, name, payload_place(row), payload)
+        row.payload, row.payload_key, row.payload_digest = stored
         if seq == next_seq:
             next_seq = first_missing(seq + 1, out_of_order)
         try:
@@ -174,37 +166,23 @@ class Journal:
             inline = None if stored is None else stored.payload
             if inline is None:
                 raise _unreadable(row, "its row has it no more")
+        stored = StoredBytes(inline, row.payload_key, row.payload_digest)
         try:
-            payload = await stored_bytes(self._blobs, inline, row.payload_key)
-        except FileNotFoundError as error:
+            return await self._bytes.get(stored, payload_place(row))
+        except BytesLost as error:
             raise _unreadable(row, str(error)) from error
-        if row.payload_digest not in (None, payload_digest(row, payload)):
-            raise _unreadable(row, f"{row.payload_key or 'its row'} is damaged: that is not what was accepted")
-        return payload
 
     async def operation(self, row: OperationRow) -> Operation:
         """What was accepted. Raises as :meth:`payload`."""
         return decoded(await self.payload(row))
 
-    async def store_result(self, row: OperationRow, result: bytes) -> "StoredResult":
+    async def store_result(self, row: OperationRow, result: bytes) -> StoredBytes:
         """Put a large result aside."""
-        digest = result_digest(row, result)
-        try:
-            key = await self._store(f"journal/{row.run_id}/{row.id}.result", result)
-        except OSError as error:
-            if disk_full(error) is None:
-                raise
-            # A disk may be out of files and not of bytes: then the row takes it.
-            key = None
-        return StoredResult(None if key else result, key, digest)
+        return await self._bytes.put_anyhow(row.run_id, f"{row.id}.result", result_place(row), result)
 
     async def clear_leftovers(self) -> None:
         """Remove files that a crash left without a row."""
-        for run_id in list(self._blobs.children("journal")):
-            names = list(self._blobs.children(f"journal/{run_id}"))
-            async with self._db.read() as session:
-                kept = await queries_operations.blob_keys(session, run_id) if names else set[str]()
-            await self._delete([key for name in names if (key := f"journal/{run_id}/{name}") not in kept])
+        await self._bytes.clear_leftovers(queries_operations.blob_keys)
 
     async def result(self, row: OperationRow) -> bytes | None:
         """The stored result, or None once it has expired.
@@ -214,13 +192,11 @@ class Journal:
         """
         if row.result_key is None and row.result is None:
             return None
+        stored = StoredBytes(row.result, row.result_key, row.result_digest)
         try:
-            result = await stored_bytes(self._blobs, row.result, row.result_key)
-        except FileNotFoundError as error:
+            return await self._bytes.get(stored, result_place(row))
+        except BytesLost as error:
             raise _result_lost(row, str(error)) from error
-        if row.result_digest not in (None, result_digest(row, result)):
-            raise _result_lost(row, f"{row.result_key or 'its row'} is damaged")
-        return result
 
     async def fail(self, failures: Sequence[Failure]) -> list[Failure]:
         """Complete queued operations without a result, all at once; returns those that had no outcome before."""
@@ -252,33 +228,14 @@ class Journal:
             rows = await queries_operations.covered_payloads(session, run_id, position)
             keys = [row.payload_key for row in rows]
             await queries_operations.drop_payloads(session, run_id, [row.id for row in rows])
-        await self._delete(keys)
+        await self._bytes.delete(keys)
 
     async def purge(self, before: float) -> None:
-        """Let go of results finished ``before``, and of rows that recovery no longer needs.
-
-        A few at a time: however many there are, nobody else waits long for its turn to write.
-        """
-        for purge_some in (queries_operations.purge_rows, queries_operations.purge_results):
-            while True:
-                async with self._db.write() as session:
-                    purged = await purge_some(session, before, _PURGED_AT_ONCE)
-                await self._delete(purged.result_keys)
-                if purged.num_rows < _PURGED_AT_ONCE:
-                    break
+        """Let go of results finished ``before``, and of rows that recovery no longer needs."""
+        await self._bytes.purge(queries_operations.purge_rows, before)
+        await self._bytes.purge(queries_operations.purge_results, before)
         async with self._db.write() as session:
             await queries_operations.forget_skipped(session)
-
-    async def _store(self, key: str, data: bytes) -> str | None:
-        if len(data) <= _INLINE_BYTES:
-            return None
-        await asyncio.to_thread(self._blobs.put, key, data)
-        return key
-
-    async def _delete(self, keys: Sequence[str | None]) -> None:
-        for key in keys:
-            if key is not None:
-                await asyncio.to_thread(self._blobs.delete, key)
 
 
 def encoded(operation: Operation) -> bytes:
@@ -291,39 +248,14 @@ def decoded(payload: bytes) -> Operation:
     return operation_decoder.decode(payload)
 
 
-class StoredResult(NamedTuple):
-    """Where a result lies: in the row or in a file of that key; and its digest."""
-
-    inline: bytes | None
-    key: str | None
-    digest: str
+def payload_place(row: OperationRow) -> str:
+    """What a payload belongs to: the operation at its place in the run's order."""
+    return f"{row.run_id}\0{row.id}\0{row.epoch}\0{row.seq}\0{row.kind}\0"
 
 
-async def stored_bytes(blobs: LocalBlobs, inline: bytes | None, key: str | None) -> bytes:
-    """What a row keeps in itself or in a file. Raises :class:`FileNotFoundError`, in words, where it is gone."""
-    if key is None:
-        if inline is None:
-            raise FileNotFoundError("its row has lost it")
-        return inline
-    try:
-        return await asyncio.to_thread(blobs.get, key)
-    except OSError as error:
-        if is_passing(error):
-            raise
-        gone = isinstance(error, FileNotFoundError)
-        raise FileNotFoundError(f"{key} {'is gone' if gone else f'cannot be read: {error.strerror}'}") from error
-
-
-def payload_digest(row: OperationRow, payload: bytes) -> str:
-    """Of a payload as that of this operation."""
-    # With its place: what lies under another operation's name is not what was accepted as this one.
-    place = f"{row.run_id}\0{row.id}\0{row.epoch}\0{row.seq}\0{row.kind}\0"
-    return digest_of(place.encode(), payload)
-
-
-def result_digest(row: OperationRow, result: bytes) -> str:
-    """Of a result as that of this operation."""
-    return digest_of(f"{row.run_id}\0{row.id}\0".encode(), result)
+def result_place(row: OperationRow) -> str:
+    """What a result belongs to: the operation."""
+    return f"{row.run_id}\0{row.id}\0"
 
 
 def _operation_row(run_id: str, epoch: int, seq: int, submission: Submission, state: OperationState) -> OperationRow:

@@ -6,8 +6,8 @@ from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.queue.operations import Pending, checked_operation_id
-from selfloop.control.sampling.durable_queue import Drawn, Failed
 from selfloop.control.sampling.idempotency import Answer
+from selfloop.control.sampling.queued_samples import Drawn, Failed
 from selfloop.control.sampling.recorded import sequence_id
 from selfloop.control.sampling.service import Draw
 from selfloop.server.loops import validate, wire

@@ -1,12 +1,13 @@
 """Rows of the journal."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Result, Row, Update, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
+from selfloop.storage.db.purged import Purged
 from selfloop.storage.db.tables import OperationRow, RunRow, SkippedRow
 from selfloop.types.status import RunStatus
 
@@ -162,13 +163,6 @@ async def drop_payloads(session: AsyncSession, run_id: str, ids: Sequence[str]) 
         .where(OperationRow.run_id == run_id, OperationRow.id.in_(ids))
         .values(payload=None, payload_key=None)
     )
-
-
-class Purged(NamedTuple):
-    """How many rows were changed, and the blobs of the results that they had."""
-
-    num_rows: int
-    result_keys: list[str]
 
 
 async def purge_rows(session: AsyncSession, before: float, limit: int) -> Purged:

@@ -1,11 +1,11 @@
 """Rows of queued samples."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from selfloop.storage.db.purged import Purged
 from selfloop.storage.db.tables import QueuedSampleRow
 
 
@@ -65,16 +65,11 @@ async def blob_keys(session: AsyncSession, sampler_id: str) -> set[str]:
     return {key for row in await session.execute(query) for key in row if key is not None}
 
 
-class Removed(NamedTuple):
-    num_rows: int
-    blob_keys: list[str]
-
-
-async def remove_finished(session: AsyncSession, before: float, limit: int) -> Removed:
+async def remove_finished(session: AsyncSession, before: float, limit: int) -> Purged:
     """Forget at most ``limit`` of what finished ``before``."""
     table = QueuedSampleRow
     query = select(table.sampler_id, table.id, table.payload_key, table.result_key)
     found = (await session.execute(query.where(table.finished_at < before).limit(limit))).all()
     places = tuple_(table.sampler_id, table.id).in_([(row[0], row[1]) for row in found])
     await session.execute(delete(table).where(places))
-    return Removed(len(found), [key for row in found for key in row[2:] if key is not None])
+    return Purged(len(found), [key for row in found for key in row[2:] if key is not None])

@@ -7,8 +7,8 @@ import pytest
 
 from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
 from selfloop.control.queue.operations import Pending
-from selfloop.control.sampling.durable_queue import Drawn, Failed
 from selfloop.control.sampling.idempotency import Answer, SampleIdempotency
+from selfloop.control.sampling.queued_samples import Drawn, Failed
 from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.sampling import AdapterRef

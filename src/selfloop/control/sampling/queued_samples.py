@@ -12,14 +12,12 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from selfloop.control.context import Context
 from selfloop.control.data_dir.transient_errors import Ages, is_passing, tried
-from selfloop.control.queue.journal import stored_bytes
+from selfloop.control.queue.durable_bytes import BytesLost, DurableBytes, StoredBytes
 from selfloop.control.queue.operations import RESULT_KEPT_S, Pending
 from selfloop.control.queue.waiters import AwaitedOutcomes, Key
 from selfloop.control.sampling.service import Draw, Sampling, Weights
 from selfloop.storage.db import queries_resources, queries_samples
 from selfloop.storage.db.tables import QueuedSampleRow
-from selfloop.types.digests import digest_of
-from selfloop.types.disk_full import disk_full
 from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
 from selfloop.types.ids import new_id
 from selfloop.types.resources import Sampler
@@ -30,12 +28,9 @@ log = logging.getLogger(__name__)
 
 # As many as a worker's batch holds, and some that wait there so that it never idles; the rest can be cancelled.
 _MAX_IN_WORKER = 256
-_INLINE_BYTES = 16 * 1024
-_PURGED_AT_ONCE = 500
 _PURGE_EVERY_S = 60.0
 _RETRY_S = 1.0
 _NUM_RECENT = 256
-_BLOBS = "samples"
 _UNFORESEEN = "internal error; the server's log has the cause"
 
 
@@ -107,6 +102,7 @@ class QueuedSamples:
     def __init__(self, context: Context, sampling: Sampling) -> None:
         self._c = context
         self._sampling = sampling
+        self._bytes = DurableBytes(context.db, context.blobs, "samples")
         self._live: dict[Key, _Live] = {}
         self._awaited: AwaitedOutcomes[_Stored] = AwaitedOutcomes(lambda stored: stored.num_bytes, _NUM_RECENT)
         self._room: dict[str, asyncio.Semaphore] = {}
@@ -117,12 +113,7 @@ class QueuedSamples:
         async with self._c.db.read() as session:
             queued = await queries_samples.queued(session)
             samplers = await queries_resources.samplers_named(session, {sampler_id for sampler_id, _id in queued})
-        for sampler_id in list(self._c.blobs.children(_BLOBS)):
-            async with self._c.db.read() as session:
-                kept = await queries_samples.blob_keys(session, sampler_id)
-            for name in list(self._c.blobs.children(f"{_BLOBS}/{sampler_id}")):
-                if (key := f"{_BLOBS}/{sampler_id}/{name}") not in kept:
-                    await asyncio.to_thread(self._c.blobs.delete, key)
+        await self._bytes.clear_leftovers(queries_samples.blob_keys)
         for sampler_id, id in queued:
             self._begin(samplers[sampler_id], id)
         if queued:
@@ -158,23 +149,24 @@ class QueuedSamples:
         if not is_known:
             payload = msgspec.msgpack.encode(_completed_request(weights, draw, with_logprobs))
             self._c.disk_room.check_accept(len(payload))
+            # A name of its own: a repeated request, whose seed is another, must not touch the payload that is there.
+            name = f"{id}-{new_id()}.sample"
+            stored = await self._bytes.put(sampler.id, name, sample_place(sampler.id, id), payload)
             row = QueuedSampleRow(
                 sampler_id=sampler.id,
                 id=id,
                 fingerprint=fingerprint,
                 state=OperationState.QUEUED,
                 created_at=time.time(),
-                payload=None if len(payload) > _INLINE_BYTES else payload,
-                payload_digest=sample_digest(sampler.id, id, payload),
+                payload=stored.inline,
+                payload_key=stored.key,
+                payload_digest=stored.digest,
             )
-            # A name of its own: a repeated request, whose seed is another, must not touch the payload that is there.
-            stored = row.payload_key = await self._store(sampler.id, f"{id}-{new_id()}.sample", payload)
             try:
                 await self._c.db.write_grouped(lambda connection: queries_samples.add(connection, row))
             except IntegrityError:
                 is_known = True
-                if stored is not None:
-                    await asyncio.to_thread(self._c.blobs.delete, stored)
+                await self._bytes.delete([stored.key])
             else:
                 self._begin(sampler, id)
         if is_known:
@@ -293,8 +285,10 @@ class QueuedSamples:
     async def _complete(self, key: Key, state: OperationState, stored: _Stored) -> None:
         """Make an outcome durable, then wake who waits for it."""
         sampler_id, id = key
-        result = stored.result
-        result_key = None if result is None else await self._store_result(sampler_id, f"{id}.result", result)
+        result = StoredBytes(None, None, None)
+        if stored.result is not None:
+            place = sample_place(sampler_id, id)
+            result = await self._bytes.put_anyhow(sampler_id, f"{id}.result", place, stored.result)
         await self._c.db.write_grouped(
             lambda connection: queries_samples.finish(
                 connection,
@@ -302,9 +296,9 @@ class QueuedSamples:
                 id,
                 state=state,
                 at=time.time(),
-                result=None if result_key else result,
-                result_key=result_key,
-                result_digest=None if result is None else sample_digest(sampler_id, id, result),
+                result=result.inline,
+                result_key=result.key,
+                result_digest=result.digest,
                 error=stored.error or None,
                 error_class=stored.error_class or None,
             )
@@ -332,40 +326,20 @@ class QueuedSamples:
         if row.state != OperationState.DONE:
             return _Stored(error=row.error or "", error_class=row.error_class or "")
         try:
-            result = await self._read(row, row.result, row.result_key, row.result_digest)
+            result = await self._read(row, StoredBytes(row.result, row.result_key, row.result_digest))
             return _Stored(await self._payload(row), result)
         except OperationFailed as error:
             return _Stored(error=f"the sample was drawn, and cannot be given out: {error}", error_class="ResultLost")
 
     async def _payload(self, row: QueuedSampleRow) -> bytes:
-        return await self._read(row, row.payload, row.payload_key, row.payload_digest)
+        return await self._read(row, StoredBytes(row.payload, row.payload_key, row.payload_digest))
 
-    async def _read(self, row: QueuedSampleRow, inline: bytes | None, key: str | None, digest: str | None) -> bytes:
+    async def _read(self, row: QueuedSampleRow, stored: StoredBytes) -> bytes:
         """What was stored, bit for bit. Raises :class:`OperationFailed` (``RecoveryFailed``)."""
         try:
-            content = await stored_bytes(self._c.blobs, inline, key)
-        except FileNotFoundError as error:
+            return await self._bytes.get(stored, sample_place(row.sampler_id, row.id))
+        except BytesLost as error:
             raise OperationFailed(f"sample {row.id} cannot be read: {error}", "RecoveryFailed") from error
-        if digest not in (None, sample_digest(row.sampler_id, row.id, content)):
-            raise OperationFailed(f"sample {row.id} cannot be read: {key or 'its row'} is damaged", "RecoveryFailed")
-        return content
-
-    async def _store_result(self, sampler_id: str, name: str, data: bytes) -> str | None:
-        try:
-            return await self._store(sampler_id, name, data)
-        except OSError as error:
-            if disk_full(error) is None:
-                raise
-            # A disk may be out of files and not of bytes: then the row takes it.
-            return None
-
-    async def _store(self, sampler_id: str, name: str, data: bytes) -> str | None:
-        """Put large bytes aside; returns their key, None for those that may lie in the row."""
-        if len(data) <= _INLINE_BYTES:
-            return None
-        key = f"{_BLOBS}/{sampler_id}/{name}"
-        await asyncio.to_thread(self._c.blobs.put, key, data)
-        return key
 
     async def _keep_purging(self) -> None:
         ages = Ages(RESULT_KEPT_S)
@@ -376,19 +350,13 @@ class QueuedSamples:
                 await self._sampling.recorded.purge()
 
     async def purge(self, before: float) -> None:
-        """Let go of everything finished ``before``, a few at a time."""
-        while True:
-            async with self._c.db.write() as session:
-                removed = await queries_samples.remove_finished(session, before, _PURGED_AT_ONCE)
-            for key in removed.blob_keys:
-                await asyncio.to_thread(self._c.blobs.delete, key)
-            if removed.num_rows < _PURGED_AT_ONCE:
-                break
+        """Let go of everything finished ``before``."""
+        await self._bytes.purge(queries_samples.remove_finished, before)
 
 
-def sample_digest(sampler_id: str, id: str, content: bytes) -> str:
-    """Of a payload or result as that of this sample."""
-    return digest_of(f"{sampler_id}\0{id}\0".encode(), content)
+def sample_place(sampler_id: str, id: str) -> str:
+    """What a payload or result belongs to: this sample."""
+    return f"{sampler_id}\0{id}\0"
 
 
 def _completed_request(weights: Weights, draw: Draw, with_logprobs: bool) -> AcceptedSample:
