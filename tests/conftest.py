@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import hypothesis
+import jaxtyping
 import pytest
 
 import stores
@@ -16,6 +17,9 @@ from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
 # As many tests at once as there are cores: with more threads than that, those of OpenMP wait for each other in loops.
 # Before anything imports torch. A test of several threads says so.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The shapes that losses declare are checked in every call.
+jaxtyping.install_import_hook("selfloop.engine.losses", "checked_types.checked")
 
 # How long an example takes tells of the machine, not of us.
 hypothesis.settings.register_profile("selfloop", deadline=None)

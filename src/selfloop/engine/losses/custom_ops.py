@@ -349,7 +349,7 @@ SLOW = frozenset({"sort", "argsort", "topk", "cumprod", "logcumsumexp"})
 """Operations that take much longer for an element than the others."""
 
 
-def check_number(value: int | float | complex) -> None:
+def check_number(value: complex) -> None:
     """Raises :class:`GraphError` for an integer beyond what a graph may hold."""
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         raise GraphError(f"integers are at most {MAX_NUMBER}")
