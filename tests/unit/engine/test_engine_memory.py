@@ -1,7 +1,5 @@
 """Activations: recomputed layer by layer where they would not fit."""
 
-import gc
-import itertools
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiny_models
+from memory_peaks import peak_bytes
 from selfloop.engine.backends import device, select
 from selfloop.engine.backends.base import Varlen
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
@@ -67,16 +66,6 @@ def load(folder, activation_bytes=None, *, dtype="float32", budget=64):
     theta_P = engine._runs["run"].theta_P
     theta_P.add_(torch.randn(theta_P.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
     return engine
-
-
-def peak_bytes(act):
-    """The most that tensors took at a time beyond what they took before, as PyTorch's own profiler counts it."""
-    gc.collect()  # what belongs to nobody is not to go meanwhile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        act()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 @pytest.mark.parametrize("kind", ["forward", "kept", "recomputed"])
