@@ -158,7 +158,7 @@ class Killer(threading.Thread):
                 if self._over.is_set():
                     return
                 self._strike(strike.target)
-        except Exception as error:  # Told by the main thread.
+        except Exception as error:  # Reported by the main thread.
             self.failure = error
 
     def _await(self, num_outcomes: int, patience_s: float | None) -> None:

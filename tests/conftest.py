@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The shapes that losses declare are checked in every call.
 jaxtyping.install_import_hook("selfloop.engine.losses", "checked_types.checked")
 
-# How long an example takes tells of the machine, not of us.
+# How long an example takes depends on the machine, not of us.
 hypothesis.settings.register_profile("selfloop", deadline=None)
 hypothesis.settings.load_profile("selfloop")
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from fake_house import RUN_ID, FakeHouse
 from selfloop.control.sampling.queued_samples import QueuedSamples
-from selfloop.control.sampling.service import Draw, Sampling, Weights
+from selfloop.control.sampling.service import SampleSpec, Sampling, Weights
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import OperationFailed
@@ -18,28 +18,28 @@ SAMPLER_ID = "sampler"
 BASE = Weights(None, 0)
 
 
-def draw_of(value: int, seed: int | None = None, length: int = 1) -> Draw:
-    return Draw([value] * length, 1, SamplingParams(max_tokens=4, seed=seed))
+def spec_of(value: int, seed: int | None = None, length: int = 1) -> SampleSpec:
+    return SampleSpec([value] * length, 1, SamplingParams(max_tokens=4, seed=seed))
 
 
 class FakeSampling:
-    """Tokens that show what they were drawn from; held back while ``gate`` is closed."""
+    """Tokens that show what they were sampled from; held back while ``gate`` is closed."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
-        self.num_drawn = 0
+        self.num_sampled = 0
 
-    async def check(self, _sampler: Sampler, _draw: Draw) -> None: ...
+    async def check(self, _sampler: Sampler, _spec: SampleSpec) -> None: ...
 
-    async def draw(self, _sampler: Sampler, weights: Weights, draw: Draw) -> SampleResult:
+    async def sample(self, _sampler: Sampler, weights: Weights, spec: SampleSpec) -> SampleResult:
         await self.gate.wait()
         await asyncio.sleep(0)
-        self.num_drawn += 1
-        assert draw.params.seed is not None
-        if draw.prompt[0] < 0:
+        self.num_sampled += 1
+        assert spec.params.seed is not None
+        if spec.prompt[0] < 0:
             raise OperationFailed("asked to fail", "Asked")
-        tokens = [*draw.prompt, draw.params.seed % 2**31, weights.policy_version]
+        tokens = [*spec.prompt, spec.params.seed % 2**31, weights.policy_version]
         return SampleResult("request", [SampledSequence(tokens, [0.0] * len(tokens), "length", "")])
 
 
@@ -65,8 +65,8 @@ class FakeSamplingHouse:
         await own.queue.start()
         return own
 
-    async def accept(self, draw: Draw, id: str, fingerprint: str = "", weights: Weights = BASE) -> str:
-        return await self.queue.accept(self.sampler, id, fingerprint or id, weights, draw, with_logprobs=True)
+    async def accept(self, spec: SampleSpec, id: str, fingerprint: str = "", weights: Weights = BASE) -> str:
+        return await self.queue.accept(self.sampler, id, fingerprint or id, weights, spec, with_logprobs=True)
 
     async def crash(self) -> None:
         """Everything in memory is gone; what was durable stays."""

@@ -87,8 +87,8 @@ class FakeState:
         return cls(**json.loads((folder / "state.json").read_text()))
 
 
-def drawn(request: SampleRequest, salt: int = 0) -> list[SampledSequence]:
-    """What a fake worker draws: a letter a token, by seed and place."""
+def sampled(request: SampleRequest, salt: int = 0) -> list[SampledSequence]:
+    """What a fake worker samples: a letter a token, by seed and place."""
     seed = request.params.seed or 0
     sequences: list[SampledSequence] = []
     for index in range(request.num_samples):
@@ -99,7 +99,7 @@ def drawn(request: SampleRequest, salt: int = 0) -> list[SampledSequence]:
 
 
 class FakeWorker:
-    """Answers calls in order, each after a turn of the event loop, until it is told to die."""
+    """Answers calls in order, each after a turn of the event loop, until the test ends it."""
 
     def __init__(self, roots: Mapping[str, Path]) -> None:
         self.roots = roots
@@ -136,7 +136,7 @@ class FakeWorker:
     async def stream(self, command: Command) -> AsyncGenerator[bytes]:
         """A part a token, its sample's in turn, then the answer."""
         assert isinstance(command, Sample)
-        request, sequences = command.request, drawn(command.request, self.salt)
+        request, sequences = command.request, sampled(command.request, self.salt)
         num_parts = 0
         for i in range(request.params.max_tokens if command.stream else 0):
             for index, s in enumerate(sequences):
@@ -246,7 +246,7 @@ class FakeWorker:
                     raise self.scores
                 places = zip(request.prompt[1:], self.scores, strict=True)
                 scored = [None, *([TokenLogprob(token, logprob, 1)] for token, logprob in places)]
-                return msgspec.msgpack.encode(SampleResult(request.request_id, drawn(request), scored))
+                return msgspec.msgpack.encode(SampleResult(request.request_id, sampled(request), scored))
             case CancelSample(request_id):
                 self.cancelled.append(request_id)
                 return b""
@@ -293,7 +293,7 @@ class FakeLifecycle:
     sample_deaths: list[int] = field(default_factory=list)
     """After how many parts of a stream each worker dies, in turn."""
     salts: list[int] = field(default_factory=list)
-    """Makes each worker, in turn, draw something else."""
+    """Makes each worker, in turn, sample something else."""
 
     async def wake(self, _id: str) -> FakeWorker:
         if self.failure is not None:

@@ -292,7 +292,7 @@ def database_url(data_dir: Path, file: str = "test.db") -> URL:
 
 
 def environment(data_dir: Path) -> dict[str, str]:
-    """What tells a command which database and store go with a data directory."""
+    """What gives a command the database and the store of a data directory."""
     if not ON_SERVERS:
         return {}
     name = servers.postgres.ensure(name_of(data_dir))

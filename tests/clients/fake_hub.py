@@ -55,8 +55,8 @@ def serving() -> Iterator[Hub]:
             found = hub.answer(self.command, self.path.split("?")[0], body)
             self._reply(404 if found is None else 200, found or {"error": "Entry not found"})
 
-        def _reply(self, status: int, told: Any) -> None:
-            content = json.dumps(told).encode()
+        def _reply(self, status: int, body: Any) -> None:
+            content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))

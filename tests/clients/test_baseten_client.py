@@ -269,11 +269,11 @@ def test_deployed_checkpoints(api: Any, http: httpx.Client, trained: Run):
     assert api.get_models_model_id(model_id=made.model_id) == model
     assert [d.id for d in api.get_models_deployments(model_id=made.model_id).deployments] == [made.deployment_id]
     (sampler,) = [s for s in api.get_loops_samplers().samplers if s.model_id == made.model_id]
-    drawn = http.post(
+    sampled = http.post(
         f"/loops/samplers/{sampler.id}/sample", json={"prompt": words(1), "max_tokens": 2, "model": "weights"}
     )
-    assert drawn.headers["x-trainers-policy-version"] == "2"
-    assert len(ok(drawn)["choices"][0]["token_ids"]) >= 1
+    assert sampled.headers["x-trainers-policy-version"] == "2"
+    assert len(ok(sampled)["choices"][0]["token_ids"]) >= 1
     assert api.post_models_deployments_deactivate(model_id=made.model_id, deployment_id=made.deployment_id).success
 
 

@@ -140,16 +140,16 @@ def test_auth_status(tinker: Tinker):
 
 
 def test_auth_whoami(tinker: Tinker):
-    told = tinker.json("auth", "whoami")
-    assert str(told["user_urn"]).startswith("selfloop:key:")
+    printed = tinker.json("auth", "whoami")
+    assert str(printed["user_urn"]).startswith("selfloop:key:")
     refused = tinker.done("auth", "whoami", TINKER_API_KEY="tml-nobody")
     assert refused.returncode != 0
 
 
 def test_auth_login_and_logout(tinker: Tinker):
     """A key is checked and kept by the client alone; logging out leaves it valid here."""
-    told = tinker.text("auth", "login", given=f"tml-{KEY}\n")
-    assert "Logged in as environment (default)" in told
+    printed = tinker.text("auth", "login", given=f"tml-{KEY}\n")
+    assert "Logged in as environment (default)" in printed
     without = {"TINKER_API_KEY": ""}
     assert "Already logged in" in tinker.done("auth", "login", given="x\n", **without).stderr
     assert "Removed credential 'environment'" in tinker.text("auth", "logout")
@@ -167,8 +167,8 @@ def test_models(tinker: Tinker):
 def test_runs(tinker: Tinker):
     listed = tinker.json("run", "list")
     assert tinker.run in str(listed)
-    told = tinker.json("run", "info", tinker.run)
-    assert (told["training_run_id"], told["base_model"], told["lora_rank"]) == (tinker.run, MODEL, 4)
+    printed = tinker.json("run", "info", tinker.run)
+    assert (printed["training_run_id"], printed["base_model"], printed["lora_rank"]) == (tinker.run, MODEL, 4)
     assert tinker.run in tinker.text("run", "info", tinker.run)
     assert tinker.run in tinker.text("run", "list", "--limit=0")
     gone = tinker.done("run", "info", "aaaaaaa:train:0")
@@ -181,8 +181,12 @@ def test_checkpoints_are_told_of(tinker: Tinker):
         listed = str(tinker.json("checkpoint", "list", *arguments))
         assert tinker.path("kept") in listed
         assert tinker.path("external") in listed
-    told = tinker.json("checkpoint", "info", tinker.path("kept"))
-    assert (told["tinker_path"], told["checkpoint_type"], told["public"]) == (tinker.path("kept"), "training", False)
+    info = tinker.json("checkpoint", "info", tinker.path("kept"))
+    assert (info["tinker_path"], info["checkpoint_type"], info["public"]) == (
+        tinker.path("kept"),
+        "training",
+        False,
+    )
     assert tinker.path("kept") in tinker.text("checkpoint", "info", tinker.path("kept"))
 
 
@@ -224,9 +228,9 @@ def test_a_checkpoint_is_downloaded(tinker: Tinker, gateway: Gateway):
     adapters = []
     for name in ("kept", "external"):
         path = tinker.path(name)
-        told = tinker.json("checkpoint", "download", path, "--output", "downloads")
+        printed = tinker.json("checkpoint", "download", path, "--output", "downloads")
         folder = tinker.folder / "downloads" / path.removeprefix("tinker://").replace("/", "_")
-        assert Path(str(told["destination"])).name == folder.name
+        assert Path(str(printed["destination"])).name == folder.name
         files = {file.name: file.read_bytes() for file in folder.iterdir()}
         assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
         assert json.loads(files["adapter_config.json"])["r"] == 4
@@ -253,16 +257,16 @@ def test_a_checkpoint_is_pushed_to_a_hub(tinker: Tinker):
     assert f"tinker_path: {tinker.path('kept')}" in files["README.md"].decode()
     config = json.loads(files["adapter_config.json"])
     assert (config["r"], config["base_model_name_or_path"]) == (4, MODEL)
-    told = tinker.json("checkpoint", "download", tinker.path("kept"), "--output", "pushed")
-    (weights,) = Path(tinker.folder, str(told["destination"])).glob("*.safetensors")
+    printed = tinker.json("checkpoint", "download", tinker.path("kept"), "--output", "pushed")
+    (weights,) = Path(tinker.folder, str(printed["destination"])).glob("*.safetensors")
     assert files["adapter_model.safetensors"] == weights.read_bytes()
 
 
 def test_a_session_is_exported(tinker: Tinker):
     session = tinker.run.split(":")[0]
-    told = tinker.json("session", "export-trace", session, "--output", "trace.json")
+    printed = tinker.json("session", "export-trace", session, "--output", "trace.json")
     trace = json.loads((tinker.folder / "trace.json").read_text())
-    assert told["file_size_bytes"] == os.path.getsize(tinker.folder / "trace.json")
+    assert printed["file_size_bytes"] == os.path.getsize(tinker.folder / "trace.json")
     assert {"forward_backward", "optim_step"} <= {event["name"] for event in trace["traceEvents"]}
 
 

@@ -26,10 +26,10 @@ def test_weights_are_downloaded_and_merged(
     command = [cookbook_python, str(SCRIPT), str(tiny_model_folder), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
     assert ended_well(done.returncode), f"{done.stderr[-3000:]}\n{gateway.log[-3000:]}"
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["files"] == [["adapter_config.json", "adapter_model.safetensors"]] * 2
-    assert told["same"]
-    assert "external_weights/e" in told["left"]
-    assert "external_weights/download" not in told["left"]
-    assert told["difference"] < 1e-3 < told["effect"]
-    assert "adapter_model.safetensors" in told["peft"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["files"] == [["adapter_config.json", "adapter_model.safetensors"]] * 2
+    assert report["same"]
+    assert "external_weights/e" in report["left"]
+    assert "external_weights/download" not in report["left"]
+    assert report["difference"] < 1e-3 < report["effect"]
+    assert "adapter_model.safetensors" in report["peft"]

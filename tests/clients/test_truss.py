@@ -1,7 +1,7 @@
 """The official, unmodified ``truss`` command line against a real gateway: every command below ``truss loops``.
 
 It reaches only a server on ``localhost:8000``, whose REST it calls by the name ``api.localhost``. Not every machine
-knows that name, so a ``sitecustomize`` module tells it to the subprocess; users put it into /etc/hosts.
+knows that name, so a ``sitecustomize`` module gives it to the subprocess; users put it into /etc/hosts.
 """
 
 import csv

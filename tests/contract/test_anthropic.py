@@ -51,7 +51,7 @@ def openai_text(http: httpx.Client, **fields: object) -> Json:
     return ok(http.post("/oai/api/v1/chat/completions", json=ASKED | {"temperature": 0} | fields))
 
 
-def test_a_message_is_what_the_other_dialect_draws(client: Anthropic, http: httpx.Client):
+def test_a_message_is_what_the_other_dialect_samples(client: Anthropic, http: httpx.Client):
     message = client.messages.create(**GREEDY, system="be brief", metadata={"user_id": "me"})
     expected = openai_text(http, messages=[{"role": "system", "content": "be brief"}, USER])
     assert text_of(message) == expected["choices"][0]["message"]["content"]
@@ -80,9 +80,9 @@ def test_a_prompt_that_was_seen_is_counted_as_read_from_the_cache(client: Anthro
         usage = stream.get_final_message().usage
     assert (usage.input_tokens, usage.cache_read_input_tokens) == (again.usage.input_tokens, cached)
     asked = {"messages": [seen], "temperature": 0}
-    told = ok(http.post("/oai/api/v1/chat/completions", json=ASKED | asked))["usage"]
-    assert told["prompt_tokens_details"] == {"cached_tokens": cached}
-    assert told["prompt_tokens"] == num_prompt(again)
+    theirs = ok(http.post("/oai/api/v1/chat/completions", json=ASKED | asked))["usage"]
+    assert theirs["prompt_tokens_details"] == {"cached_tokens": cached}
+    assert theirs["prompt_tokens"] == num_prompt(again)
 
 
 def test_a_stream_adds_up_to_the_whole(client: Anthropic):

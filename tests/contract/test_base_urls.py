@@ -77,7 +77,7 @@ def test_pages_of_models(http: httpx.Client):
 
 @pytest.mark.parametrize("scheme", ["Bearer", "Api-Key"])
 def test_the_management_api_has_its_models(gateway: Gateway, scheme: str):
-    """Its own clients send either scheme, so that the key cannot tell the two lists apart."""
+    """Its own clients send either scheme, so that the key cannot distinguish the two lists."""
     headers = {"Authorization": f"{scheme} {KEY}"}
     assert "models" in ok(httpx.get(f"{gateway.url}/v1/models", headers=headers))
     missing = httpx.get(f"{gateway.url}/v1/models/aaaaaaa", headers=headers)
@@ -86,7 +86,7 @@ def test_the_management_api_has_its_models(gateway: Gateway, scheme: str):
     assert ok(httpx.post(f"{gateway.url}/v1/chat/completions", json=chat, headers=headers, timeout=60))["choices"]
 
 
-def test_a_read_only_key_lists_and_draws_nothing(gateway: Gateway, http: httpx.Client):
+def test_a_read_only_key_lists_and_samples_nothing(gateway: Gateway, http: httpx.Client):
     key = ok(http.post("/v1/api_keys", json={"name": "reader", "role": "read-only"}))["api_key"]
     with OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0) as reader:
         assert [model.id for model in reader.models.list()]

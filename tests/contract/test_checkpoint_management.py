@@ -144,7 +144,7 @@ def test_the_live_adapter_outlasts_keep_last(http: httpx.Client):
     assert names(http, run) == ["next"]
 
 
-# -- the answer tells which capacity ------------------------------------------------------------------
+# -- the answer says which capacity ------------------------------------------------------------------
 
 
 def test_reuse_is_told(http: httpx.Client):
@@ -197,30 +197,30 @@ def test_a_deploy_serves_its_checkpoints_whatever_becomes_of_them(new_gateway: C
     assert ok(http.get(readiness))["checkpoints"] == [first, second]
     assert [m["id"] for m in ok(http.get(f"{base}/v1/models"))["data"]] == [MODEL, first, second]
 
-    def drawn(**body: object) -> tuple[str, list[int]]:
+    def sampled(**body: object) -> tuple[str, list[int]]:
         headers = {"X-Checkpoint-Path": str(body.pop("pinned"))} if "pinned" in body else {}
         request = {"prompt": words(5), "max_tokens": 6, "temperature": 0} | body
         answer = http.post(f"{base}/sample", json=request, headers=headers)
         return answer.headers["x-trainers-policy-version"], ok(answer)["choices"][0]["token_ids"]
 
-    assert drawn() == drawn(pinned=first) == drawn(model="first") == drawn(model=first)
-    assert drawn(model="second") == drawn(pinned=second)
-    assert (drawn()[0], drawn(model="second")[0]) == ("1", "2")
-    before = drawn(), drawn(model="second")
+    assert sampled() == sampled(pinned=first) == sampled(model="first") == sampled(model=first)
+    assert sampled(model="second") == sampled(pinned=second)
+    assert (sampled()[0], sampled(model="second")[0]) == ("1", "2")
+    before = sampled(), sampled(model="second")
 
     # The originals go: the run ends, one is replaced by another of its name, both are deleted.
     run.train(3)
     run.save("first", SAMPLER)
     ok(http.post(f"/v1/loops/runs/{run.id}/deactivate"))
     assert delete(http, run_id=run.id, name="*", dry_run=False)["kept"] == []
-    assert (drawn(), drawn(model="second")) == before
+    assert (sampled(), sampled(model="second")) == before
 
     # A restart brings it up by itself, and only it.
     own.kill()
     own.start()
     http = own.http(KEY)
     until(lambda: ok(http.get(readiness))["status"] == "ACTIVE", "the deployed sampler is up again")
-    assert (drawn(), drawn(model="second")) == before
+    assert (sampled(), sampled(model="second")) == before
 
     ok(http.post(f"/v1/loops/samplers/{sampler['id']}/deactivate"))
     assert ok(http.get(readiness))["status"] == "INACTIVE"

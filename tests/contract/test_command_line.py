@@ -103,14 +103,14 @@ def test_listing_by_its_own_name(cli: Cli, trained: Run):
 
 def test_usage_of_a_server(cli: Cli, trained: Run, gateway: Gateway):
     """The same of the server as of its data directory; a window and the team are asked of the server, too."""
-    told = {row["run_id"]: row for row in cli.json("usage")}[trained.id]
+    line_of_run = {row["run_id"]: row for row in cli.json("usage")}[trained.id]
     stored = cli.json("usage", "--data-dir", str(gateway.data_dir), SELFLOOP_URL="")
-    assert told == next(row for row in stored if row["run_id"] == trained.id)
-    assert told["operations"] > 2
+    assert line_of_run == next(row for row in stored if row["run_id"] == trained.id)
+    assert line_of_run["operations"] > 2
     assert trained.id in {row["run_id"] for row in cli.json("usage", "--since", "1h", "--team")}
     assert cli.json("usage", "--by", "team")[0]["name"] == "default"
     (line,) = [line for line in cli.text("usage").splitlines() if trained.id in line]
-    assert line.split()[:3] == [trained.id, "mine", str(told["operations"])]
+    assert line.split()[:3] == [trained.id, "mine", str(line_of_run["operations"])]
 
 
 def test_runs_show_and_deactivate(cli: Cli, trained: Run, http: httpx.Client):
@@ -281,8 +281,8 @@ def test_a_sampler_of_the_newest_weights(http: httpx.Client, other_team: httpx.C
     sampler = Run(http, made["sampler"])
     scored = {"prompt": words(99), "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0.0}
     answer = ok(http.post(f"/loops/samplers/{sampler.id}/v1/completions", json={"model": MODEL} | scored))
-    told = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(words(99))]
-    assert told == pytest.approx(run.logprobs(words(99)), abs=1e-3)
+    scored = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(words(99))]
+    assert scored == pytest.approx(run.logprobs(words(99)), abs=1e-3)
     assert other_team.post(f"/v1/loops/runs/{run.id}/newest_sampler").status_code == 404
     ok(http.post(f"/v1/loops/samplers/{sampler.id}/deactivate", json={}))
 

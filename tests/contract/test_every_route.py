@@ -177,7 +177,7 @@ def _is_400(route: str) -> bool:
 
 
 def test_another_team_gets_nothing(other_team: httpx.Client, http: httpx.Client, ids: dict[str, str]):
-    """It is told that there is no such thing, whatever it asks, and nothing happens to the owner's things."""
+    """The answer is that there is no such thing, whatever it asks, and nothing happens to the owner's things."""
     before = state(http, ids)
     for route, ask in ALL:
         if route == REVOKES_ITSELF or ask.admin:
@@ -188,13 +188,13 @@ def test_another_team_gets_nothing(other_team: httpx.Client, http: httpx.Client,
             check_refused(response, ask.foreign, where)
         else:
             assert response.status_code < 500, f"{where}: {response.text}"
-        told = response.text
+        text = response.text
         for sent in (ids["path"], ids["trainer_path"], NAME, *([] if ask.foreign is None else ids.values())):
-            told = told.replace(sent, "")
-        assert WORD not in told, where
+            text = text.replace(sent, "")
+        assert WORD not in text, where
         if ask.foreign is None:
             for known in ("run_id", "session_id", "sampler_id", "checkpoint_id", "deployment_id", "user_id", "team_id"):
-                assert ids[known] not in told, f"{where}: tells {known}"
+                assert ids[known] not in text, f"{where}: names {known}"
     assert state(http, ids) == before
 
 

@@ -80,7 +80,7 @@ def test_an_adapter_of_zeros_is_told_when_it_is_imported(gateway: Gateway, adapt
     file = folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
     zeros = {name: x * 0 if ".lora_B." in name else x for name, x in tensors.items()}
-    told: dict[str, str] = {}
+    printed: dict[str, str] = {}
     for name, content in (("zeros", zeros), ("trained", tensors)):
         safetensors.torch.save_file(content, file)
         command = [
@@ -95,9 +95,9 @@ def test_an_adapter_of_zeros_is_told_when_it_is_imported(gateway: Gateway, adapt
         env = environment() | stores.environment(gateway.data_dir)
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.startswith("bt://")
-        told[name] = done.stderr
-    assert "it equals the base model: the adapter changes nothing" in told["zeros"]
-    assert "equals the base model" not in told["trained"]
+        printed[name] = done.stderr
+    assert "it equals the base model: the adapter changes nothing" in printed["zeros"]
+    assert "equals the base model" not in printed["trained"]
 
 
 def test_an_import_is_seen_like_any_run(http: httpx.Client, other_team: httpx.Client, imported: str):
@@ -201,7 +201,7 @@ def test_refused_exports_leave_nothing(trained: Run, gateway: Gateway, tmp_path:
 
 
 def test_a_trained_run_is_exported_as_gguf(new_gateway: Callable[[], Gateway], tmp_path: Path):
-    """Of a model whose tokenizer llama.cpp can be told."""
+    """Of a model whose tokenizer can be written for llama.cpp."""
     import gguf_models
 
     gateway = new_gateway()

@@ -127,10 +127,10 @@ def test_a_dry_run_checks_and_makes_nothing(http: httpx.Client, run: Run):
     ],
 )
 def test_what_cannot_be_deployed_is_refused_by_name(http: httpx.Client, run: Run, changed: dict[str, Any], field: str):
-    told = error(http, DEPLOY, request=request(id_of(run, "one"), **changed))
-    assert told["extensions"]["code"] == "BAD_REQUEST"
-    assert field in told["message"]
-    assert field in told["extensions"]["details"]["field"]
+    refusal = error(http, DEPLOY, request=request(id_of(run, "one"), **changed))
+    assert refusal["extensions"]["code"] == "BAD_REQUEST"
+    assert field in refusal["message"]
+    assert field in refusal["extensions"]["details"]["field"]
 
 
 def test_others_and_trainers_checkpoints_are_not_deployed(http: httpx.Client, other_team: httpx.Client, run: Run):
@@ -151,7 +151,7 @@ def test_introspection(http: httpx.Client):
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "expected"),
     [
         ("{ teams { nonsense } }", "nonsense"),
         ("{ teams {", "Syntax Error"),
@@ -162,10 +162,10 @@ def test_introspection(http: httpx.Client):
         (DEPLOY, "request"),
     ],
 )
-def test_wrong_queries(http: httpx.Client, query: str, told: str):
+def test_wrong_queries(http: httpx.Client, query: str, expected: str):
     answer = ask(http, query)
     assert answer["data"] is None
-    assert told in answer["errors"][0]["message"]
+    assert expected in answer["errors"][0]["message"]
 
 
 @pytest.mark.parametrize(

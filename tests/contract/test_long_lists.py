@@ -183,7 +183,7 @@ def test_what_ended_long_ago_is_pruned_beside_the_server(old: Gateway, tmp_path:
     where = ("--data-dir", str(old.data_dir))
     before = {row["id"] for row in ok(http.get("/v1/loops/runs"))["runs"]}
     assert "nothing was removed" in selfloop("prune", "--older-than", "30d", *where)
-    told = json.loads(selfloop("prune", "--older-than", "30d", "--json", *where))
+    report = json.loads(selfloop("prune", "--older-than", "30d", "--json", *where))
     assert {row["id"] for row in ok(http.get("/v1/loops/runs"))["runs"]} == before
     archive = tmp_path / "old.jsonl.zst"
     selfloop("prune", "--older-than", "30d", "--yes", "--archive", str(archive), *where)
@@ -193,6 +193,6 @@ def test_what_ended_long_ago_is_pruned_beside_the_server(old: Gateway, tmp_path:
     assert archived
     assert all(row["created_at"] < time.time() - 30 * DAY_S for row in archived.values())
     assert archived.keys() == before - {row["id"] for row in left}
-    assert next(row["count"] for row in told if row["kind"] == "runs") == len(archived)
+    assert next(row["count"] for row in report if row["kind"] == "runs") == len(archived)
     session = ok(http.post("/v1/loops/sessions"))["session"]["id"]
     ok(http.post("/v1/loops/runs", json={"session_id": session, "base_model": MODEL, "lora_rank": 8}))

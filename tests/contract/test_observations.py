@@ -113,9 +113,9 @@ def test_the_samplers_log_is_its_own(run: Run):
     assert text.count("sampled 2 sequences, 8 tokens after a prompt of 5") == 2
     assert "forward_backward" not in text
     assert "sampled" not in messages(logs(run))
-    drawn = next(line for line in lines if line["message"].startswith("sampled"))
-    by_body = run.http.post(sampler_path(run), json={"request_id": drawn["request_id"]})
-    assert ok(by_body)["logs"] == [drawn]
+    line = next(line for line in lines if line["message"].startswith("sampled"))
+    by_body = run.http.post(sampler_path(run), json={"request_id": line["request_id"]})
+    assert ok(by_body)["logs"] == [line]
     by_text = run.http.post(sampler_path(run), json={"includes": ["sampled 2"], "excludes": ["nothing like it"]})
     assert len(ok(by_text)["logs"]) == 2
     assert ok(run.http.post(sampler_path(run), json={"replica": "other"}))["logs"] == []
@@ -236,7 +236,7 @@ def test_sampler_and_trainer_are_compared_after_a_publish(new_gateway: Callable[
     own = Run.create(gateway.http()).attached()
     own.save("fresh", "save_weights_for_sampler")
     until(
-        lambda: "the published weights equal the base model" in messages(logs(own, min_level="WARNING")), "it is told"
+        lambda: "the published weights equal the base model" in messages(logs(own, min_level="WARNING")), "the warning"
     )
     own.train(1, 2)
     own.save("trained", "save_weights_for_sampler")
@@ -422,8 +422,8 @@ def test_usage_of_a_run_is_exact(http: httpx.Client, gateway: Gateway):
     assert line["checkpoint_bytes"] == checkpoint["size_bytes"]
 
     until(lambda: _cli_usage(gateway).get(own.id, {}).get("samples") == 1, "samples are written within seconds")
-    told = _cli_usage(gateway)[own.id]
-    assert {name: told[name] for name in counts} == counts
+    printed = _cli_usage(gateway)[own.id]
+    assert {name: printed[name] for name in counts} == counts
     assert "counted" in selfloop("usage", "--since", "1d", "--data-dir", str(gateway.data_dir))
 
 
@@ -436,10 +436,10 @@ def test_samples_count_for_the_run_that_trained_their_weights(http: httpx.Client
     body = {"session_id": own.resource["session_id"], "model_path": name}
     alone = ok(http.post("/v1/loops/samplers", json=body))["sampler"]
     assert alone["run_id"] is None
-    drawn = {"prompt": words(4), "max_tokens": 3, "stop_token_ids": []}
-    ok(http.post(f"/loops/samplers/{alone['id']}/sample", json=drawn))
+    asked = {"prompt": words(4), "max_tokens": 3, "stop_token_ids": []}
+    ok(http.post(f"/loops/samplers/{alone['id']}/sample", json=asked))
     (line,) = usage(http, run_id=own.id)
-    assert (line["samples"], line["tokens_prefilled"]) == (1, len(drawn["prompt"]))
+    assert (line["samples"], line["tokens_prefilled"]) == (1, len(asked["prompt"]))
     assert http.post(f"/api/v1/training_runs/{own.id}/checkpoints/sampler_weights/kept/publish").status_code == 204
     ok(other_team.post("/oai/api/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1}))
     assert usage(http, run_id=own.id) == [line]
@@ -447,8 +447,8 @@ def test_samples_count_for_the_run_that_trained_their_weights(http: httpx.Client
 
 
 def _cli_usage(gateway: Gateway) -> dict[str, Json]:
-    told = json.loads(selfloop("usage", "--json", "--data-dir", str(gateway.data_dir)))
-    return {line["run_id"]: line for line in told}
+    printed = json.loads(selfloop("usage", "--json", "--data-dir", str(gateway.data_dir)))
+    return {line["run_id"]: line for line in printed}
 
 
 def test_usage_by_key_and_team(run: Run, gateway: Gateway, other_team: httpx.Client):

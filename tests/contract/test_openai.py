@@ -53,7 +53,7 @@ def test_models(client: OpenAI, run: Run):
 
 
 def test_the_plain_routes(http: httpx.Client, run: Run):
-    """What a client without a library sees; Loops clients tell the adapter by its parent."""
+    """What a client without a library sees; Loops clients find the adapter by its parent."""
     id = run.resource["sampler"]["id"]
     listed = ok(http.get(f"/loops/samplers/{id}/v1/models"))["data"]
     assert [(model["id"], model["parent"]) for model in listed] == [(MODEL, None), (adapter(run, 2), MODEL)]
@@ -136,7 +136,7 @@ def _num_template_tokens() -> int:
 
 
 def test_chat_is_the_template_sampled(client: OpenAI, http: httpx.Client, base_url: str):
-    """The same text and logprobs as /sample draws after the rendered prompt."""
+    """The same text and logprobs as /sample gives after the rendered prompt."""
     answer = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, logprobs=True, extra_body={"return_token_ids": True, "top_k": 20}, **SEEDED
     )
@@ -222,8 +222,8 @@ def test_penalties(client: OpenAI, http: httpx.Client, base_url: str):
     assert len(set(client.completions.create(model=MODEL, prompt="a", **without).choices[0].text)) < 10
     chunks = client.completions.create(model=MODEL, prompt="a", stream=True, **once)
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
-    (drawn,) = ok(http.post(f"{base_url}/sample", json={"prompt": [67], **once}))["choices"]
-    assert drawn["text"] == text
+    (sampled,) = ok(http.post(f"{base_url}/sample", json={"prompt": [67], **once}))["choices"]
+    assert sampled["text"] == text
     extra = {"repetition_penalty": 1.3, "min_p": 1.0, "return_token_ids": True}
     answers = [client.completions.create(model=MODEL, prompt="a", seed=n, extra_body=extra) for n in range(3)]
     assert len({answer.choices[0].text for answer in answers}) == 1
@@ -591,21 +591,21 @@ def test_labels_and_neutral_values_are_taken(client: OpenAI):
 # -- who goes away --------------------------------------------------------------------------------------
 
 
-def num_drawn(gateway: Gateway) -> float:
-    """Sampling requests that were drawn to their end."""
+def num_sampled(gateway: Gateway) -> float:
+    """Sampling requests that were answered."""
     lines = gateway.http().get("/metrics").raise_for_status().text.splitlines()
     return float(next(line for line in lines if line.startswith("selfloop_samples_total")).split()[-1])
 
 
 @pytest.mark.parametrize("how", ["chat", "chat streamed", "completion", "completion streamed", "sample"])
 def test_a_client_that_goes_away_ends_its_sampling(gateway: Gateway, http: httpx.Client, base_url: str, how: str):
-    """Of two equal requests the first is left alone; were it still drawn, it would be done before the second."""
+    """Of two equal requests the first is left alone; were it still sampled, it would be done before the second."""
     route = {"chat": "v1/chat/completions", "completion": "v1/completions", "sample": "sample"}[how.split()[0]]
     body: Json = {"n": 256, "max_tokens": 100, "seed": 1}
     body |= {"messages": MESSAGES} if how.startswith("chat") else {"prompt": [3]}
     body |= {} if how == "sample" else {"model": MODEL}
     url = f"{base_url}/{route}"
-    before = num_drawn(gateway)
+    before = num_sampled(gateway)
     if how.endswith("streamed"):
         with http.stream("POST", url, json=body | {"stream": True}) as response:
             assert response.status_code == 200
@@ -614,4 +614,4 @@ def test_a_client_that_goes_away_ends_its_sampling(gateway: Gateway, http: httpx
         with pytest.raises(httpx.ReadTimeout):
             http.post(url, json=body, timeout=0.1)
     assert len(ok(http.post(url, json=body))["choices"]) == 256
-    assert num_drawn(gateway) == before + 1
+    assert num_sampled(gateway) == before + 1

@@ -114,7 +114,7 @@ def test_a_pinned_checkpoint_by_header_and_by_body(sampler: Sampler, run: Run):
 
 
 @pytest.mark.parametrize("headers", [ASYNC, {}], ids=["queued", "direct"])
-def test_the_same_key_draws_once(sampler: Sampler, headers: dict[str, str]):
+def test_the_same_key_samples_once(sampler: Sampler, headers: dict[str, str]):
     def answer(response: httpx.Response) -> Json:
         return sampler.result(ok(response, 202)["operation_id"]) if headers else ok(response)
 
@@ -173,7 +173,7 @@ def test_queued_samples_belong_to_their_sampler_and_team(
         (body(lora="nonsense"), ASYNC, "lora"),
     ],
 )
-def test_what_could_never_be_drawn_is_refused_before_it_is_queued(
+def test_what_could_never_be_sampled_is_refused_before_it_is_queued(
     sampler: Sampler, content: Json, headers: dict[str, str], field: str
 ):
     response = sampler.sample(content, **headers)

@@ -1,4 +1,4 @@
-"""The management API beside POST /v1/loops/runs: what was made is listed, told truly, and ended."""
+"""The management API beside POST /v1/loops/runs: what was made is listed, shown as it is, and ended."""
 
 import httpx
 import pytest

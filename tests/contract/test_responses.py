@@ -42,7 +42,7 @@ def chat_of(http: httpx.Client, *messages: Json, **fields: object) -> Json:
     return ok(http.post(CHAT, json={"model": MODEL, "messages": messages, "max_tokens": 12, "temperature": 0} | fields))
 
 
-def test_a_response_is_what_the_chat_route_draws(client: OpenAI, http: httpx.Client):
+def test_a_response_is_what_the_chat_route_samples(client: OpenAI, http: httpx.Client):
     response = client.responses.create(**ASKED, instructions="be brief", metadata={"a": "b"}, user="me", store=False)
     expected = chat_of(http, {"role": "system", "content": "be brief"}, {"role": "user", "content": "say ä"})
     assert response.output_text == expected["choices"][0]["message"]["content"]

@@ -55,7 +55,7 @@ def test_models(client: OpenAI, run: Run, http: httpx.Client):
         client.models.retrieve("nobody/nothing")
 
 
-def test_every_name_of_a_checkpoint_draws_what_its_own_sampler_draws(client: OpenAI, http: httpx.Client, run: Run):
+def test_every_name_of_a_checkpoint_samples_what_its_own_sampler_samples(client: OpenAI, http: httpx.Client, run: Run):
     sampler, own = run.resource["sampler"]["id"], f"bt://loops:{run.id}/sampler_weights/served"
     body = {"prompt": words(3), "logprobs": 0, **SEEDED}
     headers = {"X-Checkpoint-Path": own}
@@ -157,26 +157,26 @@ def test_a_published_checkpoint_is_anybodys_to_sample(http: httpx.Client, other_
     run.train(1, 2)
     run.save("given", "save_weights_for_sampler")
     name, own = f"tinker://{run.id}/sampler_weights/given", f"bt://loops:{run.id}/sampler_weights/given"
-    drawn = {"prompt": words(3), **SEEDED}
+    asked = {"prompt": words(3), **SEEDED}
     message = {"model": name, "messages": MESSAGES, "max_tokens": 8, "temperature": 0.0}
-    (text,) = [choice["text"] for choice in ok(http.post(COMPLETIONS, json=drawn | {"model": name}))["choices"]]
+    (text,) = [choice["text"] for choice in ok(http.post(COMPLETIONS, json=asked | {"model": name}))["choices"]]
     (said,) = ok(http.post(MESSAGES_ROUTE, json=message))["content"]
     sampler = Run.create(other_team, seed=5).attached().resource["sampler"]["id"]
     pinned = {"X-Checkpoint-Path": own}
     published = f"/api/v1/training_runs/{run.id}/checkpoints/sampler_weights/given/publish"
     assert http.post(published).status_code == 204
     for known in (name, own, f"{MODEL};{name}"):
-        (choice,) = ok(other_team.post(COMPLETIONS, json=drawn | {"model": known}))["choices"]
+        (choice,) = ok(other_team.post(COMPLETIONS, json=asked | {"model": known}))["choices"]
         assert choice["text"] == text
         assert ok(other_team.get(f"{MODELS}/{known}"))["parent"] == MODEL
     (theirs,) = ok(other_team.post(MESSAGES_ROUTE, json=message))["content"]
     assert theirs == said
-    (choice,) = ok(other_team.post(f"/loops/samplers/{sampler}/sample", json=drawn, headers=pinned))["choices"]
+    (choice,) = ok(other_team.post(f"/loops/samplers/{sampler}/sample", json=asked, headers=pinned))["choices"]
     assert choice["text"] == text
     assert http.delete(published).status_code == 204
-    assert other_team.post(COMPLETIONS, json=drawn | {"model": name}).status_code == 404
+    assert other_team.post(COMPLETIONS, json=asked | {"model": name}).status_code == 404
     assert other_team.post(MESSAGES_ROUTE, json=message).status_code == 404
-    answer = other_team.post(f"/loops/samplers/{sampler}/sample", json=drawn, headers=pinned)
+    answer = other_team.post(f"/loops/samplers/{sampler}/sample", json=asked, headers=pinned)
     assert (answer.status_code, answer.headers["x-baseten-error-source"]) == (404, "06"), answer.text
 
 

@@ -166,7 +166,7 @@ def test_seed(http: httpx.Client):
     assert logprobs != other_logprobs
 
 
-def test_seed_is_drawn_when_not_given_and_told(http: httpx.Client):
+def test_a_seed_that_is_not_given_is_chosen_and_reported(http: httpx.Client):
     first, second = create_run(http, seed=None), create_run(http)
     assert first["seed"] != second["seed"]
     assert Run(http, first).attached().state() == Run.create(http, seed=first["seed"]).attached().state()

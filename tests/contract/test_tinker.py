@@ -181,7 +181,7 @@ def test_other_teams_see_nothing(wire: Wire, gateway: Gateway, other_team: httpx
     assert stranger.http.post("/api/v1/optim_step", json={"model_id": model, "seq_id": 2}).status_code == 404
 
 
-def test_samples_are_drawn_once(wire: Wire):
+def test_samples_are_computed_once(wire: Wire):
     session = wire.session()
     made = wire.post("/api/v1/create_sampling_session", session_id=session, sampling_session_seq_id=0, base_model=MODEL)
     assert made == wire.post(

@@ -549,10 +549,10 @@ def test_a_token_stands_for_its_key(rest: Rest, gateway: Gateway):
 
 def test_a_key_tells_of_itself_and_goes(gateway: Gateway):
     own = teammate(gateway)
-    told = own.get("/api/v1/auth/apikey/me")
-    assert told["name"] == "colleague"
-    assert told["details"] == {"org_details": {"name": "default"}, "user_details": {"email": "colleague"}}
-    assert told["key_id"] > 0
+    account = own.get("/api/v1/auth/apikey/me")
+    assert account["name"] == "colleague"
+    assert account["details"] == {"org_details": {"name": "default"}, "user_details": {"email": "colleague"}}
+    assert account["key_id"] > 0
     token = own.post("/api/v1/auth/token")["jwt"]
     assert own.http.delete("/api/v1/auth/apikey/me").status_code == 204
     own.get("/api/v1/auth/apikey/me", 401)

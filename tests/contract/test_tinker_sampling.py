@@ -52,19 +52,19 @@ def asked(wire: Wire, sampler: str, seq: int, **fields: object) -> schema.Sample
 def test_batched_polls_tell_each_end_once(wire: Wire, sampler: str):
     sampler = base_sampler(wire, wire.session())
     futures = {ok(wire.sample(sampler, seq))["request_id"] for seq in range(20)}
-    told: list[str] = []
+    reported: list[str] = []
     cursor = 0
-    while len(told) < len(futures):
+    while len(reported) < len(futures):
         answer = ended(wire, sampler, cursor)
         assert answer["cursor"] >= cursor
         cursor = answer["cursor"]
-        told += [one["request_id"] for one in answer["completions"]]
+        reported += [one["request_id"] for one in answer["completions"]]
         for one in answer["completions"]:
             assert one["state"] == "finished"
             content = wire.poll(one).content
             assert len(content) == one["response_payload_uncompressed_size"]
-    assert set(told) == futures
-    assert len(told) == len(futures)
+    assert set(reported) == futures
+    assert len(reported) == len(futures)
     assert ended(wire, sampler, cursor, timeout=0) == {"completions": [], "cursor": cursor}
 
 
@@ -175,9 +175,9 @@ def test_alternatives_to_the_prompt(wire: Wire, sampler: str):
     assert list(alternatives.tokens.shape) == list(alternatives.logprobs.shape) == [rows, 6]
     assert alternatives.tokens.dtype == schema.INT32
     assert list(array("i", alternatives.tokens.dense)) == [token for token in likeliest for _ in range(6)]
-    drawn = [asked(wire, sampler, seq, **fields, sampling_params={"max_tokens": 1, "seed": 4}) for seq in (81, 82)]
-    assert drawn[0].prompt_alt_tokens == drawn[1].prompt_alt_tokens
-    assert all(value < 0 for value in array("f", drawn[0].prompt_alt_tokens.logprobs.dense))
+    sampled = [asked(wire, sampler, seq, **fields, sampling_params={"max_tokens": 1, "seed": 4}) for seq in (81, 82)]
+    assert sampled[0].prompt_alt_tokens == sampled[1].prompt_alt_tokens
+    assert all(value < 0 for value in array("f", sampled[0].prompt_alt_tokens.logprobs.dense))
 
 
 def test_only_the_last_positions(wire: Wire, sampler: str):

@@ -142,10 +142,10 @@ def check(response: httpx.Response, who: str, sent: dict[str, Any], route: str, 
         body = response.json()
         assert {"message", "error", "errors"} & body.keys(), where
     if who in OUTSIDERS:
-        told = response.text
+        text = response.text
         for echoed in (*known, str(sent)):
-            told = told.replace(echoed, "")
-        assert WORD not in told, where
+            text = text.replace(echoed, "")
+        assert WORD not in text, where
         if who in ("wrong", "nobody") and not ROUTES[route][0].keyless:
             assert response.status_code == 401, where
 

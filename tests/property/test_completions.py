@@ -1,4 +1,4 @@
-"""Every completion is told until the reader's cursor has passed it, whatever is read when."""
+"""Every completion is reported until the reader's cursor has passed it, whatever is read when."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +40,11 @@ def test_a_cursor_from_elsewhere_counts_as_the_beginning(start: int, foreign: in
     completions = Completions(start)
     for i in range(num):
         completions.add(str(i), i, 0.0)
-    told = completions.after(foreign)
+    reported = completions.after(foreign)
     if start <= foreign <= start + num:
-        assert told == [Completion(str(i), i) for i in range(foreign - start, num)]
+        assert reported == [Completion(str(i), i) for i in range(foreign - start, num)]
     else:
-        assert told == [Completion(str(i), i) for i in range(num)]
+        assert reported == [Completion(str(i), i) for i in range(num)]
 
 
 def test_what_nobody_asks_for_is_forgotten():

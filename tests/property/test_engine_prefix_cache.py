@@ -84,7 +84,7 @@ def engines(folder) -> list[Engine]:
     return _ENGINES
 
 
-def drawn(engine, requests, *, together):
+def sampled(engine, requests, *, together):
     results = {}
     for index, (length, text, num_samples, version) in enumerate(requests):
         prompt = tiny_models.random_ids(50, seed=text)[:length]
@@ -105,9 +105,9 @@ def drawn(engine, requests, *, together):
 @given(requests=REQUESTS)
 def test_shared_prefixes_chunks_and_eviction_change_no_sample(tmp_path_factory, requests):
     small, large = engines(tmp_path_factory.mktemp("model") / "m")
-    expected = drawn(large, requests, together=False)
+    expected = sampled(large, requests, together=False)
     for engine in (small, large):
-        for name, sequences in drawn(engine, requests, together=True).items():
+        for name, sequences in sampled(engine, requests, together=True).items():
             for ours, theirs in zip(sequences, expected[name], strict=True):
                 assert ours.tokens == theirs.tokens
                 assert max(abs(a - b) for a, b in zip(ours.logprobs, theirs.logprobs, strict=True)) < 1e-4

@@ -1,4 +1,4 @@
-"""Server-sent events: whatever text is drawn arrives as it was; and streams that run side by side."""
+"""Server-sent events: whatever text is sampled arrives as it was; and streams that run side by side."""
 
 import asyncio
 import json

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
-from selfloop.control.sampling.queued_samples import Drawn, Failed
+from fake_sampling import SAMPLER_ID, FakeSamplingHouse, spec_of
+from selfloop.control.sampling.queued_samples import Failed, Sampled
 from selfloop.control.sampling.service import Weights
 from selfloop.types.errors import Conflict
 
@@ -43,20 +43,20 @@ class _Model:
         self.kind: dict[str, str] = {}
         self.seed: dict[str, int | None] = {}
         self.cancelled: set[str] = set()
-        self.seen: dict[str, Drawn | Failed] = {}
+        self.seen: dict[str, Sampled | Failed] = {}
 
-    def check(self, id: str, outcome: Drawn | Failed) -> None:
+    def check(self, id: str, outcome: Sampled | Failed) -> None:
         assert outcome == self.seen.setdefault(id, outcome)
         if isinstance(outcome, Failed):
             assert outcome.error_class == "Cancelled"
             assert id in self.cancelled
             return
         assert id not in self.cancelled
-        assert outcome.request.draw.params.seed is not None
+        assert outcome.request.spec.params.seed is not None
         if self.seed[id] is not None:
-            assert outcome.request.draw.params.seed == self.seed[id]
-        drawn_from = outcome.result.sequences[0].tokens[-2:]
-        assert drawn_from == [outcome.request.draw.params.seed % 2**31, 7]
+            assert outcome.request.spec.params.seed == self.seed[id]
+        sampled_from = outcome.result.sequences[0].tokens[-2:]
+        assert sampled_from == [outcome.request.spec.params.seed % 2**31, 7]
 
 
 async def _play(plan: list[tuple[str, str, int | None]]) -> None:
@@ -73,7 +73,7 @@ async def _play(plan: list[tuple[str, str, int | None]]) -> None:
                         model.cancelled.add(id)
                 case "look" if id in model.kind:
                     outcome = await house.queue.wait(SAMPLER_ID, id, 0.0)
-                    if isinstance(outcome, Drawn | Failed):
+                    if isinstance(outcome, Sampled | Failed):
                         model.check(id, outcome)
                 case "hold":
                     house.sampling.gate.clear()
@@ -89,7 +89,7 @@ async def _play(plan: list[tuple[str, str, int | None]]) -> None:
         for _ in range(2):
             for id in model.kind:
                 outcome = await house.queue.wait(SAMPLER_ID, id, 20.0)
-                assert isinstance(outcome, Drawn | Failed), outcome
+                assert isinstance(outcome, Sampled | Failed), outcome
                 model.check(id, outcome)
             await house.crash()
             house = await FakeSamplingHouse.open(Path(name))
@@ -97,12 +97,12 @@ async def _play(plan: list[tuple[str, str, int | None]]) -> None:
 
 
 async def _accept(house: FakeSamplingHouse, model: _Model, what: str, id: str, seed: int | None) -> None:
-    draw = draw_of(len(what), seed, 20_000 if what == "accept long" else 1)
+    spec = spec_of(len(what), seed, 20_000 if what == "accept long" else 1)
     kind = f"{what} {seed}"
     if model.kind.get(id, kind) == kind:
-        assert await house.accept(draw, id, kind, Weights(None, 7)) == id
+        assert await house.accept(spec, id, kind, Weights(None, 7)) == id
         model.kind[id] = kind
         model.seed.setdefault(id, seed)
         return
     with pytest.raises(Conflict, match=f"Idempotency-Key {id} "):
-        await house.accept(draw, id, kind, Weights(None, 7))
+        await house.accept(spec, id, kind, Weights(None, 7))

@@ -52,9 +52,10 @@ def as_earlier(data_dir: Path) -> None:
 
 
 def mentions(data_dir: Path) -> list[Path]:
-    """Files that say where the directory lies, but for logs and what is to tell a copy from the original."""
-    told = ("logs", "workers", "installation.json")
-    kept = [path for path in data_dir.rglob("*") if path.is_file() and path.relative_to(data_dir).parts[0] not in told]
+    """Files that say where the directory lies, but for logs and what distinguishes a copy from the original."""
+    skipped = ("logs", "workers", "installation.json")
+    files = [path for path in data_dir.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.relative_to(data_dir).parts[0] not in skipped]
     return [path for path in kept if str(data_dir).encode() in path.read_bytes()]
 
 

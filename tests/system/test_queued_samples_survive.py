@@ -27,7 +27,7 @@ def outcome(http: httpx.Client, path: str, id: str) -> Json:
             return ok(response)
 
 
-def drawn(http: httpx.Client, path: str, id: str) -> list[list[int]]:
+def sampled(http: httpx.Client, path: str, id: str) -> list[list[int]]:
     ended = outcome(http, path, id)
     assert ended["status"] == "done", ended
     return [choice["token_ids"] for choice in ended["result"]["choices"]]
@@ -41,17 +41,17 @@ def test_gateway_killed_between_acceptance_and_result(new_gateway: Callable[[], 
     run.save("live", "save_weights_for_sampler")
     path = f"/loops/samplers/{run.resource['sampler']['id']}"
     keys = [uuid.uuid4().hex for _ in range(NUM_QUEUED)]
-    # Half of them with a seed of the caller's: what they must give is known from a direct draw.
+    # Half of them with a seed of the caller's: what they must give is known from a direct request.
     seeds = {i: 100 + i for i in range(0, NUM_QUEUED, 2)}
     ids = [queue(http, path, i, key, **({"seed": seeds[i]} if i in seeds else {})) for i, key in enumerate(keys)]
     assert ids == keys
-    seen = {id: drawn(http, path, id) for id in ids[:3]}
+    seen = {id: sampled(http, path, id) for id in ids[:3]}
     own.kill()
     own.start()
     # The weights and the seed are those of the acceptance, whatever became live meanwhile.
     run.train(2)
     run.save("next", "save_weights_for_sampler")
-    first = {id: drawn(http, path, id) for id in ids}
+    first = {id: sampled(http, path, id) for id in ids}
     assert {id: first[id] for id in seen} == seen
     for i in (0, 2):
         body = {"prompt": words(i, 30), "max_tokens": 24, "seed": seeds[i]} | ({"n": 16} if i % 8 == 0 else {})
@@ -60,19 +60,19 @@ def test_gateway_killed_between_acceptance_and_result(new_gateway: Callable[[], 
         assert [choice["token_ids"] for choice in direct["choices"]] == first[ids[i]]
     own.kill()
     own.start()
-    assert {id: drawn(http, path, id) for id in ids} == first
+    assert {id: sampled(http, path, id) for id in ids} == first
     # A retry after the crash finds what it asked for before.
     assert queue(http, path, 1, keys[1]) == keys[1]
 
 
-def test_worker_killed_while_it_draws(new_gateway: Callable[[], Gateway]):
+def test_worker_killed_while_it_samples(new_gateway: Callable[[], Gateway]):
     own = new_gateway()
     http = own.http()
     path = f"/loops/samplers/{create_run(http)['sampler']['id']}"
     ids = [queue(http, path, i, uuid.uuid4().hex) for i in range(NUM_QUEUED)]
-    drawn(http, path, ids[0])
+    sampled(http, path, ids[0])
     own.kill_worker()
-    assert all(drawn(http, path, id) for id in ids)
+    assert all(sampled(http, path, id) for id in ids)
 
 
 def test_a_stopped_gateway_goes_on_with_what_was_queued(new_gateway: Callable[[], Gateway]):

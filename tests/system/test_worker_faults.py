@@ -51,7 +51,7 @@ def test_a_worker_that_goes_wrong_is_replaced_and_its_runs_lose_nothing(faulty: 
     os.kill(stopped, signal.SIGSTOP)
     assert step(run, 0.01, 4)["status"] == "done"
     assert faulty.worker_pid() != stopped
-    assert "no sign of life" in faulty.log
+    assert "no heartbeat" in faulty.log
 
     # What went wrong half-way is undone, with what was sent behind it, and the worker lives on.
     alive = faulty.worker_pid()

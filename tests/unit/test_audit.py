@@ -1,4 +1,4 @@
-"""The audit of dependencies: what fails it, what is only told."""
+"""The audit of dependencies: what fails it, what is only reported."""
 
 import importlib.util
 import subprocess

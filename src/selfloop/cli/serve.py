@@ -50,7 +50,7 @@ serve_command = command_of(Settings, _serve, _HELP)
 
 
 def _checked(loaded: Loaded[Settings]) -> Settings:
-    """The settings in their final form. Raises :class:`BadRequest`: what cannot be told of one value alone."""
+    """The settings in their final form. Raises :class:`BadRequest`: what cannot be seen in one value alone."""
     from selfloop.server.hub import hub_url
 
     settings = loaded.settings

@@ -54,7 +54,7 @@ def _refusal(error: OSError, host: str, port: int) -> SelfloopError:
     match error.errno:
         case errno.EADDRINUSE:
             return Conflict(
-                f"port {port} of {host} is taken by another program (`selfloop doctor --port {port}` tells whether it "
+                f"port {port} of {host} is taken by another program (`selfloop doctor --port {port}` says whether it "
                 "is a Selfloop server): stop that, or choose another --port"
             )
         case errno.EACCES:

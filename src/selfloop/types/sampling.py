@@ -78,14 +78,14 @@ class PromptTargets(msgspec.Struct, frozen=True):
 
 
 class PromptDraws(msgspec.Struct, frozen=True):
-    """Drawn alternatives to the prompt's tokens but the first, (N - 1, k) row-major: int32 ids, float32 logprobs."""
+    """Sampled alternatives to the prompt's tokens but the first, (N - 1, k) row-major: int32 ids, float32 logprobs."""
 
     tokens: bytes
     logprobs: bytes
 
 
 class SampleRequest(msgspec.Struct, frozen=True):
-    """Draw ``num_samples`` continuations of ``prompt`` (>= 1 token).
+    """Sample ``num_samples`` continuations of ``prompt`` (>= 1 token).
 
     Args:
         adapter: None samples the base model.

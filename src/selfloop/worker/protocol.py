@@ -77,7 +77,7 @@ class Written(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True, tag=True):
-    """Draw samples; joins the batch that is running.
+    """Sample; joins the batch that is running.
 
     Args:
         stream: send ``Partial`` events with the msgpack bytes of ``list[SampleDelta]`` before the reply.
@@ -201,7 +201,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """The base model cannot be served; the worker exits. ``error_class`` tells whether it ever can."""
+    """The base model cannot be served; the worker exits. ``error_class`` says whether it ever can."""
 
     cause: str
     error_class: str = "LoadFailed"

@@ -123,7 +123,7 @@ def _once(first: Any, then: Any) -> Any:
 
 
 async def test_valid_keys_are_read_anew_from_time_to_time(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should whoever revoked one have died before telling."""
+    """Should whoever revoked one have died before the others know."""
     key = await access.create_key("x", "t")
     caller = await access.authenticate(key)
     now = time.monotonic()

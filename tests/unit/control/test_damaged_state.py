@@ -1,4 +1,4 @@
-"""Bits that changed in snapshots, payloads, results and rows: noticed, told, and gone around where that can be."""
+"""Bits that changed in snapshots, payloads, results and rows: noticed, reported, and gone around where that can be."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -94,9 +94,9 @@ async def test_out_of_files_is_told_before_a_save(tmp_path: Path, monkeypatch) -
     blobs = LocalBlobs(tmp_path)
     monkeypatch.setattr(blobs, "free_files", lambda: 3)
     room = DiskRoom(blobs, cast(Catalogue, None))
-    with pytest.raises(OperationFailed, match="3 more files") as told:
+    with pytest.raises(OperationFailed, match="3 more files") as refused:
         await room.check_save(cast("object", None), with_optimizer=True)
-    assert told.value.error_class == "DiskFull"
+    assert refused.value.error_class == "DiskFull"
 
 
 def test_the_library_of_tensors_tells_the_systems_error(tmp_path: Path, monkeypatch) -> None:

@@ -190,5 +190,5 @@ async def test_what_stands_never_sleeps(house: CapacityHouse) -> None:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - what changes is under test, and tells nobody
+    while not condition():  # noqa: ASYNC110 - what changes is under test, and notifies nobody
         await asyncio.sleep(0)

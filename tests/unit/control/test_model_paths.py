@@ -56,7 +56,7 @@ def test_absolute_paths_of_a_directory_that_was_moved_are_found(tmp_path: Path):
     model_in(here / "own/mine")
     rows = [row("a/b", "hub:a/b", "/old/place/models/a--b"), row("mine", "folder", "/old/place/own/mine")]
     assert outdated(here, *rows) == {"a/b": "models/a--b", "mine": "own/mine"}
-    # No row of ours tells where it was: a folder that is there, and ends as the lost one does.
+    # No row of ours says where it was: a folder that is there, and ends as the lost one does.
     assert outdated(here, rows[1]) == {"mine": "own/mine"}
     assert outdated(here, row("lost", "folder", "/old/place/own/lost")) == {}
 

@@ -104,14 +104,14 @@ def old_runs(db: Database) -> int:
 
 async def test_a_dry_run_tells_what_then_goes(db: Database, tmp_path: Path):
     before = rows(db)
-    told = await prune(db, tmp_path, dry_run=True)
+    reported = await prune(db, tmp_path, dry_run=True)
     assert rows(db) == before
     done = await prune(db, tmp_path)
     after = rows(db)
-    assert done.kinds == told.kinds
+    assert done.kinds == reported.kinds
     gone = {name: before[name] - after[name] for name in before if before[name] != after[name]}
     assert gone == {name: kind.num for name, kind in done.kinds.items() if name != "files"}
-    assert told.kinds["files"].size_bytes == len(b"a large result")
+    assert reported.kinds["files"].size_bytes == len(b"a large result")
     assert not (tmp_path / "journal" / id_of("r", 0) / "operation-0.result").exists()
     assert (await prune(db, tmp_path)).kinds == {}
 

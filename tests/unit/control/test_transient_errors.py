@@ -25,10 +25,10 @@ def test_an_outage_says_when_to_ask_again():
         OSError(errno.EMFILE, "Too many open files"),
         OperationalError("INSERT", {}, locked()),
     ):
-        told = not_ready(error)
-        assert told is not None
-        assert told.retry_s > 0
-        assert "nothing was accepted" in str(told)
+        answer = not_ready(error)
+        assert answer is not None
+        assert answer.retry_s > 0
+        assert "nothing was accepted" in str(answer)
     assert not_ready(OSError(errno.EACCES, "Permission denied")) is None
     undecodable = sqlite3.OperationalError("Could not decode to UTF-8 column 'name'")
     assert not_ready(OperationalError("SELECT", {}, undecodable)) is None

@@ -120,7 +120,7 @@ def test_padding_of_the_vocabulary_is_never_drawn_nor_likeliest(load, logprobs_N
     tops = [p for s in result.sequences for p in s.top_logprobs] + result.prompt_logprobs[1:]
     assert max(t.token for position in tops for t in position) < REAL
     assert max(array("i", result.prompt_draws.tokens)) < REAL
-    # What is told of a token stays the model's own: its share of all ids, padding included.
+    # What is reported of a token stays the model's own: its share of all ids, padding included.
     whole = asked(load(), prompt=prompt, prompt_logprobs=0).prompt_logprobs
     assert [p[0].logprob for p in result.prompt_logprobs[1:]] == pytest.approx([p[0].logprob for p in whole[1:]])
 

@@ -63,7 +63,7 @@ def test_deltas_add_up_to_the_sequences(engine, asked):
         deltas = [d for step in steps[item.request_id] for d in step]
         for index, sequence in enumerate(results[item.request_id].sequences):
             assert added_up([d for d in deltas if d.index == index]) == sequence
-        # One token a step: it is told of at once.
+        # One token a step: it is reported at once.
         assert all(len(d.tokens) == 1 for d in deltas)
     assert results["stop-string"].sequences[0].text == free.text[:3]
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from selfloop.server.anthropic import wire
-from selfloop.server.anthropic.request import Prompt, draw_of, prompt_of
+from selfloop.server.anthropic.request import Prompt, prompt_of, spec_of
 from selfloop.types.errors import BadRequest
 from selfloop.types.sampling import StructuredOutput
 
@@ -173,16 +173,16 @@ def test_tool_choice():
     assert strict.structured is not None
 
 
-def test_what_is_drawn():
+def test_what_is_sampled():
     asked = body(temperature=0.5, top_p=0.9, top_k=3, stop_sequences=["x"], max_tokens=5)
-    params = draw_of(asked, [1, 2, 3], prompt_of(asked, None), 16).params
+    params = spec_of(asked, [1, 2, 3], prompt_of(asked, None), 16).params
     assert (params.temperature, params.top_p, params.top_k, params.stop) == (0.5, 0.9, 3, ["x"])
     assert (params.max_tokens, params.seed) == (5, None)
-    default = draw_of(body(), [1, 2, 3], prompt(), 8).params
+    default = spec_of(body(), [1, 2, 3], prompt(), 8).params
     assert (default.temperature, default.top_p, default.top_k) == (1.0, 1.0, 0)
     assert default.max_tokens == 5, "the room that is left"
     one = prompt(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
-    assert draw_of(asked, [1], one, 16).params.stop == ["x", "</tool_call>"]
+    assert spec_of(asked, [1], one, 16).params.stop == ["x", "</tool_call>"]
 
 
 def user(*blocks: object) -> dict[str, object]:
@@ -276,7 +276,7 @@ def test_refused_by_name(name: str):
 )
 def test_parameters_out_of_range(fields: dict[str, object]):
     with pytest.raises(BadRequest) as caught:
-        draw_of(body(**fields), [1], prompt(), 16)
+        spec_of(body(**fields), [1], prompt(), 16)
     assert caught.value.field == next(iter(fields))
 
 

@@ -138,7 +138,7 @@ def key(name: str) -> dict[str, str]:
 
 
 async def answers() -> dict[str, Any]:
-    """By what was asked: the status, the body, and the headers that tell something."""
+    """By what was asked: the status, the body, and the headers that matter."""
     control = RaisingControl()
     app = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, control))
     found: dict[str, Any] = {}

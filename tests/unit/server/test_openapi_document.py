@@ -63,7 +63,7 @@ def operations(found: Json) -> list[tuple[str, Json]]:
 
 
 def test_schemas_have_names_of_their_own():
-    """Two of one name would be told apart by their modules, which are none of a client's business."""
+    """Two of one name would be distinguished by their modules, which are none of a client's business."""
     assert [name for name in document()["components"]["schemas"] if "." in name] == []
 
 

@@ -41,7 +41,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "$defs": {"Place": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}},
     },
 }
-NUM_DRAWS = 250
+NUM_SAMPLES = 250
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def functions(*, loose: bool) -> list[Function]:
     return [*strict, Function("anything", {"type": "object", "not": {}}, False, "tools[2]", "parameters")][: 2 + loose]
 
 
-def draw(engine: Engine, use: ToolUse, num: int = NUM_DRAWS, **params: Any) -> list[SampledSequence]:
+def sample(engine: Engine, use: ToolUse, num: int = NUM_SAMPLES, **params: Any) -> list[SampledSequence]:
     settings = SamplingParams(
         **{"max_tokens": 200, "seed": 3, "temperature": 3.0, "structured": use.structured} | params
     )
@@ -96,7 +96,7 @@ def test_between_tags(engine: Engine, at_most_one: bool, loose: bool):
     use = tool_use(functions(loose=loose), Choice("auto", None, at_most_one, "", ""), TAGS)
     assert not use.own_stop
     called, num_several, num_without = set[str](), 0, 0
-    for sequence in draw(engine, use):
+    for sequence in sample(engine, use):
         text, calls = read(use, sequence.text)
         check(calls)
         # Only the end of the room leaves a call that is none.
@@ -115,7 +115,7 @@ def test_between_tags(engine: Engine, at_most_one: bool, loose: bool):
 def test_as_the_whole_text(engine: Engine):
     """A text that begins with a brace is a call; the grammar gives the model no other way on."""
     use = tool_use(functions(loose=False), Choice("auto", None, False, "", ""), WHOLE)
-    sequences = draw(engine, use, num=800, max_tokens=100)
+    sequences = sample(engine, use, num=800, max_tokens=100)
     opened = [s for s in sequences if s.text.lstrip().startswith("{")]
     assert 0 < len(opened) < len(sequences)
     for sequence in opened:
@@ -134,7 +134,7 @@ def test_calls_or_an_answer_that_matches(engine: Engine):
     }
     use = tool_use(functions(loose=True), Choice("auto", None, False, "", ""), TAGS, answer)
     num_calls = num_answers = 0
-    for sequence in draw(engine, use):
+    for sequence in sample(engine, use):
         text, calls = read(use, sequence.text)
         check(calls)
         num_calls += bool(calls)
@@ -149,7 +149,7 @@ def test_calls_or_an_answer_that_matches(engine: Engine):
 def test_a_forced_call(engine: Engine, name: str | None):
     use = tool_use(functions(loose=False), Choice("forced", name, False, "tool_choice", ""), TAGS)
     called = set[str]()
-    for sequence in draw(engine, use, num=100):
+    for sequence in sample(engine, use, num=100):
         text, calls = read(use, sequence.text)
         check(calls)
         assert bool(calls) is (sequence.stop_reason == "stop")

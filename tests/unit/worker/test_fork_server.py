@@ -154,7 +154,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(command: WorkerCommand):
 async def test_a_stopped_host_is_noticed_and_replaced(
     stop_at: str, command: WorkerCommand, monkeypatch: pytest.MonkeyPatch
 ):
-    """By its silence; also while it imports or loads, and when there is only its worker's death to be told."""
+    """By its silence; also while it imports or loads, and when there is only its worker's death to report."""
     monkeypatch.setattr(fork_client, "SILENCE_AT_START", 1 if stop_at == "importing" else 60)
     quick = replace(command, settings=replace(SETTINGS, heartbeat_timeout_s=1.0))
     if stop_at != "importing":
@@ -177,10 +177,10 @@ async def test_a_stopped_host_is_noticed_and_replaced(
         await asyncio.wait_for(asyncio.shield(client.lost), 60)
         await client.kill("over")
     elif stop_at == "ready":
-        with pytest.raises(WorkerLost, match=r"made no worker|no sign of life"):
+        with pytest.raises(WorkerLost, match=r"made no worker|no heartbeat"):
             await launch_worker(host, quick)
     else:
-        with pytest.raises(WorkerLost, match="no sign of life"):
+        with pytest.raises(WorkerLost, match="no heartbeat"):
             await asyncio.wait_for(host.ready(), 60)
     await gone(pid)
     await host.stop()
@@ -201,7 +201,7 @@ async def test_a_stopped_host_that_a_gateway_left_is_ended(command: WorkerComman
     os.kill(pid, signal.SIGSTOP)
     vanish(host)
     other = await find_or_launch(quick)
-    with pytest.raises(WorkerLost, match="no sign of life"):
+    with pytest.raises(WorkerLost, match="no heartbeat"):
         await other.ready()
     await gone(pid)
     await other.stop()

@@ -1,4 +1,4 @@
-"""Processes that are told apart though their numbers are given again, and folders that sockets fit in."""
+"""Processes that are distinguished though their numbers are given again, and folders that sockets fit in."""
 
 import os
 import signal

@@ -62,7 +62,7 @@ class House:
         deadline = time.monotonic() + 20
         while len(self.replies.answers) < number:
             assert time.monotonic() < deadline, self.replies.answers
-            self.queue.tell()
+            self.queue.send_finished()
             time.sleep(0.002)
         return self.replies.answers
 

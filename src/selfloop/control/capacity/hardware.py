@@ -16,7 +16,7 @@ INSTANCE_TYPE_ID = "local"
 NODE = "local"
 """The name of the only node."""
 CPU = "CPU"
-"""How the accelerator of a machine without GPUs, or of a server told not to use them, is called."""
+"""How the accelerator of a machine without GPUs, or of a server that may not use them, is called."""
 
 # The names that the clients know for GPUs, as they stand in the driver's names: "NVIDIA H100 80GB HBM3".
 _ACCELERATOR = re.compile(r"\b(T4|L4|L40S?|A10G?|V100|A100|H100|H200|B200|B300|GB200|GB300)\b")
@@ -53,7 +53,7 @@ def this_hardware() -> Hardware:
 
 
 def _gpu_memory_mib() -> int | None:
-    """Memory of the first GPU, None where the driver's own tool does not tell."""
+    """Memory of the first GPU, None where the driver's own tool does not say."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_S, check=True).stdout

@@ -26,7 +26,7 @@ from selfloop.worker.client.worker_client import WorkerClient
 log = logging.getLogger(__name__)
 
 _REAPER_PAUSE_S = 0.25
-# How long a deactivated sampler waits for the samples that it is drawing, and how long its caller for the worker's
+# How long a deactivated sampler waits for the samples that it is computing, and how long its caller for the worker's
 # end: together less than the 5 s after which common HTTP clients give up.
 _DRAIN_S = 3.0
 _STOP_WAIT_S = 1.0
@@ -212,8 +212,8 @@ class Lifecycle:
     async def end(self, id: str, reason: str) -> None:
         """Deactivate capacity for good; the worker ends when nothing else needs it.
 
-        A sampler first finishes what it is drawing, for at most 3 s, and takes nothing new meanwhile. A worker
-        that is still loading is ended once it can be told to; nobody waits for that.
+        A sampler first finishes what it is sampling, for at most 3 s, and takes nothing new meanwhile. A worker
+        that is still loading is ended once it can be asked to; nobody waits for that.
         """
         group = self._group_of.get(id)
         if group is None:

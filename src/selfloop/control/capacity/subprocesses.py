@@ -1,4 +1,4 @@
-"""Programs that do heavy work in a process of their own and tell of it in JSON lines on their stdout."""
+"""Programs that do heavy work in a process of their own and report it in JSON lines on their stdout."""
 
 import asyncio
 import logging

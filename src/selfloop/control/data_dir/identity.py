@@ -74,7 +74,7 @@ class DataDirIdentity:
         if earlier.store != now.store and num_checkpoints:
             raise Conflict(
                 f"the {num_checkpoints} checkpoints of this server are in {earlier.store}, not in {now.store}: start "
-                "with the --store that it had; docs/deploy.md tells how to move them"
+                "with the --store that it had; docs/deploy.md says how to move them"
             )
         if store.address != LOCAL and (original := self._original()) is not None:
             raise Conflict(

@@ -48,12 +48,12 @@ def is_passing(error: Exception) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """The error as it may be told; of the database's, without the statement."""
+    """The error as it may be reported; of the database's, without the statement."""
     return str(getattr(error, "orig", None) or error)
 
 
 def not_ready(error: Exception) -> NotReady | None:
-    """What to tell a caller whose request met an outage: nothing was accepted, ask again; None for other errors."""
+    """What to answer a caller whose request met an outage: nothing was accepted, ask again; None for other errors."""
     if isinstance(error, OSError):
         if error.errno not in _PASSING:
             return None

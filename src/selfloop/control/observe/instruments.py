@@ -29,7 +29,7 @@ OPERATION_SECONDS = Histogram(
     buckets=_SECONDS,
     registry=REGISTRY,
 )
-SAMPLE_REQUESTS = Counter("selfloop_samples", "Sampling requests drawn.", registry=REGISTRY)
+SAMPLE_REQUESTS = Counter("selfloop_samples", "Sampling requests answered.", registry=REGISTRY)
 TOKENS = Counter(
     "selfloop_tokens",
     "Tokens: trained, forwarded (trained ones included), prefilled, cached (of those), sampled.",

@@ -49,7 +49,7 @@ class _Target(RotatingFileHandler):
             log.warning("lines of the log cannot be written to %s: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        # What it could not write it tries once more; that it cannot is told.
+        # What it could not write it tries once more; that it cannot is logged.
         with contextlib.suppress(OSError):
             super().close()
 

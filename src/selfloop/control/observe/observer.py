@@ -1,4 +1,4 @@
-"""Hears of every operation and sample, and tells the log, the metrics, the counters and the trace."""
+"""Hears of every operation and sample, and reports it to the log, the metrics, the counters and the trace."""
 
 import logging
 import time
@@ -31,8 +31,8 @@ class _Open:
     trace_id: str
 
 
-Drawn = Callable[[Sampler, str | None, int, SampleResult], None]
-"""Hears of a request's end: its sampler, the run that trained the weights, the prompt's tokens, what was drawn."""
+Sampled = Callable[[Sampler, str | None, int, SampleResult], None]
+"""Hears of a request's end: its sampler, the run that trained the weights, the prompt's tokens, what was sampled."""
 
 
 class Observer:
@@ -104,14 +104,12 @@ class Observer:
         instruments.FAILED.labels(row.kind, "cancelled" if was_cancelled else "error").inc()
 
     @contextmanager
-    def sampling(
-        self, deployment_id: str | None
-    ) -> Generator[Callable[[Sampler, str | None, int, SampleResult], None]]:
-        """A sampling request in progress on a trainer's deployment (or on none); gives what to call once drawn."""
+    def sampling(self, deployment_id: str | None) -> Generator[Sampled]:
+        """A sampling request in progress on a trainer's deployment (or on none); gives what to call with its result."""
         started = time.monotonic()
         status: int | None = None
 
-        def drawn(sampler: Sampler, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> None:
+        def sampled(sampler: Sampler, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> None:
             nonlocal status
             status = 200
             counts = self.usage.sampled(sampler, run_id, num_prompt_tokens, result)
@@ -121,7 +119,7 @@ class Observer:
             self.meter.begin(deployment_id)
         try:
             with tracing.loose_span("sampling"):
-                yield drawn
+                yield sampled
         finally:
             if deployment_id is not None:
                 # A refusal is counted where its answer is seen.

@@ -70,7 +70,7 @@ class Usage:
         self._flushing = asyncio.Lock()
 
     def sampled(self, sampler: Sampler, run_id: str | None, num_prompt_tokens: int, result: SampleResult) -> Counts:
-        """Count one drawn request; with the key that asked, or the sampler's where that is not known.
+        """Count one answered sampling request; with the key that asked, or the sampler's where that is not known.
 
         It counts for the sampler's run, else for ``run_id``, which trained the weights.
         """

@@ -28,12 +28,12 @@ END_OF_TIME = (2**62, 2**62)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """Whose place an operation takes, as a dialect tells it.
+    """Whose place an operation takes, as a dialect gives it.
 
     Args:
         id: the client's idempotency key, which becomes the operation's id.
         seq: the client's sequence id, or None to take the next free place.
-        fingerprint: digest of the request as the client sent it, to tell a retry from a different request.
+        fingerprint: digest of the request as the client sent it, to distinguish a retry from a different request.
     """
 
     id: str

@@ -46,7 +46,7 @@ class Pending:
 
 
 class Refusal(NamedTuple):
-    """What a call was answered that did not become an operation; ``digest`` tells a repetition of it."""
+    """What a call was answered that did not become an operation; ``digest`` identifies a repetition of it."""
 
     digest: str
     error: SelfloopError

@@ -105,7 +105,7 @@ class Outcomes:
         try:
             operation = await self._journal.operation(row)
         except OperationFailed:
-            return  # What it was to write can no longer be told; the next start clears it away.
+            return  # What it was to write is no longer known; the next start clears it away.
         if isinstance(operation, Save):
             await self._store.discard(operation.checkpoint_id)
 
@@ -181,10 +181,10 @@ class Outcomes:
         except FileNotFoundError:
             raise OperationFailed("what was saved is gone before it could be recorded", "CheckpointLost") from None
         except OSError as error:
-            told = disk_full(error)
-            if told is None:
+            full = disk_full(error)
+            if full is None:
                 raise
-            raise told from error
+            raise full from error
 
     async def fail(self, *failures: Failure) -> None:
         """Store errors as the operations' outcomes: of all of them, or of none."""

@@ -146,7 +146,7 @@ class RunActor:
         await self.suspend()
 
     async def stop(self) -> None:
-        # An outcome that is just being stored is also told to those who wait for it.
+        # An outcome that is just being stored is also sent to those who wait for it.
         async with self._completing:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -167,10 +167,10 @@ class RunSnapshots:
         try:
             await asyncio.to_thread(self._blobs.prepare_folder, key + ".part")
         except OSError as error:
-            told = disk_full(error)
-            if told is None:
+            full = disk_full(error)
+            if full is None:
                 raise
-            raise told from error
+            raise full from error
         await worker.call(Snapshot(self._run.id, self._blobs.ref(key + ".part")))
 
     @property

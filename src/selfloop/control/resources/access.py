@@ -24,7 +24,7 @@ _PREFIX = "slk-"
 _SHOWN_CHARACTERS = 12
 _MAX_NAME = 255
 _MAX_LIFE_S = 10 * 365 * 86400
-# Should a revoking process die before it tells: valid keys are looked up anew so often.
+# Should a revoking process die before it has sent that: valid keys are looked up anew so often.
 _REMEMBERED_S = 30.0
 
 
@@ -62,7 +62,7 @@ class Access:
         if num_revoked != self._num_revoked or now - self._remembered_at > _REMEMBERED_S:
             self._callers.clear()
             self._num_revoked, self._remembered_at = num_revoked, now
-        # The digest is looked up, never the key, so timing tells nothing about a valid one.
+        # The digest is looked up, never the key, so timing shows nothing about a valid one.
         digest = _digest(key)
         caller = self._callers.get(digest)
         if caller is None:
@@ -101,7 +101,7 @@ class Access:
         return row
 
     async def start(self) -> None:
-        """Learn the names of the keys that were made before; the others tell theirs when they are first used."""
+        """Learn the names of the keys that were made before; the others give theirs when they are first used."""
         self._names |= {row.id: row.name for row in await self.keys()}
 
     def name_of(self, key_id: str) -> str | None:
@@ -265,7 +265,7 @@ def _add_key(
     session: AsyncSession, team_id: str, name: str, role: Role, expires_in_s: float | None, by: Caller | None
 ) -> str:
     if not name.strip() or len(name) > _MAX_NAME:
-        raise BadRequest("name", f"1 to {_MAX_NAME} characters that tell what the key is for")
+        raise BadRequest("name", f"1 to {_MAX_NAME} characters that say what the key is for")
     if expires_in_s is not None and not 0 < expires_in_s <= _MAX_LIFE_S:
         raise BadRequest("expires_in_seconds", f"more than 0, at most {_MAX_LIFE_S} (ten years)")
     key = _new_key()

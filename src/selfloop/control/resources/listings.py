@@ -25,10 +25,10 @@ NO_PROJECT = queries.NO_PROJECT
 
 @dataclass(frozen=True, slots=True)
 class ListedRun:
-    """A run with what a listing tells of it.
+    """A run with what a listing shows of it.
 
     Args:
-        is_own: of the caller's team; of another's run only what it published is told.
+        is_own: of the caller's team; of another's run only what it published is shown.
         last_request_at: UNIX seconds of its last operation, or of its making.
     """
 

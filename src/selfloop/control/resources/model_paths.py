@@ -61,7 +61,7 @@ class ModelPaths:
                 return str(path.relative_to(root))
         if path.is_dir():
             return None
-        # No row tells where the directory was. A folder of ours with a model, which ends as the lost path does, is it.
+        # No row says where the directory was. A folder of ours with a model, which ends as the lost path does, is it.
         tails = ("/".join(path.parts[start:]) for start in range(1, len(path.parts) - 1))
         return next((tail for tail in tails if (self._data_dir / tail / "config.json").is_file()), None)
 

@@ -1,4 +1,4 @@
-"""Sessions that tell of themselves and end: what a script made for itself alone goes with it."""
+"""Sessions that send heartbeats and end: what a script made for itself alone goes with it."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ SILENT = "cancelled"
 
 
 class SessionDetails(msgspec.Struct, frozen=True):
-    """What a client tells of its session; shown again, and not acted upon."""
+    """What a client says of its session; shown again, and not acted upon."""
 
     tags: list[str] = []
     user_metadata: dict[str, str] | None = None
@@ -42,7 +42,7 @@ class SessionDetails(msgspec.Struct, frozen=True):
 
 
 def details_of(row: Session) -> SessionDetails:
-    """What its client told of a session; nothing for one that told nothing."""
+    """What its client said of a session; nothing for one that said nothing."""
     return SessionDetails() if row.details is None else msgspec.json.decode(row.details, type=SessionDetails)
 
 

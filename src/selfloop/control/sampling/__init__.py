@@ -1,1 +1,1 @@
-"""Samples: drawn while the caller waits, queued until somebody asks, or once for all who ask the same."""
+"""Samples: computed while the caller waits, queued until somebody asks, or once for all who ask the same."""

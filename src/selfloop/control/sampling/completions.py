@@ -18,7 +18,7 @@ class _Event(NamedTuple):
 
 
 class Completions:
-    """Completions with rising cursors, each told until the reader's cursor has passed it.
+    """Completions with rising cursors, each reported until the reader's cursor has passed it.
 
     Args:
         start: lies behind every cursor that was given out under this name before, so that one from then is seen to be.

@@ -98,7 +98,7 @@ class Jobs:
     async def completions(self, channel: str, cursor: int, timeout_s: float) -> tuple[list[Completion], int]:
         """What ended in a channel behind ``cursor``, as soon as there is any within ``timeout_s``; and the next cursor.
 
-        What was lost with an earlier gateway is told as failed.
+        What was lost with an earlier gateway is reported as failed.
         """
         self._forget_old()
         known = self._channel(channel)

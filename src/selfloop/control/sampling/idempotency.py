@@ -1,4 +1,4 @@
-"""A sampling request that comes again under its key gets the answer of the first: none is drawn twice."""
+"""A sampling request that comes again under its key gets the answer of the first: none is sampled twice."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from selfloop.types.errors import Conflict
 
 _KEPT_S = 600.0
-# How long a draw goes on when the connection of whoever waits for it broke: its client asks again within seconds.
+# How long sampling goes on when the connection of whoever waits for it broke: its client asks again within seconds.
 _LEAVE_S = 15.0
 _KEPT_COUNT = 4096
 _KEPT_BYTES = 64 * 1024 * 1024
@@ -19,7 +19,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A rendered answer, and the policy version it was drawn from."""
+    """A rendered answer, and the policy version it was sampled from."""
 
     content: bytes
     policy_version: int
@@ -34,12 +34,12 @@ class _Entry:
 
 
 class SampleIdempotency:
-    """Answers by key, in memory: those being drawn, and those that were given out within the last ten minutes."""
+    """Answers by key, in memory: those being sampled, and those that were given out within the last ten minutes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = _LEAVE_S) -> None:
         self._clock = clock
         self._leave_s = leave_s
-        self._drawing: dict[Key, _Entry] = {}
+        self._running: dict[Key, _Entry] = {}
         self._finished: dict[Key, _Entry] = {}
         self._finished_bytes = 0
 
@@ -56,9 +56,9 @@ class SampleIdempotency:
         """
         self._forget_old()
         place = (sampler_id, key)
-        entry = self._drawing.get(place) or self._finished.get(place)
+        entry = self._running.get(place) or self._finished.get(place)
         if entry is None:
-            entry = self._drawing[place] = _Entry(fingerprint, asyncio.ensure_future(_run(make)))
+            entry = self._running[place] = _Entry(fingerprint, asyncio.ensure_future(_run(make)))
             entry.task.add_done_callback(lambda _: self._finish(place))
         elif entry.fingerprint != fingerprint:
             raise Conflict(f"Idempotency-Key {key} was already used for a different request")
@@ -71,7 +71,7 @@ class SampleIdempotency:
                 asyncio.get_running_loop().call_later(self._leave_s, _cancel_unless_wanted, entry)
 
     def _finish(self, place: Key) -> None:
-        entry = self._drawing.pop(place)
+        entry = self._running.pop(place)
         if entry.task.cancelled() or entry.task.exception() is not None:
             return
         entry.finished_at = self._clock()

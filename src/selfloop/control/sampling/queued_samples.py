@@ -1,4 +1,4 @@
-"""Samples that are accepted first and drawn later: durable from the 202 on, each with one outcome that stays."""
+"""Samples that are accepted first and sampled later: durable from the 202 on, each with one outcome that stays."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from selfloop.control.data_dir.transient_errors import Ages, is_passing, tried
 from selfloop.control.queue.durable_bytes import BytesLost, DurableBytes, StoredBytes
 from selfloop.control.queue.operations import RESULT_KEPT_S, Pending
 from selfloop.control.queue.waiters import AwaitedOutcomes, Key
-from selfloop.control.sampling.service import Draw, Sampling, Weights
+from selfloop.control.sampling.service import SampleSpec, Sampling, Weights
 from selfloop.storage.db import queries_resources, queries_samples
 from selfloop.storage.db.tables import QueuedSampleRow
 from selfloop.types.errors import Conflict, NotFound, OperationFailed, SelfloopError, Unavailable
@@ -38,19 +38,19 @@ class AcceptedSample(msgspec.Struct, frozen=True):
     """What is sampled, fixed when the request is accepted, so that sampling it once more gives the same.
 
     Args:
-        draw: its ``params.seed`` is never None.
+        spec: its ``params.seed`` is never None. Stored under the name that it had in older versions.
         checkpoint_id: the weights; None is the base model.
-        with_logprobs: whether the caller asked for the drawn tokens' logprobs.
+        with_logprobs: whether the caller asked for the sampled tokens' logprobs.
     """
 
-    draw: Draw
+    spec: SampleSpec = msgspec.field(name="draw")
     checkpoint_id: str | None
     policy_version: int
     with_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Sampled:
     """A finished sample."""
 
     request: AcceptedSample
@@ -78,10 +78,10 @@ class _Stored:
     def num_bytes(self) -> int:
         return len(self.payload) + len(self.result or b"")
 
-    def read(self) -> Drawn | Failed:
+    def read(self) -> Sampled | Failed:
         if self.result is None:
             return Failed(self.error, self.error_class)
-        return Drawn(_payload_decoder.decode(self.payload), _result_decoder.decode(self.result))
+        return Sampled(_payload_decoder.decode(self.payload), _result_decoder.decode(self.result))
 
 
 class _Live:
@@ -125,7 +125,7 @@ class QueuedSamples:
         self._awaited.send_home()
 
     async def stop(self) -> None:
-        """Stop drawing; what has no outcome is taken up at the next start."""
+        """Stop sampling; what has no outcome is taken up at the next start."""
         self.send_home()
         tasks = [live.task for live in self._live.values() if live.task is not None]
         if self._purger is not None:
@@ -135,19 +135,19 @@ class QueuedSamples:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def accept(
-        self, sampler: Sampler, id: str, fingerprint: str, weights: Weights, draw: Draw, *, with_logprobs: bool
+        self, sampler: Sampler, id: str, fingerprint: str, weights: Weights, spec: SampleSpec, *, with_logprobs: bool
     ) -> str:
         """Make a sample durable and queue it; a repeated request finds the one it made. Returns its id.
 
         Raises:
-            BadRequest: it could never be drawn on this sampler.
+            BadRequest: it could never be sampled on this sampler.
             Conflict: the sampler was deactivated, or the id was used for a different request.
             NotReady: the disk is full.
         """
-        await self._sampling.check(sampler, draw)
+        await self._sampling.check(sampler, spec)
         is_known = (sampler.id, id) in self._awaited or self._awaited.recent((sampler.id, id)) is not None
         if not is_known:
-            payload = msgspec.msgpack.encode(_completed_request(weights, draw, with_logprobs))
+            payload = msgspec.msgpack.encode(_completed_request(weights, spec, with_logprobs))
             self._c.disk_room.check_accept(len(payload))
             # A name of its own: a repeated request, whose seed is another, must not touch the payload that is there.
             name = f"{id}-{new_id()}.sample"
@@ -175,7 +175,7 @@ class QueuedSamples:
                 raise Conflict(f"Idempotency-Key {id} was already used for a different request")
         return id
 
-    async def wait(self, sampler_id: str, id: str, timeout_s: float) -> Drawn | Failed | Pending:
+    async def wait(self, sampler_id: str, id: str, timeout_s: float) -> Sampled | Failed | Pending:
         """The sample's outcome, as soon as there is one within ``timeout_s``.
 
         Raises:
@@ -194,19 +194,19 @@ class QueuedSamples:
         return Pending(self._reason(*key)) if stored is None else stored.read()
 
     async def cancel(self, sampler_id: str, id: str) -> None:
-        """Take back a sample that is not being drawn yet. Raises :class:`Conflict` once it is, or has ended."""
+        """Take back a sample that is not being sampled yet. Raises :class:`Conflict` once it is, or has ended."""
         live = self._live.get((sampler_id, id))
         if live is None or live.is_taken or live.task is None:
             if (await self._row(sampler_id, id)).state == OperationState.CANCELLED:
                 return
-            raise Conflict(f"sample {id} is already being drawn or has ended")
+            raise Conflict(f"sample {id} is already being sampled or has ended")
         live.is_taken = True
         live.task.cancel()
         await self._complete(
             (sampler_id, id), OperationState.CANCELLED, _Stored(error="cancelled by request", error_class="Cancelled")
         )
 
-    # -- drawing --------------------------------------------------------------------------------------
+    # -- sampling -------------------------------------------------------------------------------------
 
     def _begin(self, sampler: Sampler, id: str) -> None:
         live = self._live[sampler.id, id] = _Live()
@@ -218,7 +218,7 @@ class QueuedSamples:
         """From the queue to the outcome."""
 
         async def attempt() -> None:
-            state, stored = await self._draw(sampler, id, live)
+            state, stored = await self._sample(sampler, id, live)
             await self._complete((sampler.id, id), state, stored)
 
         room = self._room.setdefault(sampler.model_name, asyncio.Semaphore(_MAX_IN_WORKER))
@@ -227,7 +227,7 @@ class QueuedSamples:
                 await self._keep_trying((sampler.id, id), attempt)
 
     def _ended(self, key: Key, live: _Live, task: "asyncio.Task[None]") -> None:
-        """Make an error that nobody foresaw the sample's outcome: drawn again, it would meet it again."""
+        """Make an error that nobody foresaw the sample's outcome: sampled again, it would meet it again."""
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
@@ -249,21 +249,21 @@ class QueuedSamples:
             else:
                 return
 
-    async def _draw(self, sampler: Sampler, id: str, live: _Live) -> tuple[OperationState, _Stored]:
+    async def _sample(self, sampler: Sampler, id: str, live: _Live) -> tuple[OperationState, _Stored]:
         try:
             payload = await self._payload(await self._row(sampler.id, id))
             request = _payload_decoder.decode(payload)
             await self._c.lifecycle.wake(sampler.id)
             live.is_taken = True
             weights = Weights(await self._adapter(request), request.policy_version)
-            result = await self._sampling.draw(sampler, weights, request.draw)
+            result = await self._sampling.sample(sampler, weights, request.spec)
         except Unavailable:
             raise
         except OSError as error:
             if is_passing(error):
                 raise
             live.is_taken = True
-            log.exception("sampler %s: sample %s cannot be drawn", sampler.id, id)
+            log.exception("sampler %s: sample %s cannot be sampled", sampler.id, id)
             return OperationState.ERROR, _Stored(error=f"it cannot be read: {error}", error_class="RecoveryFailed")
         except SelfloopError as error:
             live.is_taken = True
@@ -329,7 +329,7 @@ class QueuedSamples:
             result = await self._read(row, StoredBytes(row.result, row.result_key, row.result_digest))
             return _Stored(await self._payload(row), result)
         except OperationFailed as error:
-            return _Stored(error=f"the sample was drawn, and cannot be given out: {error}", error_class="ResultLost")
+            return _Stored(error=f"it was sampled, and its result cannot be read: {error}", error_class="ResultLost")
 
     async def _payload(self, row: QueuedSampleRow) -> bytes:
         return await self._read(row, StoredBytes(row.payload, row.payload_key, row.payload_digest))
@@ -359,9 +359,9 @@ def sample_place(sampler_id: str, id: str) -> str:
     return f"{sampler_id}\0{id}\0"
 
 
-def _completed_request(weights: Weights, draw: Draw, with_logprobs: bool) -> AcceptedSample:
-    params = draw.params
+def _completed_request(weights: Weights, spec: SampleSpec, with_logprobs: bool) -> AcceptedSample:
+    params = spec.params
     if params.seed is None:
         params = msgspec.structs.replace(params, seed=secrets.randbits(63))
     checkpoint_id = None if weights.adapter is None else weights.adapter.checkpoint_id
-    return AcceptedSample(replace(draw, params=params), checkpoint_id, weights.policy_version, with_logprobs)
+    return AcceptedSample(replace(spec, params=params), checkpoint_id, weights.policy_version, with_logprobs)

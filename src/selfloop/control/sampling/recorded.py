@@ -52,7 +52,7 @@ class RecordedSequences:
     async def record(
         self, sampler: Sampler, request: str, prompt: list[int], result: SampleResult, policy_version: int
     ) -> None:
-        """Keep what was drawn; drawn anew it takes the place of what was kept."""
+        """Keep what was sampled; sampled anew it takes the place of what was kept."""
         payload = _Payload(
             array("i", prompt).tobytes(),
             [(array("i", s.tokens).tobytes(), array("f", s.logprobs).tobytes()) for s in result.sequences],

@@ -1,4 +1,4 @@
-"""Draw samples: pick the weights, bring the sampler up, and hold the caller until the tokens are there."""
+"""Samples: pick the weights, bring the sampler up, and hold the caller until the tokens are there."""
 
 import asyncio
 import contextlib
@@ -57,8 +57,8 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """A sampling request as a dialect hands it over; see :class:`SampleRequest`.
+class SampleSpec:
+    """What to sample, as a dialect asks for it: a :class:`SampleRequest` whose weights are not chosen yet.
 
     ``record_as`` names it among its sampler's, when what is sampled is to be recorded for training.
     """
@@ -142,7 +142,7 @@ class Sampling:
     async def live_version(self, sampler: Sampler) -> int:
         return (await self._row(sampler.id)).live_version
 
-    async def draw(self, sampler: Sampler, weights: Weights, draw: Draw) -> SampleResult:
+    async def sample(self, sampler: Sampler, weights: Weights, spec: SampleSpec) -> SampleResult:
         """Sample, waiting for the worker where it still loads; a worker that dies is replaced and asked again.
 
         Raises:
@@ -150,51 +150,51 @@ class Sampling:
             Conflict: the sampler was deactivated, or its adapter gives no finite numbers.
             OperationFailed: the base model cannot be loaded, or the engine refused.
         """
-        async with contextlib.aclosing(self._sample(sampler, weights, draw, stream=False)) as parts:
+        async with contextlib.aclosing(self._sampled_parts(sampler, weights, spec, stream=False)) as parts:
             async for part in parts:
                 if isinstance(part, SampleResult):
-                    if draw.record_as is not None:
+                    if spec.record_as is not None:
                         version = weights.policy_version
-                        await self.recorded.record(sampler, draw.record_as, draw.prompt, part, version)
+                        await self.recorded.record(sampler, spec.record_as, spec.prompt, part, version)
                     return part
         raise AssertionError("a sample ends in its result")
 
-    async def draw_newest(self, sampler: Sampler, draw: Draw) -> SampleResult:
+    async def sample_newest(self, sampler: Sampler, spec: SampleSpec) -> SampleResult:
         """Sample from what the sampler has by its row; where that was replaced meanwhile, from what it has then.
 
-        Raises what :meth:`draw` raises.
+        Raises what :meth:`sample` raises.
         """
         # The row was read for this request: a burst of samples must not queue at the database a second time.
         weights = await self._weights_of(sampler, None)
         while True:
             try:
-                return await self.draw(sampler, weights, draw)
+                return await self.sample(sampler, weights, spec)
             except SelfloopError:
                 newest = await self.weights(sampler, None, None, 0.0)
                 if newest == weights:
                     raise
                 weights = newest
 
-    async def check(self, sampler: Sampler, draw: Draw) -> None:
-        """Refuse what could never be drawn, before it waits. Raises as :meth:`draw` does."""
+    async def check(self, sampler: Sampler, spec: SampleSpec) -> None:
+        """Refuse what could never be sampled, before it waits. Raises as :meth:`sample` does."""
         _check_live(sampler)
-        await self._check_tokens(sampler, draw)
+        await self._check_tokens(sampler, spec)
 
     async def stream(
-        self, sampler: Sampler, weights: Weights, draw: Draw
+        self, sampler: Sampler, weights: Weights, spec: SampleSpec
     ) -> AsyncGenerator[SampleDelta | SampleResult]:
         """What the samples grow by, as they grow, then all of them. Closing the generator ends the sampling.
 
-        A worker that dies is replaced and the request drawn again with the same seed; the stream goes on
+        A worker that dies is replaced and the request sampled again with the same seed; the stream goes on
         where it was.
 
         Raises:
-            WorkerLost: besides what :meth:`draw` raises: a second drawing did not repeat what was given out.
+            WorkerLost: besides what :meth:`sample` raises: sampling again did not repeat what was given out.
         """
-        if draw.params.seed is None:
-            params = msgspec.structs.replace(draw.params, seed=secrets.randbits(63))
-            draw = replace(draw, params=params)
-        async with contextlib.aclosing(self._sample(sampler, weights, draw, stream=True)) as parts:
+        if spec.params.seed is None:
+            params = msgspec.structs.replace(spec.params, seed=secrets.randbits(63))
+            spec = replace(spec, params=params)
+        async with contextlib.aclosing(self._sampled_parts(sampler, weights, spec, stream=True)) as parts:
             async for part in parts:
                 yield part
 
@@ -243,27 +243,27 @@ class Sampling:
         folder = await self._c.catalogue.folder(sampler.model_name)
         return None if folder is None else await asyncio.to_thread(read_chat_template, folder)
 
-    async def _sample(
-        self, sampler: Sampler, weights: Weights, draw: Draw, *, stream: bool
+    async def _sampled_parts(
+        self, sampler: Sampler, weights: Weights, spec: SampleSpec, *, stream: bool
     ) -> AsyncGenerator[SampleDelta | SampleResult]:
         _check_live(sampler)
-        await self._check_tokens(sampler, draw)
+        await self._check_tokens(sampler, spec)
         request = SampleRequest(
             request_id=uuid.uuid4().hex,
-            prompt=draw.prompt,
-            num_samples=draw.num_samples,
-            params=draw.params,
+            prompt=spec.prompt,
+            num_samples=spec.num_samples,
+            params=spec.params,
             adapter=weights.adapter,
-            prompt_logprobs=draw.prompt_logprobs,
-            top_logprobs=draw.top_logprobs,
-            token_bytes=draw.token_bytes,
-            prompt_logprobs_last_n=draw.prompt_logprobs_last_n,
-            prompt_targets=draw.prompt_targets,
-            prompt_draws=draw.prompt_draws,
+            prompt_logprobs=spec.prompt_logprobs,
+            top_logprobs=spec.top_logprobs,
+            token_bytes=spec.token_bytes,
+            prompt_logprobs_last_n=spec.prompt_logprobs_last_n,
+            prompt_targets=spec.prompt_targets,
+            prompt_draws=spec.prompt_draws,
         )
         continuation = Continuation()
         observer = self._c.outcomes.observer
-        with self._c.lifecycle.using(sampler.id), observer.sampling(self._c.lifecycle.key_of(sampler.id)) as drawn:
+        with self._c.lifecycle.using(sampler.id), observer.sampling(self._c.lifecycle.key_of(sampler.id)) as sampled:
             for attempt in range(1, _MAX_ATTEMPTS + 1):
                 worker = await self._c.lifecycle.wake(sampler.id)
                 continuation.restart()
@@ -271,7 +271,7 @@ class Sampling:
                     async with contextlib.aclosing(_parts(worker, request, stream)) as parts:
                         async for part in parts:
                             if isinstance(part, SampleResult):
-                                drawn(sampler, weights.run_id, len(draw.prompt), part)
+                                sampled(sampler, weights.run_id, len(spec.prompt), part)
                                 yield part
                                 return
                             fresh = continuation.fresh(part)
@@ -299,17 +299,17 @@ class Sampling:
                     log.warning("%s lost its worker: %s", type(command).__name__, lost)
         raise WorkerLost(f"the worker died {_MAX_ATTEMPTS} times at this request")
 
-    async def _check_tokens(self, sampler: Sampler, draw: Draw) -> None:
+    async def _check_tokens(self, sampler: Sampler, spec: SampleSpec) -> None:
         model = await self._c.catalogue.resolve(sampler.base_model)
         limit = sampler.max_seq_len
-        if draw.params.max_tokens > room_after(len(draw.prompt), limit, scored=draw.asks_about_prompt):
+        if spec.params.max_tokens > room_after(len(spec.prompt), limit, scored=spec.asks_about_prompt):
             raise BadRequest(
                 "max_tokens",
-                f"prompt ({len(draw.prompt)} tokens) plus max_tokens ({draw.params.max_tokens}) within the "
+                f"prompt ({len(spec.prompt)} tokens) plus max_tokens ({spec.params.max_tokens}) within the "
                 f"sampler's {limit} tokens",
             )
-        params = draw.params
-        named = ("prompt", draw.prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", [*params.logit_bias])
+        params = spec.params
+        named = ("prompt", spec.prompt), ("stop_token_ids", params.stop_token_ids), ("logit_bias", [*params.logit_bias])
         for name, tokens in named:
             _check_vocabulary(name, tokens, model.vocab_size)
 

@@ -14,33 +14,33 @@ class _Grown:
 
 
 class Continuation:
-    """Passes deltas on; after :meth:`restart` it holds back what a second drawing repeats.
+    """Passes deltas on; after :meth:`restart` it holds back what sampling again repeats.
 
-    A seeded drawing repeats itself, unless rounding in a batch of another shape tips a token over: that is
+    With a seed, sampling repeats itself, unless rounding in a batch of another shape tips a token over: that is
     noticed at the first token that differs from what was given out.
     """
 
     def __init__(self) -> None:
         self._given: dict[int, _Grown] = {}
-        self._drawn: dict[int, _Grown] = {}
+        self._again: dict[int, _Grown] = {}
 
     def restart(self) -> None:
-        """The request is being drawn again from its beginning."""
-        self._drawn = {}
+        """The request is being sampled again from its beginning."""
+        self._again = {}
 
     def fresh(self, delta: SampleDelta) -> SampleDelta | None:
         """What of ``delta`` was not given out before, None when all of it was.
 
         Raises:
-            WorkerLost: the second drawing differs from what was given out.
+            WorkerLost: what is sampled again differs from what was given out.
         """
         given = self._given.setdefault(delta.index, _Grown())
-        drawn = self._drawn.setdefault(delta.index, _Grown())
-        first, first_text = len(drawn.tokens), len(drawn.text)
-        drawn.tokens += delta.tokens
-        drawn.text += delta.text
-        drawn.ended = delta.stop_reason is not None
-        _check_same(given, drawn)
+        again = self._again.setdefault(delta.index, _Grown())
+        first, first_text = len(again.tokens), len(again.text)
+        again.tokens += delta.tokens
+        again.text += delta.text
+        again.ended = delta.stop_reason is not None
+        _check_same(given, again)
         skip = max(0, len(given.tokens) - first)
         fresh = SampleDelta(
             index=delta.index,
@@ -55,20 +55,20 @@ class Continuation:
         )
         given.tokens += fresh.tokens
         given.text += fresh.text
-        given.ended = given.ended or drawn.ended
+        given.ended = given.ended or again.ended
         return fresh if fresh.tokens or fresh.text or fresh.stop_reason else None
 
 
-def _check_same(given: _Grown, drawn: _Grown) -> None:
+def _check_same(given: _Grown, again: _Grown) -> None:
     num_tokens, num_characters = (
-        min(len(given.tokens), len(drawn.tokens)),
-        min(len(given.text), len(drawn.text)),
+        min(len(given.tokens), len(again.tokens)),
+        min(len(given.text), len(again.text)),
     )
     same = (
-        given.tokens[:num_tokens] == drawn.tokens[:num_tokens]
-        and given.text[:num_characters] == drawn.text[:num_characters]
-        and not (given.ended and len(drawn.tokens) > len(given.tokens))
-        and not (drawn.ended and len(drawn.tokens) < len(given.tokens))
+        given.tokens[:num_tokens] == again.tokens[:num_tokens]
+        and given.text[:num_characters] == again.text[:num_characters]
+        and not (given.ended and len(again.tokens) > len(given.tokens))
+        and not (again.ended and len(again.tokens) < len(given.tokens))
     )
     if not same:
-        raise WorkerLost("the worker died in the middle of this stream, and drawing it again gave another text")
+        raise WorkerLost("the worker died in the middle of this stream, and sampling it again gave another text")

@@ -30,7 +30,7 @@ class Answer:
     is_cut: bool
     id: str = field(default_factory=lambda: f"msg_{new_id()}{new_id()}{new_id()}")
     num_cached: int = 0
-    num_drawn: int = 0
+    num_sampled: int = 0
     _reader: CallReader = field(init=False)
     _num_blocks: int = 0
     _num_calls: int = 0
@@ -90,7 +90,7 @@ class Answer:
             self._num_blocks += 1
 
     def _items(self, grown: Grown) -> list[str | Call]:
-        self.num_drawn += len(grown.tokens)
+        self.num_sampled += len(grown.tokens)
         items = self._reader.feed(grown.text).items
         if grown.stop_reason is not None:
             items = [*items, *self._reader.finish().items]
@@ -116,7 +116,7 @@ class Answer:
             "input_tokens": self.num_prompt - self.num_cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": self.num_cached,
-            "output_tokens": self.num_drawn,
+            "output_tokens": self.num_sampled,
         }
 
 

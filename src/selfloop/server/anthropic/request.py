@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from selfloop.control.sampling.service import Chat, Draw
+from selfloop.control.sampling.service import Chat, SampleSpec
 from selfloop.server.anthropic import wire
 from selfloop.server.shared import tools
 from selfloop.server.shared.decode import convert, to_json
@@ -127,7 +127,7 @@ def _template_options(body: wire.PromptBody, template: str | None) -> dict[str, 
             raise BadRequest("output_config.effort", f"{expected}, got {config.effort}")
     if thinking is not None:
         if thinking.type == "enabled":
-            expected = "disabled, or adaptive, which leaves it to the model: no thinking is told apart from the answer"
+            expected = "disabled, or adaptive, which leaves it to the model: no thinking is separated from the answer"
             raise BadRequest("thinking.type", f"{expected}, got enabled")
         _refuse_unserved(thinking, "thinking.")
         if thinking.type == "disabled" and has_variable(template, "enable_thinking"):
@@ -135,8 +135,8 @@ def _template_options(body: wire.PromptBody, template: str | None) -> dict[str, 
     return options
 
 
-def draw_of(body: wire.MessagesBody, tokens: list[int], prompt: Prompt, max_seq_len: int) -> Draw:
-    """What to draw after the rendered prompt: ``max_tokens``, or fewer where the model's length ends before.
+def spec_of(body: wire.MessagesBody, tokens: list[int], prompt: Prompt, max_seq_len: int) -> SampleSpec:
+    """What to sample after the rendered prompt: ``max_tokens``, or fewer where the model's length ends before.
 
     Raises:
         BadRequest: a parameter outside its range, or no room after the prompt.
@@ -158,7 +158,7 @@ def draw_of(body: wire.MessagesBody, tokens: list[int], prompt: Prompt, max_seq_
         stop=[*stop, *prompt.tools.own_stop],
         structured=prompt.structured,
     )
-    return Draw(tokens, 1, params)
+    return SampleSpec(tokens, 1, params)
 
 
 def _refuse_unserved(body: msgspec.Struct, prefix: str = "") -> None:

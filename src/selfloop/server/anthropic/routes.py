@@ -9,11 +9,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
-from selfloop.control.sampling.service import Draw, Weights
+from selfloop.control.sampling.service import SampleSpec, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.errors import ERRORS
-from selfloop.server.anthropic.request import draw_of, prompt_of
+from selfloop.server.anthropic.request import prompt_of, spec_of
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
@@ -95,13 +95,13 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf, beta:
         tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
     except BadRequest as error:
         raise prompt.as_asked(error) from None
-    draw = draw_of(body, tokens, prompt, sampler.max_seq_len)
-    is_cut = draw.params.max_tokens < body.max_tokens
+    spec = spec_of(body, tokens, prompt, sampler.max_seq_len)
+    is_cut = spec.params.max_tokens < body.max_tokens
     answer = Answer(body.model, len(tokens), prompt.tools, body.stop_sequences or [], is_cut)
     try:
         if body.stream:
-            return await _streamed(request, sampler, control, weights, draw, answer, prompt.structured_by)
-        result = await while_connected(request, control.sampling.draw(sampler, weights, draw))
+            return await _streamed(request, sampler, control, weights, spec, answer, prompt.structured_by)
+        result = await while_connected(request, control.sampling.sample(sampler, weights, spec))
     except BadRequest as error:
         raise _as_asked(error, prompt.structured_by) from None
     (sequence,) = result.sequences
@@ -145,12 +145,12 @@ async def _streamed(
     sampler: Sampler,
     control: Control,
     weights: Weights,
-    draw: Draw,
+    spec: SampleSpec,
     answer: Answer,
     structured_by: str,
 ) -> Response:
     """The answer as events; an error before the first of them is an ordinary answer."""
-    source: _Parts = control.sampling.stream(sampler, weights, draw)
+    source: _Parts = control.sampling.stream(sampler, weights, spec)
 
     async def first() -> SampleDelta | SampleResult:
         return await anext(source)

@@ -76,7 +76,7 @@ class _Asked(BaseModel):
     Args:
         blobs: the hash of each file, too.
         expand: only these properties.
-        securityStatus: what the hub's scan found; nothing is scanned here, so there is nothing more to tell.
+        securityStatus: what the hub's scan found; nothing is scanned here, so there is nothing more to report.
     """
 
     model_config = ConfigDict(extra="forbid")

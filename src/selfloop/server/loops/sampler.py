@@ -7,9 +7,9 @@ from fastapi.responses import JSONResponse, Response
 from selfloop.control.gateway import Control
 from selfloop.control.queue.operations import Pending, checked_operation_id
 from selfloop.control.sampling.idempotency import Answer
-from selfloop.control.sampling.queued_samples import Drawn, Failed
+from selfloop.control.sampling.queued_samples import Failed, Sampled
 from selfloop.control.sampling.recorded import sequence_id
-from selfloop.control.sampling.service import Draw
+from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import poll_hold_s
 from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
@@ -44,19 +44,19 @@ _RESPOND_ASYNC = "respond-async"
 
 @router.post("/sample", responses={202: wire.SCHEMAS.json_answer(wire.Acceptance, "Accepted: it survives any crash")})
 async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
-    """Draw completions: answered when they are drawn, or queued (202) on serverless capacity and by request."""
+    """Sample completions: answered when they are there, or queued (202) on serverless capacity and by request."""
     raw = await read_body(request)
     body = validate.decode(raw, wire.SampleBody)
     check_identity(request, sampler)
     pinned, pinned_by = await _pinned(body, sampler, control)
     key = request.headers.get("idempotency-key")
     key = None if key is None else checked_operation_id(key)
-    draw = _draw(body, sampler, key)
+    spec = _spec(body, sampler, key)
     fingerprint = validate.fingerprint(_identity(request), raw)
     if control.capacity.is_serverless(sampler.serverless) or _prefers_async(request):
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
         id = await control.queued_samples.accept(
-            sampler, key or new_id() + new_id(), fingerprint, weights, draw, with_logprobs=body.logprobs is not None
+            sampler, key or new_id() + new_id(), fingerprint, weights, spec, with_logprobs=body.logprobs is not None
         )
         headers = {"Location": f"/operations/{id}"}
         if _prefers_async(request):
@@ -65,12 +65,12 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
 
     async def answer() -> Answer:
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
-        result = await control.sampling.draw(sampler, weights, draw)
-        completion = _completion(result, draw, sampler.id, sampler.base_model, with_logprobs=body.logprobs is not None)
+        result = await control.sampling.sample(sampler, weights, spec)
+        completion = _completion(result, spec, sampler.id, sampler.base_model, with_logprobs=body.logprobs is not None)
         return Answer(msgspec.json.encode(completion), weights.policy_version)
 
-    drawn = answer() if key is None else control.sample_idempotency.answer(sampler.id, key, fingerprint, answer)
-    answered = await while_connected(request, drawn)
+    answering = answer() if key is None else control.sample_idempotency.answer(sampler.id, key, fingerprint, answer)
+    answered = await while_connected(request, answering)
     headers = {POLICY_VERSION_HEADER: str(answered.policy_version)}
     return Response(answered.content, media_type="application/json", headers=headers)
 
@@ -87,9 +87,9 @@ async def operation(sampler_id: str, operation_id: str, caller: CallerOf, contro
             return JSONResponse(body_of(reason, "PENDING"), 408)
         case Failed(error, error_class):
             return JSONResponse({"status": "error", "error": error, "error_class": error_class})
-        case Drawn(accepted, result):
+        case Sampled(accepted, result):
             model = (await control.samplers.get(caller, sampler_id)).base_model
-            completion = _completion(result, accepted.draw, sampler_id, model, with_logprobs=accepted.with_logprobs)
+            completion = _completion(result, accepted.spec, sampler_id, model, with_logprobs=accepted.with_logprobs)
             content = msgspec.json.encode({"status": "done", "result": completion})
             headers = {POLICY_VERSION_HEADER: str(accepted.policy_version)}
             return Response(content, media_type="application/json", headers=headers)
@@ -104,7 +104,7 @@ POLL = Poll("GET", router.prefix + "/operations/{operation_id}", _poll)
 
 @router.post("/operations/{operation_id}/cancel")
 async def cancel(sampler_id: str, operation_id: str, caller: CallerOf, control: ControlOf) -> dict[str, str]:
-    """Take back a queued sample that is not being drawn yet."""
+    """Take back a queued sample that is not being sampled yet."""
     await control.samplers.check_access(caller, sampler_id)
     await control.queued_samples.cancel(sampler_id, operation_id)
     return {"status": "cancelled"}
@@ -143,7 +143,7 @@ def _identity(request: Request) -> str:
     return "\0".join([request.url.path, *named])
 
 
-def _draw(body: wire.SampleBody, sampler: Sampler, key: str | None) -> Draw:
+def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None) -> SampleSpec:
     if body.model_input_chunks:
         raise BadRequest("model_input_chunks", "null: the served models take text only, as token ids in prompt")
     if body.include_routed_experts:
@@ -170,7 +170,7 @@ def _draw(body: wire.SampleBody, sampler: Sampler, key: str | None) -> Draw:
         structured=None if body.structured_outputs is None else structured_output(body.structured_outputs),
     )
     recorded_as = key or new_id() + new_id() if body.record_stability_info else None
-    return Draw(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs, record_as=recorded_as)
+    return SampleSpec(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs, record_as=recorded_as)
 
 
 async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:
@@ -187,9 +187,9 @@ async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> 
 
 
 def _completion(
-    result: SampleResult, draw: Draw, sampler_id: str, model: str, *, with_logprobs: bool
+    result: SampleResult, spec: SampleSpec, sampler_id: str, model: str, *, with_logprobs: bool
 ) -> dict[str, object]:
-    prompt = draw.prompt
+    prompt = spec.prompt
     prompt_logprobs = _prompt_logprobs(result.prompt_logprobs)
     return {
         "id": result.request_id,
@@ -198,7 +198,7 @@ def _completion(
         "choices": [
             _choice(i, sequence, prompt, with_logprobs)
             | {"prompt_logprobs": prompt_logprobs}
-            | ({} if draw.record_as is None else {"sequence_id": sequence_id(sampler_id, draw.record_as, i)})
+            | ({} if spec.record_as is None else {"sequence_id": sequence_id(sampler_id, spec.record_as, i)})
             for i, sequence in enumerate(result.sequences)
         ],
         "usage": {

@@ -19,7 +19,7 @@ def token_text(raw: bytes) -> str:
 
 
 def chat_logprobs(grown: Grown) -> dict[str, object]:
-    """``{"content": [...], "refusal": null}`` with an entry for each drawn token, an end token included."""
+    """``{"content": [...], "refusal": null}`` with an entry for each sampled token, an end token included."""
     assert grown.token_bytes is not None
     tops = grown.top_logprobs if grown.top_logprobs is not None else [[]] * len(grown.tokens)
     content = [
@@ -54,7 +54,7 @@ class TextOffsets:
 
 
 def completion_logprobs(grown: Grown, num_top: int, offsets: TextOffsets) -> dict[str, list[object]]:
-    """``tokens``, ``token_logprobs``, ``top_logprobs`` (with the drawn token) and ``text_offset``."""
+    """``tokens``, ``token_logprobs``, ``top_logprobs`` (with the sampled token) and ``text_offset``."""
     assert grown.token_bytes is not None
     tops = grown.top_logprobs if grown.top_logprobs is not None else [[]] * len(grown.tokens)
     return {

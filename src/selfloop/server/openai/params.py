@@ -1,10 +1,10 @@
-"""From the fields that both routes share to one :class:`Draw`; what is not served is refused by name."""
+"""From the fields that both routes share to one :class:`SampleSpec`; what is not served is refused by name."""
 
 from dataclasses import dataclass
 
 import msgspec
 
-from selfloop.control.sampling.service import Draw
+from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.openai import wire
 from selfloop.server.shared.sampling import (
     MAX_SAMPLES,
@@ -86,7 +86,7 @@ def asked(body: wire.SamplingBody) -> Asked:
     return Asked(num_samples, temperature, top_p, max(top_k, 0), stop_strings(body.stop), *_structured(body))
 
 
-def draw_of(
+def spec_of(
     body: wire.SamplingBody,
     prompt: list[int],
     asked: Asked,
@@ -95,7 +95,7 @@ def draw_of(
     top_logprobs: int = 0,
     prompt_logprobs: int | None = None,
     token_bytes: bool = False,
-) -> Draw:
+) -> SampleSpec:
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=asked.temperature,
@@ -107,7 +107,7 @@ def draw_of(
         structured=asked.structured,
     )
     params = with_penalties(params, body)
-    return Draw(prompt, asked.num_samples, params, prompt_logprobs, top_logprobs, token_bytes)
+    return SampleSpec(prompt, asked.num_samples, params, prompt_logprobs, top_logprobs, token_bytes)
 
 
 def exactly_one_structure(**given: StructuredOutput | None) -> tuple[StructuredOutput | None, str]:

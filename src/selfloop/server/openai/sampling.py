@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
-from selfloop.control.sampling.service import Draw, Weights
+from selfloop.control.sampling.service import SampleSpec, Weights
 from selfloop.server.openai import wire
 from selfloop.server.openai.errors import ERRORS
 from selfloop.server.openai.params import Asked
@@ -47,11 +47,11 @@ class Head(NamedTuple):
         return head | {"choices": choices, "usage": usage}
 
 
-def usage(num_prompt: int, num_cached: int, num_drawn: int) -> Json:
+def usage(num_prompt: int, num_cached: int, num_sampled: int) -> Json:
     return {
         "prompt_tokens": num_prompt,
-        "completion_tokens": num_drawn,
-        "total_tokens": num_prompt + num_drawn,
+        "completion_tokens": num_sampled,
+        "total_tokens": num_prompt + num_sampled,
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
@@ -72,33 +72,33 @@ class Chunks:
             del rendered["usage"]
         return frame(rendered)
 
-    def usage(self, num_prompt: int, num_cached: int, num_drawn: int) -> bytes:
-        return frame(self._head.render(self._kind, [], usage(num_prompt, num_cached, num_drawn)))
+    def usage(self, num_prompt: int, num_cached: int, num_sampled: int) -> bytes:
+        return frame(self._head.render(self._kind, [], usage(num_prompt, num_cached, num_sampled)))
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What one request has sampled: a draw for each of its prompts, all with the same weights."""
+    """What one request has sampled: a :class:`SampleSpec` for each of its prompts, all with the same weights."""
 
     request: Request
     sampler: Sampler
     control: Control
     weights: Weights
-    draws: Sequence[Draw]
+    specs: Sequence[SampleSpec]
     asked: Asked
 
     async def results(self) -> list[SampleResult]:
-        """One a draw. Raises what sampling raises, under the request's own names of fields."""
+        """One a spec. Raises what sampling raises, under the request's own names of fields."""
         try:
-            work = [self.control.sampling.draw(self.sampler, self.weights, draw) for draw in self.draws]
+            work = [self.control.sampling.sample(self.sampler, self.weights, spec) for spec in self.specs]
             return await while_connected(self.request, _all(work))
         except BadRequest as error:
             raise as_asked(error, self.asked) from None
 
     async def answer(self, rendered: Callable[[], bytes], results: Sequence[SampleResult]) -> Response:
         """The whole answer; a large one is ``rendered`` beside the event loop."""
-        draw = self.draws[0]
-        per_token = _TOKEN_BYTES * (1 + draw.top_logprobs) if draw.token_bytes else 1
+        spec = self.specs[0]
+        per_token = _TOKEN_BYTES * (1 + spec.top_logprobs) if spec.token_bytes else 1
         content = await off_loop(num_sampled(results) * per_token, rendered)
         return Response(content, media_type="application/json", headers=self._headers)
 
@@ -109,7 +109,7 @@ class Sampling:
             opening: chunks that come before anything is sampled.
             grow: the chunk of a choice, by its index, that grew.
         """
-        source = merged([self.control.sampling.stream(self.sampler, self.weights, draw) for draw in self.draws])
+        source = merged([self.control.sampling.stream(self.sampler, self.weights, spec) for spec in self.specs])
 
         async def first() -> tuple[int, Any]:
             return await anext(source)
@@ -132,7 +132,7 @@ class Sampling:
                 yield frame(ERRORS.body(as_asked(error, self.asked) if isinstance(error, BadRequest) else error))
                 return
             if chunks.with_usage:
-                yield chunks.usage(sum(len(draw.prompt) for draw in self.draws), cached, used)
+                yield chunks.usage(sum(len(spec.prompt) for spec in self.specs), cached, used)
             yield DONE
 
         try:

@@ -105,7 +105,7 @@ def body_of(message: str, reason: str, field: str | None = None) -> dict[str, ob
 
 
 def final(reason: str) -> dict[str, str]:
-    """Headers that tell a client of the data plane that this gateway refused the request, and that it is final.
+    """Headers that say to a client of the data plane that this gateway refused the request, and that it is final.
 
     The Loops clients take a plain 400, 404, 408 or 502 of the data plane for a server that is still starting, and
     retry for ten minutes. A 4xx that says which gateway refused it reaches the caller at once.

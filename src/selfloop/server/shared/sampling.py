@@ -59,7 +59,7 @@ def check_ranges(temperature: float, top_p: float, top_k: int, seed: int | None)
 
 
 class PenaltyFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What changes logits before a draw, in OpenAI's words and vLLM's; null is as good as absent."""
+    """What changes logits before a token is sampled, in OpenAI's words and vLLM's; null is as good as absent."""
 
     min_p: float | None = None
     frequency_penalty: float | None = None
@@ -100,13 +100,13 @@ def stop_strings(stop: str | list[str] | None) -> list[str]:
 
 
 def refuse_idempotency_key(request: Request) -> None:
-    """For routes that draw anew whenever they are asked."""
+    """For routes that sample anew whenever they are asked."""
     if "idempotency-key" in request.headers:
-        raise BadRequest("Idempotency-Key", "none: each request is drawn anew; the same seed draws the same")
+        raise BadRequest("Idempotency-Key", "none: each request is sampled anew; the same seed gives the same sample")
 
 
 def room_for(prompt: list[int], field: str, max_seq_len: int, *, scored: bool = False) -> int:
-    """How many tokens may be drawn after the prompt, which may fill the model where it is only ``scored``.
+    """How many tokens may be sampled after the prompt, which may fill the model where it is only ``scored``.
 
     Raises :class:`BadRequest` when none may.
     """

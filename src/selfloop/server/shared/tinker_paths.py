@@ -65,7 +65,7 @@ def their_id(ours: str) -> str:
 
 
 def folder(target: CheckpointTarget) -> str:
-    """The part of a path that tells what a checkpoint is for."""
+    """The part of a path that says what a checkpoint is for."""
     return _FOLDER[target]
 
 

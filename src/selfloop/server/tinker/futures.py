@@ -154,7 +154,7 @@ async def _sample(caller: Caller, control: Control, request_id: str, sampler_id:
     try:
         answer = await control.jobs.wait(request_id, _POLL_HOLD_S)
     except NotFound as error:
-        # Lost with an earlier gateway, or kept long enough: the client draws it anew.
+        # Lost with an earlier gateway, or kept long enough: the client samples it anew.
         return refusal(error, _LOST)
     if isinstance(answer, Pending):
         reason = control.lifecycle.describe(sampler_id) or answer.reason

@@ -78,7 +78,7 @@ class SampleView(NamedTuple):
         num_top_prompt: likeliest tokens at each prompt position.
         num_top: the same at each sampled position.
         targets: the layout of the scored tokens.
-        num_draws: drawn alternatives to each prompt token.
+        num_draws: sampled alternatives to each prompt token.
     """
 
     own_logprobs: bool

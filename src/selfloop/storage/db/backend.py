@@ -71,11 +71,11 @@ class Backend(Protocol):
         ...
 
     def transaction(self, connection: Connection) -> Transaction | None:
-        """By which the server can tell what became of the transaction that writes now; None where none can be lost."""
+        """By which the server can say what became of the transaction that writes now; None where none can be lost."""
         ...
 
     def was_committed(self, transaction: Transaction, engine: Engine, closing: threading.Event) -> bool:
-        """What became of a commit that was not answered. Blocks until the server tells."""
+        """What became of a commit that was not answered. Blocks until the server says."""
         ...
 
 

@@ -20,7 +20,7 @@ from selfloop.types.errors import Unavailable
 
 T = TypeVar("T")
 
-# How long a caller is held while the database cannot be reached, before it is told to come again.
+# How long a caller is held while the database cannot be reached, before it is asked to come again.
 _OUTAGE_WAIT_S = 10.0
 # Connections that are kept open: to open one takes longer than most queries.
 _NUM_READERS = 16

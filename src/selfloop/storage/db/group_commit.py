@@ -83,7 +83,7 @@ class GroupCommit:
         except Unavailable:
             raise
         except (SQLAlchemyError, SelfloopError):
-            # One of them failed, which is rare: all once more, each behind a savepoint, to tell which.
+            # One of them failed, which is rare: all once more, each behind a savepoint, to find which.
             return self._in_transaction(lambda connection: [self._try(connection, work) for work in batch])
 
     @staticmethod

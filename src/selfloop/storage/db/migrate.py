@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 log = logging.getLogger(__name__)
-# It tells of each of its parts, and of every step.
+# It logs each of its parts, and every step.
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -20,7 +20,7 @@ _CHUNK_ROWS = 500
 _VERSION_TABLE = "alembic_version"
 
 OnTable = Callable[[str, float], None]
-"""Told the table that is being copied, and which part of all tables lies behind."""
+"""Called with the table that is being copied, and which part of all tables lies behind."""
 
 
 def prepare(target: Database) -> None:

@@ -30,7 +30,7 @@ class UsageKey(NamedTuple):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Finished operations, drawn sampling requests, tokens by use, and seconds that workers computed."""
+    """Finished operations, answered sampling requests, tokens by use, and seconds that workers computed."""
 
     operations: int = 0
     samples: int = 0

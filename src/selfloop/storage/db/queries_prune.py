@@ -90,7 +90,7 @@ class Emptied(NamedTuple):
 
 
 def emptied(before: float) -> list[Emptied]:
-    """Trainer deployments, sessions (those of Loops never tell of their end) and names of deployed models."""
+    """Trainer deployments, sessions (those of Loops never report their end) and names of deployed models."""
     stopped = DeploymentRow.status == DeploymentStatus.STOPPED
     old_deployment = and_(stopped, DeploymentRow.created_at < before, ~_changed(DeploymentRow.id, before))
     ended = or_(SessionRow.details.is_(None), SessionRow.ended_at < before)

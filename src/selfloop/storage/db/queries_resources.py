@@ -244,7 +244,7 @@ async def followers(session: AsyncSession, run_id: str) -> Sequence[Sampler]:
 
 
 async def open_sessions(session: AsyncSession) -> Sequence[Session]:
-    """Sessions that tell of themselves and have not ended."""
+    """Sessions that send heartbeats and have not ended."""
     asked = select(SessionRow).where(SessionRow.details.is_not(None), SessionRow.ended_at.is_(None))
     return views(await session.scalars(asked))
 

@@ -109,7 +109,7 @@ class AliasRow(Base):
 
 
 class SessionRow(Base):
-    """What one script made. ``details`` is JSON of what its client told of it: tags, metadata, a display name."""
+    """What one script made. ``details`` is JSON of what its client said of it: tags, metadata, a display name."""
 
     __tablename__ = "sessions"
     __table_args__ = (
@@ -171,7 +171,7 @@ class RunRow(Base):
     ``epoch`` counts clients that attached (each starts its ``seq_id`` at 1); ``next_seq`` is the lowest
     sequence id of the epoch that has not arrived. ``snapshot_key`` is the last stored state; it covers the
     operations up to ``(snapshot_epoch, snapshot_seq)``. ``initial_key`` is the folder with our own copy of the
-    checkpoint at ``path``, which may be deleted or replaced while the run lives; ``with_optimizer`` tells that
+    checkpoint at ``path``, which may be deleted or replaced while the run lives; ``with_optimizer`` says that
     the run starts with that checkpoint's moments and step, too. ``targets`` names the adapted parts of the model,
     null for the usual ones; ``user_metadata`` is a JSON object of strings. ``copy_key`` names the request that
     a run was made by to hold a copy of a checkpoint, so that the request sent again finds it.

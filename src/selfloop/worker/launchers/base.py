@@ -21,7 +21,7 @@ class WorkerSpec:
     Args:
         name: the base model's; a launcher has one worker of a name at a time.
         model: a prepared model folder.
-        owner: tells the data directory that it is for from a copy of it: which one it is, and where it lies.
+        owner: distinguishes the data directory that it is for from a copy of it: which one it is, and where it lies.
     """
 
     name: str

@@ -23,11 +23,11 @@ from selfloop.worker.launchers.fork_protocol import (
     Alive,
     Exited,
     Forked,
+    ForkServerFailed,
+    ForkServerMessage,
+    ForkServerReady,
     ForkWorker,
-    HostFailed,
-    HostMessage,
-    HostReady,
-    host_decoder,
+    message_decoder,
     peer_user,
     to_line,
 )
@@ -50,7 +50,7 @@ _LOOK_EVERY_S = 0.5
 _GONE = "the process that has the base model in memory is gone"
 
 SILENCE_AT_START = 5
-"""Times the usual limit: before its first heartbeat a process only imports, which a busy machine can draw out."""
+"""Times the usual limit: before its first heartbeat a process only imports, which a busy machine makes slow."""
 
 
 class ForkServerRecord(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ class WorkerProcess:
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """Its exit code; below zero the signal that ended it."""
         self.cause: str | None = None
-        """Why it had to end, where its exit code does not tell."""
+        """Why it had to end, where its exit code does not show it."""
         self._descriptor: int | None = open_process(pid)
 
     def kill(self) -> None:
@@ -145,7 +145,7 @@ class ForkServerClient:
             self.end(f"the base model was not loaded within {patience_s:g} s")
             await self._greeted
 
-    async def fork(self, address: str, pulse_address: str, begun_path: Path) -> WorkerProcess:
+    async def fork(self, address: str, heartbeat_address: str, begun_path: Path) -> WorkerProcess:
         """A worker that connects to both addresses and dies with its fork server, or when we let go of that.
 
         Raises:
@@ -157,7 +157,7 @@ class ForkServerClient:
         put_aside_large_log(command.log_path)
         order = ForkWorker(
             address,
-            pulse_address,
+            heartbeat_address,
             str(begun_path),
             str(command.log_path),
             command.settings,
@@ -204,7 +204,7 @@ class ForkServerClient:
     async def _read(self) -> None:
         try:
             while line := await self._reader.readline():
-                self._hear(host_decoder.decode(line))
+                self._hear(message_decoder.decode(line))
         except (OSError, ValueError) as error:  # Also what is no message.
             log.warning("the fork server of %s: %s", self._command.model_dir, error)
         launched = None if self.is_lost else self._launched
@@ -214,17 +214,17 @@ class ForkServerClient:
         # It has died while it loaded. Whoever waits for that hears how.
         kill(self._descriptor)
         code = await launched.wait()
-        self.end(f"{describe_exit(code)} ({self._command.log_path} may tell why)")
+        self.end(f"{describe_exit(code)} ({self._command.log_path} may say why)")
 
-    def _hear(self, message: HostMessage) -> None:
+    def _hear(self, message: ForkServerMessage) -> None:
         self._heard_at, self._silence_s = time.monotonic(), self._command.settings.heartbeat_timeout_s
         match message:
             case Alive():
                 pass
-            case HostReady():
+            case ForkServerReady():
                 if not self._greeted.done():
                     self._greeted.set_result(None)
-            case HostFailed(cause, error_class):
+            case ForkServerFailed(cause, error_class):
                 if not self._greeted.done():
                     self._greeted.set_exception(OperationFailed(cause, error_class))
                 self.end()
@@ -238,7 +238,7 @@ class ForkServerClient:
     async def _watch(self) -> None:
         while not self.is_lost:
             if time.monotonic() - self._heard_at > self._silence_s:
-                cause = f"the process that has the base model in memory gave no sign of life for {self._silence_s:g} s"
+                cause = f"the process that has the base model in memory sent no heartbeat for {self._silence_s:g} s"
                 log.error("%s: ending it", cause)
                 self.end(cause)
                 return
@@ -327,7 +327,7 @@ async def _launch(command: WorkerCommand) -> ForkServerClient:
 
 
 def made_of(command: WorkerCommand) -> list[str]:
-    """All that tells one fork server from another: how it was loaded, from which files, by which code."""
+    """All that distinguishes one fork server from another: how it was loaded, from which files, by which code."""
     package = Path(selfloop.__file__).parent
     code = max(path.stat().st_mtime_ns for path in package.rglob("*.py"))
     files = sorted((path.name, path.stat().st_mtime_ns) for path in command.model_dir.iterdir())

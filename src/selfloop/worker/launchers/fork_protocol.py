@@ -9,7 +9,7 @@ from selfloop.types.settings import EngineSettings, WorkerSettings
 
 
 class ForkServerStart(msgspec.Struct, frozen=True):
-    """What a fork server is started with: all that tells one loaded model from another.
+    """What a fork server is started with: all that distinguishes one loaded model from another.
 
     Args:
         linger_s: how long it waits in memory for a gateway, before the first and after each.
@@ -32,7 +32,7 @@ class ForkWorker(msgspec.Struct, frozen=True):
     """
 
     address: str
-    pulse_address: str
+    heartbeat_address: str
     begun_path: str
     log_path: str
     settings: WorkerSettings
@@ -43,14 +43,14 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """The fork server's heartbeat, also while it loads; nobody answers it."""
 
 
-class HostReady(msgspec.Struct, frozen=True, tag=True):
+class ForkServerReady(msgspec.Struct, frozen=True, tag=True):
     """Workers can be made; the first word to each gateway but heartbeats. ``pid`` is its own."""
 
     pid: int
 
 
-class HostFailed(msgspec.Struct, frozen=True, tag=True):
-    """The base model cannot be loaded; the fork server exits. ``error_class`` tells whether it ever can."""
+class ForkServerFailed(msgspec.Struct, frozen=True, tag=True):
+    """The base model cannot be loaded; the fork server exits. ``error_class`` says whether it ever can."""
 
     cause: str
     error_class: str = "LoadFailed"
@@ -69,17 +69,17 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     code: int
 
 
-HostMessage = Alive | HostReady | HostFailed | Forked | Exited
+ForkServerMessage = Alive | ForkServerReady | ForkServerFailed | Forked | Exited
 
 HEARTBEAT_S = 0.5
 """How often a fork server sends one."""
 
 start_decoder = msgspec.json.Decoder(ForkServerStart)
 fork_decoder = msgspec.json.Decoder(ForkWorker)
-host_decoder: "msgspec.json.Decoder[HostMessage]" = msgspec.json.Decoder(HostMessage)
+message_decoder: "msgspec.json.Decoder[ForkServerMessage]" = msgspec.json.Decoder(ForkServerMessage)
 
 
-def to_line(message: ForkWorker | HostMessage) -> bytes:
+def to_line(message: ForkWorker | ForkServerMessage) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 

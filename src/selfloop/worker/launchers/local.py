@@ -74,7 +74,7 @@ async def launch_worker(server: ForkServerClient, command: WorkerCommand) -> "Lo
         WorkerLost: the server is gone.
     """
     folder, num_kills = make_socket_folder(), num_kernel_kills()
-    calls, heartbeats = f"ipc://{folder}/worker.sock", f"ipc://{folder}/pulse.sock"
+    calls, heartbeats = f"ipc://{folder}/worker.sock", f"ipc://{folder}/heartbeat.sock"
     try:
         process = await server.fork(calls, heartbeats, folder / "begun")
     except BaseException:
@@ -171,7 +171,7 @@ class LocalWorker:
             while await self._heartbeats.poll(0):
                 heard_at, busy_s = time.monotonic(), heartbeat_decoder.decode(await self._heartbeats.recv()).busy_s
             if time.monotonic() - heard_at > silence_s:
-                self._end(f"worker process gave no sign of life for {silence_s:g} s")
+                self._end(f"worker process sent no heartbeat for {silence_s:g} s")
             elif busy_s > stuck_s:
                 self._end(f"worker process hung: {busy_s:.0f} s at one piece of work (--operation-timeout)")
             before = time.monotonic()

@@ -1,4 +1,4 @@
-"""Processes of this machine: told apart though their numbers are given again, their sockets and environment."""
+"""Processes of this machine: distinguished though their numbers are given again, their sockets and environment."""
 
 import contextlib
 import os

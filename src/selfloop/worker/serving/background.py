@@ -1,4 +1,4 @@
-"""What a worker does beside its main loop: write snapshots, and tell its gateway what the loop is at."""
+"""What a worker does beside its main loop: write snapshots, and report to its gateway what the loop is at."""
 
 import threading
 import time

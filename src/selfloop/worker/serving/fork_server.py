@@ -34,10 +34,10 @@ from selfloop.worker.launchers.fork_protocol import (
     Alive,
     Exited,
     Forked,
+    ForkServerFailed,
+    ForkServerMessage,
+    ForkServerReady,
     ForkWorker,
-    HostFailed,
-    HostMessage,
-    HostReady,
     fork_decoder,
     peer_user,
     start_decoder,
@@ -76,7 +76,7 @@ def _die_with(parent_pid: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class Host:
+class ForkServer:
     """Serves one gateway after another, each with one worker at a time.
 
     Args:
@@ -139,15 +139,15 @@ class Host:
         shutil.rmtree(path.parent, ignore_errors=True)
 
     def refuse(self, cause: str, error_class: str) -> None:
-        """Tell the gateways that wait for us why there is no model."""
+        """Say to the gateways that wait for us why there is no model."""
         for connection in self._waiting:
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(_MESSAGE_S)
-                _say(connection, HostFailed(cause, error_class))
+                _say(connection, ForkServerFailed(cause, error_class))
 
     def _serve(self, connection: socket.socket) -> None:
         connection.settimeout(_MESSAGE_S)
-        _say(connection, HostReady(os.getpid()))
+        _say(connection, ForkServerReady(os.getpid()))
         inbox = connection.makefile("rb")
         while True:
             ended = [] if self._worker is None else [self._worker[1]]
@@ -165,14 +165,14 @@ class Host:
     def _fork(self, order: ForkWorker, connection: socket.socket) -> int:
         if sys.platform == "linux" and (num := _num_threads()) > 1:
             log.error("the fork server has %d threads: a worker may hang", num)
-        host_pid = os.getpid()
+        server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._live_as_worker(order, connection, host_pid)
+            self._live_as_worker(order, connection, server_pid)
         self._worker = pid, os.pidfd_open(pid)
         return pid
 
-    def _live_as_worker(self, order: ForkWorker, connection: socket.socket, host_pid: int) -> None:
+    def _live_as_worker(self, order: ForkWorker, connection: socket.socket, server_pid: int) -> None:
         code = 1
         try:
             call_this_process("selfloop-worker")
@@ -184,7 +184,7 @@ class Host:
             for standard in (1, 2):
                 os.dup2(descriptor, standard)
             os.close(descriptor)
-            _die_with(host_pid)
+            _die_with(server_pid)
             torch.set_num_threads(self._num_threads)
             run_worker(order, self._load)
             code = 0
@@ -260,7 +260,7 @@ def _beat(connection: socket.socket) -> None:
         connection.send(to_line(Alive()))
 
 
-def _say(connection: socket.socket, message: HostMessage) -> None:
+def _say(connection: socket.socket, message: ForkServerMessage) -> None:
     connection.sendall(to_line(message))
 
 
@@ -277,16 +277,16 @@ def main() -> None:
     torch.set_num_threads(1)
     model_dir = Path(start.model_dir)
     listener = socket.socket(fileno=int(listener_fd))
-    host = Host(listener, lambda: load_model(model_dir, start.engine), num_threads, start.linger_s)
+    server = ForkServer(listener, lambda: load_model(model_dir, start.engine), num_threads, start.linger_s)
     if pick_device(start.engine.device).type == "cpu":
         try:
-            host.hold()
+            server.hold()
         except Exception as error:  # Reported to the gateway, which shows it to whoever waits for this model.
             log.exception("cannot load %s", model_dir)
-            host.refuse(*load_failure(error))
+            server.refuse(*load_failure(error))
             raise SystemExit(1) from error
-    host.run()
-    host.leave(None if start.record is None else Path(start.record))
+    server.run()
+    server.leave(None if start.record is None else Path(start.record))
 
 
 if __name__ == "__main__":

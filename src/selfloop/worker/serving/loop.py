@@ -114,7 +114,7 @@ class Worker:
     def _receive(self) -> None:
         while ready := dict(self._poller.poll(self._patience_ms())):
             if self._text.finished_file in ready:
-                self._text.tell()
+                self._text.send_finished()
             if self._socket in ready:
                 frames = self._socket.recv_multipart()
                 self._accept(call_decoder.decode(frames[0]), frames[1])

@@ -1,4 +1,4 @@
-"""A worker's life: take calls from its gateway until it is told to stop."""
+"""A worker's life: take calls from its gateway until it is asked to stop."""
 
 import logging
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def load_failure(error: Exception) -> tuple[str, str]:
 
 def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
     """Serve the gateway at ``order``'s addresses to the end; raises SystemExit when the model cannot be loaded."""
-    heartbeats = Heartbeats(order.pulse_address)
+    heartbeats = Heartbeats(order.heartbeat_address)
     heartbeats.start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)

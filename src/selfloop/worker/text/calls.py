@@ -102,7 +102,7 @@ class TextQueue:
         self._changed = threading.Condition()
         self._finished: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
         self.finished_file = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        """Readable while there is something to :meth:`tell`."""
+        """Readable while there is something to :meth:`send_finished`."""
         threading.Thread(target=self._tokenize, name="tokenize", daemon=True).start()
 
     def take(self, ticket: int, command: Tokenize | Detokenize | RenderChat) -> None:
@@ -126,7 +126,7 @@ class TextQueue:
                     team_id, _Job(ticket, [], False, _first, lambda _, token: field_with(token, command), command)
                 )
 
-    def tell(self) -> None:
+    def send_finished(self) -> None:
         """Answer what the thread has finished since."""
         try:
             os.eventfd_read(self.finished_file)

@@ -50,7 +50,7 @@ class ChatTemplate:
     @classmethod
     def load(cls, model_dir: Path, tokenizer: ModelTokenizer) -> "ChatTemplate":
         config = _read_json(model_dir / "tokenizer_config.json")
-        # The older file of names tells only what the newer one does not.
+        # The older file of names counts only for what the newer one lacks.
         named = _read_json(model_dir / "special_tokens_map.json") | config
         special_tokens = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name) is not None}
         return cls(tokenizer, _templates(model_dir, config), special_tokens)

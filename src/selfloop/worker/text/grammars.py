@@ -78,7 +78,7 @@ class _Tokens:
     """A model's tokens in the form that llguidance reads, its names included.
 
     By itself it takes every added token that is written ``<...>`` for one that is no text. Models write their calls
-    and thoughts with tokens like that, so it is told here which are none.
+    and thoughts with tokens like that, so it is given here which are none.
     """
 
     bos_token_id = None

@@ -1,4 +1,4 @@
-"""What goes wrong is told at once."""
+"""What goes wrong is reported at once."""
 
 import math
 import time

@@ -12,17 +12,17 @@ from shared import MODEL, base_sampler, close, ids, logprobs, prompt_of, tokeniz
 from training import trained
 
 
-def draw(prompt: list[int] | None = None, n: int = 1, **params: object) -> SampleResponse:
+def sample(prompt: list[int] | None = None, n: int = 1, **params: object) -> SampleResponse:
     sampling = SamplingParams(**({"max_tokens": 12} | params))
     return base_sampler().sample(ModelInput.from_ints(prompt or ids(1)), n, sampling)
 
 
-def drawn(*arguments: object, **params: object) -> list[list[int]]:
-    return [sequence.tokens for sequence in draw(*arguments, **params).sequences]
+def tokens_of(*arguments: object, **params: object) -> list[list[int]]:
+    return [sequence.tokens for sequence in sample(*arguments, **params).sequences]
 
 
 def check_several_samples():
-    response = draw(n=5, seed=3)
+    response = sample(n=5, seed=3)
     assert len({tuple(s.tokens) for s in response.sequences}) == 5
     for sequence in response.sequences:
         assert len(sequence.logprobs) == len(sequence.tokens)
@@ -31,43 +31,43 @@ def check_several_samples():
 
 
 def check_seed_reproduces():
-    assert drawn(n=3, seed=3) == drawn(n=3, seed=3)
-    assert drawn(n=3, seed=3) != drawn(n=3, seed=4)
-    assert drawn(n=3, seed=3)[0] == drawn(n=1, seed=3)[0]
-    assert drawn() != drawn()
+    assert tokens_of(n=3, seed=3) == tokens_of(n=3, seed=3)
+    assert tokens_of(n=3, seed=3) != tokens_of(n=3, seed=4)
+    assert tokens_of(n=3, seed=3)[0] == tokens_of(n=1, seed=3)[0]
+    assert tokens_of() != tokens_of()
 
 
 def check_temperature_zero_is_greedy():
-    first = drawn(n=2, temperature=0.0)
-    assert first[0] == first[1] == drawn(temperature=0.0, seed=9)[0]
-    assert drawn(top_k=1, seed=1)[0] == first[0]
-    assert drawn(top_p=1e-6, seed=1)[0] == first[0]
+    first = tokens_of(n=2, temperature=0.0)
+    assert first[0] == first[1] == tokens_of(temperature=0.0, seed=9)[0]
+    assert tokens_of(top_k=1, seed=1)[0] == first[0]
+    assert tokens_of(top_p=1e-6, seed=1)[0] == first[0]
 
 
 def check_stop_string():
-    (free,) = draw(seed=3, temperature=0.7, max_tokens=30).sequences
+    (free,) = sample(seed=3, temperature=0.7, max_tokens=30).sequences
     at = next(i for i in range(2, len(free.text)) if free.text[i].isascii() and free.text[i].isprintable())
     stop = free.text[at]
-    (stopped,) = draw(seed=3, temperature=0.7, max_tokens=30, stop=[stop, "no such text"]).sequences
+    (stopped,) = sample(seed=3, temperature=0.7, max_tokens=30, stop=[stop, "no such text"]).sequences
     assert stopped.stop_reason == "stop"
     assert stopped.text == free.text[: free.text.index(stop)]
     assert stopped.tokens == free.tokens[: len(stopped.tokens)]
     assert stop in tokenizer().decode(stopped.tokens)
-    assert draw(seed=3, temperature=0.7, max_tokens=30, stop=stop).sequences[0].tokens == stopped.tokens
+    assert sample(seed=3, temperature=0.7, max_tokens=30, stop=stop).sequences[0].tokens == stopped.tokens
 
 
 def check_stop_ids():
-    (free,) = drawn(seed=3)
-    (stopped,) = draw(seed=3, stop=[free[4], 0]).sequences
+    (free,) = tokens_of(seed=3)
+    (stopped,) = sample(seed=3, stop=[free[4], 0]).sequences
     assert stopped.stop_reason == "stop"
     assert stopped.tokens == free[: free.index(free[4]) + 1]
 
 
 def check_structured_outputs():
     def texts(**structured: object) -> list[str]:
-        drawn = draw(n=3, seed=2, max_tokens=80, structured_outputs=structured).sequences
-        assert {sequence.stop_reason for sequence in drawn} == {"stop"}
-        return [sequence.text for sequence in drawn]
+        sequences = sample(n=3, seed=2, max_tokens=80, structured_outputs=structured).sequences
+        assert {sequence.stop_reason for sequence in sequences} == {"stop"}
+        return [sequence.text for sequence in sequences]
 
     assert set(texts(choice=["yes", "no"])) <= {"yes", "no"}
     assert all(text.isdigit() and len(text) == 4 for text in texts(regex="[0-9]{4}"))

@@ -67,7 +67,7 @@ def saved(name: str, **fields: Any) -> str:
     return run().save_state(name, **fields).result().path
 
 
-def told(path: str) -> types.Checkpoint:
+def checkpoint_at(path: str) -> types.Checkpoint:
     (found,) = [c for c in rest().list_checkpoints(run().model_id).result().checkpoints if c.tinker_path == path]
     return found
 
@@ -95,14 +95,14 @@ def check_training_runs() -> None:
 
 
 def check_checkpoints() -> None:
-    path = saved("told", user_metadata={"step": "1"})
-    sampler = run().save_weights_for_sampler("told").result().path
+    path = saved("info", user_metadata={"step": "1"})
+    sampler = run().save_weights_for_sampler("info").result().path
     listed = both("list_checkpoints", run().model_id)
     kinds = {c.tinker_path: c.checkpoint_type for c in listed.checkpoints}
     assert (kinds[path], kinds[sampler]) == ("training", "sampler")
     everywhere = both("list_user_checkpoints", limit=1000)
     assert {path, sampler} <= {c.tinker_path for c in everywhere.checkpoints}
-    assert told(path).user_metadata == {"step": "1"}
+    assert checkpoint_at(path).user_metadata == {"step": "1"}
     info = both("get_weights_info_by_tinker_path", path)
     assert (info.base_model, info.is_lora, info.lora_rank) == (MODEL, True, 8)
     assert info.train_mlp
@@ -112,11 +112,11 @@ def check_checkpoints() -> None:
 
 def check_time_to_live() -> None:
     path = saved("lives", ttl_seconds=7200)
-    assert told(path).expires_at is not None
+    assert checkpoint_at(path).expires_at is not None
     both("set_checkpoint_ttl_from_tinker_path", path, None)
-    assert told(path).expires_at is None
+    assert checkpoint_at(path).expires_at is None
     both("set_checkpoint_ttl_from_tinker_path", path, 3600)
-    expires = told(path).expires_at
+    expires = checkpoint_at(path).expires_at
     assert expires is not None
     assert timedelta(minutes=50) < expires - datetime.now(UTC) <= timedelta(hours=1)
 
@@ -124,9 +124,9 @@ def check_time_to_live() -> None:
 def check_publishing() -> None:
     path = saved("shown")
     both("publish_checkpoint_from_tinker_path", path)
-    assert told(path).public
+    assert checkpoint_at(path).public
     both("unpublish_checkpoint_from_tinker_path", path)
-    assert not told(path).public
+    assert not checkpoint_at(path).public
 
 
 def check_deleting() -> None:
@@ -160,7 +160,7 @@ def check_external_weights() -> None:
     with urllib.request.urlopen(urls.urls["adapter_config.json"]) as response:
         config = json.load(response)
     assert (config["r"], config["base_model_name_or_path"]) == (8, MODEL)
-    assert told(answer.path).checkpoint_type == "external"
+    assert checkpoint_at(answer.path).checkpoint_type == "external"
 
 
 def check_sessions() -> None:
@@ -214,10 +214,10 @@ def check_the_admins_reports() -> None:
 
 def check_whoami() -> None:
     for way in ways(rest(), "whoami"):
-        told = way()
-        assert told.user_urn.startswith("selfloop:key:"), told
-        assert told.org_urn.startswith("tml:organization:"), told
-        assert told.email is None, told
+        account = way()
+        assert account.user_urn.startswith("selfloop:key:"), account
+        assert account.org_urn.startswith("tml:organization:"), account
+        assert account.email is None, account
 
 
 def check_every_method_was_called() -> None:

@@ -1,4 +1,4 @@
-"""Jobs: once for each key, told of by channel, freed when acknowledged or cancelled, known after a restart."""
+"""Jobs: once for each key, reported by channel, freed when acknowledged or cancelled, known after a restart."""
 
 import asyncio
 from pathlib import Path

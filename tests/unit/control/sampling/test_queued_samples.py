@@ -1,46 +1,82 @@
-"""Samples that are accepted first and drawn later, and requests that come twice."""
+"""Samples that are accepted first and sampled later, and requests that come twice."""
 
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from fake_sampling import SAMPLER_ID, FakeSamplingHouse, draw_of
+from fake_sampling import SAMPLER_ID, FakeSamplingHouse, spec_of
 from selfloop.control.queue.operations import Pending
 from selfloop.control.sampling.idempotency import Answer, SampleIdempotency
-from selfloop.control.sampling.queued_samples import Drawn, Failed
+from selfloop.control.sampling.queued_samples import Failed, Sampled
 from selfloop.control.sampling.service import Weights
+from selfloop.storage.db.tables import QueuedSampleRow
 from selfloop.types.errors import Conflict, NotFound, OperationFailed
 from selfloop.types.sampling import AdapterRef
+from selfloop.types.status import OperationState
 
 
-async def finished(house: FakeSamplingHouse, id: str) -> Drawn | Failed:
+async def finished(house: FakeSamplingHouse, id: str) -> Sampled | Failed:
     outcome = await house.queue.wait(SAMPLER_ID, id, 20.0)
     assert not isinstance(outcome, Pending), outcome
     return outcome
 
 
-def test_drawn_again_after_a_crash_with_the_same_seed(tmp_path: Path):
+def test_sampled_again_after_a_crash_with_the_same_seed(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)
         house.sampling.gate.clear()
-        await house.accept(draw_of(3), "one")
-        await house.accept(draw_of(4, length=20_000), "large")
+        await house.accept(spec_of(3), "one")
+        await house.accept(spec_of(4, length=20_000), "large")
         waiting = await house.queue.wait(SAMPLER_ID, "one", 0.02)
         assert waiting == Pending("running")
         await house.crash()
         house = await FakeSamplingHouse.open(tmp_path)
         first = await finished(house, "one")
         large = await finished(house, "large")
-        assert isinstance(first, Drawn)
-        assert isinstance(large, Drawn)
-        assert first.result.sequences[0].tokens[1] == (first.request.draw.params.seed or 0) % 2**31
+        assert isinstance(first, Sampled)
+        assert isinstance(large, Sampled)
+        assert first.result.sequences[0].tokens[1] == (first.request.spec.params.seed or 0) % 2**31
         assert len(large.result.sequences[0].tokens) == 20_002
         await house.crash()
         house = await FakeSamplingHouse.open(tmp_path)
         assert await finished(house, "one") == first
         assert await finished(house, "large") == large
-        assert house.sampling.num_drawn == 0
+        assert house.sampling.num_sampled == 0
+        await house.crash()
+
+    asyncio.run(play())
+
+
+def test_what_an_older_version_accepted_is_sampled(tmp_path: Path):
+    """What is sampled was called ``draw`` there, and lies in rows under that name."""
+    stored = {
+        "draw": {"prompt": [3], "num_samples": 1, "params": {"max_tokens": 4, "seed": 11}, "record_as": None},
+        "checkpoint_id": None,
+        "policy_version": 7,
+        "with_logprobs": False,
+    }
+
+    async def play() -> None:
+        house = await FakeSamplingHouse.open(tmp_path)
+        async with house.house.db.write() as session:
+            session.add(
+                QueuedSampleRow(
+                    sampler_id=SAMPLER_ID,
+                    id="old",
+                    fingerprint="old",
+                    state=OperationState.QUEUED,
+                    created_at=0.0,
+                    payload=msgspec.msgpack.encode(stored),
+                )
+            )
+        await house.crash()
+        house = await FakeSamplingHouse.open(tmp_path)
+        outcome = await finished(house, "old")
+        assert isinstance(outcome, Sampled)
+        assert outcome.result.sequences[0].tokens == [3, 11, 7]
+        assert msgspec.to_builtins(outcome.request)["draw"]["prompt"] == [3]
         await house.crash()
 
     asyncio.run(play())
@@ -49,11 +85,11 @@ def test_drawn_again_after_a_crash_with_the_same_seed(tmp_path: Path):
 def test_a_repeat_after_a_restart_leaves_the_large_request_as_it_was(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)
-        await house.accept(draw_of(4, length=20_000), "large")
+        await house.accept(spec_of(4, length=20_000), "large")
         first = await finished(house, "large")
         await house.crash()
         house = await FakeSamplingHouse.open(tmp_path)
-        await house.accept(draw_of(4, length=20_000), "large")  # unseeded: its own seed would be another
+        await house.accept(spec_of(4, length=20_000), "large")  # unseeded: its own seed would be another
         assert await finished(house, "large") == first
         await house.crash()
 
@@ -71,15 +107,15 @@ def test_cancelled_while_the_sampler_is_not_up(tmp_path: Path):
             return await wake(id)
 
         house.house.lifecycle.wake = slow  # type: ignore[method-assign, assignment]
-        await house.accept(draw_of(3), "one")
+        await house.accept(spec_of(3), "one")
         waiting = await house.queue.wait(SAMPLER_ID, "one", 0.01)
         assert waiting == Pending("queued until the sampler is up: loading")
         await house.queue.cancel(SAMPLER_ID, "one")
         await house.queue.cancel(SAMPLER_ID, "one")
         up.set()
         assert await finished(house, "one") == Failed("cancelled by request", "Cancelled")
-        assert await house.accept(draw_of(3), "one") == "one"
-        assert house.sampling.num_drawn == 0
+        assert await house.accept(spec_of(3), "one") == "one"
+        assert house.sampling.num_sampled == 0
         await house.crash()
 
     asyncio.run(play())
@@ -88,14 +124,14 @@ def test_cancelled_while_the_sampler_is_not_up(tmp_path: Path):
 def test_errors_are_outcomes(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)
-        await house.accept(draw_of(-1), "fails")
+        await house.accept(spec_of(-1), "fails")
         assert await finished(house, "fails") == Failed("asked to fail", "Asked")
         gone = Weights(AdapterRef("gone"), 3)
-        await house.accept(draw_of(1), "unpinned", weights=gone)
+        await house.accept(spec_of(1), "unpinned", weights=gone)
         outcome = await finished(house, "unpinned")
         assert isinstance(outcome, Failed)
         assert outcome.error_class == "NotFound"
-        with pytest.raises(Conflict, match="already being drawn or has ended"):
+        with pytest.raises(Conflict, match="already being sampled or has ended"):
             await house.queue.cancel(SAMPLER_ID, "fails")
         await house.crash()
 
@@ -111,8 +147,8 @@ def test_an_error_that_nobody_foresaw_is_the_outcome(
         async def broken(*_: object) -> None:
             raise ZeroDivisionError("a mistake of ours")
 
-        monkeypatch.setattr(house.sampling, "draw", broken)
-        await house.accept(draw_of(3), "one")
+        monkeypatch.setattr(house.sampling, "sample", broken)
+        await house.accept(spec_of(3), "one")
         failed = Failed("internal error; the server's log has the cause", "InternalError")
         assert await finished(house, "one") == failed
         (record,) = [r for r in caplog.records if r.exc_info]
@@ -129,7 +165,7 @@ def test_an_error_that_nobody_foresaw_is_the_outcome(
 def test_results_are_let_go_of(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)
-        await house.accept(draw_of(3, length=20_000), "one")
+        await house.accept(spec_of(3, length=20_000), "one")
         await finished(house, "one")
         assert len(list(house.house.blobs.children(f"samples/{SAMPLER_ID}"))) == 2
         await house.queue.purge(before=2e9 * 10)
@@ -147,7 +183,7 @@ def test_long_polls_are_sent_home(tmp_path: Path):
     async def play() -> None:
         house = await FakeSamplingHouse.open(tmp_path)
         house.sampling.gate.clear()
-        await house.accept(draw_of(3), "one")
+        await house.accept(spec_of(3), "one")
         poll = asyncio.create_task(house.queue.wait(SAMPLER_ID, "one", 1000.0))
         await asyncio.sleep(0.01)
         house.queue.send_home()
@@ -185,7 +221,7 @@ def test_a_repeated_request_joins_and_then_gets_the_same():
     asyncio.run(play())
 
 
-def test_an_error_is_not_kept_and_nobody_left_ends_the_draw():
+def test_an_error_is_not_kept_and_nobody_left_ends_the_sampling():
     async def play() -> None:
         once = SampleIdempotency(leave_s=0.0)
         ended: list[str] = []

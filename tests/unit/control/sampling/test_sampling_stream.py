@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fake_house import FakeHouse
-from fake_worker import drawn
+from fake_worker import sampled
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
-from selfloop.control.sampling.service import Chat, Draw, Sampling, Weights
+from selfloop.control.sampling.service import Chat, SampleSpec, Sampling, Weights
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams
@@ -47,11 +47,11 @@ def sampler(status: str = "ACTIVE") -> SamplerRow:
     )
 
 
-def draw(seed: int | None = 3, n: int = 2) -> Draw:
-    return Draw([1, 2], n, SamplingParams(max_tokens=5, seed=seed))
+def spec(seed: int | None = 3, n: int = 2) -> SampleSpec:
+    return SampleSpec([1, 2], n, SamplingParams(max_tokens=5, seed=seed))
 
 
-async def texts(sampling: Sampling, asked: Draw) -> tuple[list[str], SampleResult]:
+async def texts(sampling: Sampling, asked: SampleSpec) -> tuple[list[str], SampleResult]:
     """The streamed text of each sample, and the result that the stream ends with."""
     grown = [""] * asked.num_samples
     result: SampleResult | None = None
@@ -67,48 +67,48 @@ async def texts(sampling: Sampling, asked: Draw) -> tuple[list[str], SampleResul
     return grown, result
 
 
-def expected(asked: Draw) -> list[str]:
-    return [s.text for s in drawn(SampleRequest("", asked.prompt, asked.num_samples, asked.params))]
+def expected(asked: SampleSpec) -> list[str]:
+    return [s.text for s in sampled(SampleRequest("", asked.prompt, asked.num_samples, asked.params))]
 
 
-async def test_a_stream_is_the_draw(sampling: Sampling):
-    grown, _ = await texts(sampling, draw())
-    assert grown == expected(draw()) == [s.text for s in (await sampling.draw(sampler(), BASE, draw())).sequences]
+async def test_a_stream_is_the_sample(sampling: Sampling):
+    grown, _ = await texts(sampling, spec())
+    assert grown == expected(spec()) == [s.text for s in (await sampling.sample(sampler(), BASE, spec())).sequences]
 
 
 @pytest.mark.parametrize("deaths", [[0], [3], [9], [10], [3, 7], [7, 3]])
 async def test_a_lost_worker_is_not_noticed(house: FakeHouse, sampling: Sampling, deaths: list[int]):
     house.lifecycle.sample_deaths = deaths[:]
-    assert (await texts(sampling, draw()))[0] == expected(draw())
+    assert (await texts(sampling, spec()))[0] == expected(spec())
     assert len(house.lifecycle.workers) == len(deaths) + 1
 
 
-async def test_without_a_seed_one_is_drawn_for_all_attempts(house: FakeHouse, sampling: Sampling):
+async def test_without_a_seed_one_is_chosen_for_all_attempts(house: FakeHouse, sampling: Sampling):
     house.lifecycle.sample_deaths = [4]
-    await texts(sampling, draw(seed=None))
+    await texts(sampling, spec(seed=None))
     assert len(house.lifecycle.workers) == 2
 
 
-async def test_a_drawing_that_does_not_repeat_is_an_error(house: FakeHouse, sampling: Sampling):
+async def test_sampling_that_does_not_repeat_is_an_error(house: FakeHouse, sampling: Sampling):
     house.lifecycle.sample_deaths, house.lifecycle.salts = [4], [0, 1]
-    events = sampling.stream(sampler(), BASE, draw())
+    events = sampling.stream(sampler(), BASE, spec())
     given = [await anext(events) for _ in range(4)]
     with pytest.raises(WorkerLost, match="gave another text"):
         await anext(events)
     assert all(isinstance(event, SampleDelta) for event in given)
     await house.lifecycle.workers[1].call_is_done()
-    assert house.lifecycle.workers[1].cancelled, "nobody reads the second drawing"
+    assert house.lifecycle.workers[1].cancelled, "nobody reads what is sampled again"
 
 
 async def test_it_gives_up(house: FakeHouse, sampling: Sampling):
     house.lifecycle.sample_deaths = [1, 1, 1]
     with pytest.raises(WorkerLost, match="3 times"):
-        await texts(sampling, draw())
+        await texts(sampling, spec())
 
 
 @pytest.mark.parametrize("num_read", [1, 4])
 async def test_a_reader_that_goes_away_ends_the_sampling(house: FakeHouse, sampling: Sampling, num_read: int):
-    async with contextlib.aclosing(sampling.stream(sampler(), BASE, draw())) as events:
+    async with contextlib.aclosing(sampling.stream(sampler(), BASE, spec())) as events:
         for _ in range(num_read):
             await anext(events)
     (worker,) = house.lifecycle.workers
@@ -117,8 +117,8 @@ async def test_a_reader_that_goes_away_ends_the_sampling(house: FakeHouse, sampl
 
 
 async def test_a_stream_read_to_its_end_cancels_nothing(house: FakeHouse, sampling: Sampling):
-    await texts(sampling, draw())
-    await sampling.draw(sampler(), BASE, draw())
+    await texts(sampling, spec())
+    await sampling.sample(sampler(), BASE, spec())
     assert house.lifecycle.workers[0].cancelled == []
 
 
@@ -131,13 +131,13 @@ async def test_questions_about_text(sampling: Sampling):
     assert (caught.value.field, caught.value.expected) == ("prompt", "at least one character")
 
 
-async def test_what_cannot_be_drawn_is_refused_first(house: FakeHouse, sampling: Sampling):
-    asked = Draw([1] * 60, 1, SamplingParams(max_tokens=5))
-    for wrong in (asked, Draw([10**6], 1, SamplingParams(max_tokens=5))):
+async def test_what_cannot_be_sampled_is_refused_first(house: FakeHouse, sampling: Sampling):
+    asked = SampleSpec([1] * 60, 1, SamplingParams(max_tokens=5))
+    for wrong in (asked, SampleSpec([10**6], 1, SamplingParams(max_tokens=5))):
         with pytest.raises(BadRequest):
             await anext(sampling.stream(sampler(), BASE, wrong))
     with pytest.raises(Conflict):
-        await anext(sampling.stream(sampler("INACTIVE"), BASE, draw()))
+        await anext(sampling.stream(sampler("INACTIVE"), BASE, spec()))
     with pytest.raises(Conflict):
         await sampling.tokenize(sampler("INACTIVE"), ["a"])
     assert house.lifecycle.workers == []

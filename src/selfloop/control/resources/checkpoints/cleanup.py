@@ -76,7 +76,7 @@ class Cleanup:
         return row
 
     async def delete_matching(self, caller: Caller, filter: CheckpointFilter, *, dry_run: bool) -> Cleaned:
-        """Delete what matches, or only tell what would be.
+        """Delete what matches, or only report what would be.
 
         Raises:
             BadRequest: nothing to filter by, or a value out of range.

@@ -113,7 +113,7 @@ class Prune:
         self._blobs = LocalBlobs(data_dir)
 
     async def run(self, older_than_s: float, *, archive: Path | None, dry_run: bool, on_part: OnPart) -> Pruned:
-        """Remove what ended at least ``older_than_s`` ago, or only tell what would go.
+        """Remove what ended at least ``older_than_s`` ago, or only report what would go.
 
         Raises:
             BadRequest: too young, or the archive is there already.

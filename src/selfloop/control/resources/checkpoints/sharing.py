@@ -40,7 +40,7 @@ class CopyRequest:
     """What a caller asks of a copy.
 
     Args:
-        request_key: tells the same request when it comes again; None where nothing does.
+        request_key: identifies the same request when it comes again; None where nothing does.
         granted_team_id: another team, whose checkpoints the caller may read.
         session_id: the session that the copy's run is put into; without one a session is made for it.
         run_id: of the copy's run, when the caller must know it beforehand.
@@ -142,7 +142,7 @@ class Sharing:
         return copy.view()
 
     async def _check_source(self, caller: Caller, request: CopyRequest) -> None:
-        """Before the transaction, in which nobody else can write; a source that is gone is told there."""
+        """Before the transaction, in which nobody else can write; a source that is gone is reported there."""
         async with self._c.db.read() as session:
             try:
                 source = await _readable(session, caller, request.source, request.granted_team_id)

@@ -1,4 +1,4 @@
-"""Adapters that change nothing of their base model, told from the bytes of their file."""
+"""Adapters that change nothing of their base model, recognised by the bytes of their file."""
 
 import asyncio
 import logging

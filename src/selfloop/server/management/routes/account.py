@@ -41,7 +41,7 @@ async def capabilities(
     use_case: Literal["rl", "sft"] = "rl",
     max_seq_len: Annotated[int | None, Query(ge=1, description="What you would create the run with.")] = None,
 ) -> GetLoopsCapabilitiesResponseV1:
-    """`rl` needs a trainer and a sampler, `sft` a trainer: it tells which list of your user config counts."""
+    """`rl` needs a trainer and a sampler, `sft` a trainer: it says which list of your user config counts."""
     config = await control.user_configs.get(caller)
     excluded = control.user_configs.excludes(config, trainer=True, sampler=use_case == "rl")
     described = [m for m in await control.catalogue.described() if model is None or m.name == model]

@@ -106,7 +106,7 @@ async def deploy_checkpoints(
 async def delete_checkpoints(
     body: DeleteLoopsCheckpointsRequestV1, caller: CallerOf, control: ControlOf, render: RenderOf
 ) -> DeleteLoopsCheckpointsResponseV1:
-    """What a live sampler serves or a queued operation will load stays, and is told with the reason."""
+    """What a live sampler serves or a queued operation will load stays, and is reported with the reason."""
     chosen = CheckpointFilter(
         run_id=body.run_id,
         base_model=body.base_model,

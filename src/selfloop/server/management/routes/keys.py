@@ -37,11 +37,11 @@ async def list_keys(
     control: ControlOf,
     paging: PagingOf,
     type: Annotated[KeyType | None, Query(description="Only those of this type.")] = None,
-    created_by_me: Annotated[bool, Query(description="Only false: the audit log tells who made a key.")] = False,
+    created_by_me: Annotated[bool, Query(description="Only false: the audit log says who made a key.")] = False,
 ) -> Response:
     """Their first characters, never the keys themselves: only hashes of those are stored."""
     if created_by_me:
-        raise BadRequest("created_by_me", "false: GET /api/v1/audit tells who made a key")
+        raise BadRequest("created_by_me", "false: GET /api/v1/audit says who made a key")
     (team,) = await control.access.teams_of(caller)
 
     async def fetch(cut: Cut) -> Part[Key]:

@@ -24,7 +24,7 @@ router = APIRouter()
 
 # The clients ask again only after 10 s, so a status that is about to change is worth waiting for.
 _READINESS_HOLD_S = 25.0
-# Asks only when it is about to sample: told of a sleeping sampler it wakes it, then pauses for 10 s whatever comes.
+# Asks only when it is about to sample: if a sampler sleeps it wakes it, then pauses for 10 s whatever comes.
 _ABOUT_TO_SAMPLE = "baseten-loops/"
 
 
@@ -98,7 +98,7 @@ async def readiness(
 async def deactivate_model_deployment(
     model_id: str, deployment_id: str, caller: CallerOf, control: ControlOf
 ) -> DeactivateResponseV1:
-    """Ends the samplers behind it; `no_op` tells that it had ended before."""
+    """Ends the samplers behind it; `no_op` says that it had ended before."""
     ended = await control.samplers.deactivate_version(caller, model_id, deployment_id)
     return DeactivateResponseV1(no_op=not ended)
 

@@ -95,7 +95,7 @@ class DeleteLoopsCheckpointsRequestV1(Request):
         None, description="Spare the newest so many of each run and target."
     )
     scope: Literal["org"] | None = Field(None, description="'org': of the whole team, not only of your own runs.")
-    dry_run: StrictBool = Field(True, description="Only tell what would be deleted.")
+    dry_run: StrictBool = Field(True, description="Only report what would be deleted.")
 
 
 class KeptCheckpointV1(Answer):

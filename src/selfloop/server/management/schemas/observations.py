@@ -141,7 +141,7 @@ class LoopsUsageV1(Answer):
     id: str | None = Field(description="The run's, key's or team's; null for samples of base models.")
     name: str
     operations: int = Field(description="Operations that gave a result.")
-    samples: int = Field(description="Sampling requests drawn.")
+    samples: int = Field(description="Sampling requests answered.")
     tokens_trained: int = Field(description="Tokens whose loss counted in a backward pass.")
     tokens_forwarded: int = Field(description="Tokens that operations sent through the model.")
     tokens_prefilled: int = Field(description="Tokens of sampling prompts.")

@@ -37,7 +37,7 @@ class CreateLoopsRunRequestV1(Request):
     lora_rank: StrictInt = Field(64, description="Inner dimension of the adapter's matrices, 1 to 512.")
     seed: StrictInt | None = Field(
         None,
-        description="A fresh adapter is drawn from it; the same seed draws the same. Null: the answer has one.",
+        description="A fresh adapter is random by it; the same seed gives the same. Null: the answer has one.",
     )
     scale_down_delay_seconds: Annotated[StrictInt, Field(gt=0)] = Field(
         3600, description="The run frees its memory once nobody has asked for anything for so many seconds, at least 1."

@@ -9,7 +9,7 @@ from selfloop.control.resources.access import Caller
 from selfloop.server.openai import wire
 from selfloop.server.openai.chat.choices import ChatChoice
 from selfloop.server.openai.chat.request import chat_request
-from selfloop.server.openai.params import draw_of
+from selfloop.server.openai.params import spec_of
 from selfloop.server.openai.sampling import Chunks, Head, Json, Sampling, checked_max_tokens, num_sampled, usage
 from selfloop.server.shared.connection import while_connected
 from selfloop.server.shared.sampling import weights_of
@@ -25,7 +25,7 @@ async def chat_answer(
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
     max_tokens = checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
-    draw = draw_of(
+    spec = spec_of(
         body,
         prompt,
         asked.asked,
@@ -35,11 +35,11 @@ async def chat_answer(
     )
     choices = [
         ChatChoice(i, asked.tools, asked.top_logprobs is not None, bool(body.return_token_ids))
-        for i in range(draw.num_samples)
+        for i in range(spec.num_samples)
     ]
     head = Head.new("chatcmpl", body.model)
     prompt_ids: Json = {"prompt_token_ids": prompt} if body.return_token_ids else {}
-    sampling = Sampling(request, sampler, control, weights, [draw], asked.asked)
+    sampling = Sampling(request, sampler, control, weights, [spec], asked.asked)
     if body.stream:
         opening = [choice.opening() for choice in choices]
         chunks = Chunks(head, "chat.completion.chunk", body.stream_options, prompt_ids)

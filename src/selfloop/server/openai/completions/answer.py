@@ -8,11 +8,11 @@ from fastapi.responses import Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
-from selfloop.control.sampling.service import Draw
+from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.openai import wire
 from selfloop.server.openai.completions.choices import CompletionChoice, Echo
 from selfloop.server.openai.completions.request import CompletionRequest, completion_request
-from selfloop.server.openai.params import draw_of
+from selfloop.server.openai.params import spec_of
 from selfloop.server.openai.sampling import Chunks, Head, Json, Sampling, checked_max_tokens, num_sampled, usage
 from selfloop.server.shared.connection import while_connected
 from selfloop.server.shared.sampling import weights_of
@@ -30,10 +30,10 @@ async def completion_answer(
     prompts = await while_connected(request, _prompts(asked, body, sampler, control))
     for at, prompt in enumerate(prompts):
         checked_max_tokens(
-            asked.num_drawn, "max_tokens", prompt, asked.field_of(at), sampler, scored=asked.scores_prompt
+            asked.num_sampled, "max_tokens", prompt, asked.field_of(at), sampler, scored=asked.scores_prompt
         )
     echoes = await while_connected(request, _echoes(asked, prompts, sampler, control))
-    draws = [_draw(body, asked, prompt) for prompt in prompts]
+    specs = [_spec(body, asked, prompt) for prompt in prompts]
     n = asked.asked.num_samples
     choices = [
         CompletionChoice(at * n + i, asked.num_top, bool(body.return_token_ids), echo, asked.max_tokens > 0)
@@ -41,7 +41,7 @@ async def completion_answer(
         for i in range(n)
     ]
     head = Head.new("cmpl", body.model)
-    sampling = Sampling(request, sampler, control, weights, draws, asked.asked)
+    sampling = Sampling(request, sampler, control, weights, specs, asked.asked)
     if body.stream:
         opening = [chunk for choice in choices if (chunk := choice.opening()) is not None]
         chunks = Chunks(head, "text_completion", body.stream_options, {})
@@ -61,12 +61,12 @@ async def completion_answer(
     return await sampling.answer(rendered, results)
 
 
-def _draw(body: wire.CompletionBody, asked: CompletionRequest, prompt: list[int]) -> Draw:
-    return draw_of(
+def _spec(body: wire.CompletionBody, asked: CompletionRequest, prompt: list[int]) -> SampleSpec:
+    return spec_of(
         body,
         prompt,
         asked.asked,
-        asked.num_drawn,
+        asked.num_sampled,
         top_logprobs=asked.num_top or 0,
         prompt_logprobs=(asked.num_top or 0) if asked.scores_prompt else None,
         token_bytes=asked.num_top is not None,

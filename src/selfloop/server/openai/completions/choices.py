@@ -27,14 +27,14 @@ class CompletionChoice:
 
     Args:
         num_top: likeliest tokens beside each; None for no logprobs.
-        is_drawn: whether what was drawn is shown, or only the prompt.
+        shows_sample: whether the sample is shown, or only the prompt.
     """
 
     index: int
     num_top: int | None
     with_ids: bool
     echo: Echo | None = None
-    is_drawn: bool = True
+    shows_sample: bool = True
     _offsets: TextOffsets = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,11 +58,11 @@ class CompletionChoice:
             if self.num_top is not None:
                 assert result.prompt_logprobs is not None
                 logprobs = prompt_logprobs(result.prompt_logprobs, self.echo.raws, self.num_top, self._offsets)
-        if self.is_drawn:
+        if self.shows_sample:
             text, tokens, reason = grown.text, grown.tokens, grown.stop_reason
             if self.num_top is not None:
-                drawn = completion_logprobs(grown, self.num_top, self._offsets)
-                logprobs = drawn if logprobs is None else joined(logprobs, drawn)
+                sampled = completion_logprobs(grown, self.num_top, self._offsets)
+                logprobs = sampled if logprobs is None else joined(logprobs, sampled)
         return self._chunk(before + text, logprobs, reason, tokens)
 
     def _chunk(

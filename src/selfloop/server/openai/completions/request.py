@@ -37,8 +37,8 @@ class CompletionRequest:
         return self.echo and (self.num_top is not None or self.max_tokens == 0)
 
     @property
-    def num_drawn(self) -> int:
-        """Tokens to draw: the engine draws one even when none is shown."""
+    def num_sampled(self) -> int:
+        """Tokens to sample: the engine samples one even when none is shown."""
         return max(1, self.max_tokens)
 
     def field_of(self, at: int) -> str:

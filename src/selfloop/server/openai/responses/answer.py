@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from selfloop.control.gateway import Control
 from selfloop.control.resources.access import Caller
 from selfloop.server.openai.chat.request import ChatRequest, chat_request
-from selfloop.server.openai.params import draw_of
+from selfloop.server.openai.params import spec_of
 from selfloop.server.openai.responses import wire
 from selfloop.server.openai.responses.events import ResponseAnswer
 from selfloop.server.openai.responses.request import Conversation, chat_of
@@ -37,15 +37,15 @@ async def responses_answer(
     with conversation.named():
         prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
         max_tokens = checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
-        draw = draw_of(chat, prompt, asked.asked, max_tokens)
+        spec = spec_of(chat, prompt, asked.asked, max_tokens)
     answer = ResponseAnswer(body, len(prompt), asked.tools)
     headers = {POLICY_VERSION_HEADER: str(weights.policy_version)}
     try:
         if body.stream:
-            parts: _Parts = control.sampling.stream(sampler, weights, draw)
+            parts: _Parts = control.sampling.stream(sampler, weights, spec)
             head = await while_connected(request, _first(parts))
             return EventStream(_frames(answer, head, parts, asked, conversation), parts, headers)
-        result = await while_connected(request, control.sampling.draw(sampler, weights, draw))
+        result = await while_connected(request, control.sampling.sample(sampler, weights, spec))
     except BadRequest as error:
         raise _named(error, asked, conversation) from None
     (sequence,) = result.sequences

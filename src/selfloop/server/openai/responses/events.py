@@ -37,7 +37,7 @@ class ResponseAnswer:
     id: str = field(default_factory=lambda: _id("resp"))
     created_at: int = field(default_factory=lambda: int(time.time()))
     num_cached: int = 0
-    num_drawn: int = 0
+    num_sampled: int = 0
     _reader: CallReader = field(init=False)
     _output: list[Json] = field(default_factory=list[Json])
     _open: Json | None = None
@@ -71,7 +71,7 @@ class ResponseAnswer:
         return self._event("error", code=shown.code, message=shown.message, param=shown.param)
 
     def _items(self, grown: Grown) -> Iterator[bytes]:
-        self.num_drawn += len(grown.tokens)
+        self.num_sampled += len(grown.tokens)
         pieces = self._reader.feed(grown.text).items
         if grown.stop_reason is not None:
             pieces = [*pieces, *self._reader.finish().items]
@@ -175,9 +175,9 @@ class ResponseAnswer:
         return {
             "input_tokens": self.num_prompt,
             "input_tokens_details": {"cached_tokens": self.num_cached, "cache_write_tokens": 0},
-            "output_tokens": self.num_drawn,
+            "output_tokens": self.num_sampled,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.num_prompt + self.num_drawn,
+            "total_tokens": self.num_prompt + self.num_sampled,
         }
 
 

@@ -56,7 +56,7 @@ async def revoke_own_key(caller: CallerOf, control: ControlOf) -> Response:
 
 @router.post("/auth/token")
 async def token(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, str]:
-    """A token in exchange for the key: it stands for it for a day, and tells whose it is."""
+    """A token in exchange for the key: it stands for it for a day, and says whose it is."""
     await read_body(request)
     return {"jwt": await control.access.token(caller)}
 

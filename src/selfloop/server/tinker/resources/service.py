@@ -70,7 +70,7 @@ async def capabilities(caller: CallerOf, control: ControlOf) -> dict[str, object
 
 @router.post("/create_session", openapi_extra=wire.SCHEMAS.json_body(wire.CreateSession))
 async def create_session(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
-    """Open a session; what it tells of itself is kept with it."""
+    """Open a session; what it says of itself is kept with it."""
     raw = await read_body(request)
     if len(raw) > _MAX_DETAILS_BYTES:
         raise BadRequest("user_metadata", f"a session's description of at most {_MAX_DETAILS_BYTES} bytes")

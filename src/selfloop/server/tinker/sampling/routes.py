@@ -1,4 +1,4 @@
-"""Sampling sessions, and samples: drawn while the client polls for them."""
+"""Sampling sessions, and samples: computed while the client polls for them."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from fastapi import APIRouter, Request
 
 from selfloop.control.gateway import Control
-from selfloop.control.sampling.service import Draw
+from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
@@ -66,7 +66,7 @@ async def sampler_info(sampling_session_id: str, caller: CallerOf, control: Cont
 
 @router.post("/asample", openapi_extra=wire.SCHEMAS.json_body(wire.Sample))
 async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dict[str, object]:
-    """Begin to draw; the samples are fetched by ``retrieve_future``."""
+    """Begin to sample; the samples are fetched by ``retrieve_future``."""
     raw = await read_body(request)
     body = await off_loop(len(raw), lambda: decode(raw, wire.Sample))
     sampler = await control.samplers.get(caller, names.sampler_id(body.sampling_session_id))
@@ -77,16 +77,16 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     recorded_as = str(body.seq_id) if body.record_stability_info else None
     request_id = futures.of_sample(sampler.id, body.seq_id)
 
-    async def draw() -> bytes:
-        result = await control.sampling.draw_newest(sampler, replace(asked.draw, record_as=recorded_as))
-        size = 64 * len(asked.draw.prompt) * (1 + asked.view.num_top_prompt)
+    async def sampled() -> bytes:
+        result = await control.sampling.sample_newest(sampler, replace(asked.spec, record_as=recorded_as))
+        size = 64 * len(asked.spec.prompt) * (1 + asked.view.num_top_prompt)
         return await off_loop(size, lambda: sample_response(result, asked.view))
 
-    control.jobs.submit(futures.channel_of(sampler.id, body.seq_id), request_id, draw)
+    control.jobs.submit(futures.channel_of(sampler.id, body.seq_id), request_id, sampled)
     sequence = f"{names.their_id(sampler.id)}/{body.seq_id}"
     return {
         "request_id": request_id,
-        "sample_sequence_ids": [f"{sequence}/{i}" for i in range(asked.draw.num_samples)],
+        "sample_sequence_ids": [f"{sequence}/{i}" for i in range(asked.spec.num_samples)],
         "type": "asample",
     }
 
@@ -101,9 +101,9 @@ async def join_sampling_session(request: Request, caller: CallerOf, control: Con
 
 
 class _Asked(NamedTuple):
-    """A draw, and which of what comes with it the caller wants to see."""
+    """What to sample, and which of what comes with it the caller wants to see."""
 
-    draw: Draw
+    spec: SampleSpec
     view: SampleView
 
 
@@ -134,7 +134,7 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
     asked, targets = body.target_prompt_logprobs, None
     if asked is not None:
         targets = await off_loop(16 * len(asked.data), lambda: read_targets(asked, len(prompt), model.vocab_size))
-    draw = Draw(
+    spec = SampleSpec(
         prompt,
         body.num_samples,
         params,
@@ -145,7 +145,7 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
         prompt_draws=body.prompt_alt_tokens_k,
     )
     top_prompt, top, draws = body.topk_prompt_logprobs, body.topk_sample_logprobs, body.prompt_alt_tokens_k
-    return _Asked(draw, SampleView(own, top_prompt, top, targets, draws))
+    return _Asked(spec, SampleView(own, top_prompt, top, targets, draws))
 
 
 def _prompt(prompt: wire.Prompt) -> list[int]:
