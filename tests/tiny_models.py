@@ -24,6 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from selfloop.types.datum import Datum, Tensor
@@ -66,6 +68,12 @@ _BUILDERS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=None)),
+    # Windows shorter than a page of the cache, and a layer that sees everything.
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=11)),
+    "qwen3-windows": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**_SIZES, head_dim=16, use_sliding_window=True, sliding_window=21, max_window_layers=1)
+    ),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SIZES, pad_token_id=0, no_rope_layers=[1, 0])),
 }
 
 FAMILIES = tuple(_BUILDERS)

@@ -19,8 +19,11 @@ T = TypeVar("T")
 INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloop.model_families")}
 """Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
 
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *INSTALLED_FAMILIES})
+SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", *INSTALLED_FAMILIES})
 """Those that the engine's own decoder computes; others are computed by transformers, where it knows them."""
+
+TIED_UNLESS_SAID = frozenset({"smollm3"})
+"""Of those, the ones whose output layer is the embedding where ``config.json`` does not say ``tie_word_embeddings``."""
 
 PUBLIC_FILES = frozenset(
     {
@@ -71,7 +74,7 @@ class _Config(msgspec.Struct):
     model_type: str = ""
     vocab_size: int = 0
     max_position_embeddings: int = 0
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
     eos_token_id: int | list[int] | None = None
     quantization_config: dict[str, msgspec.Raw] | None = None
     auto_map: object = None
@@ -103,7 +106,8 @@ def read_facts(path: Path) -> ModelFacts:
     config = _read_config(path)
     if not any((path / name).is_file() for name in _TOKENIZER_SOURCES):
         raise _refusal(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_SOURCES)})")
-    weights = read_weights(path, tie=config.tie_word_embeddings)
+    tie = config.tie_word_embeddings
+    weights = read_weights(path, tie=config.model_type in TIED_UNLESS_SAID if tie is None else tie)
     return ModelFacts(
         path=path,
         model_type=config.model_type,

@@ -181,7 +181,7 @@ def test_a_tokenizer_that_the_worker_cannot_read_is_refused(folder: Path, tmp_pa
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope scaling 'dynamic'"),
-        ({"model_type": "mistral", "sliding_window": 32}, "sliding window attention"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive integer, is 0"),
         ({"num_hidden_layers": 3}, "lacks 9 tensors"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import tiny_models
 from selfloop.engine.engine import Engine
 from selfloop.engine.models.registry import parse_spec
-from selfloop.engine.models.spec import dense_layers
+from selfloop.engine.models.spec import dense_layers, unlike_dense
 from selfloop.types.errors import OperationFailed
 
 RAW = {
@@ -67,21 +67,36 @@ def test_end_tokens_come_from_the_generation_config_first(generation, expected):
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"model_type": "mistral", "sliding_window": 32}, "sliding window"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "sliding"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2,
-          "sliding_window": 32}, "sliding"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive integer, is 0"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "one of .* for each of the 2 layers, is "),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types must have one of "),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must have a number for each layer, is "),
     ],
 )  # fmt: skip
 def test_unsupported_models_are_refused_by_name(changes, message):
     with pytest.raises(OperationFailed, match=message):
-        parse_spec(RAW | changes, {})
+        parse_spec(RAW | {"num_key_value_heads": 2} | changes, {})
 
 
-def test_a_window_that_is_never_in_force_is_fine():
-    raw = RAW | {"num_key_value_heads": 2}
-    parse_spec(raw | {"model_type": "mistral", "sliding_window": 64}, {})
-    parse_spec(raw | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, {})
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "mistral", "sliding_window": 63}, [63, 63]),
+        ({"model_type": "mistral", "sliding_window": 64}, [None, None]),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32}, [None, None]),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, [None, 32]),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 32}, [None, None]),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 32,
+          "layer_types": ["sliding_attention", "full_attention"]}, [32, None]),
+        ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 32}, [32, 32]),
+    ],
+)  # fmt: skip
+def test_a_window_is_in_force_where_it_is_shorter_than_the_context(changes: dict, windows: list[int | None]):
+    spec = parse_spec(RAW | {"num_key_value_heads": 2} | changes, {})
+    assert [layer.mixer.window for layer in spec.layers] == windows
+    dense = changes["model_type"] != "qwen3_moe" and windows == [None, None]
+    assert (dense_layers(spec) is not None) is dense
+    assert ("sliding windows" in unlike_dense(spec)) is (windows != [None, None])
 
 
 def test_missing_fields_are_named():

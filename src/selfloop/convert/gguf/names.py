@@ -6,7 +6,7 @@ from functools import cache
 import gguf
 from torch import Tensor
 
-from selfloop.engine.models.spec import DenseLayers, ModelSpec, dense_layers
+from selfloop.engine.models.spec import DenseLayers, ModelSpec, dense_layers, unlike_dense
 from selfloop.types.errors import OperationFailed
 
 # Mistral is Llama to llama.cpp.
@@ -28,7 +28,8 @@ def layers_of(spec: ModelSpec) -> DenseLayers:
     """What GGUF's metadata says once for all layers; raises OperationFailed where they are of other kinds."""
     layers = dense_layers(spec)
     if layers is None:
-        raise OperationFailed(f"{spec.model_type} cannot be written as GGUF: its layers are not all dense")
+        words = ", ".join(unlike_dense(spec))
+        raise OperationFailed(f"{spec.model_type} cannot be written as GGUF: this model has {words}")
     return layers
 
 

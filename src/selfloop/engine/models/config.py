@@ -8,6 +8,7 @@ from typing import Any
 from selfloop.engine.models.rope import RopeConfig, parse_rope
 from selfloop.engine.models.spec import DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
 from selfloop.types.errors import model_invalid
+from selfloop.types.model_folder import TIED_UNLESS_SAID
 
 _REQUIRED = (
     "vocab_size",
@@ -20,6 +21,7 @@ _REQUIRED = (
 # Of one tensor's side; what is beyond is no model but an attempt to take the memory.
 _MAX_SIZE = 2**31
 _MAX_LAYERS = 2**16
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 class HfConfig:
@@ -54,23 +56,34 @@ class HfConfig:
             raise model_invalid(f"config.json lacks {[names[0]]}")
         return read_size(found, self.raw[found])
 
-    def refuse_window(self, window: int | None) -> None:
-        """``window`` is None where every layer sees the whole context."""
-        context = self._sizes["max_position_embeddings"]
-        if window is not None and window < context:
-            raise model_invalid(f"sliding window attention ({window} of {context} positions) is not supported")
-
-    def qwen_window(self) -> int | None:
-        """The window of a Qwen config, where any layer uses it."""
-        raw = self.raw
-        if not raw.get("use_sliding_window", False):
+    def window(self, default: int | None = None) -> int | None:
+        """``sliding_window``, ``default`` where it is absent; None where every layer sees the whole context."""
+        window = self.raw.get("sliding_window", default)
+        if window is None or read_size("sliding_window", window) >= self._sizes["max_position_embeddings"]:
             return None
-        layer_types = raw.get("layer_types")
-        if layer_types is None:
-            in_force = raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
-        else:
-            in_force = "sliding_attention" in layer_types
-        return raw.get("sliding_window", 4096) if in_force else None
+        return window
+
+    def windows(self, window: int | None, default_types: Sequence[str]) -> list[int | None]:
+        """Of each layer: ``window`` where ``layer_types`` says that it slides.
+
+        Args:
+            default_types: of each layer, where the config has no such key.
+        """
+        types = self.raw.get("layer_types")
+        types = list(default_types) if types is None else types
+        if not isinstance(types, list) or len(types) != self.num_layers or not _LAYER_TYPES.issuperset(types):
+            raise model_invalid(
+                f"config.json: layer_types must have one of {sorted(_LAYER_TYPES)} for each of the {self.num_layers} "
+                f"layers, is {types!r}"
+            )
+        return [window if kind == "sliding_attention" else None for kind in types]
+
+    def qwen_windows(self) -> list[int | None]:
+        """Of each layer of a Qwen config, whose first ``max_window_layers`` have none."""
+        window = self.window(4096) if self.flag("use_sliding_window") else None
+        num_full = self.size("max_window_layers", default=28) if window is not None else self.num_layers
+        types = ["full_attention" if index < num_full else "sliding_attention" for index in range(self.num_layers)]
+        return self.windows(window, types)
 
     def attention(
         self,
@@ -103,7 +116,12 @@ class HfConfig:
 
     def dense(self, attention: FullAttention, mlp: DenseMlp) -> ModelSpec:
         """All layers alike."""
-        return self.model([LayerSpec(attention, mlp, self.norms())] * self.num_layers, attention.head_dim)
+        return self.decoder([attention] * self.num_layers, mlp)
+
+    def decoder(self, attentions: Sequence[FullAttention], mlp: DenseMlp) -> ModelSpec:
+        """A layer for each of ``attentions``."""
+        layers = {attention: LayerSpec(attention, mlp, self.norms()) for attention in attentions}
+        return self.model([layers[attention] for attention in attentions], attentions[0].head_dim)
 
     def model(self, layers: Sequence[LayerSpec], rotated_dim: int) -> ModelSpec:
         """``rotated_dim``: dimensions of a head, all of which are rotated."""
@@ -114,7 +132,7 @@ class HfConfig:
             hidden_size=self._sizes["hidden_size"],
             layers=tuple(layers),
             final_norm_eps=self._eps,
-            tied=self.flag("tie_word_embeddings"),
+            tied=bool(self.raw.get("tie_word_embeddings", self.raw["model_type"] in TIED_UNLESS_SAID)),
             rope=self._rope(rotated_dim),
             context=self._sizes["max_position_embeddings"],
             eos_token_ids=generated_ends or own_ends,

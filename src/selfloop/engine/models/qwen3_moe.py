@@ -1,14 +1,17 @@
 """Qwen3 with a mixture of experts in every layer, or in every few of them."""
 
+from dataclasses import replace
+
 from selfloop.engine.models.config import HfConfig
 from selfloop.engine.models.mixture_of_experts import MixtureOfExperts
 from selfloop.engine.models.spec import LayerSpec, ModelSpec
 
 
 def spec(config: HfConfig) -> ModelSpec:
-    config.refuse_window(config.qwen_window())
     bias = config.flag("attention_bias")
-    attention = config.attention(qkv_bias=bias, o_bias=bias, qk_norm=True, num_kv_heads=4)
+    # One window for all layers, as in transformers.
+    window = config.window(4096) if config.flag("use_sliding_window") else None
+    attention = replace(config.attention(qkv_bias=bias, o_bias=bias, qk_norm=True, num_kv_heads=4), window=window)
     experts = MixtureOfExperts(
         hidden_size=config.size("hidden_size"),
         inner_size=config.size("moe_intermediate_size", default=768),

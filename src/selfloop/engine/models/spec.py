@@ -112,9 +112,19 @@ class Block(Protocol):
     def cache(self) -> CacheSpec | None: ...
 
 
+RopeName = Literal["model"]
+"""A rotation of a :class:`ModelSpec`."""
+
+
 @dataclass(frozen=True, slots=True)
 class FullAttention:
-    """Rotary attention of each token to all before it, with heads that share keys; ``qk_norm_eps`` None is without."""
+    """Attention of each token to those up to itself, with heads that share keys.
+
+    Args:
+        qk_norm_eps: of the RMSNorm of every head of q and k; None is without.
+        window: how many tokens each sees, itself the last; None for all.
+        rope: what rotates q and k; None leaves them as they are.
+    """
 
     hidden_size: int
     num_heads: int
@@ -123,6 +133,8 @@ class FullAttention:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm_eps: float | None = None
+    window: int | None = None
+    rope: RopeName | None = "model"
 
     kind: ClassVar[str] = "full_attention"
 
@@ -277,6 +289,11 @@ class ModelSpec:
         caches = [layer.mixer.cache for layer in self.layers]
         return sum(cache.num_elements for cache in caches if cache is not None and cache.kind == "pages")
 
+    @property
+    def ropes(self) -> dict[RopeName, RopeConfig]:
+        """The rotations that its layers name."""
+        return {"model": self.rope}
+
     def blocks(self) -> set[str]:
         """The kinds of its blocks."""
         return {block.kind for layer in self.layers for block in (layer.mixer, layer.feed_forward)}
@@ -291,14 +308,32 @@ class DenseLayers(NamedTuple):
 
 
 def dense_layers(spec: ModelSpec) -> DenseLayers | None:
-    """None where layers differ, or are anything but full attention and a dense MLP with the one epsilon."""
+    """Where every layer is the same rotary attention to all tokens and a gated MLP, as in Llama, Qwen2 and Qwen3.
+
+    None where :func:`unlike_dense` has anything to say.
+    """
     first = spec.layers[0]
-    if any(layer is not first and layer != first for layer in spec.layers):
+    if unlike_dense(spec) or not isinstance(first.mixer, FullAttention) or not isinstance(first.feed_forward, DenseMlp):
         return None
-    if not isinstance(first.mixer, FullAttention) or not isinstance(first.feed_forward, DenseMlp):
-        return None
-    eps = {norm.eps for norm in first.norms} | {spec.final_norm_eps, first.mixer.qk_norm_eps or spec.final_norm_eps}
-    return DenseLayers(first.mixer, first.feed_forward, spec.final_norm_eps) if len(eps) == 1 else None
+    return DenseLayers(first.mixer, first.feed_forward, spec.final_norm_eps)
+
+
+def unlike_dense(spec: ModelSpec) -> list[str]:
+    """What a model has that those of :func:`dense_layers` have not, in words."""
+    mixers = {layer.mixer for layer in spec.layers}
+    attentions = {mixer for mixer in mixers if isinstance(mixer, FullAttention)}
+    feed_forwards = {layer.feed_forward for layer in spec.layers}
+    mlps = {feed_forward for feed_forward in feed_forwards if isinstance(feed_forward, DenseMlp)}
+    eps = {norm.eps for layer in spec.layers for norm in layer.norms} | {spec.final_norm_eps}
+    eps |= {attention.qk_norm_eps for attention in attentions if attention.qk_norm_eps is not None}
+    found = {
+        "other blocks than attention and a dense MLP": len(attentions) + len(mlps) < len(mixers | feed_forwards),
+        "sliding windows": any(attention.window is not None for attention in attentions),
+        "layers without rotation": any(attention.rope is None for attention in attentions),
+        "norms of several epsilons": len(eps) > 1,
+    }
+    words = [word for word, is_there in found.items() if is_there]
+    return words or (["layers of different sizes"] if len(set(spec.layers)) > 1 else [])
 
 
 def _flat(groups: tuple[ProjectionGroup, ...]) -> tuple[Projection, ...]:

@@ -7,7 +7,7 @@ from selfloop.engine.backends.cpu_native.build import kernels, look
 from selfloop.engine.backends.cpu_native.model import NativeModel
 from selfloop.engine.backends.cpu_native.sizes import sizes_of
 from selfloop.engine.backends.torch.weights import load_weights
-from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.spec import ModelSpec, unlike_dense
 from selfloop.engine.models.weights import TensorSource
 
 
@@ -19,8 +19,10 @@ class NativeBackend:
     def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
         if device.type != "cpu" or dtype != torch.bfloat16:
             return Lacking("it computes bfloat16 on a CPU")
+        if words := unlike_dense(spec):
+            return Lacking(f"it computes layers of full attention and a dense MLP, without {', '.join(words)}")
         if sizes_of(spec) is None:
-            return Lacking("it computes layers of full attention and a dense MLP whose sizes are multiples of 16")
+            return Lacking("it computes layers whose sizes are multiples of 16")
         found = look()
         return found if isinstance(found, Lacking) else None
 

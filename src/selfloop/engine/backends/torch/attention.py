@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.backends.torch.blocked_attention import blocked_attention
+from selfloop.engine.models.spec import FullAttention
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -13,7 +16,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Attention(Protocol):
     """Attention over the packed rows of one forward pass."""
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Rotated queries of H heads, rotated keys and values of G heads -> (T, H, head_dim)."""
         ...
 
@@ -26,14 +29,14 @@ class PackedCausalAttention:
         self.lengths = lengths
         self._uniform = len(set(lengths)) == 1
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         assert q_THd.shape[0] == sum(self.lengths), "rows and sequence lengths disagree"
         if self._uniform:
             num = len(self.lengths)
             q, k, v = (x.unflatten(0, (num, -1)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
-            return causal_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+            return attend(spec, q, k, v).transpose(1, 2).flatten(0, 1)
         out = [
-            causal_attention(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+            attend(spec, *(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
             for qkv in zip(*(x.split(self.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         ]
         return torch.cat(out)
@@ -51,9 +54,9 @@ class BatchInvariantAttention:
         """Of all sequences."""
         return [length for attention in self._attentions for length in attention.lengths]
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         parts = zip(self._attentions, *(x.split(self._sizes) for x in (q_THd, k_TGd, v_TGd)), strict=True)
-        return torch.cat([attention(layer, q, k, v) for attention, q, k, v in parts])
+        return torch.cat([attention(layer, spec, q, k, v) for attention, q, k, v in parts])
 
 
 def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention":
@@ -68,6 +71,17 @@ def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention
         assert sum(own) == size, "a sequence lies across two blocks"
         parts.append((size, PackedCausalAttention(own)))
     return BatchInvariantAttention(parts)
+
+
+def attend(spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor) -> Tensor:
+    """Of the last N of L positions, each to those up to itself that its layer's window shows it."""
+    num, length = q_BHNd.shape[2], k_BGLd.shape[2]
+    if spec.window is not None and spec.window < length:
+        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, spec.window)
+    if num == length:
+        return causal_attention(q_BHNd, k_BGLd, v_BGLd)
+    keys_L = torch.arange(length, device=q_BHNd.device)
+    return masked_attention(q_BHNd, k_BGLd, v_BGLd, keys_L <= keys_L[length - num :, None])
 
 
 def causal_attention(q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor) -> Tensor:

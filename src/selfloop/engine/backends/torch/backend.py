@@ -7,7 +7,7 @@ from selfloop.engine.backends.torch.blocks.base import has_block
 from selfloop.engine.backends.torch.linear import Products, best_products
 from selfloop.engine.backends.torch.model import TorchModel
 from selfloop.engine.backends.torch.weights import load_weights, open_weights
-from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.spec import FullAttention, ModelSpec
 from selfloop.engine.models.weights import TensorSource
 
 
@@ -27,8 +27,10 @@ class TorchBackend:
         absent = sorted(kind for kind in spec.blocks() if not has_block(kind))
         if absent:
             return Lacking(f"it has no {', '.join(absent)}")
-        if len({layer.mixer for layer in spec.layers}) > 1:
-            return Lacking("its cache is for mixers that are all alike")
+        mixers = [layer.mixer for layer in spec.layers]
+        attentions = [mixer for mixer in mixers if isinstance(mixer, FullAttention)]
+        if len({(x.num_heads, x.num_kv_heads, x.head_dim) for x in attentions}) != 1 or len(attentions) < len(mixers):
+            return Lacking("its cache is for attention with heads that are alike in all layers")
         return None
 
     def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> TorchModel:

@@ -12,11 +12,12 @@ from selfloop.engine.models.spec import FullAttention, ModelSpec
 
 
 class TorchCache:
-    """Keys and values of models whose every mixer is the one full attention."""
+    """Keys and values of models whose every mixer is attention, with heads that are alike in all layers."""
 
     def __init__(self, spec: ModelSpec, num_tokens: int | None, device: torch.device, dtype: torch.dtype) -> None:
-        attention = spec.layers[0].mixer
-        assert isinstance(attention, FullAttention)
+        self._layers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, FullAttention)]
+        assert len(self._layers) == spec.num_layers
+        attention = self._layers[0]
         token_bytes = spec.cache_elements * dtype.itemsize
         if num_tokens is None:
             num_tokens = default_kv_tokens(token_bytes, spec.context, device)
@@ -27,12 +28,11 @@ class TorchCache:
             spec.num_layers, attention, self.rows, default_bucket_tokens(in_float32, device), device
         )
         self.pool = PagePool(self.rows)
-        self._attention = attention
 
     def step_attention(self, batch: Varlen) -> StepAttentionOverCache:
         """For a row of each slot, which all grow."""
         placed = self.buckets.place(batch.slots, batch.starts)
-        return StepAttentionOverCache(self._attention, self.rows, batch, placed)
+        return StepAttentionOverCache(self._layers, self.rows, batch, placed)
 
     def fork(self, slot: CacheSlot, into: CacheSlot) -> None:
         pass

@@ -1,14 +1,20 @@
 """Attention over the KV cache: one strategy for prompts, one for single new tokens."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from selfloop.engine.backends.base import CacheSlot, Varlen
-from selfloop.engine.backends.torch.attention import causal_attention, masked_attention
+from selfloop.engine.backends.torch.attention import attend
 from selfloop.engine.backends.torch.kv_buckets import DenseBucket, Placed
 from selfloop.engine.backends.torch.kv_rows import KvRows, cell, page_table
 from selfloop.engine.kv.pages import PAGE_TOKENS, pages_for
 from selfloop.engine.models.spec import FullAttention
+
+Layers = Sequence[FullAttention]
+"""The attention of each layer, alike but for what it sees."""
 
 
 class PrefillAttention:
@@ -25,40 +31,34 @@ class PrefillAttention:
         for slot, start, stop in each:
             rows.zero(slot.pages[pages_for(start) : pages_for(stop)])
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         self._rows.write(layer, self._cells_T, k_TGd, v_TGd)
         parts = zip(*(x.split(self._lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         out: list[Tensor] = []
         for start, table_1P, (q, k, v) in zip(self._starts, self._tables, parts, strict=True):
-            if start == 0:
-                out_1HNd = causal_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
-            else:
-                out_1HNd = self._with_cache(layer, start, table_1P, q)
-            out.append(out_1HNd[0].transpose(0, 1))
+            q_1HNd, k_1GNd, v_1GNd = (x.transpose(0, 1)[None] for x in (q, k, v))
+            if start > 0:
+                # A token before the window of the first query is seen by none.
+                first = 0 if spec.window is None else max(0, start - spec.window + 1) // PAGE_TOKENS
+                stop = start + q.shape[0] - first * PAGE_TOKENS
+                k_1GNd, v_1GNd = (x[:, :, :stop] for x in self._rows.read(layer, table_1P[:, first:]))
+            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd)[0].transpose(0, 1))
         return torch.cat(out)
-
-    def _with_cache(self, layer: int, start: int, table_1P: Tensor, q_NHd: Tensor) -> Tensor:
-        stop = start + q_NHd.shape[0]
-        k_1GLd, v_1GLd = (x[:, :, :stop] for x in self._rows.read(layer, table_1P))
-        keys_L = torch.arange(stop, device=q_NHd.device)
-        visible_NL = keys_L <= keys_L[start:, None]
-        q_1HNd = q_NHd.transpose(0, 1)[None]
-        return masked_attention(q_1HNd, k_1GLd, v_1GLd, visible_NL)
 
 
 class StepAttentionOverCache:
     """One new token for each of B slots, whose cache has room for it; in the order of the batch."""
 
-    def __init__(self, attention: FullAttention, rows: KvRows, batch: Varlen, placed: Placed) -> None:
+    def __init__(self, layers: Layers, rows: KvRows, batch: Varlen, placed: Placed) -> None:
         place = {slot: row for row, slot in enumerate(batch.slots)}
         positions = dict(zip(batch.slots, batch.starts, strict=True))
         device, num = rows.device, len(batch.slots)
         self._parts: list[tuple[Tensor | None, _BucketStep | _PagedStep]] = []
         for bucket in placed.buckets:
-            step = _BucketStep(attention, bucket, [positions[slot] for slot in bucket.slots], device)
+            step = _BucketStep(layers, bucket, [positions[slot] for slot in bucket.slots], device)
             self._add([place[slot] for slot in bucket.slots], num, step, device)
         if placed.outside:
-            step = _PagedStep(attention, rows, placed.outside, [positions[slot] for slot in placed.outside])
+            step = _PagedStep(layers, rows, placed.outside, [positions[slot] for slot in placed.outside])
             self._add([place[slot] for slot in placed.outside], num, step, device)
 
     def _add(self, rows: list[int], num_rows: int, step: "_BucketStep | _PagedStep", device: torch.device) -> None:
@@ -82,18 +82,12 @@ class StepAttentionOverCache:
 class _BucketStep:
     """Of the slots of one bucket, in its order."""
 
-    def __init__(
-        self, attention: FullAttention, bucket: DenseBucket, positions: list[int], device: torch.device
-    ) -> None:
-        heads, groups = attention.num_heads, attention.num_kv_heads
-        num, size = len(bucket.slots), bucket.num_tokens
-        length = max(positions) + 1
-        self._heads = heads
-        self._bias = None if len(set(positions)) == 1 else _bias(positions, length, device)
-        # The views of all layers at once: taken one by one they would cost as much as the arithmetic.
-        kv_LSXNd = bucket.kv_LSRGNd[:, :, :num, :, :length].flatten(2, 3)
-        self._k_XdN = kv_LSXNd[:, 0].transpose(2, 3).unbind()
-        self._v_XNd = kv_LSXNd[:, 1].unbind()
+    def __init__(self, layers: Layers, bucket: DenseBucket, positions: list[int], device: torch.device) -> None:
+        num, size, groups = len(bucket.slots), bucket.num_tokens, layers[0].num_kv_heads
+        self._heads = layers[0].num_heads
+        windows = [attention.window for attention in layers]
+        seen = {window: _seen(bucket, positions, window, device) for window in set(windows)}
+        self._seen = [seen[window].at(layer) for layer, window in enumerate(windows)]
         if num == 1:
             self._new_2Gd = bucket.kv_LSRGNd[:, :, 0, :, positions[0]].unbind()
             return
@@ -110,19 +104,40 @@ class _BucketStep:
             self._new_2Gd[layer].copy_(new_BHd.view(self._new_2Gd[layer].shape))
         else:
             self._flat_Nd[layer].index_copy_(0, self._cells, new_BHd.reshape(-1, qkv_BHd.shape[2]))
-        return _attend(q_BHd, self._k_XdN[layer], self._v_XNd[layer], self._bias)
+        return _attend(q_BHd, *self._seen[layer])
+
+
+class _Seen(NamedTuple):
+    """Keys and values of every layer, as far as a window shows them; where rows see different parts, the bias."""
+
+    k_XdN: tuple[Tensor, ...]
+    v_XNd: tuple[Tensor, ...]
+    bias_B11N: Tensor | None
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.k_XdN[layer], self.v_XNd[layer], self.bias_B11N
+
+
+def _seen(bucket: DenseBucket, positions: list[int], window: int | None, device: torch.device) -> _Seen:
+    """The views of all layers at once: taken one by one they would cost as much as the arithmetic."""
+    num, length = len(bucket.slots), max(positions) + 1
+    first = _first_seen(min(positions), window)
+    kv_LSXNd = bucket.kv_LSRGNd[:, :, :num, :, first:length].flatten(2, 3)
+    bias = None if len(set(positions)) == 1 else _bias(positions, [first] * num, length - first, window, device)
+    return _Seen(kv_LSXNd[:, 0].transpose(2, 3).unbind(), kv_LSXNd[:, 1].unbind(), bias)
 
 
 class _PagedStep:
     """Of slots that only have pages: gathered anew in every layer."""
 
-    def __init__(self, attention: FullAttention, rows: KvRows, slots: list[CacheSlot], positions: list[int]) -> None:
-        self._heads, self._groups = attention.num_heads, attention.num_kv_heads
+    def __init__(self, layers: Layers, rows: KvRows, slots: list[CacheSlot], positions: list[int]) -> None:
+        self._heads, self._groups = layers[0].num_heads, layers[0].num_kv_heads
         self._rows = rows
         each = list(zip(slots, positions, strict=True))
-        self._table_BP = page_table([slot.pages[: pages_for(at + 1)] for slot, at in each], rows.device)
+        windows = [attention.window for attention in layers]
+        seen = {window: _seen_pages(each, window, rows.device) for window in set(windows)}
+        self._seen = [seen[window] for window in windows]
         self._cells_B = torch.tensor([cell(slot.pages, at) for slot, at in each], device=rows.device)
-        self._bias = _bias(positions, self._table_BP.shape[1] * PAGE_TOKENS, rows.device)
         rows.zero([slot.pages[at // PAGE_TOKENS] for slot, at in each if at % PAGE_TOKENS == 0])
         for slot, at in each:
             slot.num_in_pages = at + 1
@@ -130,13 +145,31 @@ class _PagedStep:
     def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
         q_BHd, k_BGd, v_BGd = qkv_BHd.split([self._heads, self._groups, self._groups], dim=1)
         self._rows.write(layer, self._cells_B, k_BGd, v_BGd)
-        k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._rows.read(layer, self._table_BP))
-        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, self._bias)
+        table_BP, bias_B11N = self._seen[layer]
+        k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._rows.read(layer, table_BP))
+        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, bias_B11N)
 
 
-def _bias(positions: list[int], length: int, device: torch.device) -> Tensor:
-    """(B, 1, 1, length) float32: minus infinity after each sample's position."""
-    hidden = torch.arange(length) > torch.tensor(positions)[:, None]
+def _seen_pages(each: list[tuple[CacheSlot, int]], window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pages that hold what a window shows, and the bias of their tokens."""
+    firsts = [_first_seen(at, window) // PAGE_TOKENS for _, at in each]
+    pages = [slot.pages[first : pages_for(at + 1)] for (slot, at), first in zip(each, firsts, strict=True)]
+    table_BP = page_table(pages, device)
+    starts = [first * PAGE_TOKENS for first in firsts]
+    return table_BP, _bias([at for _, at in each], starts, table_BP.shape[1] * PAGE_TOKENS, window, device)
+
+
+def _first_seen(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def _bias(positions: list[int], starts: list[int], length: int, window: int | None, device: torch.device) -> Tensor:
+    """(B, 1, 1, length) float32: minus infinity where a sample does not see the token so far behind its start."""
+    at_B1 = torch.tensor(positions)[:, None]
+    keys_BN = torch.arange(length) + torch.tensor(starts)[:, None]
+    hidden = keys_BN > at_B1
+    if window is not None:
+        hidden |= keys_BN <= at_B1 - window
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None].to(device)
 
 

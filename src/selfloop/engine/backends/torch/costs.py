@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from selfloop.engine.backends.base import Cost, Costs, LayerCosts
 from selfloop.engine.backends.device import default_train_budget
 from selfloop.engine.backends.torch.allocations import UNIT, Work, profile
 from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
+from selfloop.engine.backends.torch.blocked_attention import num_block_elements
 from selfloop.engine.backends.torch.logprob import chunk_rows
-from selfloop.engine.backends.torch.rotary import Rotary
+from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
@@ -27,12 +29,12 @@ class Profiled(Protocol):
 
     spec: ModelSpec
     weights: BaseWeights
-    rotary: Rotary
+    rotaries: Rotaries
     device: torch.device
     dtype: torch.dtype
 
     def layer(
-        self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch
+        self, index: int, h_TD: Tensor, rotations: Rotations, attention: Attention, adapters: AdapterBatch
     ) -> Tensor: ...
 
 
@@ -99,12 +101,12 @@ def _most(costs: list[Cost]) -> Cost:
 
 
 def _one_layer_costs(model: Profiled, index: int) -> LayerCosts:
-    scratch = _attention_scratch(model, num_blocks=2)
+    scratch = _attention_scratch(model, index, num_blocks=2)
     between = Cost(model.spec.hidden_size * torch.float32.itemsize, 0, 0)
     forward, trained = profile(_forward_of_a_layer(model, index)), profile(_training_of_a_layer(model, index))
     most, kept = Cost(*trained.most, 0), Cost(*trained.left, 0)
     return LayerCosts(
-        between + Cost(*forward.most, 0) + _attention_scratch(model, num_blocks=1),
+        between + Cost(*forward.most, 0) + _attention_scratch(model, index, num_blocks=1),
         kept,
         between + Cost(most.token - kept.token, most.rank - kept.rank, 0) + scratch,
         between,
@@ -157,15 +159,30 @@ def _layer_run(model: Profiled, index: int, units: int, rank: int) -> _LayerRun:
     attention = BatchInvariantAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
     adapters = AdapterBatch.batch_invariant([(sum(block), adapter) for block in blocks])
     positions_T = torch.cat([torch.arange(length) for length in attention.lengths]).to(model.device)
-    rotation = model.rotary(positions_T)
+    rotations = model.rotaries(positions_T)
     h_TD = torch.zeros(UNIT * units, model.spec.hidden_size, device=model.device).requires_grad_()
-    return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotation, attention, adapters))
+    return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotations, _Fused(attention), adapters))
 
 
-def _attention_scratch(model: Profiled, num_blocks: int) -> Cost:
-    """What PyTorch's fused attention takes within itself: blocks of scores, and in the backward of their slopes."""
-    attention = model.spec.layers[0].mixer
+class _Fused:
+    """Attention by PyTorch's fused kernels, whatever the layer's; what the others take is not counted but known."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+
+    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        return self._attention(layer, replace(spec, window=None), q_THd, k_TGd, v_TGd)
+
+
+def _attention_scratch(model: Profiled, index: int, num_blocks: int) -> Cost:
+    """What attention takes within itself: blocks of scores, and in the backward of their slopes."""
+    attention = model.spec.layers[index].mixer
     assert isinstance(attention, FullAttention)
+    if attention.window is not None:
+        # Float32 copies of what goes in and comes out, in the backward of the slopes, too; scores and their weights.
+        elements = num_block_elements(attention.num_heads, model.spec.context, attention.window)
+        copies = num_blocks * 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        return Cost(copies * torch.float32.itemsize, 0, 2 * num_blocks * elements * torch.float32.itemsize)
     if model.device.type != "cpu":
         # Gradients of the queries in float32, and of each query head's keys and values.
         return Cost(

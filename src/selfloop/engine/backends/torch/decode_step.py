@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from selfloop.engine.backends.base import Varlen
 from selfloop.engine.backends.torch.blocks.base import float32
 from selfloop.engine.backends.torch.linear import FrozenLinear
-from selfloop.engine.backends.torch.rotary import Rotary
+from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter
@@ -34,7 +34,7 @@ class _LayerStep:
 
     step: "DecodeStep"
     index: int
-    rotation: tuple[Tensor, Tensor]
+    rotations: Rotations
     attention: StepAttention
     adapters: StepAdapters | None
 
@@ -60,11 +60,11 @@ class _LayerStep:
 class DecodeStep:
     """Hidden states of single tokens; the cache is the attention's affair."""
 
-    def __init__(self, spec: ModelSpec, weights: BaseWeights, rotary: Rotary) -> None:
+    def __init__(self, spec: ModelSpec, weights: BaseWeights, rotaries: Rotaries) -> None:
         self.dtype = weights.embedding_VD.dtype
         self._spec = spec
         self._weights = weights
-        self._rotary = rotary
+        self._rotaries = rotaries
         self._device = weights.embedding_VD.device
         self._norms = [(float32(x.mixer_norm_D), float32(x.feed_forward_norm_D)) for x in weights.layers]
         self._final_norm = float32(weights.final_norm_D)
@@ -81,11 +81,9 @@ class DecodeStep:
         """h_BD in the compute dtype; rows of one adapter stand together."""
         adapters = self._adapters(lora.of_rows(len(batch.lengths)))
         h_BD = F.embedding(batch.tokens_T, self._weights.embedding_VD).float()
-        cos, sin = self._rotary(batch.positions_T)
-        cos_BH1d = cos[:, :, None].float() * self._scale_H11
-        sin_BH2d = torch.stack((-sin, sin), dim=2).float() * self._scale_H11
+        rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
-            at = _LayerStep(self, index, (cos_BH1d, sin_BH2d), attention, adapters)
+            at = _LayerStep(self, index, rotations, attention, adapters)
             mixer_norm_D, feed_forward_norm_D = self._norms[index]
             h_BD += layer.mixer.step(self.norm(h_BD, mixer_norm_D), at)
             h_BD += layer.feed_forward.step(self.norm(h_BD, feed_forward_norm_D), at)
@@ -95,6 +93,13 @@ class DecodeStep:
         """RMSNorm with the model's epsilon, in float32."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
+
+    def _rotations(self, positions_B: Tensor) -> Rotations:
+        found: Rotations = {}
+        for name, (cos, sin) in self._rotaries(positions_B).items():
+            cos_BH1d = cos[:, :, None].float() * self._scale_H11
+            found[name] = cos_BH1d, torch.stack((-sin, sin), dim=2).float() * self._scale_H11
+        return found
 
     def _adapters(self, row_adapters: list[Adapter | None]) -> StepAdapters | None:
         dtype = self.dtype

@@ -18,12 +18,12 @@ from selfloop.engine.backends.torch.decode_step import DecodeStep
 from selfloop.engine.backends.torch.linear import FrozenLinear, Products
 from selfloop.engine.backends.torch.logprob import HeadAdapter, score
 from selfloop.engine.backends.torch.norm import rms_norm
-from selfloop.engine.backends.torch.rotary import Rotary
+from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
-from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.spec import FullAttention, ModelSpec
 
 _COMPUTED_BY: dict[Products, str] = {"plain": "PyTorch's operators", "blocked": "oneDNN"}
 
@@ -33,12 +33,12 @@ class LayerRun:
     """One layer of a pass: what its blocks ask for."""
 
     index: int
-    rotation: tuple[Tensor, Tensor]
+    rotations: Rotations
     attention: Attention
     adapters: AdapterBatch
 
-    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return self.attention(self.index, q_THd, k_TGd, v_TGd)
+    def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        return self.attention(self.index, spec, q_THd, k_TGd, v_TGd)
 
     def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
         adapters = self.adapters
@@ -65,7 +65,7 @@ class TorchModel:
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
         self.computed_by = _COMPUTED_BY[weights.head.products]
-        self.rotary = Rotary(spec.rope, self.device, self.dtype)
+        self.rotaries = Rotaries(spec, self.device, self.dtype)
         self._decode_step: DecodeStep | None = None
         self._costs: Costs | None = None
 
@@ -78,15 +78,15 @@ class TorchModel:
         if not batch.slots[0].grows:
             return self._forward(batch, PrefillAttention(cache.rows, batch, self.device), lora, recompute=False)
         if self._decode_step is None:
-            self._decode_step = DecodeStep(self.spec, self.weights, self.rotary)
+            self._decode_step = DecodeStep(self.spec, self.weights, self.rotaries)
         return self._decode_step.forward(batch, cache.step_attention(batch), lora)
 
     def layer(
-        self, index: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, adapters: AdapterBatch
+        self, index: int, h_TD: Tensor, rotations: Rotations, attention: Attention, adapters: AdapterBatch
     ) -> Tensor:
         """One layer: float32 h_TD in and out."""
         spec, layer = self.spec.layers[index], self.weights.layers[index]
-        at = LayerRun(index, rotation, attention, adapters)
+        at = LayerRun(index, rotations, attention, adapters)
         h_TD = h_TD + layer.mixer(rms_norm(h_TD, layer.mixer_norm_D, spec.norms[0].eps), at)
         return h_TD + layer.feed_forward(rms_norm(h_TD, layer.feed_forward_norm_D, spec.norms[1].eps), at)
 
@@ -108,12 +108,12 @@ class TorchModel:
         return self._costs
 
     def _forward(self, batch: Varlen, attention: Attention, lora: AdapterBatch, *, recompute: bool) -> Tensor:
-        rotation = self.rotary(batch.positions_T)
+        rotations = self.rotaries(batch.positions_T)
         h_TD = F.embedding(batch.tokens_T, self.weights.embedding_VD).float()
         for index in range(self.spec.num_layers):
             if recompute:
-                rest = (h_TD, rotation, attention, lora)
+                rest = (h_TD, rotations, attention, lora)
                 h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_TD = self.layer(index, h_TD, rotation, attention, lora)
+                h_TD = self.layer(index, h_TD, rotations, attention, lora)
         return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps)

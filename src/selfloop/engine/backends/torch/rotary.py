@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.models.rope import RopeConfig, inverse_frequencies
+from selfloop.engine.models.spec import ModelSpec, RopeName
+
+Rotations = dict[RopeName, tuple[Tensor, Tensor]]
+"""What rotates each row, by the name of its rope."""
 
 
 class Rotary:
@@ -20,6 +24,16 @@ class Rotary:
         angle = (positions_T.float()[:, None] * self._freq)[:, None, :]
         cos, sin = angle.cos() * self._magnitude, angle.sin() * self._magnitude
         return cos.to(self._dtype), sin.to(self._dtype)
+
+
+class Rotaries:
+    """As :class:`Rotary`, by each rope of a model."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self._each: dict[RopeName, Rotary] = {n: Rotary(rope, device, dtype) for n, rope in spec.ropes.items()}
+
+    def __call__(self, positions_T: Tensor) -> Rotations:
+        return {name: rotary(positions_T) for name, rotary in self._each.items()}
 
 
 def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

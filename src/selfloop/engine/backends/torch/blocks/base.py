@@ -10,22 +10,23 @@ from torch import Tensor
 
 from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.places import Places
-from selfloop.engine.models.spec import Block
+from selfloop.engine.backends.torch.rotary import Rotations
+from selfloop.engine.models.spec import Block, FullAttention
 
 
 class LayerPass(Protocol):
     """One layer of a pass over packed rows: training and prefill."""
 
     @property
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of each row."""
+    def rotations(self) -> Rotations:
+        """cos and sin of each row, by each rope."""
         ...
 
     def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
         """(T, in) -> (T, out) of the layer's group of that number, its adapters included."""
         ...
 
-    def attend(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Rotated queries and keys, values -> (T, H, head_dim)."""
         ...
 
@@ -38,8 +39,8 @@ class LayerStep(Protocol):
     """One layer of a decode step, a row for each sample. Between the products everything is float32."""
 
     @property
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos (B, H + G, 1, d/2) and -sin, sin (B, H + G, 2, d/2), those of the queries scaled by d^-1/2."""
+    def rotations(self) -> Rotations:
+        """By each rope, cos (B, H + G, 1, d/2) and -sin, sin (B, H + G, 2, d/2), of the queries scaled by d^-1/2."""
         ...
 
     def project(self, group: int, linear: FrozenLinear, x_BI: Tensor) -> Tensor:

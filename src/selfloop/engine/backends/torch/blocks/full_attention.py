@@ -32,8 +32,10 @@ class FullAttentionBlock:
         qk_THd, v_TGd = qkv_THd.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if self.qk_norm_Hd is not None and spec.qk_norm_eps is not None:
             qk_THd = rms_norm(qk_THd, self.qk_norm_Hd, spec.qk_norm_eps)
-        q_THd, k_TGd = rotate(qk_THd, *at.rotation).split([spec.num_heads, spec.num_kv_heads], dim=1)
-        return at.project(self._first + OUT, self.out, at.attend(q_THd, k_TGd, v_TGd).flatten(1))
+        if spec.rope is not None:
+            qk_THd = rotate(qk_THd, *at.rotations[spec.rope])
+        q_THd, k_TGd = qk_THd.split([spec.num_heads, spec.num_kv_heads], dim=1)
+        return at.project(self._first + OUT, self.out, at.attend(spec, q_THd, k_TGd, v_TGd).flatten(1))
 
     def step(self, x_BD: Tensor, at: LayerStep) -> Tensor:
         spec = self.spec
@@ -43,9 +45,12 @@ class FullAttentionBlock:
             if self._float32_qk_norm_Hd is None:
                 self._float32_qk_norm_Hd = float32(self.qk_norm_Hd)
             qk_BHd.copy_(at.norm(qk_BHd, self._float32_qk_norm_Hd))
-        cos_BH1d, sin_BH2d = at.rotation
-        halves_BH2d = qk_BHd.unflatten(2, (2, -1))
-        torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
+        if spec.rope is None:
+            qk_BHd[:, : spec.num_heads] *= spec.head_dim**-0.5
+        else:
+            cos_BH1d, sin_BH2d = at.rotations[spec.rope]
+            halves_BH2d = qk_BHd.unflatten(2, (2, -1))
+            torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
         return at.project(self._first + OUT, self.out, at.attend(qkv_BHd))
 
     def _allocate_qk_norm(self, places: Places) -> Tensor:
