@@ -53,7 +53,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         return _response(request, BadRequest("body", "valid JSON"))
     location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    return _response(request, BadRequest(".".join(location) or "body", str(first["msg"])))
+    invalid = BadRequest(".".join(location) or "body", str(first["msg"]))
+    return dialect_of(request.scope).errors.invalid_parameter(invalid, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -83,7 +84,7 @@ async def _transient_error(request: Request, error: Exception) -> Response:
     if later is None:
         return await _unexpected(request, error)
     log.warning("%s %s: %s", request.method, request.url.path, later)
-    return _response(request, later)
+    return dialect_of(request.scope).errors.outage(later, request.url.path)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:

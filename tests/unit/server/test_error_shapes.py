@@ -77,6 +77,8 @@ POSTED = [
     "POST /v1/messages",
     "POST /v1/chat/completions",
 ]
+# Routes whose query has a number.
+WITH_NUMBERS = ["GET /anthropic/api/v1/models", "GET /api/v1/training_runs"]
 NO_ROUTE = [
     "GET /nowhere",
     "GET /v1/nowhere",
@@ -164,6 +166,11 @@ async def answers() -> dict[str, Any]:
             for what, body in UNREAD.items():
                 await note(what, route, key("admin"), body)
             await note("too long", route, key("admin") | {"content-length": "99999999"}, b"x")
+        for name, control.error in ERRORS.items():
+            await note(name, "PUT /uploads/abcdefg/x", {}, b"x", b"expires=1&signature=x")
+        control.error = errors.NotFound("thing", "x")
+        for route in WITH_NUMBERS:
+            await note("a parameter of another type", route, key("admin"), query=b"limit=x")
         for route in NO_ROUTE:
             await note("no route", route, key("admin"))
     return found

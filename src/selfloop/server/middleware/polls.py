@@ -29,12 +29,12 @@ class Polls:
 
 
 async def _answered(answer: Answer, request: Request, ids: Mapping[str, str]) -> Response:
+    errors = dialect_of(request.scope).errors
     try:
         return await answer(request, **ids)
     except SelfloopError as error:
-        refused = error
+        return errors.response(error, request.url.path)
     except TRANSIENT_ERRORS as error:
         if (later := not_ready(error)) is None:
             raise
-        refused = later
-    return dialect_of(request.scope).errors.response(refused, request.url.path)
+        return errors.outage(later, request.url.path)

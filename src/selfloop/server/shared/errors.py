@@ -64,6 +64,14 @@ class ErrorShape:
         error = self.seen(error)
         return JSONResponse(self.body(error), self.status(error, path), self.headers(error, path))
 
+    def invalid_parameter(self, error: BadRequest, path: str) -> Response:
+        """The answer where the framework found a parameter of a path, a query or a header to be of another type."""
+        return self.response(error, path)
+
+    def outage(self, error: NotReady, path: str) -> Response:
+        """The answer to a request that met an outage of the disk or the database: nothing of it was accepted."""
+        return self.response(error, path)
+
     def plain_headers(self, reason: str, path: str) -> dict[str, str]:
         """Headers of an error that has no class of ours: no such route, or no such method of it."""
         return {}

@@ -1,7 +1,8 @@
-"""Tinker's dialect. Its routes answer errors under statuses of their own; see ``http``."""
+"""Tinker's dialect."""
 
 from selfloop.server.shared.dialect import Dialect, Mount, Poll
 from selfloop.server.tinker import futures, wire
+from selfloop.server.tinker.errors import ERRORS
 from selfloop.server.tinker.resources import account, checkpoints, runs, search, service, sessions, uploads
 from selfloop.server.tinker.sampling import routes as sampling
 from selfloop.server.tinker.training import custom_losses
@@ -29,6 +30,7 @@ DIALECT = Dialect(
         )
     ),
     prefixes=("/api/v1/", "/uploads/"),
+    errors=ERRORS,
     polls=(futures.POLL, Poll("POST", "/api/v1/retrieve_futures")),
     # The second: files by signed link.
     keyless=("/api/v1/healthz", "/uploads/"),

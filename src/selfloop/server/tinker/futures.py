@@ -17,18 +17,17 @@ from selfloop.server.shared.decode import decode
 from selfloop.server.shared.dialect import Poll
 from selfloop.server.shared.errors import body_of
 from selfloop.server.tinker import names, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
+from selfloop.server.tinker.errors import RESPONSES, gone
 from selfloop.server.tinker.results import render
 from selfloop.types.errors import BadRequest, Conflict, NotFound, SelfloopError
 from selfloop.types.status import DeploymentStatus, SamplerStatus
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 PROTOBUF = "application/x-protobuf"
 # The client reads for 45 s.
 _POLL_HOLD_S = 30.0
 _SEQS_OF_A_CLIENT = 10**9
-_LOST = 410
 _CREATED = ("create_model", "load_weights", "unload_model")
 # What the request itself was to blame for.
 _USER_ERRORS = {
@@ -83,7 +82,7 @@ async def retrieve_future(request: Request, caller: CallerOf, control: ControlOf
         case ["sample", sampler_id, _seq]:
             return await _sample(caller, control, body.request_id, sampler_id)
         case _:
-            return refusal(NotFound("request", body.request_id[:200]), _LOST)
+            return gone(NotFound("request", body.request_id[:200]))
 
 
 @router.post("/retrieve_futures", openapi_extra=wire.SCHEMAS.json_body(wire.RetrieveFutures))
@@ -121,10 +120,7 @@ async def cancel_future(request: Request, caller: CallerOf, control: ControlOf) 
 
 
 async def _poll(request: Request) -> Response:
-    try:
-        return await retrieve_future(request, caller_of(request), control_of(request))
-    except SelfloopError as error:
-        return refusal(error)
+    return await retrieve_future(request, caller_of(request), control_of(request))
 
 
 POLL = Poll("POST", router.prefix + "/retrieve_future", _poll)
@@ -155,7 +151,7 @@ async def _sample(caller: Caller, control: Control, request_id: str, sampler_id:
         answer = await control.jobs.wait(request_id, _POLL_HOLD_S)
     except NotFound as error:
         # Lost with an earlier gateway, or kept long enough: the client samples it anew.
-        return refusal(error, _LOST)
+        return gone(error)
     if isinstance(answer, Pending):
         reason = control.lifecycle.describe(sampler_id) or answer.reason
         return _pending(request_id, reason, _queue_state(control, sampler_id, SamplerStatus.ACTIVE))

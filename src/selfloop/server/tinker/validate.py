@@ -5,8 +5,10 @@ from typing import Any
 
 import pyrage
 
+from selfloop.control.gateway import Control
+from selfloop.server.shared.auth import authenticated_key
 from selfloop.server.tinker import wire
-from selfloop.types.errors import BadRequest
+from selfloop.types.errors import BadRequest, Denied
 from selfloop.types.operation import AdamParams
 from selfloop.types.uris import NAME_RULE, is_checkpoint_name
 
@@ -67,3 +69,17 @@ def ttl_seconds(value: int | None) -> int | None:
     if value is not None and not 1 <= value <= _MAX_TTL_S:
         raise BadRequest("ttl_seconds", f"null, or 1 to {_MAX_TTL_S} seconds; got {value}")
     return value
+
+
+async def granted_team(control: Control, token: str | None) -> str | None:
+    """The team that a ``weights_access_token``, which is an API key of that team, opens the checkpoints of.
+
+    Raises:
+        BadRequest: it is no key of this server.
+    """
+    if token is None:
+        return None
+    try:
+        return (await authenticated_key(control.access, token)).team_id
+    except Denied:
+        raise BadRequest("weights_access_token", "an API key of the team that the checkpoint belongs to") from None

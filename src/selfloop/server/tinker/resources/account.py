@@ -12,14 +12,14 @@ from selfloop.control.resources.sessions import details_of
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import read_body
 from selfloop.server.tinker import names
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.errors import BadRequest
 from selfloop.types.resources import AuditEvent
 from selfloop.types.settings import Prices
 from selfloop.types.status import CheckpointTarget
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 Json = dict[str, object]
 _MAX_WINDOW_S = 14 * 86400

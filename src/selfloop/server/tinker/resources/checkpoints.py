@@ -11,14 +11,15 @@ from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, validate, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.runs import rfc3339
+from selfloop.server.tinker.validate import granted_team
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.lora import LoraTargets
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import is_checkpoint_name
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 _MAX_KEY = 200

@@ -10,11 +10,11 @@ from selfloop.control.resources.listings import ListedRun, Page
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.lists import page_of, streamed
 from selfloop.server.tinker import names
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 AccessScope = Literal["owned", "accessible"]
 Json = dict[str, object]

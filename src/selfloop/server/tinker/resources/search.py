@@ -14,12 +14,12 @@ from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.runs import checkpoint, rfc3339, target_of_type
 from selfloop.types.errors import BadRequest
 from selfloop.types.resources import Session
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 T = TypeVar("T")
 Json = dict[str, object]

@@ -9,13 +9,11 @@ from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import check_json, decode
 from selfloop.server.tinker import wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute, refusal
+from selfloop.server.tinker.errors import RESPONSES, gone
 from selfloop.types.errors import BadRequest, NotFound
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
-# The client asks for it every ten seconds and warns after two minutes without.
-_GONE = 410
 _MAX_DETAILS_BYTES = 64 * 1024
 _CONFIG_REFRESH_S = 300
 _STAND_IN = (
@@ -96,9 +94,9 @@ async def session_heartbeat(request: Request, caller: CallerOf, control: Control
     try:
         is_live = await control.sessions.beat(caller, body.session_id)
     except NotFound as error:
-        return refusal(error, _GONE)
+        return gone(error)
     if not is_live:
-        return refusal(NotFound("live session", body.session_id), _GONE)
+        return gone(NotFound("live session", body.session_id))
     return JSONResponse({"type": "session_heartbeat"})
 
 

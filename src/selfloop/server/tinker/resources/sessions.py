@@ -10,11 +10,11 @@ from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
 from selfloop.server.shared.body import read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.runs import AccessScope, Limit, Offset
 from selfloop.types.errors import BadRequest, OperationFailed
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 Json = dict[str, object]
 _MAX_PROJECT = 200

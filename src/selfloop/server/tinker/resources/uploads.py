@@ -11,11 +11,11 @@ from selfloop.server.shared.auth import CallerOf, ControlOf, public_base
 from selfloop.server.shared.body import RequestBody, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import names, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.runs import rfc3339
 from selfloop.types.lora import LoraTargets
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 public = APIRouter(tags=["tinker"])
 """The signed links, which need no key."""
 

@@ -12,7 +12,7 @@ from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.shared.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.results import SampleView, sample_response
 from selfloop.server.tinker.sampling.targets import read_targets
 from selfloop.types.errors import BadRequest
@@ -20,7 +20,7 @@ from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SamplingParams
 from selfloop.types.status import CheckpointTarget
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 _MAX_SAMPLES = 1024
 _MAX_TOP = 128

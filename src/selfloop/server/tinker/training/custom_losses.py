@@ -11,12 +11,12 @@ from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
 from selfloop.server.tinker import futures, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.resources import Run
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
 
 NAME = "custom"
 _FIELD = "loss_fn_config.loss_id"

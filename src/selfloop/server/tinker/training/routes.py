@@ -16,9 +16,10 @@ from selfloop.server.shared.decode import decode
 from selfloop.server.shared.refusals import OperationRoute, check_not_refused, json_place, plain_start
 from selfloop.server.shared.schemas import protobuf_body
 from selfloop.server.tinker import futures, names, schema, validate, wire
-from selfloop.server.tinker.http import ERRORS, TinkerRoute, granted_team
+from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.resources.service import strings
 from selfloop.server.tinker.training import custom_losses, data, provenance
+from selfloop.server.tinker.validate import granted_team
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import LoraTargets
@@ -36,7 +37,7 @@ from selfloop.types.operation import (
 from selfloop.types.resources import Run
 
 
-class _TinkerOperationRoute(TinkerRoute, OperationRoute):
+class _TinkerOperationRoute(OperationRoute):
     """The run is the body's, which is JSON, or protobuf."""
 
     async def place(self, request: Request) -> tuple[Run, int] | None:
@@ -49,8 +50,8 @@ class _TinkerOperationRoute(TinkerRoute, OperationRoute):
         return await _run(caller_of(request), control_of(request), model_id), seq_id
 
 
-router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=TinkerRoute, responses=ERRORS)
-operations = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=_TinkerOperationRoute, responses=ERRORS)
+router = APIRouter(prefix="/api/v1", tags=["tinker"], responses=RESPONSES)
+operations = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=_TinkerOperationRoute, responses=RESPONSES)
 
 Future = dict[str, str]
 
