@@ -17,7 +17,7 @@ from selfloop.control.resources.catalogue import _NAME
 from selfloop.server.shared import tinker_paths
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.errors import BadRequest, NotFound, SelfloopError
-from selfloop.types.folders import check_links, is_own_file
+from selfloop.types.model_folder import check_links, is_own_file
 from selfloop.types.status import CheckpointTarget
 from selfloop.types.uris import is_checkpoint_name, parse_checkpoint_uri
 

@@ -31,11 +31,11 @@ from selfloop.convert.reports import Report, exit_with_error, print_done, print_
 from selfloop.convert.slow_tokenizer import check_tokenizer, convert_tokenizer
 from selfloop.types.digests import seal
 from selfloop.types.errors import BadRequest, OperationFailed, SelfloopError
-from selfloop.types.folders import check_links
 from selfloop.types.model_folder import (
     CHAT_TEMPLATES_FOLDER,
     TOKENIZER_FILE,
     ModelFacts,
+    check_links,
     read_facts,
     snapshot_sha,
     tokenizer_files,

@@ -15,6 +15,8 @@ SelfloopError
 └── WorkerLost                       the process that computed it died
 """
 
+import errno
+
 
 class SelfloopError(Exception):
     """Base of every error that a caller is meant to see; ``reason`` is a stable code finer than the class."""
@@ -128,3 +130,22 @@ MODEL_INVALID = "ModelInvalid"
 def model_invalid(cause: str) -> OperationFailed:
     """The error of a folder that holds no model that can be loaded."""
     return OperationFailed(cause, MODEL_INVALID)
+
+
+# Of bytes, of files (inodes), of this user's quota; or of anything.
+_FULL = {
+    errno.ENOSPC: "it has no room left, for bytes or for files (inodes)",
+    errno.EDQUOT: "the quota of this user is used up",
+    errno.EFBIG: "a file would be larger than it or this process may have",
+    errno.EROFS: "it is mounted read-only",
+}
+
+
+def disk_full(error: OSError) -> OperationFailed | None:
+    """The message for a save that did not fit on the disk; None for other errors."""
+    if error.errno not in _FULL:
+        return None
+    return OperationFailed(
+        f"the disk takes no more: {_FULL[error.errno]} ({error.strerror}). Nothing was kept; make room, and save again",
+        "DiskFull",
+    )

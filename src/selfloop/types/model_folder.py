@@ -10,7 +10,6 @@ from typing import TypeVar
 import msgspec
 
 from selfloop.types.errors import BadRequest
-from selfloop.types.folders import is_own_file
 from selfloop.types.model_weights import read_weights, weight_paths
 from selfloop.types.transformers_models import why_unknown
 
@@ -231,3 +230,25 @@ def _decode(file: Path, type_: type[T]) -> T:
 
 def _refusal(reason: str) -> BadRequest:
     return BadRequest("base_model", reason)
+
+
+def is_own_file(folder: Path, name: str) -> bool:
+    """Whether ``folder`` has a file of this name inside it.
+
+    Files in the ``blobs`` of a Hugging Face cache count, which a snapshot there is links to.
+    """
+    file = folder / name
+    if not file.is_file():
+        return False
+    root = folder.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    return any(file.resolve().is_relative_to(home) for home in homes)
+
+
+def check_links(folder: Path, field: str) -> None:
+    """Raises :class:`BadRequest` for ``field`` if a link in ``folder``, which somebody else made, leads out of it."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and file.is_file() and not is_own_file(folder, file.name):
+            raise BadRequest(field, f"a folder whose files lie in it; {file} is a link to {file.resolve()}")

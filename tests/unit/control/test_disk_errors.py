@@ -18,8 +18,7 @@ from selfloop.control.queue import run_actor
 from selfloop.control.queue.outcomes import Outcome
 from selfloop.control.resources.catalogue import Catalogue
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.types.disk_full import disk_full
-from selfloop.types.errors import OperationFailed, Unavailable
+from selfloop.types.errors import OperationFailed, Unavailable, disk_full
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, SaveState
 from selfloop.types.settings import QueueSettings
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from selfloop.engine.train.norm import all_finite, global_norm
+from selfloop.engine.train.optim import all_finite, global_norm
 
 
 @pytest.mark.parametrize("num", [1, 4095, 4096, 4097, 20_000])

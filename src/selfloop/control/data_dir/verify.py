@@ -17,7 +17,7 @@ from selfloop.control.resources.checkpoints.pinned import pinned_key
 from selfloop.control.sampling.queued_samples import sample_place
 from selfloop.storage.blobs.checkpoints import CheckpointStore, check_whole
 from selfloop.storage.blobs.local import LocalBlobs
-from selfloop.storage.db import integrity, queries_resources, queries_verify
+from selfloop.storage.db import queries_resources, queries_verify
 from selfloop.storage.db.address import is_sqlite
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import SelfloopError
@@ -90,7 +90,7 @@ class Verification:
         return self.report
 
     async def _database_file(self) -> None:
-        found = await asyncio.to_thread(integrity.complaints, Path(str(self._db.url.database)))
+        found = await asyncio.to_thread(queries_verify.complaints, Path(str(self._db.url.database)))
         if not found:
             self.report.note("database", "sound")
         for line in found:

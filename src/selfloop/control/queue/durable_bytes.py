@@ -13,9 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from selfloop.control.data_dir.transient_errors import is_passing
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.purged import Purged
+from selfloop.storage.db.queries_operations import Purged
 from selfloop.types.digests import digest_of
-from selfloop.types.disk_full import disk_full
+from selfloop.types.errors import disk_full
 
 # Below this they lie in their row: one write instead of two.
 _INLINE_BYTES = 16 * 1024

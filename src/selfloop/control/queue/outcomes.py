@@ -27,8 +27,7 @@ from selfloop.storage.db import (
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow
 from selfloop.types.blob_ref import BlobRef
-from selfloop.types.disk_full import disk_full
-from selfloop.types.errors import OperationFailed
+from selfloop.types.errors import OperationFailed, disk_full
 from selfloop.types.operation import (
     CHANGES_STATE,
     LoadState,

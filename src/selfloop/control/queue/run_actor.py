@@ -21,8 +21,7 @@ from selfloop.control.queue.stored_states import Position
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import OperationRow, RunRow
 from selfloop.types.blob_ref import BlobRef
-from selfloop.types.disk_full import disk_full
-from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.errors import OperationFailed, WorkerLost, disk_full
 from selfloop.types.logline import Scope, bind_only
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import LoadState, Operation, Save, kind_of, traits_of

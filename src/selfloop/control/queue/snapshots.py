@@ -17,8 +17,7 @@ from selfloop.control.queue.outcomes import Outcomes
 from selfloop.control.queue.stored_states import Position, StoredState, newest_state
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db.tables import RunRow
-from selfloop.types.disk_full import disk_full
-from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.errors import OperationFailed, WorkerLost, disk_full
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.protocol import Snapshot, Written
 

@@ -13,8 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from selfloop.control.resources import tokens
 from selfloop.storage.db import queries_access, queries_audit
 from selfloop.storage.db.database import Database
-from selfloop.storage.db.tables import KeyRow, TeamRow
-from selfloop.storage.db.views import views
+from selfloop.storage.db.tables import KeyRow, TeamRow, views
 from selfloop.types.errors import BadRequest, Conflict, Denied, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.resources import Key, Team

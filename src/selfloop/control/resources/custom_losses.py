@@ -7,7 +7,7 @@ import msgspec
 
 from selfloop.control.context import Context
 from selfloop.control.resources.access import Caller
-from selfloop.storage.db import queries_custom_losses, queries_resources
+from selfloop.storage.db import queries_resources
 from selfloop.storage.db.tables import CustomLossRow
 from selfloop.types.custom_loss import CustomLoss, check
 from selfloop.types.errors import BadRequest, NotFound
@@ -35,7 +35,7 @@ class CustomLosses:
         definition = msgspec.msgpack.encode(loss)
         row = CustomLossRow(session_id=session_id, number=number, created_at=time.time(), definition=definition)
         async with self._c.db.write() as session:
-            known = await queries_custom_losses.custom_loss(session, session_id, number)
+            known = await queries_resources.custom_loss(session, session_id, number)
             if known is None:
                 session.add(row)
             elif known.definition != definition:
@@ -47,7 +47,7 @@ class CustomLosses:
         key = session_id, number
         if key not in self._recent:
             async with self._c.db.read() as session:
-                row = await queries_custom_losses.custom_loss(session, session_id, number)
+                row = await queries_resources.custom_loss(session, session_id, number)
             if row is None:
                 raise NotFound("custom loss", f"{session_id}:loss:{number}")
             self._recent[key] = msgspec.msgpack.decode(row.definition, type=CustomLoss)

@@ -17,7 +17,7 @@ from selfloop.engine.losses.preference import trained_pairs_G
 from selfloop.engine.losses.registry import LOSS_FUNCTIONS, METRICS_FUNCTIONS
 from selfloop.engine.train.batch import MicroBatch
 from selfloop.engine.train.forward_cache import RunForwards
-from selfloop.engine.train.norm import all_finite
+from selfloop.engine.train.optim import all_finite
 from selfloop.engine.train.run import Run
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import OperationFailed

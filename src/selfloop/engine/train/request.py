@@ -12,7 +12,7 @@ from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, r
 from selfloop.engine.train.forward_cache import ForwardCache, RunForwards
 from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
 from selfloop.engine.train.memory import PassMemory
-from selfloop.engine.train.norm import all_finite
+from selfloop.engine.train.optim import all_finite
 from selfloop.engine.train.run import Accumulated, Run
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, OperationFailed

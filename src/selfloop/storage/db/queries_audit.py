@@ -7,8 +7,7 @@ import msgspec
 from sqlalchemy import false, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import AuditRow
-from selfloop.storage.db.views import views
+from selfloop.storage.db.tables import AuditRow, views
 from selfloop.types.resources import AuditEvent, Checkpoint
 
 

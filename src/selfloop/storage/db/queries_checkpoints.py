@@ -8,8 +8,7 @@ from sqlalchemy import update as update_rows
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
-from selfloop.storage.db.tables import CheckpointRow, RunRow
-from selfloop.storage.db.views import view, views
+from selfloop.storage.db.tables import CheckpointRow, RunRow, view, views
 from selfloop.types.resources import Checkpoint
 from selfloop.types.status import CheckpointTarget
 

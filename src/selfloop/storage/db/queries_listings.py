@@ -9,8 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.portable import batched, json_text, total
-from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow
-from selfloop.storage.db.views import view, views
+from selfloop.storage.db.tables import CheckpointRow, OperationRow, RunRow, SamplerRow, SessionRow, view, views
 from selfloop.types.resources import Checkpoint, Run, Session
 
 NO_PROJECT = "default"

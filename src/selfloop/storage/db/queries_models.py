@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.tables import AliasRow, ModelRow
-from selfloop.storage.db.views import view, views
+from selfloop.storage.db.tables import AliasRow, ModelRow, view, views
 from selfloop.types.resources import Alias, CatalogueEntry
 
 

@@ -6,8 +6,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
-from selfloop.storage.db.tables import DeployedModelRow, ModelVersionRow, PinnedCheckpointRow
-from selfloop.storage.db.views import view, views
+from selfloop.storage.db.tables import DeployedModelRow, ModelVersionRow, PinnedCheckpointRow, view, views
 from selfloop.types.resources import ModelVersion, PinnedCheckpoint
 
 

@@ -1,15 +1,21 @@
 """Rows of the journal."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Result, Row, Update, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.portable import insert_or_update
-from selfloop.storage.db.purged import Purged
 from selfloop.storage.db.tables import OperationRow, RunRow, SkippedRow
 from selfloop.types.status import RunStatus
+
+
+class Purged(NamedTuple):
+    """How many rows were changed, and the blobs that they had."""
+
+    num_rows: int
+    blob_keys: list[str]
 
 
 def add(connection: Connection, row: OperationRow, next_seq: int) -> None:

@@ -8,8 +8,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.keyset import Cut, Part, part
 from selfloop.storage.db.portable import batched
-from selfloop.storage.db.tables import DeploymentRow, RunRow, SamplerRow, SessionRow, StatusChangeRow
-from selfloop.storage.db.views import view, views
+from selfloop.storage.db.tables import (
+    CustomLossRow,
+    DeploymentRow,
+    RunRow,
+    SamplerRow,
+    SessionRow,
+    StatusChangeRow,
+    view,
+    views,
+)
 from selfloop.types.resources import Deployment, Run, Sampler, Session
 from selfloop.types.status import DeploymentStatus, RunStatus, SamplerStatus
 
@@ -284,3 +292,7 @@ async def last_change(session: AsyncSession, resource_id: str) -> StatusChangeRo
         .order_by(StatusChangeRow.id.desc())
         .limit(1)
     )
+
+
+async def custom_loss(session: AsyncSession, session_id: str, number: int) -> CustomLossRow | None:
+    return await session.get(CustomLossRow, (session_id, number))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, delete, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from selfloop.storage.db.purged import Purged
+from selfloop.storage.db.queries_operations import Purged
 from selfloop.storage.db.tables import QueuedSampleRow
 
 

@@ -1,6 +1,9 @@
-"""Rows that know of files or carry digests, a page at a time."""
+"""What is verified: rows that know of files or carry digests, a page at a time, and the file of SQLite itself."""
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 from sqlalchemy import select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,6 +17,7 @@ from selfloop.storage.db.tables import (
 )
 
 _PAGE = 500
+_MAX_COMPLAINTS = 20
 
 
 async def operations(session: AsyncSession, after: OperationRow | None) -> Sequence[OperationRow]:
@@ -42,3 +46,16 @@ async def held(session: AsyncSession) -> Sequence[PinnedCheckpointRow]:
 
 async def models(session: AsyncSession) -> Sequence[ModelRow]:
     return (await session.scalars(select(ModelRow))).all()
+
+
+def complaints(file: Path) -> list[str]:
+    """What is wrong with the structure of a database; nothing for a sound one. Works beside a running server."""
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("PRAGMA cell_size_check = ON")
+            found = [str(row[0]) for row in connection.execute(f"PRAGMA integrity_check({_MAX_COMPLAINTS})")]
+            orphans = connection.execute("PRAGMA foreign_key_check").fetchmany(_MAX_COMPLAINTS)
+    except sqlite3.Error as error:
+        return [str(error)]
+    lost = [f"row {row} of {table} refers to a row of {parent} that is gone" for table, row, parent, _ in orphans]
+    return [line for line in found if line != "ok"] + lost

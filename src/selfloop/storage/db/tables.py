@@ -1,8 +1,9 @@
 """The tables. Times are UNIX seconds; ids are what ``types.ids`` hands out."""
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -21,6 +22,7 @@ from selfloop.storage.db.column_types import JsonText, Text, Whole
 from selfloop.types import resources
 
 V = TypeVar("V")
+V_co = TypeVar("V_co", covariant=True)
 
 
 class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
@@ -523,3 +525,17 @@ class DeploymentMinuteRow(Base):
     deployment_id: Mapped[str] = mapped_column(primary_key=True)
     minute: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class Viewed(Protocol[V_co]):
+    """A row that has a view."""
+
+    def view(self) -> V_co: ...
+
+
+def view(row: Viewed[V] | None) -> V | None:
+    return None if row is None else row.view()
+
+
+def views(rows: Iterable[Viewed[V]]) -> list[V]:
+    return [row.view() for row in rows]

@@ -7,21 +7,26 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 
 from selfloop.types.errors import CheckpointDamaged, OperationFailed, WorkerLost
-from selfloop.worker.client.capabilities import refusal
+from selfloop.types.sampling import SampleRequest
 from selfloop.worker.launchers.base import WorkerEnd, WorkerHandle
 from selfloop.worker.protocol import (
     Call,
+    Capabilities,
     Command,
     Dying,
     Event,
+    Execute,
     LoadFailed,
     Loading,
     ModelInfo,
+    OpenRun,
     Partial,
     Ready,
     Reply,
     ReplyError,
+    Sample,
     Shutdown,
+    Snapshot,
 )
 
 log = logging.getLogger(__name__)
@@ -71,7 +76,7 @@ class WorkerClient:
             future.set_exception(WorkerLost(self.lost.result()))
             return future
         is_ready = self.ready.done() and self.ready.exception() is None
-        if is_ready and (refused := refusal(command, self.ready.result())) is not None:
+        if is_ready and (refused := _refusal(command, self.ready.result())) is not None:
             future.set_exception(refused)
             return future
         self._waiting[ticket] = future
@@ -168,3 +173,27 @@ def _retrieve(future: asyncio.Future[bytes]) -> None:
     # Marks the exception as seen: a caller that was cancelled will not come for it.
     if future.done() and not future.cancelled():
         future.exception()
+
+
+def _refusal(command: Command, info: ModelInfo) -> OperationFailed | None:
+    """Why this worker cannot do what a command asks; None where it can."""
+    match command:
+        case OpenRun() | Execute() | Snapshot() if not info.can.trains:
+            return OperationFailed("the worker that serves this base model does not train", "Unsupported")
+        case Sample() if not info.can.samples:
+            return OperationFailed("the worker that serves this base model does not sample", "Unsupported")
+        case Sample(request, stream):
+            return _refusal_of_sample(request, info.can, stream=stream)
+        case _:
+            return None
+
+
+def _refusal_of_sample(request: SampleRequest, can: Capabilities, *, stream: bool) -> OperationFailed | None:
+    """As a worker refuses a field: its name, and what was expected."""
+    if stream and not can.streams:
+        return OperationFailed("stream: false, as this base model's worker does not stream", "BadRequest")
+    if request.params.structured is not None and not can.structured_output:
+        return OperationFailed("structured_outputs: none, as this base model's worker has no grammars", "BadRequest")
+    if request.asks_about_prompt and not can.prompt_logprobs:
+        return OperationFailed("prompt_logprobs: none, as this base model's worker scores no prompts", "BadRequest")
+    return None

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 import zmq
 
-from selfloop.types.disk_full import disk_full
-from selfloop.types.errors import BadRequest, NotFound, OperationFailed
+from selfloop.types.errors import BadRequest, NotFound, OperationFailed, disk_full
 from selfloop.worker.protocol import Event, Reply, ReplyError, encode
 
 log = logging.getLogger("selfloop.worker")

@@ -17,8 +17,8 @@ from selfloop.control.resources.sessions import SessionDetails
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
-from selfloop.types.folders import check_links
 from selfloop.types.ids import RunId, new_id
+from selfloop.types.model_folder import check_links
 from selfloop.types.resources import Run
 from selfloop.types.status import CheckpointTarget, RunStatus
 from selfloop.types.uris import CheckpointUri
