@@ -19,6 +19,7 @@ from rich.text import Text
 from selfloop.cli.options import CONFIG_ENV
 from selfloop.control.data_dir.transient_errors import TRANSIENT_ERRORS, not_ready
 from selfloop.control.gateway import DataDirectory
+from selfloop.types import option_values
 from selfloop.types.errors import BadRequest, SelfloopError
 from selfloop.types.option_sources import read_sources
 from selfloop.types.options import leaves
@@ -96,6 +97,15 @@ def duration_s(option: str, duration: str) -> int:
     if matched is None:
         raise typer.BadParameter("a number with s, m, h or d, e.g. 7d", param_hint=option)
     return int(matched[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[matched[2]]
+
+
+def size_bytes(option: str, size: str | None) -> int | None:
+    """``24GiB`` in bytes; None where it is not given."""
+    kind = option_values.size()
+    try:
+        return None if size is None else kind.parse(size)
+    except ValueError:
+        raise typer.BadParameter(kind.words, param_hint=option) from None
 
 
 def megabytes(size_bytes: int) -> str:

@@ -6,6 +6,9 @@ import typer
 from rich.table import Table
 
 from selfloop.cli import local
+from selfloop.cli.fit import Question, show_fits
+from selfloop.types.lora import MAX_LORA_RANK
+from selfloop.types.settings import Device, Dtype
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -53,3 +56,37 @@ def add(
 
     added = local.run(work)
     typer.echo(f"{added} is served as: {', '.join([added, *(alias or [])])}")
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A listed model, a folder, or a config.json. Default: all that are listed."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=MAX_LORA_RANK, help="LoRA rank of the run to plan.")] = 32,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the sequence to train on. Default: as many as fit.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the device, such as 24GiB. Default: this machine's.")
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="Where to compute: auto takes a GPU if there is one. A GPU elsewhere needs --memory.")
+    ] = "auto",
+    base_dtype: Annotated[
+        Dtype, typer.Option(help="Compute type: auto is bfloat16 where the device computes in it.")
+    ] = "auto",
+    activation_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What one pass of training may take, as of serve.")
+    ] = None,
+    max_kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the KV cache, as of serve.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each model.")] = False,
+    data_dir: local.DataDir = None,
+) -> None:
+    """Say what a model takes of a device's memory, before it is loaded."""
+    sizes = (local.size_bytes("--memory", memory), local.size_bytes("--activation-memory", activation_memory))
+    asked = Question(device, base_dtype, sizes[0], rank, context, sizes[1], max_kv_tokens)
+    with local.failing_in_one_line():
+        if not show_fits(model, asked, data_dir, as_json=as_json):
+            raise typer.Exit(1)

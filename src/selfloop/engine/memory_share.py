@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from selfloop.engine.backends.base import Model
+from selfloop.engine.backends.base import Planned
 from selfloop.engine.backends.device import default_kept_bytes, default_pass_bytes, run_bytes, total_memory
 from selfloop.types.settings import EngineLimits
 
@@ -15,9 +15,10 @@ class MemoryShare(NamedTuple):
     kept_bytes: int
 
     @classmethod
-    def of(cls, model: Model, limits: EngineLimits) -> "MemoryShare":
-        """As limited, else by default."""
-        total, weights = total_memory(model.device), model.spec.num_parameters * model.dtype.itemsize
+    def of(cls, model: Planned, limits: EngineLimits, device_bytes: int | None = None) -> "MemoryShare":
+        """As limited, else by default; ``device_bytes`` is of a device that is not this machine's."""
+        total = total_memory(model.device) if device_bytes is None else device_bytes
+        weights = model.spec.num_parameters * model.dtype.itemsize
         if limits.memory_bytes is not None:
             total = min(total, limits.memory_bytes)
         activation, kept = limits.activation_bytes, limits.kept_bytes
@@ -27,5 +28,5 @@ class MemoryShare(NamedTuple):
             default_kept_bytes(total, weights) if kept is None else kept,
         )
 
-    def left_for_runs(self, model: Model, cache_bytes: int) -> int:
+    def left_for_runs(self, model: Planned, cache_bytes: int) -> int:
         return run_bytes(self.total_bytes, model.costs().weights, self.activation_bytes + self.kept_bytes + cache_bytes)

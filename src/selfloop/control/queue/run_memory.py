@@ -132,6 +132,11 @@ class RunMemory:
             )
 
 
+def bytes_open(num_parameters: int) -> int:
+    """What a run of so many trained numbers takes while it is open."""
+    return _OPEN_COPIES * _FLOAT_BYTES * num_parameters
+
+
 def needed(open_bytes: list[int]) -> int:
     """Of runs that take so much each while they are open."""
     return sum(open_bytes) + max(open_bytes, default=0) * _MORE_COPIES // _OPEN_COPIES
@@ -168,7 +173,7 @@ class RunMemories:
 async def _bytes_per_rank(folder: Path, targets: LoraTargets) -> int:
     def read() -> int:
         try:
-            return _OPEN_COPIES * _FLOAT_BYTES * parameters_per_rank(folder, targets)
+            return bytes_open(parameters_per_rank(folder, targets))
         except (OSError, msgspec.MsgspecError):
             return 0
 

@@ -259,6 +259,34 @@ class Model(Protocol):
     def costs(self) -> Costs: ...
 
 
+class Planned(Protocol):
+    """What memory is planned by: a model, or one that is only described and holds no weights."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def costs(self) -> Costs: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A model that is only described; see :class:`Planned`."""
+
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    known: Costs
+
+    def costs(self) -> Costs:
+        return self.known
+
+
 class Backend(Protocol):
     """A way to compute models."""
 
@@ -266,6 +294,13 @@ class Backend(Protocol):
 
     def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
         """Why it does not compute this model there, in words; None where it does."""
+        ...
+
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Planned | None:
+        """What :meth:`load` would give, as far as memory goes, without weights; None where only a loaded model tells.
+
+        The device need not be there.
+        """
         ...
 
     def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:

@@ -31,6 +31,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has such a device."""
+    return device.type != "cuda" or torch.cuda.is_available()
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
     if name != "auto":
@@ -92,11 +97,12 @@ def run_bytes(memory_bytes: int, held_bytes: int, other_bytes: int) -> int:
     return int(max(rest - other_bytes - _PROCESS_BYTES, rest * _LEAST_RUN_SHARE, 0))
 
 
-def default_kv_tokens(token_bytes: int, context: int, device: torch.device) -> int:
-    """Tokens of KV cache, at least one full context."""
+def default_kv_tokens(token_bytes: int, context: int, device: torch.device, free_bytes: int | None = None) -> int:
+    """Tokens of KV cache, at least one full context; ``free_bytes`` of a GPU is looked up where it is not given."""
     budget_bytes = _CPU_KV_BYTES
     if device.type == "cuda":
-        budget_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+        free_bytes = torch.cuda.mem_get_info(device)[0] if free_bytes is None else free_bytes
+        budget_bytes = int(free_bytes * _CUDA_KV_SHARE)
     return max(budget_bytes // token_bytes, context)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from selfloop.engine.backends.base import Backend, Lacking, Model
+from selfloop.engine.backends.base import Backend, Lacking, Model, Planned
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
 from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.backends.transformers.backend import TransformersBackend
@@ -39,6 +39,16 @@ def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Choice:
         passed_over[backend.name] = lacking
     why = "; ".join(f"{name}: {lacking.reason}" for name, lacking in passed_over.items())
     raise model_invalid(f"no backend computes {spec.model_type} in {dtype} on {device}: {why}".replace("torch.", ""))
+
+
+def plan(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[Choice, Planned | None]:
+    """What :func:`load_model` would give, as far as memory goes, without weights; the device need not be there.
+
+    Raises:
+        OperationFailed: no backend computes it.
+    """
+    choice = choose(spec, device, dtype)
+    return choice, choice.backend.plan(spec, device, dtype)
 
 
 def load_model(spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfloop.engine.backends.base import Cost, Costs, Model
+from selfloop.engine.backends.base import Cost, Costs, Planned
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.types.errors import OperationFailed
 
@@ -31,14 +31,19 @@ class PassMemory:
     vocab_size: int
 
     @classmethod
-    def of(cls, model: Model, limit_bytes: int) -> "PassMemory":
+    def of(cls, model: Planned, limit_bytes: int) -> "PassMemory":
         """Raises OperationFailed when not even a single token fits the limit."""
-        memory = cls(limit_bytes, model.costs(), model.dtype.itemsize, model.spec.vocab_size)
+        memory = cls.unchecked(model, limit_bytes)
         smallest = AdapterShape(model.spec, 1)
         if memory.longest(smallest, with_gradient=True) < 1:
             least = memory.needed(1, smallest, with_gradient=True, recompute=True)
             raise OperationFailed(f"a pass of training may take {limit_bytes} bytes, and takes at least {least}")
         return memory
+
+    @classmethod
+    def unchecked(cls, model: Planned, limit_bytes: int) -> "PassMemory":
+        """As :meth:`of`, whatever fits."""
+        return cls(limit_bytes, model.costs(), model.dtype.itemsize, model.spec.vocab_size)
 
     def needed(
         self, num_tokens: int, shape: AdapterShape, *, with_gradient: bool, recompute: bool = False, num_runs: int = 1

@@ -2,8 +2,9 @@
 
 import torch
 
-from selfloop.engine.backends.base import Lacking
+from selfloop.engine.backends.base import Lacking, Plan
 from selfloop.engine.backends.cpu_native.build import kernels, look
+from selfloop.engine.backends.cpu_native.costs import costs_of
 from selfloop.engine.backends.cpu_native.model import NativeModel
 from selfloop.engine.backends.cpu_native.sizes import sizes_of
 from selfloop.engine.backends.torch.weights import load_weights
@@ -25,6 +26,12 @@ class NativeBackend:
             return Lacking("it computes layers whose sizes are multiples of 16")
         found = look()
         return found if isinstance(found, Lacking) else None
+
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Plan:
+        found, sizes = kernels(), sizes_of(spec)
+        assert found is not None, "the backend was chosen where it has no kernels"
+        assert sizes is not None, "the backend was chosen for a model that it does not compute"
+        return Plan(spec, device, dtype, costs_of(found, spec, sizes))
 
     def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> NativeModel:
         found = kernels()

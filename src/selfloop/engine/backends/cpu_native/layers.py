@@ -13,14 +13,12 @@ from torch import Tensor
 
 from selfloop.engine.backends.cpu_native import library
 from selfloop.engine.backends.cpu_native.adapters import PackedAdapter
-from selfloop.engine.backends.cpu_native.library import LANES, NUM_GROUPS, PAGE_TOKENS, Kernels
+from selfloop.engine.backends.cpu_native.library import LANES, PAGE_TOKENS, Kernels
 from selfloop.engine.backends.cpu_native.linear import PanelLinear
+from selfloop.engine.backends.cpu_native.pass_parts import ALIGN, Part, PassParts, aligned
 from selfloop.engine.backends.cpu_native.sizes import Sizes
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch, AdapterRows
-
-_ALIGN = 64
-_BF16, _FLOAT = 2, 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,7 @@ class KernelLayers:
     def __init__(self, kernels: Kernels, sizes: Sizes, layers: list[LayerWeights], final_norm_D: Tensor) -> None:
         self._kernels = kernels
         self._sizes = sizes
+        self._parts = PassParts(kernels, sizes)
         self._weights = layers
         self._norms: list[Tensor] = []
         self._layers = (library.Layer * sizes.num_layers)()
@@ -221,82 +220,13 @@ class KernelLayers:
             packed = self._packed[adapter] = PackedAdapter(self._kernels, adapter, backward=backward)
         return packed
 
-    def bytes_of(self, num_rows: int, rank: int, *, backward: bool, recompute: bool) -> "PassBytes":
-        """Of a pass over one sequence, with an adapter of ``rank`` on every projection."""
-        on = library.Pass()
-        on.rows, on.num_threads = num_rows, library.num_threads()
-        on.kept.low_rank_width = -(-rank // LANES) * LANES * library.MAX_PARTS
-        longest = num_rows if backward else 0
-        parts = self._kept_parts(on, backward=backward, recompute=recompute)
-        return PassBytes(_total(parts), _total(self._work_parts(on, longest, recompute=recompute)))
-
     def _place_kept(self, on: library.Pass, asked: "_Asked", width: int, space: "_Space") -> None:
         backward = asked.longest > 0
         on.kept.keeps, on.kept.low_rank_width = int(backward and not asked.recompute), width
-        space.place(self._kept_parts(on, backward=backward, recompute=asked.recompute))
-
-    def _kept_parts(self, on: library.Pass, *, backward: bool, recompute: bool) -> "list[_Part]":
-        sizes, rows, width, keeps = self._sizes, on.rows, on.kept.low_rank_width, backward and not recompute
-        each = rows * (sizes.num_layers if keeps else 1)
-        hidden, inner, heads, d = sizes.hidden_size, sizes.inner_size, sizes.num_heads, sizes.head_dim
-        num_qk = heads + sizes.num_kv_heads
-        parts: list[_Part] = [
-            (on, "final_unit", rows * hidden * _BF16),
-            (on, "final_inverse", rows * _FLOAT),
-            (on.kept, "attention_unit", each * hidden * _BF16),
-            (on.kept, "mlp_unit", each * hidden * _BF16),
-            (on.kept, "qkv", each * (num_qk + sizes.num_kv_heads) * d * _BF16),
-            (on.kept, "attended", each * heads * d * _BF16),
-            (on.kept, "attention_inverse", each * _FLOAT),
-            (on.kept, "mlp_inverse", each * _FLOAT),
-            (on.kept, "low_rank", each * NUM_GROUPS * width * _BF16),
-        ]
-        if backward:
-            parts += [
-                (on.kept, "gate_up", each * 2 * inner * _BF16),
-                (on.kept, "lse", each * heads * _FLOAT),
-            ]
-        if backward and sizes.qk_norm:
-            parts += [
-                (on.kept, "qk_unit", each * num_qk * d * _BF16),
-                (on.kept, "qk_inverse", each * num_qk * _FLOAT),
-            ]
-        if backward and recompute:
-            parts.append((on, "h_inputs", rows * sizes.num_layers * hidden * _FLOAT))
-        return parts
+        space.place(self._parts.kept(on, backward=backward, recompute=asked.recompute))
 
     def _place_work(self, on: library.Pass, asked: "_Asked") -> None:
-        self._work.place(self._work_parts(on, asked.longest, recompute=asked.recompute))
-
-    def _work_parts(self, on: library.Pass, longest: int, *, recompute: bool) -> "list[_Part]":
-        sizes, rows, width = self._sizes, on.rows, on.kept.low_rank_width
-        hidden, inner, d = sizes.hidden_size, sizes.inner_size, sizes.head_dim
-        q = sizes.num_heads * d
-        widest_in, widest_out = max(hidden, inner, q), max(q + 2 * sizes.num_kv_heads * d, 2 * inner, hidden)
-        on.work.thread_bytes = self._kernels.thread_bytes(longest, d)
-        parts: list[_Part] = [
-            (on.work, "x", rows * hidden * _BF16),
-            (on.work, "act", rows * inner * _BF16),
-            (on.work, "wide", rows * widest_out * _FLOAT),
-            (on.work, "threads", on.work.thread_bytes * on.num_threads),
-        ]
-        if longest > 0:
-            paired = rows + 1  # the last of an odd number of rows is paired with zeros
-            parts += [
-                (on.work, "d_wide", rows * widest_out * _BF16),
-                (on.work, "d_narrow", rows * max(hidden, q) * _FLOAT),
-                (on.work, "d_low", rows * hidden * _BF16),
-                *((on.work, name, rows * q * _FLOAT) for name in ("dq", "dk", "dv")),
-                (on.work, "d_low_rank", rows * width * _BF16),
-                (on.work, "x_panels", paired * widest_in * _BF16),
-                (on.work, "dy_panels", paired * widest_out * _BF16),
-                (on.work, "x_turned", paired * width * _BF16),
-                (on.work, "dy_turned", paired * width * _BF16),
-                (on.work, "grad_b", width * widest_out * _FLOAT),
-            ]
-            if recompute:
-                parts.append((on, "h_again", rows * hidden * _FLOAT))
-        return parts
+        self._work.place(self._parts.work(on, asked.longest, recompute=asked.recompute))
 
 
 class _Layers(torch.autograd.Function):
@@ -327,13 +257,6 @@ class _Asked:
     recompute: bool
 
 
-class PassBytes(NamedTuple):
-    """What a pass keeps for its backward, and what it works in beside that."""
-
-    kept: int
-    work: int
-
-
 class _Done(NamedTuple):
     """A pass that went forward; ``holds`` is what its pointers point to."""
 
@@ -342,31 +265,19 @@ class _Done(NamedTuple):
     holds: object
 
 
-_Part = tuple[Any, str, int]
-"""A structure, its pointer, and how many bytes that needs."""
-
-
-def _sizes(parts: list[_Part]) -> list[int]:
-    return [-(-num_bytes // _ALIGN) * _ALIGN for _, _, num_bytes in parts]
-
-
-def _total(parts: list[_Part]) -> int:
-    return sum(_sizes(parts)) + _ALIGN
-
-
 class _Space:
     """A block of memory that is dealt out in aligned parts."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
 
-    def place(self, parts: list[_Part]) -> None:
+    def place(self, parts: list[Part]) -> None:
         """Set every pointer; what was there before is lost."""
-        sizes = _sizes(parts)
-        if self._block.numel() < sum(sizes) + _ALIGN:
+        sizes = aligned(parts)
+        if self._block.numel() < sum(sizes) + ALIGN:
             self._block = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is taken
-            self._block = torch.empty(sum(sizes) + _ALIGN, dtype=torch.uint8)
-        at = -(-self._block.data_ptr() // _ALIGN) * _ALIGN
+            self._block = torch.empty(sum(sizes) + ALIGN, dtype=torch.uint8)
+        at = -(-self._block.data_ptr() // ALIGN) * ALIGN
         for (structure, name, _), size in zip(parts, sizes, strict=True):
             setattr(structure, name, at)
             at += size

@@ -5,19 +5,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.backends.base import Cache, CacheSlot, Contracts, Costs, Draw, Row, Scores, Varlen
-from selfloop.engine.backends.cpu_native.costs import layer_costs
+from selfloop.engine.backends.cpu_native.costs import costs_of
 from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.backends.cpu_native.layers import KernelLayers, LayerWeights, TiledCache, TokenRows
-from selfloop.engine.backends.cpu_native.library import LANES, Kernels
+from selfloop.engine.backends.cpu_native.library import Kernels
 from selfloop.engine.backends.cpu_native.linear import PanelLinear
 from selfloop.engine.backends.cpu_native.logprob import score
 from selfloop.engine.backends.cpu_native.sizes import Sizes, sizes_of
-from selfloop.engine.backends.device import default_kv_tokens, default_train_budget
+from selfloop.engine.backends.device import default_kv_tokens
 from selfloop.engine.backends.torch.blocks.dense_mlp import DenseMlpBlock
 from selfloop.engine.backends.torch.blocks.full_attention import FullAttentionBlock
-from selfloop.engine.backends.torch.costs import ends_cost
 from selfloop.engine.backends.torch.linear import FrozenLinear
-from selfloop.engine.backends.torch.logprob import HeadAdapter, chunk_rows
+from selfloop.engine.backends.torch.logprob import HeadAdapter
 from selfloop.engine.backends.torch.rotary import Rotary
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.backends.torch.weights import LayerWeights as TorchLayer
@@ -66,7 +65,7 @@ class NativeModel:
         self.spec = spec
         self.rotary = Rotary(spec.rope, CPU, self.dtype)
         self.embedding_VD = weights.embedding_VD
-        self._sizes = sizes
+        self._kernels, self._sizes = kernels, sizes
         left = list(weights.layers)
         layers = [_converted(kernels, left.pop(0)) for _ in range(sizes.num_layers)]
         self.layers = KernelLayers(kernels, sizes, layers, weights.final_norm_D)
@@ -101,17 +100,7 @@ class NativeModel:
 
     def costs(self) -> Costs:
         if self._costs is None:
-            itemsize = self.dtype.itemsize
-            self._costs = Costs(
-                # Panels are there once more for the backward.
-                weights=2 * self.spec.num_parameters * itemsize,
-                layers=layer_costs(self.layers),
-                ends=ends_cost(self.spec, CPU, itemsize),
-                rank_step=LANES,
-                adapter_panels=itemsize,
-                train_tokens=default_train_budget(CPU),
-                logit_rows=chunk_rows(self.spec.vocab_size, CPU),
-            )
+            self._costs = costs_of(self._kernels, self.spec, self._sizes)
         return self._costs
 
     def _embedded(self, batch: Varlen) -> Tensor:

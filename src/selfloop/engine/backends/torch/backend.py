@@ -2,10 +2,12 @@
 
 import torch
 
-from selfloop.engine.backends.base import Lacking
+from selfloop.engine.backends.base import Lacking, Plan
 from selfloop.engine.backends.torch.blocks.base import has_block
+from selfloop.engine.backends.torch.costs import costs_of
 from selfloop.engine.backends.torch.linear import Products, best_products
 from selfloop.engine.backends.torch.model import TorchModel
+from selfloop.engine.backends.torch.outline import outline
 from selfloop.engine.backends.torch.weights import load_weights, open_weights
 from selfloop.engine.models.spec import FullAttention, ModelSpec
 from selfloop.engine.models.weights import TensorSource
@@ -39,6 +41,10 @@ class TorchBackend:
         for linear in weights.linears():
             linear.lay_out(products, shared=spec.tied and linear is weights.head)
         return TorchModel(spec, weights)
+
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Plan:
+        products = self._products or best_products(device, dtype)
+        return Plan(spec, device, dtype, costs_of(outline(spec, device, dtype, products)))
 
     def open(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype) -> TorchModel:
         """On the CPU, each layer read when it is asked for and not kept: one pass needs the memory of one."""

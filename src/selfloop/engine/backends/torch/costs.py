@@ -44,10 +44,12 @@ def costs_of(model: Profiled) -> Costs:
     copies = 1 if head.products == "plain" else 2
     # oneDNN's product that adds to something copies what it adds to.
     copied = itemsize if head.products == "blocked" else 0
+    # On CUDA nothing of the weight is copied; a model that is only described may lie on another device.
+    copy_bytes = 0 if model.device.type == "cuda" else head.float32_copy_bytes
     return Costs(
         weights=copies * spec.num_parameters * itemsize,
         layers=_layer_costs(model),
-        ends=ends_cost(spec, model.device, itemsize, logit_bytes=copied, weight_bytes=head.float32_copy_bytes),
+        ends=ends_cost(spec, model.device, itemsize, logit_bytes=copied, weight_bytes=copy_bytes),
         rank_step=1,
         adapter_panels=0,
         train_tokens=default_train_budget(model.device),
@@ -151,16 +153,19 @@ def _layer_run(model: Profiled, index: int, units: int, rank: int) -> _LayerRun:
 
     No pass takes more of a token: blocks and sequences are put together once they are computed.
     """
-    shape = AdapterShape(model.spec, rank)
-    leaf_P = torch.zeros(shape.num_parameters, dtype=model.dtype, device=model.device).requires_grad_()
-    adapter: Adapter = shape.adapter(leaf_P, 1.0)
+    spec, device = model.spec, model.weights.embedding_VD.device
+    shape = AdapterShape(replace(spec, layers=(spec.layers[index],)), rank)
+    leaf_P = torch.zeros(shape.num_parameters, dtype=model.dtype, device=device).requires_grad_()
+    own: Adapter = shape.adapter(leaf_P, 1.0)
+    # Of the other layers, which are not computed, nothing is there.
+    adapter = replace(own, layers=own.layers * spec.num_layers)
     long, short = UNIT // 3 * units, UNIT // 6 * units
     blocks = [[long, short], [short, long]]
     attention = BatchInvariantAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
     adapters = AdapterBatch.batch_invariant([(sum(block), adapter) for block in blocks])
-    positions_T = torch.cat([torch.arange(length) for length in attention.lengths]).to(model.device)
+    positions_T = torch.cat([torch.arange(length) for length in attention.lengths]).to(device)
     rotations = model.rotaries(positions_T)
-    h_TD = torch.zeros(UNIT * units, model.spec.hidden_size, device=model.device).requires_grad_()
+    h_TD = torch.zeros(UNIT * units, spec.hidden_size, device=device).requires_grad_()
     return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotations, _Fused(attention), adapters))
 
 

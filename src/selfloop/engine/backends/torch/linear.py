@@ -16,7 +16,7 @@ Products = Literal["plain", "blocked"]
 
 _mkldnn = torch.ops.mkldnn
 # What is summed in float32 in one go. In a sum over a vocabulary small terms would vanish beside what is there already.
-_MAX_SUMMANDS = 8192
+MAX_SUMMANDS = 8192
 # Float32 copies of a weight that is only at hand in another type.
 _MAX_COPY_ELEMENTS = 4 * 2**20
 
@@ -137,8 +137,8 @@ def _product(x_TI: Tensor, blocked_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 def _plain_input_grad(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     if dy_TO.dtype != torch.float32:
         return dy_TO @ weight_OI
-    first_TO, *rest = dy_TO.split(_MAX_SUMMANDS, dim=1)
-    first_OI, *weights = weight_OI.split(_MAX_SUMMANDS)
+    first_TO, *rest = dy_TO.split(MAX_SUMMANDS, dim=1)
+    first_OI, *weights = weight_OI.split(MAX_SUMMANDS)
     dx_TI = first_TO @ first_OI
     for part_TO, part_OI in zip(rest, weights, strict=True):
         dx_TI += part_TO @ part_OI

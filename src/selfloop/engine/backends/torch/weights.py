@@ -52,7 +52,7 @@ def load_weights(spec: ModelSpec, source: TensorSource, device: torch.device, dt
         OperationFailed: tensors are missing, misshapen or unreadable.
     """
     places = Places(device, dtype)
-    layers = [_allocate_layer(spec.layers[index], spec.layer_prefix(index), places) for index in range(spec.num_layers)]
+    layers = [allocate_layer(spec.layers[index], spec.layer_prefix(index), places) for index in range(spec.num_layers)]
     weights = _allocate_ends(spec, layers, places)
     places.fill(source)
     return weights
@@ -94,7 +94,7 @@ class _LayersOnDisk(Sequence[LayerWeights]):
 
     def _layer(self, index: int) -> LayerWeights:
         places = Places(torch.device("cpu"), self._dtype)
-        layer = _allocate_layer(self._spec.layers[index], self._spec.layer_prefix(index), places)
+        layer = allocate_layer(self._spec.layers[index], self._spec.layer_prefix(index), places)
         places.fill(self._source)
         return layer
 
@@ -107,7 +107,8 @@ def _allocate_ends(spec: ModelSpec, layers: Sequence[LayerWeights], places: Plac
     return BaseWeights(embedding_VD, layers, final_norm_D, FrozenLinear(head_VD))
 
 
-def _allocate_layer(layer: LayerSpec, prefix: str, places: Places) -> LayerWeights:
+def allocate_layer(layer: LayerSpec, prefix: str, places: Places) -> LayerWeights:
+    """A layer whose tensors begin with ``prefix``, not filled yet."""
     own = places.inside(prefix)
     mixer_norm_D, feed_forward_norm_D = (own.alone(f"{norm.name}.weight", (norm.size,)) for norm in layer.norms)
     mixer = block_builder(layer.mixer.kind)(layer.mixer, 0, own)

@@ -27,6 +27,9 @@ class TransformersBackend:
             return Lacking("it loads models of folders that no family here describes")
         return None
 
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        """Its costs are counted on what transformers makes of the whole folder."""
+
     def load(
         self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype
     ) -> "TransformersModel":
