@@ -76,6 +76,17 @@ _BUILDERS = {
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_SIZES, pad_token_id=0, no_rope_layers=[1, 0])),
 }
 
+_GEMMA = {**_SIZES, "head_dim": 8, "pad_token_id": 0, "query_pre_attn_scalar": 24}
+_BUILDERS |= {
+    # Soft caps of attention and of logits, both low enough to bend what is below them.
+    "gemma2-own": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**_GEMMA, sliding_window=11, attn_logit_softcapping=3.0, final_logit_softcapping=4.0)
+    ),
+    "gemma3-own": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GEMMA, sliding_window=11, layer_types=["sliding_attention", "full_attention"])
+    ),
+}
+
 FAMILIES = tuple(_BUILDERS)
 
 _EXPERTS = {**_SIZES, "num_hidden_layers": 3, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2}
@@ -100,15 +111,15 @@ _QWEN3_5 = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-_GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0}
-# Of which only transformers knows how they are computed.
+_OTHER_GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0}
+# By which transformers' own code is tested, whether or not a family of ours describes them.
 _OTHERS = {
     # Windows in every other layer, norms of 1 + w, a scaled and tied embedding.
     "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True)
+        Gemma3TextConfig(**_OTHER_GEMMA, layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True)
     ),
     # Soft caps of attention and of logits.
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GEMMA, final_logit_softcapping=4.0)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_OTHER_GEMMA, final_logit_softcapping=4.0)),
     # Logits are divided, and so is much else.
     "granite": lambda: GraniteForCausalLM(
         GraniteConfig(

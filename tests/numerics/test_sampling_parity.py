@@ -33,7 +33,19 @@ def train(engine, run_id, rank, seed):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama-tied", "llama3-rope", "llama-yarn", "qwen2", "qwen3", "mistral", *tiny_models.MOE_FAMILIES],
+    [
+        "llama",
+        "llama-tied",
+        "llama3-rope",
+        "llama-yarn",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "mistral-window",
+        "gemma2-own",
+        "gemma3-own",
+        *tiny_models.MOE_FAMILIES,
+    ],
 )
 def test_greedy_equals_transformers_generate(zoo, family):
     engine = zoo.engine(family)

@@ -51,7 +51,19 @@ def named_gradients(model):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama-tied", "llama-biased", "llama3-rope", "qwen2", "qwen3", "mistral", *tiny_models.MOE_FAMILIES],
+    [
+        "llama",
+        "llama-tied",
+        "llama-biased",
+        "llama3-rope",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "smollm3",
+        "gemma2-own",
+        "gemma3-own",
+        *tiny_models.MOE_FAMILIES,
+    ],
 )
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_loss_and_gradients_equal_peft(zoo, family, budget):

@@ -16,6 +16,7 @@ from selfloop.engine.backends.transformers.passes import PackedRows, packed_rows
 from selfloop.engine.engine import Engine
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.models import registry
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams, ForwardBackward
@@ -28,8 +29,15 @@ DATA = [tiny_models.next_token_datum(ids) for ids in SEQUENCES]
 NUM_TOKENS = sum(len(ids) - 1 for ids in SEQUENCES)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_family_describes_them():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "SUPPORTED_MODEL_TYPES", frozenset())
+        yield
+
+
 @pytest.fixture(scope="module")
-def engines(zoo):
+def engines(zoo, no_family_describes_them):
     """One a family; runs of other tests are overwritten."""
     return {family: zoo.engine(family) for family in FAMILIES}
 

@@ -1,8 +1,7 @@
-"""Attention that sees a window: by blocks of queries, and in decode steps from buckets and from pages alone."""
+"""Attention by blocks of queries (windows, soft caps), and windows in decode steps from buckets and pages alone."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import tiny_models
 from selfloop.engine.backends.base import CacheSlot, Varlen
@@ -18,20 +17,28 @@ NO_ADAPTER = AdapterBatch([])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num", "length"), [(50, 50), (20, 50)])
-@pytest.mark.parametrize("window", [2, 7, None])
+@pytest.mark.parametrize(("window", "softcap"), [(2, None), (7, 1.5), (None, 1.5)])
 def test_blocks_of_queries_are_the_whole(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num: int, length: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    num: int,
+    length: int,
+    window: int | None,
+    softcap: float | None,
 ):
-    """Four queries a block: value and gradients are those of PyTorch's attention under a mask."""
+    """Four queries a block: value and gradients are those of the formula in float64."""
     monkeypatch.setattr(blocks, "_BLOCK_QUERIES", (4, 4))
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, num, 8), (2, 2, length, 8), (2, 2, length, 8)]
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
-    found = blocks.blocked_attention(q, k, v, window)
+    found = blocks.blocked_attention(q, k, v, blocks.Scoring(window, softcap, 0.5))
     queries, keys = torch.arange(length - num, length)[:, None], torch.arange(length)
     visible = (keys <= queries) & (keys > queries - (window or length))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
+    scores = 0.5 * exact[0] @ exact[1].repeat_interleave(2, 1).transpose(2, 3)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = weights @ exact[2].repeat_interleave(2, 1)
     slope = torch.randn(expected.shape, generator=generator).to(dtype)
     grads = torch.autograd.grad(found, (q, k, v), slope)
     expected_grads = torch.autograd.grad(expected, exact, slope.double())

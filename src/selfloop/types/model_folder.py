@@ -18,10 +18,12 @@ T = TypeVar("T")
 INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloop.model_families")}
 """Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
 
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", *INSTALLED_FAMILIES})
+SUPPORTED_MODEL_TYPES = frozenset(
+    {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", *INSTALLED_FAMILIES}
+)
 """Those that the engine's own decoder computes; others are computed by transformers, where it knows them."""
 
-TIED_UNLESS_SAID = frozenset({"smollm3"})
+TIED_UNLESS_SAID = frozenset({"gemma2", "gemma3_text", "smollm3"})
 """Of those, the ones whose output layer is the embedding where ``config.json`` does not say ``tie_word_embeddings``."""
 
 PUBLIC_FILES = frozenset(

@@ -64,7 +64,7 @@ def test_each_family_has_its_file(model_type: str):
 
 def stored_spec(folder: Path, **changes: object):
     """Of a folder of a type that no family here describes."""
-    (folder / "config.json").write_text(json.dumps(RAW | {"model_type": "gemma3_text"} | changes))
+    (folder / "config.json").write_text(json.dumps(RAW | {"model_type": "cohere2"} | changes))
     return read_spec(folder)
 
 

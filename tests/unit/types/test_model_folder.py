@@ -87,7 +87,7 @@ def test_an_index_cannot_point_outside(folder: Path, name: str):
     [
         (
             {"model_type": "bert"},
-            "'bert' is not supported, and no causal language model of transformers (supported: llama",
+            "'bert' is not supported, and no causal language model of transformers (supported: gemma2",
         ),
         ({"model_type": "own", "auto_map": {}}, "'own' needs code of its own (auto_map), which is never run"),
         ({"model_type": "gemma3", "text_config": {}}, "'gemma3' holds its text model in a part (text_config)"),

@@ -59,7 +59,7 @@ def _spec(reader: GGUFReader, like: ModelSpec) -> ModelSpec:
         qk_norm_eps=None if known.attention.qk_norm_eps is None else eps,
     )
     mlp = replace(known.mlp, hidden_size=hidden_size, inner_size=fields[f"{name}.feed_forward_length"])
-    mixer_norm, feed_forward_norm = (replace(norm, size=hidden_size, eps=eps) for norm in layer.norms)
+    mixer_norm, feed_forward_norm = (replace(norm, size=hidden_size, eps=eps) for norm in layer.norms if norm)
     return replace(
         like,
         vocab_size=len(fields["tokenizer.ggml.tokens"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfloop.engine.models.rope import RopeConfig, parse_rope
-from selfloop.engine.models.spec import DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
+from selfloop.engine.models.spec import Activation, DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
 from selfloop.types.errors import model_invalid
 from selfloop.types.model_folder import TIED_UNLESS_SAID
 
@@ -21,6 +21,7 @@ _REQUIRED = (
 # Of one tensor's side; what is beyond is no model but an attempt to take the memory.
 _MAX_SIZE = 2**31
 _MAX_LAYERS = 2**16
+_ACTIVATIONS: dict[Any, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -104,49 +105,90 @@ class HfConfig:
             raise model_invalid(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {kv_heads}")
         if dim < 2 or dim % 2 != 0:
             raise model_invalid(f"heads of {dim} dimensions cannot be rotated; an even number is needed")
-        eps = self._eps if qk_norm else None
+        eps = self.eps if qk_norm else None
         return FullAttention(self._sizes["hidden_size"], num_heads, kv_heads, dim, qkv_bias, o_bias, eps)
 
     def mlp(self, *, bias: bool = False) -> DenseMlp:
-        return DenseMlp(self._sizes["hidden_size"], self._sizes["intermediate_size"], bias)
+        activation = self.activation("hidden_act", "silu")
+        return DenseMlp(self._sizes["hidden_size"], self._sizes["intermediate_size"], bias, activation)
+
+    def activation(self, name: str, default: str) -> Activation:
+        """What the key of that name says, ``default`` where it is absent."""
+        value = self.raw.get(name, default)
+        if value not in _ACTIVATIONS:
+            raise model_invalid(f"{name} {value!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[value]
+
+    def number(self, name: str, default: float) -> float:
+        """At least 0; ``default`` where the key is absent."""
+        return _number(name, self.raw.get(name, default))
+
+    def cap(self, name: str, default: float | None) -> float | None:
+        """A positive number; ``default`` where the key is absent, None for null."""
+        value = self.raw.get(name, default)
+        if value is None:
+            return None
+        if _number(name, value) == 0:
+            raise model_invalid(f"config.json: {name} must be above 0, is {value!r}")
+        return float(value)
 
     def norms(self) -> tuple[Norm, Norm]:
-        size = self._sizes["hidden_size"]
-        return Norm("input_layernorm", size, self._eps), Norm("post_attention_layernorm", size, self._eps)
+        return self.norm("input_layernorm"), self.norm("post_attention_layernorm")
+
+    def norm(self, name: str, *, plus_one: bool = False) -> Norm:
+        return Norm(name, self._sizes["hidden_size"], self.eps, plus_one)
+
+    def rope(self, parameters: Mapping[str, Any], head_dim: int) -> RopeConfig:
+        """Of ``rope_parameters`` that are not those of the whole model."""
+        positions = {"max_position_embeddings": self._sizes["max_position_embeddings"]}
+        return _parsed({**positions, "rope_parameters": parameters}, head_dim)
 
     def dense(self, attention: FullAttention, mlp: DenseMlp) -> ModelSpec:
         """All layers alike."""
         return self.decoder([attention] * self.num_layers, mlp)
 
-    def decoder(self, attentions: Sequence[FullAttention], mlp: DenseMlp) -> ModelSpec:
-        """A layer for each of ``attentions``."""
-        layers = {attention: LayerSpec(attention, mlp, self.norms()) for attention in attentions}
+    def decoder(
+        self,
+        attentions: Sequence[FullAttention],
+        mlp: DenseMlp,
+        norms: tuple[Norm | None, Norm | None] | None = None,
+        post_norms: tuple[Norm | None, Norm | None] = (None, None),
+    ) -> ModelSpec:
+        """A layer for each of ``attentions``; ``norms`` None are those of Llama."""
+        before = self.norms() if norms is None else norms
+        layers = {attention: LayerSpec(attention, mlp, before, post_norms) for attention in attentions}
         return self.model([layers[attention] for attention in attentions], attentions[0].head_dim)
 
     def model(self, layers: Sequence[LayerSpec], rotated_dim: int) -> ModelSpec:
         """``rotated_dim``: dimensions of a head, all of which are rotated."""
+        if (
+            any(layer.feed_forward.kind != DenseMlp.kind for layer in layers)
+            and self.activation("hidden_act", "silu") != "silu"
+        ):
+            raise model_invalid(f"hidden_act {self.raw['hidden_act']!r} is not supported of experts; only silu is")
         generated_ends, own_ends = end_tokens(self._generation), end_tokens(self.raw)
         return ModelSpec(
             model_type=self.raw["model_type"],
             vocab_size=self._sizes["vocab_size"],
             hidden_size=self._sizes["hidden_size"],
             layers=tuple(layers),
-            final_norm_eps=self._eps,
+            final_norm_eps=self.eps,
             tied=bool(self.raw.get("tie_word_embeddings", self.raw["model_type"] in TIED_UNLESS_SAID)),
-            rope=self._rope(rotated_dim),
+            rope=_parsed(self.raw, rotated_dim),
             context=self._sizes["max_position_embeddings"],
             eos_token_ids=generated_ends or own_ends,
         )
 
     @property
-    def _eps(self) -> float:
+    def eps(self) -> float:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps", 1e-6))
 
-    def _rope(self, head_dim: int) -> RopeConfig:
-        try:
-            return parse_rope(self.raw, head_dim)
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
+
+def _parsed(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    try:
+        return parse_rope(raw, head_dim)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -173,8 +215,6 @@ def _number(name: str, value: object) -> float:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    if raw.get("hidden_act", "silu") != "silu":
-        raise model_invalid(f"hidden_act {raw['hidden_act']!r} is not supported; only silu is")
     if raw.get("quantization_config") is not None:
         raise model_invalid("quantized base weights are not supported")
     if raw.get("transformers_weights") is not None:

@@ -6,7 +6,7 @@ computes it has a file of the block's ``kind``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -19,7 +19,8 @@ Shapes = dict[str, tuple[int, ...]]
 HEAD_MODULE = "lm_head"
 """Name of the output layer, which belongs to no layer of the decoder."""
 
-_FINAL_NORM = "model.norm.weight"
+FINAL_NORM = "model.norm"
+"""Path of the norm behind the last layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +113,10 @@ class Block(Protocol):
     def cache(self) -> CacheSpec | None: ...
 
 
-RopeName = Literal["model"]
-"""A rotation of a :class:`ModelSpec`."""
+RopeName = Literal["model", "local"]
+"""``rope`` or ``local_rope`` of a :class:`ModelSpec`."""
+Activation = Literal["silu", "gelu_tanh"]
+"""Of the gate of an MLP; ``gelu_tanh`` is the approximation of GELU by tanh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,9 @@ class FullAttention:
         qk_norm_eps: of the RMSNorm of every head of q and k; None is without.
         window: how many tokens each sees, itself the last; None for all.
         rope: what rotates q and k; None leaves them as they are.
+        scale: of the scores; None is head_dim^-1/2.
+        softcap: scores s become c * tanh(s / c); None leaves them as they are.
+        norm_plus_one: whether the norms of q and k multiply by 1 + w.
     """
 
     hidden_size: int
@@ -135,6 +141,9 @@ class FullAttention:
     qk_norm_eps: float | None = None
     window: int | None = None
     rope: RopeName | None = "model"
+    scale: float | None = None
+    softcap: float | None = None
+    norm_plus_one: bool = False
 
     kind: ClassVar[str] = "full_attention"
 
@@ -161,17 +170,22 @@ class FullAttention:
         return shapes
 
     @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
     def cache(self) -> CacheSpec:
         return CacheSpec("pages", 2 * self.num_kv_heads * self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
     hidden_size: int
     inner_size: int
     bias: bool = False
+    activation: Activation = "silu"
 
     kind: ClassVar[str] = "dense_mlp"
 
@@ -200,20 +214,27 @@ class DenseMlp:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm; ``name`` is its module's path inside the layer, or of the model."""
+    """RMSNorm; ``name`` is its module's path inside the layer. With ``plus_one`` it multiplies by 1 + w."""
 
     name: str
     size: int
     eps: float
+    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """h + mixer(norm(h)), then h + feed_forward(norm(h)); ``norms`` are before the one and before the other."""
+    """h + norm(mixer(norm(h))), then h + norm(feed_forward(norm(h))).
+
+    Args:
+        norms: before the one and before the other; None is none.
+        post_norms: behind each of them.
+    """
 
     mixer: Block
     feed_forward: Block
-    norms: tuple[Norm, ...]
+    norms: tuple[Norm | None, ...]
+    post_norms: tuple[Norm | None, ...] = (None, None)
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
@@ -221,7 +242,8 @@ class LayerSpec:
         return (*self.mixer.groups, *self.feed_forward.groups)
 
     def tensors(self) -> Shapes:
-        norms: Shapes = {f"{norm.name}.weight": (norm.size,) for norm in self.norms}
+        both = (*self.norms, *self.post_norms)
+        norms: Shapes = {f"{norm.name}.weight": (norm.size,) for norm in both if norm is not None}
         return norms | self.mixer.tensors() | self.feed_forward.tensors()
 
 
@@ -234,6 +256,11 @@ class ModelSpec:
         tied: whether the output layer is the embedding: what the weights say, where they are read.
         context: positions that it is made for.
         eos_token_ids: each ends a sample.
+        local_rope: a second rotation, of the layers that name it.
+        embedding_scale: embeddings are multiplied by it, in the compute dtype.
+        logit_scale: logits are multiplied by it.
+        logit_softcap: logits z then become c * tanh(z / c); None leaves them as they are.
+        final_norm_plus_one: whether the final norm multiplies by 1 + w.
     """
 
     model_type: str
@@ -245,6 +272,11 @@ class ModelSpec:
     rope: RopeConfig
     context: int
     eos_token_ids: tuple[int, ...]
+    local_rope: RopeConfig | None = field(default=None, kw_only=True)
+    embedding_scale: float = field(default=1.0, kw_only=True)
+    logit_scale: float = field(default=1.0, kw_only=True)
+    logit_softcap: float | None = field(default=None, kw_only=True)
+    final_norm_plus_one: bool = field(default=False, kw_only=True)
 
     @property
     def num_layers(self) -> int:
@@ -261,7 +293,7 @@ class ModelSpec:
 
     def ends(self) -> Shapes:
         """The tensors that belong to no layer."""
-        shapes: Shapes = {EMBEDDING: (self.vocab_size, self.hidden_size), _FINAL_NORM: (self.hidden_size,)}
+        shapes: Shapes = {EMBEDDING: (self.vocab_size, self.hidden_size), f"{FINAL_NORM}.weight": (self.hidden_size,)}
         if not self.tied:
             shapes[HEAD] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -292,7 +324,7 @@ class ModelSpec:
     @property
     def ropes(self) -> dict[RopeName, RopeConfig]:
         """The rotations that its layers name."""
-        return {"model": self.rope}
+        return {"model": self.rope} if self.local_rope is None else {"model": self.rope, "local": self.local_rope}
 
     def blocks(self) -> set[str]:
         """The kinds of its blocks."""
@@ -324,13 +356,21 @@ def unlike_dense(spec: ModelSpec) -> list[str]:
     attentions = {mixer for mixer in mixers if isinstance(mixer, FullAttention)}
     feed_forwards = {layer.feed_forward for layer in spec.layers}
     mlps = {feed_forward for feed_forward in feed_forwards if isinstance(feed_forward, DenseMlp)}
-    eps = {norm.eps for layer in spec.layers for norm in layer.norms} | {spec.final_norm_eps}
+    norms = {norm for layer in spec.layers for norm in layer.norms}
+    eps = {norm.eps for norm in norms if norm is not None} | {spec.final_norm_eps}
     eps |= {attention.qk_norm_eps for attention in attentions if attention.qk_norm_eps is not None}
     found = {
         "other blocks than attention and a dense MLP": len(attentions) + len(mlps) < len(mixers | feed_forwards),
         "sliding windows": any(attention.window is not None for attention in attentions),
         "layers without rotation": any(attention.rope is None for attention in attentions),
+        "several rotations": spec.local_rope is not None,
+        "scores of another scale": any(attention.scale is not None for attention in attentions),
+        "soft caps": spec.logit_softcap is not None or any(attention.softcap is not None for attention in attentions),
         "norms of several epsilons": len(eps) > 1,
+        "norms of 1 + w": spec.final_norm_plus_one or any(norm is not None and norm.plus_one for norm in norms),
+        "norms in other places": any(None in layer.norms or any(layer.post_norms) for layer in spec.layers),
+        "factors of embeddings or logits": (spec.embedding_scale, spec.logit_scale) != (1.0, 1.0),
+        "other activations than silu": any(mlp.activation != "silu" for mlp in mlps),
     }
     words = [word for word, is_there in found.items() if is_there]
     return words or (["layers of different sizes"] if len(set(spec.layers)) > 1 else [])

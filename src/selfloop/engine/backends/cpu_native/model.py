@@ -110,6 +110,8 @@ class NativeModel:
 def _converted(kernels: Kernels, layer: TorchLayer) -> LayerWeights:
     assert isinstance(layer.mixer, FullAttentionBlock)
     assert isinstance(layer.feed_forward, DenseMlpBlock)
+    assert layer.mixer_norm_D is not None
+    assert layer.feed_forward_norm_D is not None
     linears = tuple(_panels(kernels, linear) for linear in layer.linears)
     return LayerWeights(layer.mixer_norm_D, layer.feed_forward_norm_D, layer.mixer.qk_norm_Hd, linears)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfloop.engine.backends.torch.blocked_attention import blocked_attention
+from selfloop.engine.backends.torch.blocked_attention import Scoring, blocked_attention
 from selfloop.engine.models.spec import FullAttention
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -76,28 +76,28 @@ def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention
 def attend(spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor) -> Tensor:
     """Of the last N of L positions, each to those up to itself that its layer's window shows it."""
     num, length = q_BHNd.shape[2], k_BGLd.shape[2]
-    if spec.window is not None and spec.window < length:
-        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, spec.window)
+    if spec.softcap is not None or (spec.window is not None and spec.window < length):
+        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, Scoring(spec.window, spec.softcap, spec.score_scale))
     if num == length:
-        return causal_attention(q_BHNd, k_BGLd, v_BGLd)
+        return causal_attention(q_BHNd, k_BGLd, v_BGLd, spec.scale)
     keys_L = torch.arange(length, device=q_BHNd.device)
-    return masked_attention(q_BHNd, k_BGLd, v_BGLd, keys_L <= keys_L[length - num :, None])
+    return masked_attention(q_BHNd, k_BGLd, v_BGLd, keys_L <= keys_L[length - num :, None], spec.scale)
 
 
-def causal_attention(q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor) -> Tensor:
-    """Causal attention with shared key heads; (B, H, N, head_dim)."""
+def causal_attention(q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, scale: float | None) -> Tensor:
+    """Causal attention with shared key heads; (B, H, N, head_dim). ``scale`` None is head_dim^-1/2."""
     if computes_in_float32(q_BHNd):
-        return _Float32Attention.apply(q_BHNd, k_BGNd, v_BGNd)  # pyright: ignore[reportReturnType]
+        return _Float32Attention.apply(q_BHNd, k_BGNd, v_BGNd, scale)  # pyright: ignore[reportReturnType]
     return F.scaled_dot_product_attention(
-        q_BHNd, k_BGNd, v_BGNd, is_causal=True, enable_gqa=q_BHNd.shape[1] != k_BGNd.shape[1]
+        q_BHNd, k_BGNd, v_BGNd, is_causal=True, scale=scale, enable_gqa=q_BHNd.shape[1] != k_BGNd.shape[1]
     )
 
 
-def masked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, visible: Tensor) -> Tensor:
+def masked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, visible: Tensor, scale: float | None) -> Tensor:
     """Attention of each query to the keys that the bool ``visible``, which broadcasts to (B, H, N, L), shows it."""
     gqa = q_BHNd.shape[1] != k_BGLd.shape[1]
     q, k, v = (x.float() if computes_in_float32(x) else x for x in (q_BHNd, k_BGLd, v_BGLd))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa).to(q_BHNd.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa).to(q_BHNd.dtype)
 
 
 def computes_in_float32(x: Tensor) -> bool:
@@ -113,16 +113,17 @@ class _Float32Attention(torch.autograd.Function):
     """PyTorch's flash attention on float32 copies, of which none is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHNd: Tensor, k_BGNd: Tensor, v_BGNd: Tensor, scale: float | None) -> Tensor:
         in_float32 = (x.float() for x in (q_BHNd, k_BGNd, v_BGNd))
-        out_BHNd, logsumexp = _flash.default(*in_float32, 0.0, True)
+        out_BHNd, logsumexp = _flash.default(*in_float32, 0.0, True, scale=scale)
+        ctx.scale = scale
         out_BHNd = out_BHNd.to(q_BHNd.dtype)
         ctx.save_for_backward(q_BHNd, k_BGNd, v_BGNd, out_BHNd, logsumexp)
         return out_BHNd
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHNd, k_BGNd, v_BGNd, out_BHNd, logsumexp = ctx.saved_tensors
         in_float32 = (x.float() for x in (grads[0], q_BHNd, k_BGNd, v_BGNd, out_BHNd))
-        dq, dk, dv = _flash_backward.default(*in_float32, logsumexp, 0.0, True)
-        return dq.to(q_BHNd.dtype), dk.to(q_BHNd.dtype), dv.to(q_BHNd.dtype)
+        dq, dk, dv = _flash_backward.default(*in_float32, logsumexp, 0.0, True, scale=ctx.scale)
+        return dq.to(q_BHNd.dtype), dk.to(q_BHNd.dtype), dv.to(q_BHNd.dtype), None

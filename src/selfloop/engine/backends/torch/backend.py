@@ -31,7 +31,8 @@ class TorchBackend:
             return Lacking(f"it has no {', '.join(absent)}")
         mixers = [layer.mixer for layer in spec.layers]
         attentions = [mixer for mixer in mixers if isinstance(mixer, FullAttention)]
-        if len({(x.num_heads, x.num_kv_heads, x.head_dim) for x in attentions}) != 1 or len(attentions) < len(mixers):
+        heads = {(x.num_heads, x.num_kv_heads, x.head_dim, x.score_scale, x.softcap) for x in attentions}
+        if len(heads) != 1 or len(attentions) < len(mixers):
             return Lacking("its cache is for attention with heads that are alike in all layers")
         return None
 

@@ -15,14 +15,22 @@ BLOCK_ELEMENTS = 2**22
 _BLOCK_QUERIES = (16, 256)
 
 
-def blocked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, window: int | None) -> Tensor:
+class Scoring(NamedTuple):
+    """What a query q makes of a key k: cap(scale * q k), cap(s) = c * tanh(s / c), among the last ``window`` keys."""
+
+    window: int | None
+    softcap: float | None
+    scale: float
+
+
+def blocked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, scoring: Scoring) -> Tensor:
     """Causal attention of the last N of L positions, each to itself and the ``window`` - 1 before (None: to all)."""
     parts: list[Tensor] = []
     for qkv in zip(q_BHNd, k_BGLd, v_BGLd, strict=True):
         if torch.is_grad_enabled():
-            parts.append(_BlockedAttention.apply(*qkv, window))  # pyright: ignore[reportArgumentType]
+            parts.append(_BlockedAttention.apply(*qkv, scoring))  # pyright: ignore[reportArgumentType]
         else:
-            parts.append(_forward(*qkv, window))
+            parts.append(_forward(*qkv, scoring))
     return torch.stack(parts)
 
 
@@ -63,11 +71,19 @@ def _seen(length: int, window: int | None) -> int:
     return length if window is None else min(length, window + _BLOCK_QUERIES[1])
 
 
-def _weights(q_GXd: Tensor, k_Gld: Tensor, hidden_nl: Tensor) -> Tensor:
-    """(G, X, l): of the n queries of each head that shares a key, one head after another."""
-    scores_GXl = torch.bmm(q_GXd, k_Gld.transpose(1, 2)).mul_(q_GXd.shape[2] ** -0.5)
+def _weights(q_GXd: Tensor, k_Gld: Tensor, hidden_nl: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+    """(G, X, l): of the n queries of each head that shares a key, one head after another.
+
+    And by what a cap makes a score's slope smaller: 1 - tanh^2(s / c).
+    """
+    scores_GXl = torch.bmm(q_GXd, k_Gld.transpose(1, 2)).mul_(scoring.scale)
+    steepness_GXl = None
+    if scoring.softcap is not None:
+        scores_GXl.div_(scoring.softcap).tanh_()
+        steepness_GXl = 1 - scores_GXl.square()
+        scores_GXl.mul_(scoring.softcap)
     scores_GXl.unflatten(1, (-1, hidden_nl.shape[0])).masked_fill_(hidden_nl, -torch.inf)
-    return scores_GXl.softmax(-1)
+    return scores_GXl.softmax(-1), steepness_GXl
 
 
 def _grouped(x_HNd: Tensor, num_groups: int) -> Tensor:
@@ -75,42 +91,44 @@ def _grouped(x_HNd: Tensor, num_groups: int) -> Tensor:
     return x_HNd.float().unflatten(0, (num_groups, -1))
 
 
-def _forward(q_HNd: Tensor, k_GLd: Tensor, v_GLd: Tensor, window: int | None) -> Tensor:
+def _forward(q_HNd: Tensor, k_GLd: Tensor, v_GLd: Tensor, scoring: Scoring) -> Tensor:
     num_heads, num, _ = q_HNd.shape
     num_groups, length, _ = k_GLd.shape
     q_GMNd, k_GLd, v_GLd = _grouped(q_HNd, num_groups), k_GLd.float(), v_GLd.float()
     out_GMNd = torch.empty_like(q_GMNd)
-    for rows, keys, hidden_nl in _blocks(num, length, num_heads, window, q_HNd.device):
-        p_GXl = _weights(q_GMNd[:, :, rows].flatten(1, 2), k_GLd[:, keys], hidden_nl)
+    for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring.window, q_HNd.device):
+        p_GXl, _ = _weights(q_GMNd[:, :, rows].flatten(1, 2), k_GLd[:, keys], hidden_nl, scoring)
         out_GMNd[:, :, rows] = torch.bmm(p_GXl, v_GLd[:, keys]).view_as(out_GMNd[:, :, rows])
     return out_GMNd.flatten(0, 1).to(q_HNd.dtype)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_HNd: Tensor, k_GLd: Tensor, v_GLd: Tensor, window: int | None) -> Tensor:
-        out_HNd = _forward(q_HNd, k_GLd, v_GLd, window)
+    def forward(ctx: Any, q_HNd: Tensor, k_GLd: Tensor, v_GLd: Tensor, scoring: Scoring) -> Tensor:
+        out_HNd = _forward(q_HNd, k_GLd, v_GLd, scoring)
         ctx.save_for_backward(q_HNd, k_GLd, v_GLd, out_HNd)
-        ctx.window = window
+        ctx.scoring = scoring
         return out_HNd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """With p = softmax(s): ds = p * (dp - sum(do * o))."""
         q_HNd, k_GLd, v_GLd, out_HNd = ctx.saved_tensors
-        window: int | None = ctx.window
-        num_heads, num, dim = q_HNd.shape
+        scoring: Scoring = ctx.scoring
+        num_heads, num, _ = q_HNd.shape
         num_groups, length, _ = k_GLd.shape
         q_GMNd, out_GMNd, dout_GMNd = (_grouped(x, num_groups) for x in (q_HNd, out_HNd, grads[0]))
         k_GLd, v_GLd = k_GLd.float(), v_GLd.float()
         along_GMN1 = (dout_GMNd * out_GMNd).sum(-1, keepdim=True)
         dq_GMNd, dk_GLd, dv_GLd = torch.empty_like(q_GMNd), torch.zeros_like(k_GLd), torch.zeros_like(v_GLd)
-        for rows, keys, hidden_nl in _blocks(num, length, num_heads, window, q_HNd.device):
+        for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring.window, q_HNd.device):
             q_GXd, dout_GXd = (x[:, :, rows].flatten(1, 2) for x in (q_GMNd, dout_GMNd))
-            p_GXl = _weights(q_GXd, k_GLd[:, keys], hidden_nl)
+            p_GXl, steepness_GXl = _weights(q_GXd, k_GLd[:, keys], hidden_nl, scoring)
             dv_GLd[:, keys] += torch.bmm(p_GXl.transpose(1, 2), dout_GXd)
             ds_GXl = torch.bmm(dout_GXd, v_GLd[:, keys].transpose(1, 2)).sub_(along_GMN1[:, :, rows].flatten(1, 2))
-            ds_GXl.mul_(p_GXl).mul_(dim**-0.5)
+            ds_GXl.mul_(p_GXl).mul_(scoring.scale)
+            if steepness_GXl is not None:
+                ds_GXl.mul_(steepness_GXl)
             dq_GMNd[:, :, rows] = torch.bmm(ds_GXl, k_GLd[:, keys]).view_as(dq_GMNd[:, :, rows])
             dk_GLd[:, keys] += torch.bmm(ds_GXl.transpose(1, 2), q_GXd)
         dtype = q_HNd.dtype

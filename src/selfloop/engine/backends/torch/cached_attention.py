@@ -84,7 +84,7 @@ class _BucketStep:
 
     def __init__(self, layers: Layers, bucket: DenseBucket, positions: list[int], device: torch.device) -> None:
         num, size, groups = len(bucket.slots), bucket.num_tokens, layers[0].num_kv_heads
-        self._heads = layers[0].num_heads
+        self._heads, self._softcap = layers[0].num_heads, layers[0].softcap
         windows = [attention.window for attention in layers]
         seen = {window: _seen(bucket, positions, window, device) for window in set(windows)}
         self._seen = [seen[window].at(layer) for layer, window in enumerate(windows)]
@@ -104,7 +104,7 @@ class _BucketStep:
             self._new_2Gd[layer].copy_(new_BHd.view(self._new_2Gd[layer].shape))
         else:
             self._flat_Nd[layer].index_copy_(0, self._cells, new_BHd.reshape(-1, qkv_BHd.shape[2]))
-        return _attend(q_BHd, *self._seen[layer])
+        return _attend(q_BHd, *self._seen[layer], self._softcap)
 
 
 class _Seen(NamedTuple):
@@ -131,7 +131,7 @@ class _PagedStep:
     """Of slots that only have pages: gathered anew in every layer."""
 
     def __init__(self, layers: Layers, rows: KvRows, slots: list[CacheSlot], positions: list[int]) -> None:
-        self._heads, self._groups = layers[0].num_heads, layers[0].num_kv_heads
+        self._heads, self._groups, self._softcap = layers[0].num_heads, layers[0].num_kv_heads, layers[0].softcap
         self._rows = rows
         each = list(zip(slots, positions, strict=True))
         windows = [attention.window for attention in layers]
@@ -147,7 +147,7 @@ class _PagedStep:
         self._rows.write(layer, self._cells_B, k_BGd, v_BGd)
         table_BP, bias_B11N = self._seen[layer]
         k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._rows.read(layer, table_BP))
-        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, bias_B11N)
+        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, bias_B11N, self._softcap)
 
 
 def _seen_pages(each: list[tuple[CacheSlot, int]], window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,13 +173,15 @@ def _bias(positions: list[int], starts: list[int], length: int, window: int | No
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None].to(device)
 
 
-def _attend(q_BHd: Tensor, k_XdN: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None) -> Tensor:
+def _attend(q_BHd: Tensor, k_XdN: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None, softcap: float | None) -> Tensor:
     """(B, H, d), (B * G, d, N), (B * G, N, d) -> (B, H * d); heads that share keys are the rows of one small matrix.
 
     The queries are scaled already.
     """
     num = q_BHd.shape[0]
     scores_XMN = torch.bmm(q_BHd.reshape(k_XdN.shape[0], -1, q_BHd.shape[2]), k_XdN)
+    if softcap is not None:
+        scores_XMN.div_(softcap).tanh_().mul_(softcap)
     if bias_B11N is not None:
         scores_XMN.unflatten(0, (num, -1)).add_(bias_B11N)
     return torch.bmm(scores_XMN.softmax(-1), v_XNd).view(num, -1)

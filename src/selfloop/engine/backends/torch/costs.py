@@ -75,7 +75,9 @@ def ends_cost(
     hidden = spec.hidden_size * (2 * float_bytes + 3 * itemsize)
     heads = attention.head_dim * (4 * float_bytes + 2 * attention.num_kv_heads * itemsize)
     token = hidden + heads + 16 * torch.int64.itemsize
-    each = (2 * float_bytes + logit_bytes) * spec.vocab_size + 3 * float_bytes * spec.hidden_size
+    # What is done to logits keeps what it came from, and their slopes.
+    curved = 0 if (spec.logit_scale, spec.logit_softcap) == (1.0, None) else 3
+    each = ((2 + curved) * float_bytes + logit_bytes) * spec.vocab_size + 3 * float_bytes * spec.hidden_size
     return Cost(token, 0, chunk_rows(spec.vocab_size, device) * each + weight_bytes)
 
 
@@ -176,18 +178,19 @@ class _Fused:
         self._attention = attention
 
     def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return self._attention(layer, replace(spec, window=None), q_THd, k_TGd, v_TGd)
+        return self._attention(layer, replace(spec, window=None, softcap=None), q_THd, k_TGd, v_TGd)
 
 
 def _attention_scratch(model: Profiled, index: int, num_blocks: int) -> Cost:
     """What attention takes within itself: blocks of scores, and in the backward of their slopes."""
     attention = model.spec.layers[index].mixer
     assert isinstance(attention, FullAttention)
-    if attention.window is not None:
+    if attention.window is not None or attention.softcap is not None:
         # Float32 copies of what goes in and comes out, in the backward of the slopes, too; scores and their weights.
         elements = num_block_elements(attention.num_heads, model.spec.context, attention.window)
         copies = num_blocks * 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
-        return Cost(copies * torch.float32.itemsize, 0, 2 * num_blocks * elements * torch.float32.itemsize)
+        per_block = 2 if attention.softcap is None else 3
+        return Cost(copies * torch.float32.itemsize, 0, per_block * num_blocks * elements * torch.float32.itemsize)
     if model.device.type != "cpu":
         # Gradients of the queries in float32, and of each query head's keys and values.
         return Cost(

@@ -5,18 +5,17 @@ once and where they lie. Between the products everything is float32. The tests h
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from selfloop.engine.backends.base import Varlen
 from selfloop.engine.backends.torch.blocks.base import float32
 from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
-from selfloop.engine.backends.torch.weights import BaseWeights
+from selfloop.engine.backends.torch.weights import BaseWeights, LayerWeights
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.spec import FullAttention, ModelSpec
@@ -24,8 +23,23 @@ from selfloop.engine.models.spec import FullAttention, ModelSpec
 
 class StepAttention(Protocol):
     def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
-        """Rotated (B, H + 2G, head_dim) float32, queries scaled by head_dim^-1/2 -> (B, H * head_dim) float32."""
+        """Rotated (B, H + 2G, head_dim) float32, queries scaled as the scores are -> (B, H * head_dim) float32."""
         ...
+
+
+class _Norms(NamedTuple):
+    """float32 copies of a layer's."""
+
+    mixer_D: Tensor | None
+    mixer_post_D: Tensor | None
+    feed_forward_D: Tensor | None
+    feed_forward_post_D: Tensor | None
+
+    @classmethod
+    def of(cls, layer: LayerWeights) -> "_Norms":
+        mixer = (layer.mixer_norm_D, layer.mixer_post_norm_D)
+        both = (*mixer, layer.feed_forward_norm_D, layer.feed_forward_post_norm_D)
+        return cls(*(None if weight_D is None else float32(weight_D) for weight_D in both))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +80,13 @@ class DecodeStep:
         self._weights = weights
         self._rotaries = rotaries
         self._device = weights.embedding_VD.device
-        self._norms = [(float32(x.mixer_norm_D), float32(x.feed_forward_norm_D)) for x in weights.layers]
+        self._norms = [_Norms.of(layer) for layer in weights.layers]
         self._final_norm = float32(weights.final_norm_D)
         self._eps = torch.tensor(spec.final_norm_eps, device=self._device)
         attention = spec.layers[0].mixer
         assert isinstance(attention, FullAttention)
         # Queries are scaled as they are rotated.
-        scales = [attention.head_dim**-0.5] * attention.num_heads + [1.0] * attention.num_kv_heads
+        scales = [attention.score_scale] * attention.num_heads + [1.0] * attention.num_kv_heads
         self._scale_H11 = torch.tensor(scales, device=self._device)[:, None, None]
         self._shared: tuple[Adapter, SharedAdapter] | None = None
         self._stacked: StackedAdapters | None = None
@@ -80,19 +94,24 @@ class DecodeStep:
     def forward(self, batch: Varlen, attention: StepAttention, lora: AdapterBatch) -> Tensor:
         """h_BD in the compute dtype; rows of one adapter stand together."""
         adapters = self._adapters(lora.of_rows(len(batch.lengths)))
-        h_BD = F.embedding(batch.tokens_T, self._weights.embedding_VD).float()
+        h_BD = self._weights.embedded(batch.tokens_T, self._spec.embedding_scale)
         rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
             at = _LayerStep(self, index, rotations, attention, adapters)
-            mixer_norm_D, feed_forward_norm_D = self._norms[index]
-            h_BD += layer.mixer.step(self.norm(h_BD, mixer_norm_D), at)
-            h_BD += layer.feed_forward.step(self.norm(h_BD, feed_forward_norm_D), at)
+            norms = self._norms[index]
+            y_BD = layer.mixer.step(self._normed(h_BD, norms.mixer_D), at)
+            h_BD += self._normed(y_BD, norms.mixer_post_D)
+            y_BD = layer.feed_forward.step(self._normed(h_BD, norms.feed_forward_D), at)
+            h_BD += self._normed(y_BD, norms.feed_forward_post_D)
         return self.norm(h_BD, self._final_norm).to(self.dtype)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm with the model's epsilon, in float32."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
+
+    def _normed(self, x_BD: Tensor, weight_D: Tensor | None) -> Tensor:
+        return x_BD if weight_D is None else self.norm(x_BD, weight_D)
 
     def _rotations(self, positions_B: Tensor) -> Rotations:
         found: Rotations = {}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from selfloop.engine.backends.base import Cache, Contracts, Costs, Draw, Row, Scores, Varlen
@@ -14,6 +13,7 @@ from selfloop.engine.backends.torch.attention import Attention, packed_attention
 from selfloop.engine.backends.torch.cache import TorchCache
 from selfloop.engine.backends.torch.cached_attention import PrefillAttention
 from selfloop.engine.backends.torch.costs import costs_of
+from selfloop.engine.backends.torch.curved_head import LogitCurve, score_curved
 from selfloop.engine.backends.torch.decode_step import DecodeStep
 from selfloop.engine.backends.torch.linear import FrozenLinear, Products
 from selfloop.engine.backends.torch.logprob import HeadAdapter, score
@@ -23,7 +23,7 @@ from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
-from selfloop.engine.models.spec import FullAttention, ModelSpec
+from selfloop.engine.models.spec import FullAttention, ModelSpec, Norm
 
 _COMPUTED_BY: dict[Products, str] = {"plain": "PyTorch's operators", "blocked": "oneDNN"}
 
@@ -66,6 +66,7 @@ class TorchModel:
         self.dtype = weights.embedding_VD.dtype
         self.computed_by = _COMPUTED_BY[weights.head.products]
         self.rotaries = Rotaries(spec, self.device, self.dtype)
+        self._curve = LogitCurve.of(spec)
         self._decode_step: DecodeStep | None = None
         self._costs: Costs | None = None
 
@@ -87,14 +88,19 @@ class TorchModel:
         """One layer: float32 h_TD in and out."""
         spec, layer = self.spec.layers[index], self.weights.layers[index]
         at = LayerRun(index, rotations, attention, adapters)
-        h_TD = h_TD + layer.mixer(rms_norm(h_TD, layer.mixer_norm_D, spec.norms[0].eps), at)
-        return h_TD + layer.feed_forward(rms_norm(h_TD, layer.feed_forward_norm_D, spec.norms[1].eps), at)
+        y_TD = layer.mixer(self._normed(h_TD, layer.mixer_norm_D, spec.norms[0]), at)
+        h_TD = h_TD + self._normed(y_TD, layer.mixer_post_norm_D, spec.post_norms[0])
+        y_TD = layer.feed_forward(self._normed(h_TD, layer.feed_forward_norm_D, spec.norms[1]), at)
+        return h_TD + self._normed(y_TD, layer.feed_forward_post_norm_D, spec.post_norms[1])
 
     def score(self, h_ND: Tensor, targets: Tensor, num_top: int, adapter: Adapter | None) -> Scores:
+        if self._curve is not None:
+            return score_curved(h_ND, self.weights.head, targets, num_top, HeadAdapter.of(adapter), self._curve)
         return score(h_ND, self.weights.head, targets, num_top, HeadAdapter.of(adapter))
 
     def logits(self, h_ND: Tensor, lora: AdapterBatch) -> Tensor:
-        return lora_logits(h_ND, self.weights.head, lora.at_head())
+        logits_NV = lora_logits(h_ND, self.weights.head, lora.at_head())
+        return logits_NV if self._curve is None else self._curve(logits_NV)
 
     def draw(self, logits_BV: Tensor, rows: list[Row], num_tokens: int) -> Draw:
         return draw(logits_BV, rows, num_tokens)
@@ -109,11 +115,17 @@ class TorchModel:
 
     def _forward(self, batch: Varlen, attention: Attention, lora: AdapterBatch, *, recompute: bool) -> Tensor:
         rotations = self.rotaries(batch.positions_T)
-        h_TD = F.embedding(batch.tokens_T, self.weights.embedding_VD).float()
+        h_TD = self.weights.embedded(batch.tokens_T, self.spec.embedding_scale)
         for index in range(self.spec.num_layers):
             if recompute:
                 rest = (h_TD, rotations, attention, lora)
                 h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
                 h_TD = self.layer(index, h_TD, rotations, attention, lora)
-        return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps)
+        return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps).to(self.dtype)
+
+    def _normed(self, x_TD: Tensor, weight_D: Tensor | None, norm: Norm | None) -> Tensor:
+        """In the compute dtype, also where there is no norm."""
+        if weight_D is None or norm is None:
+            return x_TD.to(self.dtype)
+        return rms_norm(x_TD, weight_D, norm.eps).to(self.dtype)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension. ``weight`` broadcasts against ``x`` and is frozen; the result is in its dtype."""
+    """Normalise the last dimension. ``weight`` broadcasts against ``x`` and is frozen; the result is in its dtype,
+    which is float32 where the norm multiplies by 1 + w."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
     x32 = x.float()

@@ -19,7 +19,7 @@ class Places:
         self._dtype = dtype
         self._prefix = ""
         self._slots: dict[str, Tensor] = {}
-        self._after: list[Callable[[], None]] = []
+        self._after: list[Callable[[], object]] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,6 +43,14 @@ class Places:
         self.put(name, weight)
         return weight
 
+    def norm(self, name: str, *shape: int, plus_one: bool = False) -> Tensor:
+        """The weight of a norm; with ``plus_one`` 1 + w in float32, as it would not be the same in fewer bits."""
+        weight = torch.empty(shape, dtype=torch.float32, device=self._device) if plus_one else self.empty(*shape)
+        self.put(f"{name}.weight", weight)
+        if plus_one:
+            self.then(lambda: weight.add_(1.0))
+        return weight
+
     def group(self, group: ProjectionGroup) -> FrozenLinear:
         """Projections as one matrix, whose rows are theirs one after another."""
         return self.fused(group.projections)
@@ -58,7 +66,7 @@ class Places:
                 self.put(f"{projection.name}.bias", bias_O.split(sizes)[index])
         return FrozenLinear(weight_OI, bias_O)
 
-    def then(self, act: Callable[[], None]) -> None:
+    def then(self, act: Callable[[], object]) -> None:
         """Once all is filled in."""
         self._after.append(act)
 

@@ -6,23 +6,26 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfloop.engine.backends.torch.blocks.base import TorchBlock, block_builder
 from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.places import Places
-from selfloop.engine.models.spec import LayerSpec, ModelSpec
+from selfloop.engine.models.spec import FINAL_NORM, LayerSpec, ModelSpec, Norm
 from selfloop.engine.models.weights import TensorSource
 from selfloop.types.model_weights import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer; the norms are before the mixer and before the feed-forward."""
+    """One layer; the norms are before the mixer and before the feed-forward, and behind them, None where none is."""
 
-    mixer_norm_D: Tensor
-    feed_forward_norm_D: Tensor
+    mixer_norm_D: Tensor | None
+    feed_forward_norm_D: Tensor | None
     mixer: TorchBlock
     feed_forward: TorchBlock
+    mixer_post_norm_D: Tensor | None = None
+    feed_forward_post_norm_D: Tensor | None = None
 
     @property
     def linears(self) -> list[FrozenLinear]:
@@ -37,6 +40,11 @@ class BaseWeights:
     layers: Sequence[LayerWeights]
     final_norm_D: Tensor
     head: FrozenLinear
+
+    def embedded(self, tokens_T: Tensor, scale: float) -> Tensor:
+        """float32 (T, D); ``scale`` is rounded to the compute dtype, in which the model was trained."""
+        h_TD = F.embedding(tokens_T, self.embedding_VD).float()
+        return h_TD if scale == 1.0 else h_TD * torch.tensor(scale, dtype=self.embedding_VD.dtype).float()
 
     def linears(self) -> Iterator[FrozenLinear]:
         """Of the layers, then the output layer's."""
@@ -100,17 +108,23 @@ class _LayersOnDisk(Sequence[LayerWeights]):
 
 
 def _allocate_ends(spec: ModelSpec, layers: Sequence[LayerWeights], places: Places) -> BaseWeights:
-    ends = {name: places.alone(name, shape) for name, shape in spec.ends().items()}
-    embedding_VD = ends.pop(EMBEDDING)
-    head_VD = embedding_VD if spec.tied else ends.pop(HEAD)
-    (final_norm_D,) = ends.values()
+    embedding_VD = places.alone(EMBEDDING, (spec.vocab_size, spec.hidden_size))
+    head_VD = embedding_VD if spec.tied else places.alone(HEAD, (spec.vocab_size, spec.hidden_size))
+    final_norm_D = places.norm(FINAL_NORM, spec.hidden_size, plus_one=spec.final_norm_plus_one)
     return BaseWeights(embedding_VD, layers, final_norm_D, FrozenLinear(head_VD))
 
 
 def allocate_layer(layer: LayerSpec, prefix: str, places: Places) -> LayerWeights:
     """A layer whose tensors begin with ``prefix``, not filled yet."""
     own = places.inside(prefix)
-    mixer_norm_D, feed_forward_norm_D = (own.alone(f"{norm.name}.weight", (norm.size,)) for norm in layer.norms)
+    mixer_norm_D, feed_forward_norm_D = (_allocate_norm(norm, own) for norm in layer.norms)
+    mixer_post_norm_D, feed_forward_post_norm_D = (_allocate_norm(norm, own) for norm in layer.post_norms)
     mixer = block_builder(layer.mixer.kind)(layer.mixer, 0, own)
     feed_forward = block_builder(layer.feed_forward.kind)(layer.feed_forward, len(layer.mixer.groups), own)
-    return LayerWeights(mixer_norm_D, feed_forward_norm_D, mixer, feed_forward)
+    return LayerWeights(
+        mixer_norm_D, feed_forward_norm_D, mixer, feed_forward, mixer_post_norm_D, feed_forward_post_norm_D
+    )
+
+
+def _allocate_norm(norm: Norm | None, places: Places) -> Tensor | None:
+    return None if norm is None else places.norm(norm.name, norm.size, plus_one=norm.plus_one)

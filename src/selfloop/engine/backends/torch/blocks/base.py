@@ -40,7 +40,7 @@ class LayerStep(Protocol):
 
     @property
     def rotations(self) -> Rotations:
-        """By each rope, cos (B, H + G, 1, d/2) and -sin, sin (B, H + G, 2, d/2), of the queries scaled by d^-1/2."""
+        """By each rope, cos (B, H + G, 1, d/2) and -sin, sin (B, H + G, 2, d/2), the queries' scaled."""
         ...
 
     def project(self, group: int, linear: FrozenLinear, x_BI: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class FullAttentionBlock:
         qkv_THd = at.project(self._first + QKV, self.qkv, x_TD).unflatten(1, (-1, spec.head_dim))
         qk_THd, v_TGd = qkv_THd.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if self.qk_norm_Hd is not None and spec.qk_norm_eps is not None:
-            qk_THd = rms_norm(qk_THd, self.qk_norm_Hd, spec.qk_norm_eps)
+            qk_THd = rms_norm(qk_THd, self.qk_norm_Hd, spec.qk_norm_eps).to(x_TD.dtype)
         if spec.rope is not None:
             qk_THd = rotate(qk_THd, *at.rotations[spec.rope])
         q_THd, k_TGd = qk_THd.split([spec.num_heads, spec.num_kv_heads], dim=1)
@@ -46,7 +46,7 @@ class FullAttentionBlock:
                 self._float32_qk_norm_Hd = float32(self.qk_norm_Hd)
             qk_BHd.copy_(at.norm(qk_BHd, self._float32_qk_norm_Hd))
         if spec.rope is None:
-            qk_BHd[:, : spec.num_heads] *= spec.head_dim**-0.5
+            qk_BHd[:, : spec.num_heads] *= spec.score_scale
         else:
             cos_BH1d, sin_BH2d = at.rotations[spec.rope]
             halves_BH2d = qk_BHd.unflatten(2, (2, -1))
@@ -56,14 +56,18 @@ class FullAttentionBlock:
     def _allocate_qk_norm(self, places: Places) -> Tensor:
         """The files hold one row for all heads of q and one for those of k; repeated over their heads, q and k are
         normalised in one operation."""
-        num = self.spec.num_heads
+        num, plus_one = self.spec.num_heads, self.spec.norm_plus_one
         weight_Hd = places.empty(num + self.spec.num_kv_heads, self.spec.head_dim)
+        # 1 + w would not be the same in fewer bits.
+        weight_Hd = weight_Hd.float() if plus_one else weight_Hd
         places.put("self_attn.q_norm.weight", weight_Hd[0])
         places.put("self_attn.k_norm.weight", weight_Hd[num])
 
         def spread() -> None:
             weight_Hd[1:num] = weight_Hd[0].clone()
             weight_Hd[num + 1 :] = weight_Hd[num].clone()
+            if plus_one:
+                weight_Hd.add_(1.0)
 
         places.then(spread)
         return weight_Hd
