@@ -177,14 +177,15 @@ class Contracts:
     """What the engine may rely on; a model declares here what it cannot keep.
 
     Args:
-        paged: a sequence may begin with pages that another filled. Without it prompts share nothing, and the cache
-            forks whole slots.
+        paged: the samples of a prompt share the pages that it filled. Without it the cache forks whole slots.
+        prefixes: a prompt may begin with pages that another filled. Without it prompts share nothing.
         packed: each sequence of a batch gets the numbers it has alone. Without it sequences come one a call.
         batch_invariant: and the same bits, whatever else is in the batch. Without it an engine that is asked to be
             deterministic computes the blocks of different runs apart.
     """
 
     paged: bool = True
+    prefixes: bool = True
     packed: bool = True
     batch_invariant: bool = False
 

@@ -6,6 +6,7 @@ computes it has a file of the block's ``kind``.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -325,6 +326,28 @@ class ModelSpec:
     def ropes(self) -> dict[RopeName, RopeConfig]:
         """The rotations that its layers name."""
         return {"model": self.rope} if self.local_rope is None else {"model": self.rope, "local": self.local_rope}
+
+    @property
+    def state_elements(self) -> int:
+        """Elements that the cache takes for each sequence, however long, in all layers."""
+        caches = [layer.mixer.cache for layer in self.layers]
+        return sum(cache.num_elements for cache in caches if cache is not None and cache.kind == "state")
+
+    @cached_property
+    def cache_places(self) -> tuple[int, ...]:
+        """Of each layer, its number among those that keep the like of a sequence."""
+        counts: Counter[str] = Counter()
+        found: list[int] = []
+        for layer in self.layers:
+            kind = "none" if layer.mixer.cache is None else layer.mixer.cache.kind
+            found.append(counts[kind])
+            counts[kind] += 1
+        return tuple(found)
+
+    @property
+    def attentions(self) -> list[FullAttention]:
+        """Of the layers that have one, in their order."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, FullAttention)]
 
     def blocks(self) -> set[str]:
         """The kinds of its blocks."""

@@ -157,7 +157,7 @@ class SamplingScheduler:
                 return
             prompt = request.request.prompt
             # What is asked about a prompt is read off its hidden states, which no cache holds.
-            asks = request.request.asks_about_prompt or not self._model.contracts.paged
+            asks = request.request.asks_about_prompt or not self._model.contracts.prefixes
             found = [] if asks else self._prefixes.match(request.adapter, prompt)
             if not asks and self._follows(request, len(found)):
                 self._pool.release(found)
@@ -341,7 +341,7 @@ class SamplingScheduler:
 
     def _share(self, adapter: Adapter | None, tokens: list[int], slot: CacheSlot) -> None:
         """Leave the pages that are full of ``tokens`` to those whose prompt begins like that."""
-        if self._model.contracts.paged:
+        if self._model.contracts.prefixes:
             self._prefixes.insert(adapter, tokens, slot.pages)
 
     def _release(self, slot: CacheSlot) -> None:

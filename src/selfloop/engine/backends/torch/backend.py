@@ -9,7 +9,8 @@ from selfloop.engine.backends.torch.linear import Products, best_products
 from selfloop.engine.backends.torch.model import TorchModel
 from selfloop.engine.backends.torch.outline import outline
 from selfloop.engine.backends.torch.weights import load_weights, open_weights
-from selfloop.engine.models.spec import FullAttention, ModelSpec
+from selfloop.engine.models.gated_delta_net import GatedDeltaNet
+from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
 
 
@@ -29,11 +30,12 @@ class TorchBackend:
         absent = sorted(kind for kind in spec.blocks() if not has_block(kind))
         if absent:
             return Lacking(f"it has no {', '.join(absent)}")
-        mixers = [layer.mixer for layer in spec.layers]
-        attentions = [mixer for mixer in mixers if isinstance(mixer, FullAttention)]
-        heads = {(x.num_heads, x.num_kv_heads, x.head_dim, x.score_scale, x.softcap) for x in attentions}
-        if len(heads) != 1 or len(attentions) < len(mixers):
+        heads = {(x.num_heads, x.num_kv_heads, x.head_dim, x.score_scale, x.softcap) for x in spec.attentions}
+        if len(heads) != 1:
             return Lacking("its cache is for attention with heads that are alike in all layers")
+        recurrent = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, GatedDeltaNet)}
+        if len(recurrent) > 1:
+            return Lacking("its cache is for recurrent layers that are alike")
         return None
 
     def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> TorchModel:

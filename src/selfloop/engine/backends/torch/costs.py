@@ -13,12 +13,15 @@ from selfloop.engine.backends.device import default_train_budget
 from selfloop.engine.backends.torch.allocations import UNIT, Work, profile
 from selfloop.engine.backends.torch.attention import Attention, BatchInvariantAttention, PackedCausalAttention
 from selfloop.engine.backends.torch.blocked_attention import num_block_elements
+from selfloop.engine.backends.torch.delta_rule import DeltaInputs, delta_rule, kept_elements, scratch_elements
 from selfloop.engine.backends.torch.logprob import chunk_rows
+from selfloop.engine.backends.torch.recurrence import BatchInvariantRecurrence, Mixing, PackedRecurrence
 from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.spec import FullAttention, ModelSpec
+from selfloop.engine.models.gated_delta_net import GatedDeltaNet
+from selfloop.engine.models.spec import Block, FullAttention, ModelSpec
 
 # Queries and keys of the largest blocks of PyTorch's fused attention on a CPU.
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
@@ -34,7 +37,7 @@ class Profiled(Protocol):
     dtype: torch.dtype
 
     def layer(
-        self, index: int, h_TD: Tensor, rotations: Rotations, attention: Attention, adapters: AdapterBatch
+        self, index: int, h_TD: Tensor, rotations: Rotations, mixing: Mixing, adapters: AdapterBatch
     ) -> Tensor: ...
 
 
@@ -70,8 +73,7 @@ def ends_cost(
         weight_bytes: of the output layer, in such copies.
     """
     float_bytes = torch.float32.itemsize
-    attention = spec.layers[0].mixer
-    assert isinstance(attention, FullAttention)
+    attention = spec.attentions[0]
     hidden = spec.hidden_size * (2 * float_bytes + 3 * itemsize)
     heads = attention.head_dim * (4 * float_bytes + 2 * attention.num_kv_heads * itemsize)
     token = hidden + heads + 16 * torch.int64.itemsize
@@ -105,12 +107,13 @@ def _most(costs: list[Cost]) -> Cost:
 
 
 def _one_layer_costs(model: Profiled, index: int) -> LayerCosts:
-    scratch = _attention_scratch(model, index, num_blocks=2)
+    scratch = _mixer_scratch(model, index, num_blocks=2)
     between = Cost(model.spec.hidden_size * torch.float32.itemsize, 0, 0)
     forward, trained = profile(_forward_of_a_layer(model, index)), profile(_training_of_a_layer(model, index))
-    most, kept = Cost(*trained.most, 0), Cost(*trained.left, 0)
+    states = _states_kept(model.spec.layers[index].mixer)
+    most, kept = states + Cost(*trained.most, 0), states + Cost(*trained.left, 0)
     return LayerCosts(
-        between + Cost(*forward.most, 0) + _attention_scratch(model, index, num_blocks=1),
+        between + Cost(*forward.most, 0) + _mixer_scratch(model, index, num_blocks=1),
         kept,
         between + Cost(most.token - kept.token, most.rank - kept.rank, 0) + scratch,
         between,
@@ -164,11 +167,12 @@ def _layer_run(model: Profiled, index: int, units: int, rank: int) -> _LayerRun:
     long, short = UNIT // 3 * units, UNIT // 6 * units
     blocks = [[long, short], [short, long]]
     attention = BatchInvariantAttention([(sum(block), PackedCausalAttention(block)) for block in blocks])
+    mixing = Mixing(_Fused(attention), _Counted([sum(block) for block in blocks], blocks))
     adapters = AdapterBatch.batch_invariant([(sum(block), adapter) for block in blocks])
     positions_T = torch.cat([torch.arange(length) for length in attention.lengths]).to(device)
     rotations = model.rotaries(positions_T)
     h_TD = torch.zeros(UNIT * units, spec.hidden_size, device=device).requires_grad_()
-    return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotations, _Fused(attention), adapters))
+    return _LayerRun(h_TD, leaf_P, lambda: model.layer(index, h_TD, rotations, mixing, adapters))
 
 
 class _Fused:
@@ -181,9 +185,29 @@ class _Fused:
         return self._attention(layer, replace(spec, window=None, softcap=None), q_THd, k_TGd, v_TGd)
 
 
-def _attention_scratch(model: Profiled, index: int, num_blocks: int) -> Cost:
-    """What attention takes within itself: blocks of scores, and in the backward of their slopes."""
+class _Counted(BatchInvariantRecurrence):
+    """A recurrence whose rule goes over no token: what that takes is not counted but known."""
+
+    def __init__(self, sizes: list[int], lengths: list[list[int]]) -> None:
+        super().__init__([(size, PackedRecurrence(own)) for size, own in zip(sizes, lengths, strict=True)])
+
+    def delta(self, place: int, inputs: DeltaInputs) -> Tensor:
+        return delta_rule(inputs, [])
+
+
+def _states_kept(mixer: Block) -> Cost:
+    if not isinstance(mixer, GatedDeltaNet):
+        return Cost(0, 0, 0)
+    elements = kept_elements(mixer.num_value_heads, mixer.key_dim, mixer.value_dim)
+    return Cost(elements * torch.float32.itemsize, 0, 0)
+
+
+def _mixer_scratch(model: Profiled, index: int, num_blocks: int) -> Cost:
+    """What a mixer takes within itself: attention blocks of scores, and in the backward of their slopes."""
     attention = model.spec.layers[index].mixer
+    if isinstance(attention, GatedDeltaNet):
+        elements = scratch_elements(attention.num_value_heads, attention.key_dim, attention.value_dim)
+        return Cost(0, 0, elements * torch.float32.itemsize)
     assert isinstance(attention, FullAttention)
     if attention.window is not None or attention.softcap is not None:
         # Float32 copies of what goes in and comes out, in the backward of the slopes, too; scores and their weights.

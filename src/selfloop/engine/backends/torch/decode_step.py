@@ -13,12 +13,13 @@ from torch import Tensor
 from selfloop.engine.backends.base import Varlen
 from selfloop.engine.backends.torch.blocks.base import float32
 from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.backends.torch.recurrence import Recurrence
 from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.step_adapters import SharedAdapter, StackedAdapters, StepAdapters
 from selfloop.engine.backends.torch.weights import BaseWeights, LayerWeights
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
-from selfloop.engine.models.spec import FullAttention, ModelSpec
+from selfloop.engine.models.spec import ModelSpec
 
 
 class StepAttention(Protocol):
@@ -48,12 +49,19 @@ class _LayerStep:
 
     step: "DecodeStep"
     index: int
+    place: int
     rotations: Rotations
     attention: StepAttention
+    rows: Recurrence | None
     adapters: StepAdapters | None
 
+    @property
+    def recurrence(self) -> Recurrence:
+        assert self.rows is not None
+        return self.rows
+
     def attend(self, qkv_BHd: Tensor) -> Tensor:
-        return self.attention(self.index, qkv_BHd)
+        return self.attention(self.place, qkv_BHd)
 
     def project(self, group: int, linear: FrozenLinear, x_BI: Tensor) -> Tensor:
         low_BI = x_BI.to(self.step.dtype)
@@ -83,21 +91,20 @@ class DecodeStep:
         self._norms = [_Norms.of(layer) for layer in weights.layers]
         self._final_norm = float32(weights.final_norm_D)
         self._eps = torch.tensor(spec.final_norm_eps, device=self._device)
-        attention = spec.layers[0].mixer
-        assert isinstance(attention, FullAttention)
+        attention = spec.attentions[0]
         # Queries are scaled as they are rotated.
         scales = [attention.score_scale] * attention.num_heads + [1.0] * attention.num_kv_heads
         self._scale_H11 = torch.tensor(scales, device=self._device)[:, None, None]
         self._shared: tuple[Adapter, SharedAdapter] | None = None
         self._stacked: StackedAdapters | None = None
 
-    def forward(self, batch: Varlen, attention: StepAttention, lora: AdapterBatch) -> Tensor:
+    def forward(self, batch: Varlen, attention: StepAttention, rows: Recurrence | None, lora: AdapterBatch) -> Tensor:
         """h_BD in the compute dtype; rows of one adapter stand together."""
         adapters = self._adapters(lora.of_rows(len(batch.lengths)))
         h_BD = self._weights.embedded(batch.tokens_T, self._spec.embedding_scale)
         rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
-            at = _LayerStep(self, index, rotations, attention, adapters)
+            at = _LayerStep(self, index, self._spec.cache_places[index], rotations, attention, rows, adapters)
             norms = self._norms[index]
             y_BD = layer.mixer.step(self._normed(h_BD, norms.mixer_D), at)
             h_BD += self._normed(y_BD, norms.mixer_post_D)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfloop.engine.backends.base import Cache, Contracts, Costs, Draw, Row, Scores, Varlen
 from selfloop.engine.backends.cpu_native.draw import draw
-from selfloop.engine.backends.torch.attention import Attention, packed_attention
+from selfloop.engine.backends.torch.attention import packed_attention
 from selfloop.engine.backends.torch.cache import TorchCache
 from selfloop.engine.backends.torch.cached_attention import PrefillAttention
 from selfloop.engine.backends.torch.costs import costs_of
@@ -18,6 +18,7 @@ from selfloop.engine.backends.torch.decode_step import DecodeStep
 from selfloop.engine.backends.torch.linear import FrozenLinear, Products
 from selfloop.engine.backends.torch.logprob import HeadAdapter, score
 from selfloop.engine.backends.torch.norm import rms_norm
+from selfloop.engine.backends.torch.recurrence import Mixing, Recurrence, packed_recurrence
 from selfloop.engine.backends.torch.rotary import Rotaries, Rotations
 from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter
@@ -33,12 +34,18 @@ class LayerRun:
     """One layer of a pass: what its blocks ask for."""
 
     index: int
+    place: int
     rotations: Rotations
-    attention: Attention
+    mixing: Mixing
     adapters: AdapterBatch
 
+    @property
+    def recurrence(self) -> Recurrence:
+        assert self.mixing.rows is not None
+        return self.mixing.rows
+
     def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return self.attention(self.index, spec, q_THd, k_TGd, v_TGd)
+        return self.mixing.attention(self.place, spec, q_THd, k_TGd, v_TGd)
 
     def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
         adapters = self.adapters
@@ -56,11 +63,12 @@ class LayerRun:
 class TorchModel:
     """Pre-norm decoder of the spec's blocks, low-rank adapters added to every adaptable projection."""
 
-    contracts = Contracts()
-
     def __init__(self, spec: ModelSpec, weights: BaseWeights) -> None:
         assert len(weights.layers) == spec.num_layers
         self.spec = spec
+        # What a recurrent layer knows of a prompt lies in no page.
+        self.is_recurrent = spec.state_elements > 0
+        self.contracts = Contracts(prefixes=not self.is_recurrent)
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
@@ -72,22 +80,23 @@ class TorchModel:
 
     def forward(self, batch: Varlen, lora: AdapterBatch, *, recompute: bool = False) -> Tensor:
         """h_TD in the compute dtype; between layers it is float32."""
-        return self._forward(batch, packed_attention(batch.lengths, lora.blocks), lora, recompute=recompute)
+        rows = packed_recurrence(batch.lengths, lora.blocks) if self.is_recurrent else None
+        mixing = Mixing(packed_attention(batch.lengths, lora.blocks), rows)
+        return self._forward(batch, mixing, lora, recompute=recompute)
 
     def forward_cached(self, batch: Varlen, cache: Cache, lora: AdapterBatch) -> Tensor:
         assert isinstance(cache, TorchCache)
         if not batch.slots[0].grows:
-            return self._forward(batch, PrefillAttention(cache.rows, batch, self.device), lora, recompute=False)
+            attention = PrefillAttention(cache.rows, batch, self.device)
+            return self._forward(batch, Mixing(attention, cache.prefill_recurrence(batch)), lora, recompute=False)
         if self._decode_step is None:
             self._decode_step = DecodeStep(self.spec, self.weights, self.rotaries)
-        return self._decode_step.forward(batch, cache.step_attention(batch), lora)
+        return self._decode_step.forward(batch, cache.step_attention(batch), cache.step_recurrence(batch), lora)
 
-    def layer(
-        self, index: int, h_TD: Tensor, rotations: Rotations, attention: Attention, adapters: AdapterBatch
-    ) -> Tensor:
+    def layer(self, index: int, h_TD: Tensor, rotations: Rotations, mixing: Mixing, adapters: AdapterBatch) -> Tensor:
         """One layer: float32 h_TD in and out."""
         spec, layer = self.spec.layers[index], self.weights.layers[index]
-        at = LayerRun(index, rotations, attention, adapters)
+        at = LayerRun(index, self.spec.cache_places[index], rotations, mixing, adapters)
         y_TD = layer.mixer(self._normed(h_TD, layer.mixer_norm_D, spec.norms[0]), at)
         h_TD = h_TD + self._normed(y_TD, layer.mixer_post_norm_D, spec.post_norms[0])
         y_TD = layer.feed_forward(self._normed(h_TD, layer.feed_forward_norm_D, spec.norms[1]), at)
@@ -113,15 +122,15 @@ class TorchModel:
             self._costs = costs_of(self)
         return self._costs
 
-    def _forward(self, batch: Varlen, attention: Attention, lora: AdapterBatch, *, recompute: bool) -> Tensor:
+    def _forward(self, batch: Varlen, mixing: Mixing, lora: AdapterBatch, *, recompute: bool) -> Tensor:
         rotations = self.rotaries(batch.positions_T)
         h_TD = self.weights.embedded(batch.tokens_T, self.spec.embedding_scale)
         for index in range(self.spec.num_layers):
             if recompute:
-                rest = (h_TD, rotations, attention, lora)
+                rest = (h_TD, rotations, mixing, lora)
                 h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_TD = self.layer(index, h_TD, rotations, attention, lora)
+                h_TD = self.layer(index, h_TD, rotations, mixing, lora)
         return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps).to(self.dtype)
 
     def _normed(self, x_TD: Tensor, weight_D: Tensor | None, norm: Norm | None) -> Tensor:

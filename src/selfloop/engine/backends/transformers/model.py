@@ -29,7 +29,7 @@ class TransformersModel:
         self.findings = findings
         self.device = head.linear.plain().device
         self.dtype = dtype
-        self.contracts = Contracts(paged=False, packed=findings.layout != "alone")
+        self.contracts = Contracts(paged=False, prefixes=False, packed=findings.layout != "alone")
         self.computed_by = f"transformers {transformers.__version__} ({name}), {findings.layout}"
         self._costs: Costs | None = None
 

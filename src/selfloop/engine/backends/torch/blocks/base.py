@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.places import Places
+from selfloop.engine.backends.torch.recurrence import Recurrence
 from selfloop.engine.backends.torch.rotary import Rotations
 from selfloop.engine.models.spec import Block, FullAttention
 
@@ -28,6 +29,16 @@ class LayerPass(Protocol):
 
     def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Rotated queries and keys, values -> (T, H, head_dim)."""
+        ...
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """How the rows follow one another, for a layer with a state."""
+        ...
+
+    @property
+    def place(self) -> int:
+        """The layer's number among those that keep the like of a sequence."""
         ...
 
     def in_blocks(self, act: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
@@ -50,6 +61,12 @@ class LayerStep(Protocol):
     def attend(self, qkv_BHd: Tensor) -> Tensor:
         """(B, H + 2G, head_dim) rotated, queries scaled -> (B, H * head_dim)."""
         ...
+
+    @property
+    def recurrence(self) -> Recurrence: ...
+
+    @property
+    def place(self) -> int: ...
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm with the model's epsilon, in float32."""
