@@ -197,6 +197,22 @@ def _meaning(parameter: Any) -> str:
     return f"{text} On by default." if default is True else f"{text} Default: `{default}`."
 
 
+def families() -> str:
+    """How far each family's numbers are from those of transformers and PEFT; ``tests/family_parity.py`` measured it."""
+    names = ("logits", "loss", "gradients", "cached", "together")
+    rows = ["| `model_type` | computed by | logits | loss | gradients | cached | two runs | greedy |"]
+    rows.append(f"| {' | '.join(['---'] * 8)} |")
+    measured: dict[str, dict[str, Any]] = json.loads((DOCS / "family_parity.json").read_text(encoding="utf-8"))
+    for family, found in measured.items():
+        if "refused" in found:
+            rows.append(f"| `{family}` | refused: {found['refused']} | {'| ' * 6}")
+            continue
+        numbers = [f"{found[name]:.0e}" if found[name] else "0" for name in names]
+        same = "same" if found["greedy"] else "others"
+        rows.append(f"| `{family}` | {found['computed_by']} | {' | '.join(numbers)} | {same} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "routes": routes,
     "methods": methods,
@@ -204,6 +220,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "commands": commands,
     "options": options,
+    "families": families,
 }
 FILES: dict[Path, Callable[[], str]] = {DOCS.parent / "deploy" / "selfloop.toml": example_settings}
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_weights import read_weights, weight_paths
-from selfloop.types.transformers_models import why_unknown
+from selfloop.types.transformers_models import context_of, why_unknown
 
 T = TypeVar("T")
 
@@ -204,6 +204,7 @@ def _read_config(path: Path) -> _Config:
         if unknown is not None:
             known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
             raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")
+        config.max_position_embeddings = context_of(_decode(file, dict[str, Any])) or 0
     if config.quantization_config:
         raise _refusal(f"{path} holds quantized weights; bfloat16, float16 or float32 ones are needed")
     if config.vocab_size < 1 or config.max_position_embeddings < 1:

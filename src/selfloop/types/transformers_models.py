@@ -9,15 +9,20 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from selfloop.types.safetensors_header import StoredTensor
 
 _LIST, _LIST_FILE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", Path("models/auto/modeling_auto.py")
 _MATRIX = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
-# Routers choose experts, and stay as they are. A matrix for each expert sees some of the tokens only.
-_FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts"})
+# Routers choose experts, and indexers what attention reads: these stay as they are. A matrix for each expert sees some
+# of the tokens only.
+_FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts", "indexer"})
 _FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d?)([._]|$)")
+
+
+# Two names of the one number.
+_CONTEXT = ("max_position_embeddings", "model_max_length")
 
 
 class StoredProjection(NamedTuple):
@@ -63,6 +68,24 @@ def why_unknown(model_type: str, *, has_own_code: bool, nests_text: bool) -> str
     if known is None:
         return f"model type {model_type!r} is not supported, and transformers, which may know it, is not installed"
     return f"model type {model_type!r} is not supported, and no causal language model of transformers"
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """How many positions a ``config.json`` says that its model has; None where it does not.
+
+    The long factors of ``longrope`` hold for a whole batch as soon as one sequence of it passes the original context:
+    beyond that a sequence has not the numbers that it has alone, nor a cache those of the whole. So that is the limit.
+    """
+    context = next((config[name] for name in _CONTEXT if isinstance(config.get(name), int)), None)
+    rope: object = config.get("rope_parameters") or config.get("rope_scaling")
+    if context is None or not isinstance(rope, dict):
+        return context
+    found = cast("dict[str, object]", rope)
+    if "longrope" not in (found.get("rope_type"), found.get("type")):
+        return context
+    name = "original_max_position_embeddings"
+    original = found.get(name, config.get(name))
+    return min(context, original) if isinstance(original, int) else context
 
 
 def stored_projections(tensors: Mapping[str, StoredTensor], num_layers: int | None) -> list[StoredProjection]:

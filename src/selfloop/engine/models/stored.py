@@ -14,7 +14,7 @@ from selfloop.engine.models.rope import RopeConfig
 from selfloop.engine.models.spec import LayerSpec, ModelSpec, Projection, ProjectionGroup, Shapes
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_weights import EMBEDDING, HEAD, read_weights
-from selfloop.types.transformers_models import num_stored_layers, stored_projections, why_unknown
+from selfloop.types.transformers_models import context_of, num_stored_layers, stored_projections, why_unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def read_stored_spec(model_dir: Path, raw: Mapping[str, Any], generation: Mappin
         raise model_invalid(unknown)
     if raw.get("quantization_config") is not None:
         raise model_invalid("quantized base weights are not supported")
-    if "max_position_embeddings" not in raw:
+    context = context_of(raw)
+    if context is None:
         raise model_invalid("config.json lacks ['max_position_embeddings']")
     try:
         weights = read_weights(model_dir, tie=bool(raw.get("tie_word_embeddings", True)))
@@ -97,7 +98,7 @@ def read_stored_spec(model_dir: Path, raw: Mapping[str, Any], generation: Mappin
         final_norm_eps=math.nan,
         tied=HEAD not in weights.tensors,
         rope=_UNKNOWN_ROPE,
-        context=read_size("max_position_embeddings", raw["max_position_embeddings"]),
+        context=read_size("max_position_embeddings", context),
         eos_token_ids=end_tokens(generation) or end_tokens(raw),
         folder=model_dir,
         stored=tuple((name, tensor.shape) for name, tensor in weights.tensors.items()),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from selfloop.engine.backends.torch.linear import FrozenLinear
+from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear
 from selfloop.engine.models.stored import StoredSpec
@@ -27,6 +28,7 @@ class AdapterPlaces:
         """Raises OperationFailed: what the spec calls a matrix is no plain linear layer of the model."""
         self._lora: AdapterBatch | None = None
         self._num_rows = 0
+        self._of_sequences: list[Adapter | None] | None = None
         self._recomputes = False
         self.seen: set[str] = set()
         """Layers that a pass has come through since this was cleared."""
@@ -43,20 +45,35 @@ class AdapterPlaces:
 
     def _take(self, layer: nn.Module, path: str, name: str, index: int, group: int) -> None:
         linear: Any = _submodule(layer, path)
+        if linear is None:
+            # PEFT would not find an adapter by the stored name.
+            raise model_invalid(f"{name} is stored under a name that no module of transformers has")
         if type(linear) is not nn.Linear:
             raise model_invalid(f"{name} is no plain linear layer in transformers ({type(linear).__name__})")
         frozen = frozen_linear(linear)
 
         def forward(x: Tensor) -> Tensor:
             x_TI = x.reshape(-1, x.shape[-1])
-            if x_TI.shape[0] != self._num_rows:
-                raise model_invalid(f"{name} sees {x_TI.shape[0]} rows of {self._num_rows} tokens: it takes no adapter")
+            lora = self._lora_of(x, name)
             self.seen.add(name)
-            segments = [] if self._lora is None else self._lora.at(index, group)
+            segments = [] if lora is None else lora.at(index, group)
             return lora_linear(x_TI, frozen, segments).view(*x.shape[:-1], -1)
 
         setattr(linear, _FORWARD, forward)
         self.names.add(name)
+
+    def _lora_of(self, x: Tensor, name: str) -> AdapterBatch | None:
+        """The adapters of a layer's rows: one a token; or, of what the cache holds in a latent form, one a key.
+
+        Raises OperationFailed: it is not clear which rows are whose.
+        """
+        num_rows = x.numel() // x.shape[-1]
+        if num_rows == self._num_rows:
+            return self._lora
+        sequences = self._of_sequences
+        if sequences is None or x.dim() < 3 or x.shape[0] != len(sequences):
+            raise model_invalid(f"{name} sees {num_rows} rows of {self._num_rows} tokens: it takes no adapter")
+        return AdapterBatch.of([(num_rows // len(sequences), adapter) for adapter in sequences])
 
     def _make_recomputable(self, layer: nn.Module) -> None:
         original: Callable[..., Any] = layer.forward
@@ -77,15 +94,26 @@ class AdapterPlaces:
         layer.forward = forward
 
     @contextmanager
-    def of(self, lora: AdapterBatch, num_rows: int, *, recompute: bool = False) -> Generator[None]:
-        """Passes meanwhile are of so many rows, padding included, through these adapters."""
-        before = self._lora, self._num_rows, self._recomputes
-        self._lora, self._num_rows = lora, num_rows
+    def of(
+        self,
+        lora: AdapterBatch,
+        num_rows: int,
+        *,
+        recompute: bool = False,
+        of_sequences: list[Adapter | None] | None = None,
+    ) -> Generator[None]:
+        """Passes meanwhile are of so many rows, padding included, through these adapters.
+
+        Args:
+            of_sequences: the adapter of each row of a batch (B, N) that reads a cache.
+        """
+        before = self._lora, self._num_rows, self._recomputes, self._of_sequences
+        self._lora, self._num_rows, self._of_sequences = lora, num_rows, of_sequences
         self._recomputes = recompute and torch.is_grad_enabled()
         try:
             yield
         finally:
-            self._lora, self._num_rows, self._recomputes = before
+            self._lora, self._num_rows, self._recomputes, self._of_sequences = before
 
 
 def frozen_linear(linear: Any) -> FrozenLinear:

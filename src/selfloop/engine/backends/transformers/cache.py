@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -30,6 +31,7 @@ from selfloop.types.errors import OperationFailed
 
 _KNOWN = {
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -78,10 +80,13 @@ class _NoPages:
 
 
 class TransformersCache:
-    """Room for ``num_tokens`` of all sequences, as a count."""
+    """Room for ``num_tokens`` of all sequences, as a count; without ``padded`` only like lengths decode together."""
 
-    def __init__(self, config: PreTrainedConfig, num_tokens: int, token_bytes: int, state_bytes: int) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, num_tokens: int, token_bytes: int, state_bytes: int, *, padded: bool
+    ) -> None:
         self._config = config
+        self._shortest = _SHORTEST if padded else 1.0
         self.pool = PagePool(_NoPages(storage_pages(num_tokens)))
         self.num_bytes = round(num_tokens * token_bytes / _SHORTEST) + _NUM_STATES * state_bytes
         self._rows: WeakKeyDictionary[CacheSlot, _Row] = WeakKeyDictionary()
@@ -113,7 +118,7 @@ class TransformersCache:
         left, parts = set(range(len(slots))), list[list[int]]()
         while left:
             longest = max(lengths[index] for index in left)
-            part = sorted(index for index in left if lengths[index] >= _SHORTEST * longest)
+            part = sorted(index for index in left if lengths[index] >= self._shortest * longest)
             parts.append(part)
             left.difference_update(part)
         return sorted(parts)
@@ -159,7 +164,13 @@ def _keys(layer: Any) -> list[Tensor]:
         return []
     assert layer.keys is not None
     assert layer.values is not None
-    return [layer.keys, layer.values]
+    return [layer.keys, layer.values, *_indexer_keys(layer)]
+
+
+def _indexer_keys(layer: Any) -> list[Tensor]:
+    """Of a sparse attention, (B, L, d), by which it chooses what it reads."""
+    keys = layer.indexer_keys if isinstance(layer, DynamicIndexedLayer) else None
+    return [] if keys is None else [keys]
 
 
 def _states(layer: Any) -> list[Tensor]:
@@ -177,6 +188,12 @@ def _merge(rows: list[_Row], into: DynamicCache) -> Group:
         sources = [row.group.cache.layers[number] for row in rows]
         if isinstance(layer, DynamicLayer) and _keys(sources[0]):
             _merge_keys(layer, sources, rows, lengths, width)
+        if isinstance(layer, DynamicIndexedLayer) and _indexer_keys(sources[0]):
+            parts = [source.indexer_keys[row.index] for source, row in zip(sources, rows, strict=True)]
+            kept = [part[part.shape[0] - length :] for part, length in zip(parts, lengths, strict=True)]
+            keys_BLd = torch.stack([F.pad(part, (0, 0, width - part.shape[0], 0)) for part in kept])
+            layer.lazy_initialization_indexer(keys_BLd)
+            layer.indexer_keys = keys_BLd
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             _merge_states(layer, sources, rows)
     return Group(into, lengths, width)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from selfloop.engine.backends.base import Scores
 from selfloop.engine.backends.torch.linear import FrozenLinear
@@ -79,12 +78,7 @@ class ModelHead:
     def _own(self, h_ND: Tensor) -> Tensor:
         """By the model's own forward, which finds these hidden states where its decoder's would be."""
         decoder = self._causal.model
-        found: Any = h_ND[None]
-
-        def forward(*_args: Any, **_kwargs: Any) -> MoeModelOutputWithPast:
-            return MoeModelOutputWithPast(last_hidden_state=found)
-
-        decoder.forward = forward
+        decoder.forward = lambda *_args, **_kwargs: _HiddenStates(h_ND[None])
         try:
             ids_1N = torch.zeros(1, h_ND.shape[0], dtype=torch.int64, device=h_ND.device)
             return self._causal(input_ids=ids_1N, use_cache=False).logits[0].float()
@@ -114,6 +108,20 @@ class ModelHead:
         h_ND = torch.randn(_NUM_PROBED, weight_VD.shape[1], generator=torch.Generator().manual_seed(0))
         h_ND = (8 * h_ND).to(weight_VD)
         return torch.equal(self._own(h_ND), self.linear.in_float32(h_ND))
+
+
+class _HiddenStates:
+    """In place of what a decoder returns: the hidden states (1, N, D), and None for all else that a head passes on."""
+
+    def __init__(self, h_1ND: Tensor) -> None:
+        self.last_hidden_state = h_1ND
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        assert index == 0, "a head reads hidden states only"
+        return self.last_hidden_state
 
 
 class _InFloat32(torch.autograd.Function):

@@ -63,10 +63,11 @@ class TransformersModel:
         return draw(logits_BV, rows, num_tokens)
 
     def make_cache(self, num_tokens: int | None) -> TransformersCache:
-        token_bytes = max(1, self.findings.token_bytes)
+        findings, token_bytes = self.findings, max(1, self.findings.token_bytes)
         if num_tokens is None:
             num_tokens = default_kv_tokens(token_bytes, self.spec.context, self.device)
-        return TransformersCache(self.passes.config, num_tokens, token_bytes, self.findings.state_bytes)
+        config = self.passes.config
+        return TransformersCache(config, num_tokens, token_bytes, findings.state_bytes, padded=findings.pads)
 
     def costs(self) -> Costs:
         if self._costs is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
@@ -44,11 +44,17 @@ class Passes:
         """The decoder's weights."""
         return self._decoder.parameters()
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The decoder's parts."""
+        return self._decoder.modules()
+
     def hidden(
         self, inputs: Inputs, lora: AdapterBatch, cache: DynamicCache | None = None, *, recompute: bool = False
     ) -> Tensor:
         """h (B, N, D); ``lora`` counts the B * N rows."""
-        with self.places.of(lora, inputs.ids_BN.numel(), recompute=recompute):
+        num_rows, width = inputs.ids_BN.numel(), inputs.ids_BN.shape[1]
+        of_sequences = None if cache is None else lora.of_rows(num_rows)[::width]
+        with self.places.of(lora, num_rows, recompute=recompute, of_sequences=of_sequences):
             out = self._decoder(
                 input_ids=inputs.ids_BN,
                 position_ids=inputs.positions_BN,

@@ -6,6 +6,8 @@ those of the sequence alone, that layout is not used.
 """
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from selfloop.types.lora import LoraTargets
 log = logging.getLogger("selfloop.engine")
 
 _LENGTHS = (7, 13, 5)
+# Attributes that hold a position from which on attention is scaled, by places in the batch and not by position ids.
+_FROM_POSITION, _EARLY = ("floor_scale",), 3
 _ADAPTED = 1
 _RANK, _SPREAD = 2, 0.05
 # Of the root of the mean square of hidden states. A recurrence that leaks differs by 1e-2 and more.
@@ -39,12 +43,14 @@ class Findings(NamedTuple):
     Args:
         layout: of several sequences in one pass.
         continues: whether a prompt's part can follow another through the cache.
+        pads: whether sequences of several lengths can take their steps together, the shorter ones padded.
         token_bytes: what the cache takes for each token.
         state_bytes: and for each sequence besides.
     """
 
     layout: Layout
     continues: bool
+    pads: bool
     token_bytes: int
     state_bytes: int
 
@@ -55,8 +61,26 @@ def self_test(spec: StoredSpec, passes: Passes, dtype: torch.dtype, device: torc
     Raises:
         OperationFailed: it is no causal model, adapters do not go where they should, or its cache is not exact.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _within_reach(passes):
         return _SelfTest(spec, passes, dtype, device).run()
+
+
+@contextmanager
+def _within_reach(passes: Passes) -> Generator[None]:
+    """What a model does from some position on, it does meanwhile from the first few on: the test is of short ones."""
+    before = [
+        (module, name, getattr(module, name))
+        for module in passes.modules()
+        for name in _FROM_POSITION
+        if isinstance(getattr(module, name, None), int)
+    ]
+    for module, name, _ in before:
+        setattr(module, name, _EARLY)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 class _SelfTest:
@@ -78,13 +102,13 @@ class _SelfTest:
         self._check_causal(alone[0])
         self._bound = max(self._bound, _NOISES * self._noise(alone[_ADAPTED]))
         layout, why = self._layout(alone)
-        continues = self._check_cache(alone)
+        continues, pads = self._check_cache(alone)
         short, longer = (self._prompt(0, num) for num in (_LENGTHS[0] - 1, _LENGTHS[0]))
         token_bytes, state_bytes = cache_bytes(short.cache, longer.cache, 1)
         log.info("self-test of %s: %s: %s", self._name, layout, why)
         if not continues:
             log.info("self-test of %s: parts of a prompt do not go on: each is read from its start", self._name)
-        return Findings(layout, continues, token_bytes, state_bytes)
+        return Findings(layout, continues, pads, token_bytes, state_bytes)
 
     def _layout(self, alone: list[Tensor]) -> tuple[Layout, str]:
         why = ""
@@ -130,30 +154,42 @@ class _SelfTest:
 
     def _noise(self, longer_ND: Tensor) -> float:
         """How far the numbers of a sequence are from those it has as the start of a longer one: all of it rounding."""
-        own_N = self._tokens[_ADAPTED]
-        num = own_N.shape[0] // 2
-        lora = AdapterBatch.of([(num, self._adapter)])
-        return _distance(self._passes.whole("alone", Varlen.whole(own_N[:num], [num]), lora), longer_ND[:num])
+        num = _LENGTHS[_ADAPTED] // 2
+        return _distance(self._start(_ADAPTED, num), longer_ND[:num])
 
-    def _check_cache(self, alone: list[Tensor]) -> bool:
-        """Whether prompts can be read in parts; raises OperationFailed where even a single token goes wrong."""
-        config = self._passes.config
-        cache = TransformersCache(config, sum(_LENGTHS), 1, 0)
-        slots = [CacheSlot([], grows=True) for _ in _LENGTHS]
-        for index, slot in enumerate(slots):
-            cache.replace(slot, self._prompt(index, _LENGTHS[index] - 1))
-        group = cache.together(slots)
-        last_B = torch.stack([tokens[-1] for tokens in self._tokens])
-        lora = AdapterBatch.of([(1, self._adapter_of(index)) for index in range(len(_LENGTHS))])
-        h_BD = self._passes.step(last_B, group, lora)
-        expected_BD = torch.stack([self._whole("alone", [index])[-1] for index in range(len(_LENGTHS))])
-        if (distance := _distance(h_BD, expected_BD)) > self._bound:
-            raise model_invalid(f"decoding {self._name} through its cache differs from the whole by {distance:.1e}")
+    def _check_cache(self, alone: list[Tensor]) -> tuple[bool, bool]:
+        """Whether prompts can be read in parts, and whether steps of unlike lengths can be padded.
+
+        Raises OperationFailed where not even sequences of one length decode together.
+        """
+        pads = (distance := self._decoded(list(_LENGTHS))) <= self._bound
+        if not pads:
+            log.info("self-test of %s: steps that are padded differ from the whole by %.1e", self._name, distance)
+            if (distance := self._decoded([min(_LENGTHS)] * len(_LENGTHS))) > self._bound:
+                raise model_invalid(f"decoding {self._name} through its cache differs from the whole by {distance:.1e}")
         longest = _LENGTHS.index(max(_LENGTHS))
         begun = self._prompt(longest, _LENGTHS[longest] // 2)
         rest_N = self._tokens[longest][_LENGTHS[longest] // 2 :]
         h_ND = self._passes.read(rest_N, begun, self._adapter_of(longest))
-        return _distance(h_ND, alone[longest][-rest_N.shape[0] :]) <= self._bound
+        return _distance(h_ND, alone[longest][-rest_N.shape[0] :]) <= self._bound, pads
+
+    def _decoded(self, lengths: list[int]) -> float:
+        """How far the last of so many tokens of each sequence, in one step together, is from the whole sequence's."""
+        cache = TransformersCache(self._passes.config, sum(lengths), 1, 0, padded=True)
+        slots = [CacheSlot([], grows=True) for _ in lengths]
+        for index, slot in enumerate(slots):
+            cache.replace(slot, self._prompt(index, lengths[index] - 1))
+        group = cache.together(slots)
+        last_B = torch.stack([tokens[n - 1] for tokens, n in zip(self._tokens, lengths, strict=True)])
+        lora = AdapterBatch.of([(1, self._adapter_of(index)) for index in range(len(lengths))])
+        h_BD = self._passes.step(last_B, group, lora)
+        expected = [self._start(index, num)[-1] for index, num in enumerate(lengths)]
+        return _distance(h_BD, torch.stack(expected))
+
+    def _start(self, index: int, num: int) -> Tensor:
+        """h_ND of a sequence's first tokens, alone."""
+        lora = AdapterBatch.of([(num, self._adapter_of(index))])
+        return self._passes.whole("alone", Varlen.whole(self._tokens[index][:num], [num]), lora)
 
     def _prompt(self, index: int, num: int) -> Group:
         group = Group(new_cache(self._passes.config), [0], 0)
