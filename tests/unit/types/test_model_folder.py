@@ -102,6 +102,25 @@ def test_refused_configs(folder: Path, change: dict[str, object], reason: str):
     assert reason in refused(folder)
 
 
+_LONG = {"short_factor": [1.0], "long_factor": [4.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "context"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": None, "model_max_length": 48}, 48),
+        ({"rope_scaling": {"type": "longrope", **_LONG}, "original_max_position_embeddings": 16}, 16),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16, **_LONG}}, 16),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 64),
+    ],
+)
+def test_a_context_ends_where_a_batch_would_change_its_sequences(folder: Path, change: dict[str, object], context: int):
+    config = {**CONFIG, "model_type": "phi3", "max_position_embeddings": 64, **change}
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value}))
+    assert model_folder.read_facts(folder).max_position_embeddings == context
+
+
 def test_missing_parts_are_named(folder: Path):
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer" in refused(folder)

@@ -189,11 +189,7 @@ def _merge(rows: list[_Row], into: DynamicCache) -> Group:
         if isinstance(layer, DynamicLayer) and _keys(sources[0]):
             _merge_keys(layer, sources, rows, lengths, width)
         if isinstance(layer, DynamicIndexedLayer) and _indexer_keys(sources[0]):
-            parts = [source.indexer_keys[row.index] for source, row in zip(sources, rows, strict=True)]
-            kept = [part[part.shape[0] - length :] for part, length in zip(parts, lengths, strict=True)]
-            keys_BLd = torch.stack([F.pad(part, (0, 0, width - part.shape[0], 0)) for part in kept])
-            layer.lazy_initialization_indexer(keys_BLd)
-            layer.indexer_keys = keys_BLd
+            _merge_indexer(layer, sources, rows, lengths, width)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             _merge_states(layer, sources, rows)
     return Group(into, lengths, width)
@@ -213,6 +209,18 @@ def _merge_keys(layer: DynamicLayer, sources: list[Any], rows: list[_Row], lengt
     layer.keys, layer.values = merged
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = width
+
+
+def _merge_indexer(
+    layer: DynamicIndexedLayer, sources: list[Any], rows: list[_Row], lengths: list[int], width: int
+) -> None:
+    own: list[Tensor] = []
+    for source, row, length in zip(sources, rows, lengths, strict=True):
+        (keys_BLd,) = _indexer_keys(source)
+        own.append(F.pad(keys_BLd[row.index, keys_BLd.shape[1] - length :], (0, 0, width - length, 0)))
+    merged = torch.stack(own)
+    layer.lazy_initialization_indexer(merged)
+    layer.indexer_keys = merged
 
 
 def _merge_states(layer: LinearAttentionCacheLayerMixin, sources: list[Any], rows: list[_Row]) -> None:

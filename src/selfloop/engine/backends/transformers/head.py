@@ -78,7 +78,11 @@ class ModelHead:
     def _own(self, h_ND: Tensor) -> Tensor:
         """By the model's own forward, which finds these hidden states where its decoder's would be."""
         decoder = self._causal.model
-        decoder.forward = lambda *_args, **_kwargs: _HiddenStates(h_ND[None])
+
+        def forward(*_args: Any, **_kwargs: Any) -> _HiddenStates:
+            return _HiddenStates(h_ND[None])
+
+        decoder.forward = forward
         try:
             ids_1N = torch.zeros(1, h_ND.shape[0], dtype=torch.int64, device=h_ND.device)
             return self._causal(input_ids=ids_1N, use_cache=False).logits[0].float()
