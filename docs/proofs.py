@@ -135,11 +135,11 @@ def of_routes(routes: Iterable[str], *patterns: str) -> dict[str, list[str]]:
     for route in routes:
         parts = re.split(r"(\{[^}]*\})", route.partition(" ")[2])
         pieces = [re.escape(part) if i % 2 == 0 else _WITH_SLASHES.get(part, r"[^/?]+") for i, part in enumerate(parts)]
-        tails = ["".join(pieces), *("".join(pieces[i:]) for i in range(2, len(pieces)) if _is_telling(parts[i:]))]
+        tails = ["".join(pieces), *("".join(pieces[i:]) for i in range(2, len(pieces)) if _is_distinctive(parts[i:]))]
         shape = re.compile(rf"^(\{{\}})?({'|'.join(tails)})(\?.*)?$")
         found[route] = [t.label for t in tests if any(shape.match(text) for text in t.texts)]
     return found
 
 
-def _is_telling(parts: list[str]) -> bool:
+def _is_distinctive(parts: list[str]) -> bool:
     return parts[0].startswith("/") and len([p for p in "".join(parts).split("/") if p]) >= 2

@@ -11,6 +11,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
+import backend_counts
 import stores
 from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
 
@@ -21,13 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The shapes that losses declare are checked in every call.
 jaxtyping.install_import_hook("selfloop.engine.losses", "checked_types.checked")
 
-# How long an example takes depends on the machine, not of us.
+# How long an example takes depends on the machine, not on us.
 hypothesis.settings.register_profile("selfloop", deadline=None)
 hypothesis.settings.load_profile("selfloop")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say by which path this CPU computed; of those that it has none is skipped in silence (tests/numerics)."""
+    """Say which backends were tried and by which path this CPU computed: what it lacks is not skipped in silence."""
+    if (tried := backend_counts.line(terminalreporter.stats)) is not None:
+        terminalreporter.write_line(tried)
     if os.environ.get("CI") or "torch" in sys.modules:
         program = (
             "from selfloop.engine.backends.cpu_native.build import look",

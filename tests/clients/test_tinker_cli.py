@@ -26,7 +26,7 @@ COMMANDS = {
     "billing usage": "test_billing",
     "checkpoint delete": "test_checkpoints_are_deleted",
     "checkpoint download": "test_a_checkpoint_is_downloaded",
-    "checkpoint info": "test_checkpoints_are_told_of",
+    "checkpoint info": "test_checkpoints_are_shown",
     "checkpoint list": "test_checkpoints_are_told_of",
     "checkpoint publish": "test_a_checkpoint_is_published",
     "checkpoint push-hf": "test_a_checkpoint_is_pushed_to_a_hub",

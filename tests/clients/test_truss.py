@@ -214,7 +214,7 @@ def test_whoami(truss: Truss):
     assert "default" in truss("whoami", "--show-oidc")
 
 
-def test_a_wrong_key_is_told_so(truss: Truss, home: Path):
+def test_a_wrong_key_is_reported(truss: Truss, home: Path):
     with open(home / ".trussrc", "a") as file:
         file.write("\n[wrong]\nremote_provider = baseten\nremote_url = http://localhost:8000\napi_key = nonsense\n")
     try:

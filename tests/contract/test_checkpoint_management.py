@@ -147,7 +147,7 @@ def test_the_live_adapter_outlasts_keep_last(http: httpx.Client):
 # -- the answer says which capacity ------------------------------------------------------------------
 
 
-def test_reuse_is_told(http: httpx.Client):
+def test_reuse_is_reported(http: httpx.Client):
     first = create_run(http)
     assert first["capacity"] == {
         "kind": "dedicated",

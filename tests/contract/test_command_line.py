@@ -225,7 +225,7 @@ def test_deploy_and_chat(cli: Cli, trained: Run, http: httpx.Client):
     assert "--prompt" in cli.run("chat", sampler, "--json", rc=2).stderr
 
 
-def test_what_equals_the_base_model_is_told_when_it_is_deployed(cli: Cli, http: httpx.Client):
+def test_what_equals_the_base_model_is_reported_when_it_is_deployed(cli: Cli, http: httpx.Client):
     """Also in the sampler's own log, as it is of a sampler that is made for the checkpoint."""
     run = Run.create(http).attached()
     fresh = run.save("fresh", "save_weights_for_sampler")

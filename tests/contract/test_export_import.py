@@ -73,7 +73,7 @@ def test_the_weights_of_an_import_can_be_loaded_but_no_optimizer(http: httpx.Cli
     assert "load its weights alone" in str(outcome)
 
 
-def test_an_adapter_of_zeros_is_told_when_it_is_imported(gateway: Gateway, adapter: Path, tmp_path: Path):
+def test_an_adapter_of_zeros_is_reported_when_it_is_imported(gateway: Gateway, adapter: Path, tmp_path: Path):
     import safetensors.torch
 
     folder = shutil.copytree(adapter, tmp_path / "zeros")

@@ -276,7 +276,7 @@ def test_what_the_server_writes_is_for_its_user_alone(exposed: Gateway, session:
         assert path.stat().st_mode & 0o077 == 0, f"{path}: {path.stat().st_mode:o}"
 
 
-def test_browsers_are_told_to_keep_out(exposed: Gateway):
+def test_browsers_are_asked_to_keep_out(exposed: Gateway):
     """On every answer; and no other site is ever let in by CORS."""
     http, asked = exposed.http(KEY), {"Origin": "https://evil.example"}
     preflight = asked | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}

@@ -69,7 +69,7 @@ def messages(lines: list[Json]) -> str:
 # -- logs -------------------------------------------------------------------------------------------------
 
 
-def test_a_deployments_log_tells_its_story(run: Run):
+def test_a_deployments_log_has_its_story(run: Run):
     lines = logs(run, direction="asc", limit=1000)
     text = messages(lines)
     for part in (
@@ -148,7 +148,7 @@ def test_what_a_sampler_log_does_not_offer_is_refused(run: Run, body: Json):
     assert response.json()["details"]["field"] == next(iter(body))
 
 
-def test_failures_and_cancellations_are_told_with_their_cause(http: httpx.Client, gateway: Gateway):
+def test_failures_and_cancellations_are_reported_with_their_cause(http: httpx.Client, gateway: Gateway):
     own = Run.create(http).attached()
     path = own.save("broken")
     (checkpoint,) = ok(http.get("/v1/loops/checkpoints", params={"checkpoint_path": path}))["checkpoints"]

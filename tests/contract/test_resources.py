@@ -93,7 +93,7 @@ def test_runs_are_listed(http: httpx.Client, same_team: httpx.Client, trained: R
     assert same_team.get(f"/v1/loops/runs/{trained.id}").status_code == 200
 
 
-def test_run_is_told_truly(http: httpx.Client, trained: Run):
+def test_a_run_is_shown_as_it_is(http: httpx.Client, trained: Run):
     run = ok(http.get(f"/v1/loops/runs/{trained.id}"))["run"]
     assert (run["name"], run["seed"], run["lora_rank"], run["max_seq_len"]) == ("mine", 1, 8, 256)
     assert run["status"] == {"name": "ACTIVE"}

@@ -148,7 +148,7 @@ def test_a_pin_of_a_backend_is_refused(both: httpx.Client):
     refused(both.post("/v1/loops/debug/trainers", json=body), "debug_version", "debug_version", None)
 
 
-def test_capabilities_tell_it(both: httpx.Client, http: httpx.Client):
+def test_capabilities_say_it(both: httpx.Client, http: httpx.Client):
     def serverless(client: httpx.Client, **query: int) -> bool:
         models = ok(client.get("/v1/loops/capabilities", params={"model": MODEL, **query}))["supported_models"]
         return models[0]["serverless"]

@@ -547,7 +547,7 @@ def test_a_token_stands_for_its_key(rest: Rest, gateway: Gateway):
         assert status(mine) == (401, 401)
 
 
-def test_a_key_tells_of_itself_and_goes(gateway: Gateway):
+def test_a_key_says_whose_it_is_and_goes(gateway: Gateway):
     own = teammate(gateway)
     account = own.get("/api/v1/auth/apikey/me")
     assert account["name"] == "colleague"

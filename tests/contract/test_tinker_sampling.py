@@ -1,8 +1,10 @@
 """Sampling and futures of the Tinker client on the wire: batched polls, cancellation, clones, ends of sessions."""
 
 import math
+import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -49,7 +51,7 @@ def asked(wire: Wire, sampler: str, seq: int, **fields: object) -> schema.Sample
     return response_of(wire, ok(wire.sample(sampler, seq, **fields)))
 
 
-def test_batched_polls_tell_each_end_once(wire: Wire, sampler: str):
+def test_batched_polls_report_each_end_once(wire: Wire, sampler: str):
     sampler = base_sampler(wire, wire.session())
     futures = {ok(wire.sample(sampler, seq))["request_id"] for seq in range(20)}
     reported: list[str] = []
@@ -305,35 +307,50 @@ def test_the_end_of_a_session_ends_its_samples(wire: Wire):
     assert wire.poll(ok(wire.sample(sampler, 1))).status_code == 200
 
 
+@contextmanager
+def heartbeats(gateway: Gateway, session: str) -> Iterator[None]:
+    """A session's client, which lives beside whatever else is done for as long as that takes."""
+    over = threading.Event()
+
+    def beat() -> None:
+        with gateway.http() as http:
+            while not over.wait(0.25):
+                http.post("/api/v1/session_heartbeat", json={"session_id": session})
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_silent_session_ends(new_gateway: Callable[[], Gateway]):
     gateway = new_gateway()
     gateway.terminate()
     gateway.start(KEY, "--session-timeout", "4")
     wire = Wire(gateway)
-    session = wire.session()
-    model = wire.model(session)
-    wire.post("/api/v1/session_heartbeat", session_id=session)
-    body = {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0}
-    snapshot = wire.result(wire.post("/api/v1/save_weights_for_sampler", **body))["sampling_session_id"]
-    named = wire.result(wire.post("/api/v1/save_weights_for_sampler", model_id=model, seq_id=2, path="kept"))["path"]
-    other = wire.session()
-
-    def silent() -> bool:
-        wire.post("/api/v1/session_heartbeat", session_id=other)
-        return wire.sample(snapshot, 0).status_code == 400
-
-    until(silent, "the snapshot goes with its session")
-    assert wire.http.post("/api/v1/session_heartbeat", json={"session_id": session}).status_code == 410
-    assert wire.http.post("/api/v1/session_heartbeat", json={"session_id": other}).status_code == 200
-    path = {"session_id": other, "sampling_session_seq_id": 0, "model_path": named}
-    refused = wire.http.post("/api/v1/create_sampling_session", json=path | {"session_id": session})
-    assert refused.status_code == 400
-    assert "cancelled" in refused.json()["detail"]
-    # The named checkpoint stayed.
-    wire.post("/api/v1/create_sampling_session", **path | {"session_id": wire.session()})
+    session, other = wire.session(), wire.session()
+    with heartbeats(gateway, other):
+        with heartbeats(gateway, session):
+            model = wire.model(session)
+            body = {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0}
+            snapshot = wire.result(wire.post("/api/v1/save_weights_for_sampler", **body))["sampling_session_id"]
+            body = {"model_id": model, "seq_id": 2, "path": "kept"}
+            named = wire.result(wire.post("/api/v1/save_weights_for_sampler", **body))["path"]
+        until(lambda: wire.sample(snapshot, 0).status_code == 400, "the snapshot goes with its session")
+        assert wire.http.post("/api/v1/session_heartbeat", json={"session_id": session}).status_code == 410
+        assert wire.http.post("/api/v1/session_heartbeat", json={"session_id": other}).status_code == 200
+        path = {"sampling_session_seq_id": 0, "model_path": named}
+        refused = wire.http.post("/api/v1/create_sampling_session", json=path | {"session_id": session})
+        assert refused.status_code == 400
+        assert "cancelled" in refused.json()["detail"]
+        # The named checkpoint stayed.
+        wire.post("/api/v1/create_sampling_session", **path | {"session_id": other})
 
 
-def test_samples_lost_with_a_gateway_are_told_of(new_gateway: Callable[[], Gateway]):
+def test_samples_lost_with_a_gateway_are_reported(new_gateway: Callable[[], Gateway]):
     gateway = new_gateway()
     wire = Wire(gateway)
     sampler = base_sampler(wire, wire.session())

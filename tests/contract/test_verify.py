@@ -74,7 +74,7 @@ def test_every_kind_of_damage_is_found(new_gateway: Callable[..., Gateway]):
 
 
 @pytest.mark.skipif(stores.ON_SERVERS, reason="the rows are in a server, which looks after its pages itself")
-def test_a_damaged_database_is_told(new_gateway: Callable[..., Gateway]):
+def test_a_damaged_database_is_reported(new_gateway: Callable[..., Gateway]):
     own = new_gateway()
     Run.create(own.http(), seed=1).attached().train(1)
     own.terminate()

@@ -26,7 +26,7 @@ def test_models_of_a_team(http: httpx.Client, other_team: httpx.Client):
     assert other_team.get(f"/v1/teams/{team['id']}/models").status_code == 404
 
 
-def test_a_paired_sampler_tells_its_version_and_health(http: httpx.Client):
+def test_a_paired_sampler_reports_its_version_and_health(http: httpx.Client):
     run = Run.create(http).attached()
     sampler = run.resource["sampler"]["id"]
     assert ok(http.get(f"/loops/samplers/{sampler}/trainers_policy_version")) == {"policy_version": 0}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import backend_counts
 import tiny_models
 from selfloop.engine.backends.base import Backend, CacheSlot, Model, Varlen
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
@@ -65,7 +66,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=PAIRS, ids=["-".join(pair) for pair in PAIRS])
-def pair(request: pytest.FixtureRequest) -> tuple[Case, str]:
+def pair(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> tuple[Case, str]:
+    record_property(backend_counts.PROPERTY, request.param[0])
     return CASES[request.param[0]], request.param[1]
 
 

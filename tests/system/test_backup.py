@@ -149,7 +149,7 @@ def _copy_prefix(source: str, target: str) -> None:
             client.copy({"Bucket": stores.BUCKET, "Key": item["Key"]}, stores.BUCKET, key)
 
 
-def test_a_bucket_goes_to_the_restored_server_only_when_it_is_told_so(
+def test_a_bucket_goes_to_the_restored_server_only_when_it_is_asked_to(
     postgres: stores.PostgresServer, on_servers: Callable[..., OnServers], tmp_path: Path, tiny_model_folder: Path
 ):
     first = on_servers("first")

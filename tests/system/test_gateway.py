@@ -55,7 +55,7 @@ def test_secrets_stay_with_their_owner(gateway: Gateway):
             assert KEY.encode() not in path.read_bytes(), path
 
 
-def test_a_taken_port_is_told_before_anything_is_made(tmp_path: Path):
+def test_a_taken_port_is_reported_before_anything_is_made(tmp_path: Path):
     """Or else the first key would be made, and shown to nobody."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
@@ -68,7 +68,7 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path: Path):
 
 
 @pytest.mark.parametrize("command", [["serve"], ["keys", "list"]])
-def test_a_data_directory_that_cannot_be_used_is_told_in_a_line(
+def test_a_data_directory_that_cannot_be_used_is_reported_in_a_line(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refused(data_dir: Path) -> str:
@@ -92,7 +92,7 @@ def test_a_data_directory_that_cannot_be_used_is_told_in_a_line(
         os.umask(usual)
 
 
-def test_a_python_without_the_engine_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_python_without_the_engine_is_reported_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_libraries, "ENGINE_LIBRARIES", ("no_such_library", "numpy"))
     done = CliRunner().invoke(app, ["serve", "--data-dir", str(tmp_path / "data")])
     assert done.exit_code == 1

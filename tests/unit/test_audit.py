@@ -35,14 +35,14 @@ def test_a_known_vulnerability_fails(audit: ModuleType):
 
 
 @pytest.mark.parametrize("id", ["X-1", "alias-X-1"])
-def test_an_accepted_one_is_told_with_its_reason(audit: ModuleType, id: str):
+def test_an_accepted_one_is_reported_with_its_reason(audit: ModuleType, id: str):
     verdict = audit.judge([package("X-1")], {id: "not reached"})
     assert verdict.failures == []
     assert "not reached" in verdict.notices[0]
     assert audit.judge([package("X-2")], {id: "not reached"}).failures
 
 
-def test_what_could_not_be_looked_up_is_told(audit: ModuleType):
+def test_what_could_not_be_looked_up_is_reported(audit: ModuleType):
     skipped = {"name": "pack", "skip_reason": "not found"}
     assert "NOT AUDITED" in audit.judge([skipped, skipped], {}).notices[0]
     assert "1 of 2" in audit.judge([skipped, package()], {}).notices[0]

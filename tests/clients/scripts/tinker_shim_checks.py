@@ -146,7 +146,7 @@ def check_checkpoints_go_out_and_in() -> None:
     close(sampler.compute_logprobs(types.ModelInput.from_ints(ids(99, 17)))[1:], trained)
 
 
-def check_what_a_training_client_tells() -> None:
+def check_what_a_training_client_says() -> None:
     client = trainer(tinker.ServiceClient(), train_attn=True, train_mlp=True, train_unembed=False)
     client.health()
     info = client.get_info()
@@ -158,7 +158,7 @@ def check_what_a_training_client_tells() -> None:
     client.close()
 
 
-def check_what_a_sampling_client_tells() -> None:
+def check_what_a_sampling_client_says() -> None:
     service = tinker.ServiceClient()
     assert service.session_id
     sampler = service.create_sampling_client(base_model=MODEL)

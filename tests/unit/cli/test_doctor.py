@@ -194,7 +194,9 @@ def test_the_name_that_truss_calls(monkeypatch: pytest.MonkeyPatch, addresses: l
 
 
 @pytest.mark.parametrize("model", [True, False])
-def test_the_speed_of_a_model_folder(model: bool, tmp_path: Path):
+def test_the_speed_of_a_model_folder(model: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # What is measured, not how fast: a busy machine may take as long as it wants.
+    monkeypatch.setattr(doctor, "_BENCH_LIMIT_S", 300)
     folder = tiny_models.save("llama", tmp_path / "model") if model else tmp_path
     result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(folder)], env={"COLUMNS": "120"})
     if not model:
@@ -206,8 +208,9 @@ def test_the_speed_of_a_model_folder(model: bool, tmp_path: Path):
         assert word in result.output
 
 
-def test_products_are_measured_in_what_the_engine_computes_in(tmp_path: Path):
+def test_products_are_measured_in_what_the_engine_computes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Bfloat16 on a CPU without instructions for it takes minutes."""
+    monkeypatch.setattr(doctor, "_BENCH_LIMIT_S", 300)
     folder = tiny_models.save("llama", tmp_path / "model")
     as_avx2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     result = CliRunner().invoke(app, ["doctor", "--bench", "--model", str(folder)], env={"COLUMNS": "120", **as_avx2})

@@ -123,7 +123,7 @@ async def test_files_that_go_and_come_meanwhile(
     check_backup(tmp_path / "backup")
 
 
-def test_a_file_that_is_lost_is_told_and_does_not_prevent_it(data_dir: Path, tmp_path: Path):
+def test_a_file_that_is_lost_is_reported_and_does_not_prevent_it(data_dir: Path, tmp_path: Path):
     (data_dir / "journal/run/one.op").unlink()
     assert back_up(data_dir, tmp_path / "backup").facts.missing == ["journal/run/one.op"]
     done = CliRunner().invoke(app, ["backup", str(tmp_path / "other"), "--data-dir", str(data_dir)])

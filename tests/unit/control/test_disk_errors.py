@@ -89,7 +89,7 @@ async def test_what_does_not_pass_ends_in_its_cause(house: FakeHouse, monkeypatc
     assert (await outcome(house, "op2")).result is not None
 
 
-async def test_out_of_files_is_told_before_a_save(tmp_path: Path, monkeypatch) -> None:
+async def test_out_of_files_is_reported_before_a_save(tmp_path: Path, monkeypatch) -> None:
     blobs = LocalBlobs(tmp_path)
     monkeypatch.setattr(blobs, "free_files", lambda: 3)
     room = DiskRoom(blobs, cast(Catalogue, None))
@@ -98,7 +98,7 @@ async def test_out_of_files_is_told_before_a_save(tmp_path: Path, monkeypatch) -
     assert refused.value.error_class == "DiskFull"
 
 
-def test_the_library_of_tensors_tells_the_systems_error(tmp_path: Path, monkeypatch) -> None:
+def test_the_library_of_tensors_gives_the_systems_error(tmp_path: Path, monkeypatch) -> None:
     import safetensors.torch
 
     from selfloop.engine.files.directory import DirectoryWriter

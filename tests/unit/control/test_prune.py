@@ -102,7 +102,7 @@ def old_runs(db: Database) -> int:
     return count(db, tables.RunRow, tables.RunRow.created_at < time.time() - 30 * DAY_S)
 
 
-async def test_a_dry_run_tells_what_then_goes(db: Database, tmp_path: Path):
+async def test_a_dry_run_reports_what_then_goes(db: Database, tmp_path: Path):
     before = rows(db)
     reported = await prune(db, tmp_path, dry_run=True)
     assert rows(db) == before

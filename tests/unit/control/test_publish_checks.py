@@ -107,7 +107,7 @@ async def test_a_sampler_that_agrees_is_measured_and_not_warned_of(house, caplog
     assert warnings(caplog) == []
 
 
-async def test_a_sampler_that_serves_other_weights_is_told_in_the_runs_log(house, caplog):
+async def test_a_sampler_that_serves_other_weights_is_named_in_the_runs_log(house, caplog):
     count, beyond = total()
     await house.check([-1.5, -3.5])
     assert house.gap() == pytest.approx(1.0)
@@ -133,7 +133,7 @@ async def test_what_is_not_finite_is_out_of_bounds(house, caplog, trainer, sampl
     assert "sampler and trainer differ after the publish" in said
 
 
-async def test_weights_that_equal_the_base_model_are_told_in_the_runs_log(house, caplog):
+async def test_weights_that_equal_the_base_model_are_named_in_the_runs_log(house, caplog):
     await house.check([-1.0, -2.0], Probe([1, 5, 9], [-1.0, -2.0], 0.2, equals_base=True))
     assert house.gap() == 0.0
     (said,) = warnings(caplog)

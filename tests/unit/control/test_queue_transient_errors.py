@@ -58,7 +58,7 @@ def transient_error(house: FakeHouse, monkeypatch: pytest.MonkeyPatch) -> list[s
     return met
 
 
-async def test_an_error_is_told_once_it_can_be_stored(house: FakeHouse, transient_error: list[str]) -> None:
+async def test_an_error_is_reported_once_it_can_be_stored(house: FakeHouse, transient_error: list[str]) -> None:
     await house.submit(FAILS, 1, "op1")
     await house.submit(STEP, 2, "op2")
     assert (await ended(house, "op1")).error == "asked to fail"
@@ -66,7 +66,7 @@ async def test_an_error_is_told_once_it_can_be_stored(house: FakeHouse, transien
     assert transient_error == ["op1", "op1"]
 
 
-async def test_an_error_that_is_being_stored_when_its_run_ends_is_told(
+async def test_an_error_that_is_being_stored_when_its_run_ends_is_reported(
     house: FakeHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, begun = house.journal.fail, asyncio.Event()

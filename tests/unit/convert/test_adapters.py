@@ -204,7 +204,7 @@ def run_subprocess(*arguments: object) -> tuple[int, list[dict]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_program_tells_how_far_it_is(tiny_model_folder: Path, tmp_path: Path):
+def test_the_program_reports_how_far_it_is(tiny_model_folder: Path, tmp_path: Path):
     checkpoint = make_checkpoint(tiny_model_folder, tmp_path / "checkpoint")
     code, lines = run_subprocess(
         "merged", checkpoint, tiny_model_folder, tmp_path / "out", "--base-model", "tiny/llama"

@@ -76,7 +76,7 @@ def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_none(engine):
     assert results["q"].sequences[0] == free
 
 
-def test_nothing_is_told_of_requests_that_do_not_stream(engine):
+def test_nothing_is_reported_of_requests_that_do_not_stream(engine):
     engine.submit_sample(request())
     while engine.num_sampling:
         engine.sample_step()

@@ -347,7 +347,7 @@ def test_no_flipped_bit_of_what_was_written_is_read(trained, tmp_path):
     assert same(before, state(trained))
 
 
-def test_a_snapshot_that_is_gone_is_told_in_words(trained, tmp_path):
+def test_a_snapshot_that_is_gone_is_named_in_words(trained, tmp_path):
     with pytest.raises(CheckpointDamaged, match="run0001/1-7 is damaged: the folder is gone"):
         trained.restore("run", tmp_path / "snapshots" / "run0001" / "1-7")
 

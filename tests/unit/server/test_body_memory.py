@@ -9,7 +9,7 @@ from selfloop.server.shared.body_memory import MEMORY_PER_BYTE, BodyMemory, Leas
 from selfloop.types.errors import NotReady
 
 
-async def test_who_finds_no_room_waits_in_turn_and_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_finds_no_room_waits_in_turn_and_is_asked_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_memory, "_MAX_WAIT_S", 0.2)
     memory = BodyMemory(100)
     assert await memory.take(60) == 60

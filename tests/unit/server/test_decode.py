@@ -30,7 +30,7 @@ from selfloop.types.errors import BadRequest
         ),
     ],
 )
-def test_what_may_stand_there_is_told(kind: Any, body: bytes, message: str):
+def test_what_may_stand_there_is_named(kind: Any, body: bytes, message: str):
     with pytest.raises(BadRequest) as caught:
         decode(body, kind)
     assert str(caught.value) == message

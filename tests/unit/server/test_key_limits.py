@@ -50,7 +50,7 @@ async def test_requests_are_slowed_down_to_their_rate(clock: Clock):
     assert clock.now == before
 
 
-async def test_whoever_would_wait_for_long_is_refused_and_told_when_to_come_again(clock: Clock):
+async def test_whoever_would_wait_for_long_is_refused_and_hears_when_to_come_again(clock: Clock):
     limits = KeyLimiter(KeyLimits(body_bytes_per_s=100), clock)
     (await limits.admit("key", is_poll=False)).received(2500)
     with pytest.raises(RateLimited) as refused:

@@ -62,7 +62,7 @@ async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[D
     await db.close()
 
 
-async def test_every_name_is_found_and_shown_as_it_was_told(db: Database) -> None:
+async def test_every_name_is_found_and_shown_as_it_was_given(db: Database) -> None:
     async def found(**search: object) -> list[SessionRow]:
         async with db.read() as session:
             return list(await search_sessions(session, SessionSearch("team", 100, **search)))

@@ -60,7 +60,7 @@ def test_migrations_give_the_tables_that_the_code_uses(postgres: PostgresServer)
     engine.dispose()
 
 
-def test_a_newer_database_is_refused_and_its_password_not_told(url: URL) -> None:
+def test_a_newer_database_is_refused_and_its_password_not_shown(url: URL) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -146,7 +146,7 @@ async def test_connections_that_the_server_ended_are_replaced(db: Database, url:
     assert await _ids(db) == {"before", "also", "grouped", "alone"}
 
 
-async def test_a_server_that_stays_away_is_told_of(
+async def test_a_server_that_stays_away_is_reported(
     db: Database, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfloop.storage.db.database._OUTAGE_WAIT_S", 0.3)

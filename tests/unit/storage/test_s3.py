@@ -111,7 +111,7 @@ async def test_links_may_name_another_endpoint(server: S3Server, address: str, t
     assert str(store.link("one", "x", 60)).startswith(f"https://s3.example.org/{BUCKET}/")
 
 
-async def test_a_wrong_secret_is_told_and_not_shown(
+async def test_a_wrong_secret_is_reported_and_not_shown(
     strict_server: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")

@@ -19,7 +19,7 @@ from selfloop.storage.db.address import sqlite_url
 from selfloop.storage.db.tables import Base
 
 
-def test_the_names_of_the_migrations_tell_their_order() -> None:
+def test_the_names_of_the_migrations_show_their_order() -> None:
     script = ScriptDirectory(str(Path(migrate.__file__).parent / "migrations"))
     assert migrate.revisions() == [revision.revision for revision in script.walk_revisions()][::-1]
 

@@ -27,7 +27,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_sound_folder_passes_and_one_without_digests_is_told(folder: Path):
+def test_a_sound_folder_passes_and_one_without_digests_is_reported(folder: Path):
     assert check_folder(folder)
     assert check_file(folder, "a.bin")
     (folder / MANIFEST_FILE).unlink()

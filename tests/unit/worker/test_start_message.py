@@ -101,7 +101,7 @@ def test_a_loaded_model_is_of_use_to_who_wants_just_that(leaf: Leaf):
     assert other.start_message == command.start_message
 
 
-def test_a_worker_is_told_no_secret():
+def test_a_worker_gets_no_secret():
     """Its start message is its command line, which every user of the machine can read."""
     assert not [leaf.name for leaf in OF_WORKER if leaf.option.secret]
 

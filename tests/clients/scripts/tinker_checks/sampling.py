@@ -200,9 +200,9 @@ def check_alternatives_to_the_prompt() -> None:
     given = response.prompt_alt_tokens
     tokens, values = given.tokens.to_numpy(), given.logprobs.to_numpy()
     assert tokens.shape == values.shape == (len(PROMPT) - 1, 5)
-    for row, drawn, logprobs_of in zip(response.topk_prompt_logprobs[1:], tokens, values, strict=True):
+    for row, top, logprobs_of in zip(response.topk_prompt_logprobs[1:], tokens, values, strict=True):
         known = dict(row)
-        for token, value in zip(drawn.tolist(), logprobs_of.tolist(), strict=True):
+        for token, value in zip(top.tolist(), logprobs_of.tolist(), strict=True):
             assert token not in known or abs(known[token] - value) < 1e-5
     assert len({tuple(row) for row in tokens.tolist()}) > 1
 

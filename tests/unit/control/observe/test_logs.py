@@ -132,7 +132,9 @@ def test_a_record_carries_the_ids_of_its_scope_and_its_own(tmp_path: Path, log_f
     assert decoder.decode(second).text.endswith("ValueError: the cause")
 
 
-def test_a_full_disk_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+def test_a_full_disk_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / LOG_FILE).symlink_to("/dev/full")
     handler = LogFile(tmp_path)
     for text in ("one", "two", "three"):

@@ -110,7 +110,7 @@ async def test_ended_channels_lose_everything(path: Path):
     await jobs.stop()
 
 
-async def test_the_next_gateway_tells_what_was_lost(path: Path):
+async def test_the_next_gateway_reports_what_was_lost(path: Path):
     jobs = Jobs(path)
     jobs.submit("c", "read", answer)
     await jobs.wait("read", 5)
