@@ -102,7 +102,9 @@ _BUILDERS |= {
 
 _BUILDERS["qwen3-moe-experts"] = lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16))
 
-MOE_FAMILIES = ("qwen3-moe", "qwen3-moe-sparse")
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+MOE_FAMILIES = {"qwen3-moe": (6, _NAMES), "qwen3-moe-sparse": (6, _NAMES)}
+"""How many experts each has, and what the projections of one are called."""
 
 _QWEN3_5 = {
     "layer_types": ["linear_attention", "full_attention"],

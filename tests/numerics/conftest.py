@@ -1,5 +1,6 @@
 """Tiny models in float32 and engines over them; built once, as nothing changes the base weights."""
 
+import shutil
 import sys
 import warnings
 from functools import cache
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.engine.files.directory import DirectoryWriter
+from selfloop.engine.files.peft import write_peft
 
 
 class Zoo:
@@ -31,6 +34,18 @@ class Zoo:
 
     def engine(self, family: str, **settings: object) -> Engine:
         return Engine.load(self.folder(family), device="cpu", dtype="float32", **settings)
+
+    def peft_of_file(self, family: str, engine: Engine, run_id: str) -> PeftModel:
+        """A PEFT model that reads the run's adapter as it is exported, and goes on training it."""
+        run = engine._runs[run_id]
+        folder = self._root / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = DirectoryWriter(folder)
+        write_peft(writer, run.shape, run.theta_P, run.alpha)
+        writer.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(self.reference(family), folder, is_trainable=True)
 
     def peft(self, family: str, engine: Engine, run_id: str) -> PeftModel:
         """A PEFT model that starts from the run's own weights."""

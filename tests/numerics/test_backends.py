@@ -28,6 +28,7 @@ from selfloop.types.lora import LoraTargets
 
 CPU = torch.device("cpu")
 PAGE = 16
+EVERY_LAYER = LoraTargets(experts=True)
 
 
 def read_stored(folder: Path) -> StoredSpec:
@@ -90,7 +91,7 @@ def ids(num: int, seed: int) -> torch.Tensor:
     return torch.tensor(tiny_models.random_ids(num, seed=seed))
 
 
-def random_adapter(model: Model, rank: int, seed: int, targets: LoraTargets = LoraTargets()) -> Adapter:
+def random_adapter(model: Model, rank: int, seed: int, targets: LoraTargets = EVERY_LAYER) -> Adapter:
     shape = AdapterShape(model.spec, rank, targets)
     noise_P = torch.randn(shape.num_parameters, generator=torch.Generator().manual_seed(seed))
     return shape.adapter(((shape.initial(seed) + 0.05 * noise_P).to(model.dtype)).requires_grad_(), alpha=16.0)
@@ -179,7 +180,7 @@ def test_adapters_of_many_ranks_in_one_batch_are_each_alone(pair: tuple[Case, st
         random_adapter(model, 3, 1),
         None,
         random_adapter(model, 20, 2, LoraTargets(mlp=False)),
-        random_adapter(model, 8, 3, LoraTargets(unembed=True)),
+        random_adapter(model, 8, 3, LoraTargets(unembed=True, experts=True)),
     ]
     parts, targets = [ids(n, n) for n in lengths], [ids(n, n + 50) for n in lengths]
 

@@ -5,6 +5,7 @@ import torch
 
 import tiny_models
 from selfloop.engine.engine import Engine
+from selfloop.types.lora import LoraTargets
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 from selfloop.types.settings import EngineLimits
@@ -22,7 +23,7 @@ def run_all(engine, *requests):
 
 
 def train(engine, run_id, rank, seed):
-    engine.init_run(run_id, rank=rank, seed=seed)
+    engine.init_run(run_id, rank=rank, seed=seed, targets=LoraTargets(experts=True))
     for step in range(4):
         data = [tiny_models.next_token_datum(tiny_models.random_ids(20, seed=seed + step))]
         engine.forward_backward(run_id, data, "cross_entropy", {})
@@ -66,7 +67,7 @@ def test_greedy_equals_transformers_generate(zoo, family):
 
 
 @pytest.mark.parametrize("prefill_budget", [8, 512])
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3", *tiny_models.MOE_FAMILIES])
 def test_sampled_logprobs_equal_the_trainers(zoo, family, prefill_budget):
     engine = zoo.engine(family, limits=EngineLimits(train_token_budget=prefill_budget))
     adapter = train(engine, "run", rank=4, seed=1)
@@ -109,8 +110,9 @@ def test_divergence_of_sampler_and_trainer_at_the_first_step(tmp_path, dtype, bo
     assert abs(float(drift.mean())) < 2e-3
 
 
-def test_adapters_of_different_rank_in_one_batch_equal_each_alone(zoo):
-    engine = zoo.engine("qwen2")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3-moe"])
+def test_adapters_of_different_rank_in_one_batch_equal_each_alone(zoo, family):
+    engine = zoo.engine(family)
     small, large = train(engine, "small", rank=2, seed=1), train(engine, "large", rank=8, seed=50)
     params = SamplingParams(max_tokens=30, seed=4)
     requests = [

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 import tiny_models
+from peft_experts import of_each_expert
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.digests import MANIFEST_FILE
 from selfloop.types.lora import LoraTargets
@@ -68,11 +69,10 @@ def named_gradients(model):
 @pytest.mark.parametrize("budget", [16, 1024])
 def test_loss_and_gradients_equal_peft(zoo, family, budget):
     engine = zoo.engine(family, limits=EngineLimits(train_token_budget=budget))
-    # Of a mixture of experts PEFT takes the names of a dense MLP for those of all experts.
-    targets = LoraTargets(mlp=family not in tiny_models.MOE_FAMILIES)
-    engine.init_run("run", rank=4, seed=3, targets=targets)
+    routed = family in tiny_models.MOE_FAMILIES
+    engine.init_run("run", rank=4, seed=3, targets=LoraTargets(experts=routed))
     disturb(engine)
-    reference = zoo.peft(family, engine, "run")
+    reference = zoo.peft_of_file(family, engine, "run") if routed else zoo.peft(family, engine, "run")
     weights = [[0.5 + 0.1 * (i % 7) for i in range(len(ids) - 1)] for ids in SEQUENCES]
 
     result = engine.forward_backward("run", data(weights), "cross_entropy", {})
@@ -84,6 +84,8 @@ def test_loss_and_gradients_equal_peft(zoo, family, budget):
     assert result.loss == pytest.approx(float(expected.detach()) / num_tokens, abs=1e-4)
     run = engine._runs["run"]
     gradients = named_gradients(reference)
+    if routed:
+        gradients = of_each_expert(gradients, *tiny_models.MOE_FAMILIES[family])
     ours = {p.name: p.view for p in run.shape.named(run.accumulated.grad_P)}
     assert ours.keys() == gradients.keys()
     for name, gradient in gradients.items():

@@ -29,5 +29,6 @@ def import_peft(adapter: Path, model_dir: Path, target: Path, report: Report) ->
         "size_bytes": size_bytes,
         "lora_rank": loaded.shape.rank,
         "lora_alpha": loaded.alpha,
+        "targets": str(loaded.shape.targets),
         "changes_nothing": loaded.shape.changes_nothing(loaded.theta_P),
     }

@@ -23,6 +23,7 @@ from selfloop.engine.models.weights import stored_weights
 from selfloop.engine.train.memory import PassMemory
 from selfloop.types.errors import OperationFailed, model_invalid
 from selfloop.types.fit import Fit, FitAnswer, PassPlan
+from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.settings import EngineLimits
 
@@ -59,7 +60,8 @@ def fit_of(spec: ModelSpec, asked: Asked, stored_bytes: int | None = None) -> Fi
     memory_bytes = total_memory(device) if asked.memory_bytes is None else asked.memory_bytes
     dtype = pick_dtype(asked.dtype, device)
     choice, planned = plan(spec, device, dtype)
-    shape = AdapterShape(spec, asked.rank) if _takes_adapters(spec) else None
+    # As a new run has them.
+    shape = AdapterShape(spec, asked.rank, LoraTargets(experts=True)) if _takes_adapters(spec) else None
     passes = None if planned is None or shape is None else _passes(planned, shape, memory_bytes, asked)
     return Fit(
         model_type=spec.model_type,

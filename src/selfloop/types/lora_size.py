@@ -2,17 +2,20 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import EMBEDDING, read_weights
-from selfloop.types.transformers_models import stored_projections
+from selfloop.types.transformers_models import expert_shapes, stored_projections
 
 _FLOAT_BYTES = 4
-# Tensor names and shapes in the safetensors headers, configuration and card.
+# Configuration and card.
 _HEADER_BYTES = 256 * 1024
+# In a safetensors header: the names, shapes and offsets of A and B of one more matrix.
+_NAME_BYTES = 512
 
 
 class _Shape(msgspec.Struct):
@@ -26,14 +29,36 @@ class _Shape(msgspec.Struct):
 
 
 class _Type(msgspec.Struct):
+    """Families have three names for the number of experts."""
+
     model_type: str = "llama"
     num_hidden_layers: int | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    n_routed_experts: int | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        return any((self.num_experts, self.num_local_experts, self.n_routed_experts))
+
+
+class _Adapted(NamedTuple):
+    """What a model's adapters are on."""
+
+    parameters_per_rank: int
+    num_matrices: int
+
+    @classmethod
+    def of(cls, sizes: list[int]) -> "_Adapted":
+        """Of the input plus output size of each matrix."""
+        return cls(sum(sizes), len(sizes))
 
 
 def save_bytes(model_dir: Path, rank: int, targets: LoraTargets, *, with_optimizer: bool) -> int:
     """Bytes that a save writes, rounded up: float32 adapter, and as much again for each of the two moments."""
-    copies = 3 if with_optimizer else 1
-    return copies * _FLOAT_BYTES * rank * parameters_per_rank(model_dir, targets) + _HEADER_BYTES
+    copies, adapted = 3 if with_optimizer else 1, _adapted(model_dir, targets)
+    each = _FLOAT_BYTES * rank * adapted.parameters_per_rank + _NAME_BYTES * adapted.num_matrices
+    return copies * each + _HEADER_BYTES
 
 
 def parameters_per_rank(model_dir: Path, targets: LoraTargets) -> int:
@@ -42,20 +67,44 @@ def parameters_per_rank(model_dir: Path, targets: LoraTargets) -> int:
     Raises:
         OSError: the folder is gone.
         msgspec.MsgspecError: its configuration cannot be read.
+        BadRequest: the headers of its weights cannot.
     """
-    config = model_dir / "config.json"
-    if msgspec.json.decode(config.read_bytes(), type=_Type).model_type not in SUPPORTED_MODEL_TYPES:
+    return _adapted(model_dir, targets).parameters_per_rank
+
+
+def with_experts(model_dir: Path, targets: LoraTargets) -> LoraTargets:
+    """What a new run adapts that asks for ``targets``: with the MLPs also the experts, where the model has some.
+
+    Experts of models that transformers computes take no adapters.
+
+    Raises:
+        OSError: the folder is gone.
+        msgspec.MsgspecError: its configuration cannot be read.
+    """
+    kind = _read_type(model_dir)
+    takes = kind.has_experts and kind.model_type in SUPPORTED_MODEL_TYPES
+    return msgspec.structs.replace(targets, experts=targets.mlp and takes)
+
+
+def _read_type(model_dir: Path) -> _Type:
+    return msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_Type)
+
+
+def _adapted(model_dir: Path, targets: LoraTargets) -> _Adapted:
+    kind = _read_type(model_dir)
+    if kind.model_type not in SUPPORTED_MODEL_TYPES or kind.has_experts:
         return _of_stored(model_dir, targets)
-    shape = _read(config)
+    shape = _read(model_dir / "config.json")
     hidden, inner = shape.hidden_size, shape.intermediate_size
     head_dim = shape.head_dim or hidden // shape.num_attention_heads
     heads = shape.num_attention_heads * head_dim
     kv_heads = (shape.num_key_value_heads or shape.num_attention_heads) * head_dim
-    attn = 2 * (hidden + heads) + 2 * (hidden + kv_heads)
-    mlp = 3 * (hidden + inner)
-    in_layer = (attn if targets.attn else 0) + (mlp if targets.mlp else 0)
-    unembed = hidden + shape.vocab_size if targets.unembed else 0
-    return shape.num_hidden_layers * in_layer + unembed
+    in_layer: list[int] = []
+    if targets.attn:
+        in_layer += [hidden + heads, hidden + kv_heads, hidden + kv_heads, heads + hidden]
+    if targets.mlp:
+        in_layer += 3 * [hidden + inner]
+    return _Adapted.of(shape.num_hidden_layers * in_layer + ([hidden + shape.vocab_size] if targets.unembed else []))
 
 
 @lru_cache(maxsize=64)
@@ -64,12 +113,12 @@ def _read(config: Path) -> _Shape:
 
 
 @lru_cache(maxsize=64)
-def _of_stored(model_dir: Path, targets: LoraTargets) -> int:
+def _of_stored(model_dir: Path, targets: LoraTargets) -> _Adapted:
     """By the matrices that lie in the folder, where the configuration alone does not say them."""
-    num_layers = msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_Type).num_hidden_layers
+    num_layers = _read_type(model_dir).num_hidden_layers
     tensors = read_weights(model_dir, tie=True).tensors
     asked = {"attn": targets.attn, "mlp": targets.mlp}
-    projections = [p for p in stored_projections(tensors, num_layers) if asked[p.part]]
-    return sum(p.in_features + p.out_features for p in projections) + (
-        sum(tensors[EMBEDDING].shape) if targets.unembed else 0
-    )
+    sizes = [p.in_features + p.out_features for p in stored_projections(tensors, num_layers) if asked[p.part]]
+    if targets.experts:
+        sizes += [sum(shape) for shape in expert_shapes(tensors, num_layers)]
+    return _Adapted.of(sizes + ([sum(tensors[EMBEDDING].shape)] if targets.unembed else []))

@@ -15,6 +15,7 @@ from selfloop.types.safetensors_header import StoredTensor
 
 _LIST, _LIST_FILE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", Path("models/auto/modeling_auto.py")
 _MATRIX = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\..+\.experts\.\d+\..+\.weight")
 # Routers choose experts, and indexers what attention reads: these stay as they are. A matrix for each expert sees some
 # of the tokens only.
 _FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts", "indexer"})
@@ -102,6 +103,16 @@ def stored_projections(tensors: Mapping[str, StoredTensor], num_layers: int | No
         part = "mlp" if _FEED_FORWARD.search(path) else "attn"
         found.append(StoredProjection(layer, path, *tensor.shape, bias, part))
     return sorted(found, key=lambda projection: (projection.layer, projection.part, projection.name))
+
+
+def expert_shapes(tensors: Mapping[str, StoredTensor], num_layers: int | None) -> list[tuple[int, ...]]:
+    """(out, in) of each expert's matrices, in the first ``num_layers`` layers."""
+    matches = {name: match for name in tensors if (match := _EXPERT.fullmatch(name)) is not None}
+    return [
+        tensors[name].shape
+        for name, match in matches.items()
+        if len(tensors[name].shape) == 2 and (num_layers is None or int(match[1]) < num_layers)
+    ]
 
 
 def num_stored_layers(names: Iterable[str]) -> int:

@@ -4,7 +4,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import tiny_models
 from memory_peaks import peak_bytes
@@ -98,6 +106,19 @@ class Shape(NamedTuple):
     unembed: bool = False
     deterministic: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+
+    def build(self) -> PreTrainedModel:
+        sizes = {"vocab_size": 96, "max_position_embeddings": 2048, "eos_token_id": 2, **self.model}
+        torch.manual_seed(0)
+        if self.num_experts:
+            experts = {"num_experts": self.num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=16, **experts, **sizes))
+        return (
+            Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
+            if self.qk_norm
+            else LlamaForCausalLM(LlamaConfig(**sizes))
+        )
 
 
 _NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -112,6 +133,8 @@ SHAPES = [
     Shape({**_SHALLOW, "num_hidden_layers": 12, "vocab_size": 2000}, 8, [500, 300]),
     Shape({**_NARROW, "num_hidden_layers": 4, "vocab_size": 1000}, 33, [64, 400], unembed=True),
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [300, 301], num_runs=2, deterministic=True, qk_norm=True),
+    Shape({**_NARROW, "num_hidden_layers": 3}, 8, [700, 90], num_runs=2, num_experts=5),
+    Shape({**_NARROW, "num_hidden_layers": 3}, 24, [90] * 4, num_runs=2, deterministic=True, num_experts=3),
 ]
 # All that this machine has: what other machines compute by is computed here, too.
 LAYOUTS = ["plain"]
@@ -128,16 +151,16 @@ def test_no_pass_takes_more_than_is_estimated(number, layout, tmp_path, monkeypa
     backend = NativeBackend() if layout == "panels" else TorchBackend("plain" if layout == "float32" else layout)
     monkeypatch.setattr(select, "BACKENDS", (backend,))
     folder, num_tokens = tmp_path / "model", sum(shape.lengths) * shape.num_runs
-    sizes = {"vocab_size": 96, "max_position_embeddings": 2048, "eos_token_id": 2, **shape.model}
-    torch.manual_seed(0)
-    qwen3 = Qwen3Config(head_dim=16, **sizes) if shape.qk_norm else None
-    tiny_models.save_quietly(Qwen3ForCausalLM(qwen3) if qwen3 else LlamaForCausalLM(LlamaConfig(**sizes)), folder)
+    tiny_models.save_quietly(shape.build(), folder)
+    if layout == "panels" and shape.num_experts:
+        pytest.skip("the CPU kernels have no experts")
+    targets = LoraTargets(unembed=shape.unembed, experts=shape.num_experts > 0)
 
     def loaded(limit):
         limits = EngineLimits(train_token_budget=2048, activation_bytes=limit, kept_bytes=0)
         engine = Engine.load(folder, device="cpu", dtype=dtype, limits=limits, deterministic=shape.deterministic)
         for run in range(shape.num_runs):
-            engine.init_run(f"run{run}", rank=shape.rank, seed=0, targets=LoraTargets(unembed=shape.unembed))
+            engine.init_run(f"run{run}", rank=shape.rank, seed=0, targets=targets)
         return engine
 
     def check(engine, operation, *, recompute):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.capacity.lifecycle import record_creation
@@ -21,9 +22,10 @@ from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
 from selfloop.storage.db.tables import RunRow
-from selfloop.types.errors import BadRequest, NotFound
+from selfloop.types.errors import BadRequest, Conflict, NotFound
 from selfloop.types.ids import new_id
 from selfloop.types.lora import MAX_LORA_RANK, LoraTargets
+from selfloop.types.lora_size import with_experts
 from selfloop.types.resources import Checkpoint, Deployment, Run, Sampler, Session
 from selfloop.types.status import CheckpointTarget, DeploymentStatus, RunStatus, SamplerStatus
 from selfloop.types.uris import parse_checkpoint_uri
@@ -127,8 +129,7 @@ class Runs:
             return known
         model = await self._c.catalogue.resolve(request.base_model)
         checkpoint = await self._initial_checkpoint(caller, request)
-        lora_rank = _checked_rank(request, checkpoint)
-        await self._c.memories.check_rank(model.name, lora_rank, request.targets)
+        lora_rank, targets = await self._adapter(request, model, checkpoint)
         capacity, max_seq_len = self._chosen(request, model, lora_rank)
         _check_ranges(request)
         await self._user_configs.check(caller, trainer=True, sampler=with_sampler)
@@ -156,7 +157,7 @@ class Runs:
                 reused_from=reused.run_id if reused else None,
                 capacity_reason=capacity.words(capacity_reason),
                 serverless=capacity.serverless,
-                targets=checkpoint.targets if checkpoint is not None else _stored(request.targets),
+                targets=targets.stored(),
                 user_metadata=request.user_metadata,
                 num_changes=0,
             )
@@ -164,6 +165,15 @@ class Runs:
             sampler = _add_paired(session, run, request, reused) if with_sampler else None
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
+
+    async def _adapter(
+        self, request: RunRequest, model: Model, checkpoint: Checkpoint | None
+    ) -> tuple[int, LoraTargets]:
+        """Rank and targets, which fit the memory for runs."""
+        rank = _checked_rank(request, checkpoint)
+        targets = await _new_targets(request, model) if checkpoint is None else LoraTargets.parse(checkpoint.targets)
+        await self._c.memories.check_rank(model.name, rank, targets)
+        return rank, targets
 
     def _chosen(self, request: RunRequest, model: Model, lora_rank: int) -> tuple[Chosen, int]:
         """Which capacity, and the longest sequences there."""
@@ -406,8 +416,14 @@ def _checked_rank(request: RunRequest, checkpoint: Checkpoint | None) -> int:
     return rank
 
 
-def _stored(targets: LoraTargets) -> str | None:
-    return None if targets == LoraTargets() else str(targets)
+async def _new_targets(request: RunRequest, model: Model) -> LoraTargets:
+    """Of a fresh adapter. The embedded model, whose files may not be here yet, has no experts."""
+    if model.path is None:
+        return request.targets
+    try:
+        return await asyncio.to_thread(with_experts, model.path, request.targets)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Conflict(f"config.json of {model.name} cannot be read: {error}") from error
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -1,10 +1,12 @@
 """An adapter in PEFT's file format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,14 @@ from torch import Tensor
 
 from selfloop.engine.files.base_copies import BaseTensors, split_copies
 from selfloop.engine.files.directory import DirectoryWriter
+from selfloop.engine.files.stacked_experts import (
+    EXPERT_PARAMETERS,
+    ExpertPart,
+    Unstacked,
+    doubled_rank,
+    parameter_names,
+    unstack,
+)
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.spec import HEAD_MODULE, ModelSpec
 from selfloop.engine.models.weights import DTYPES
@@ -35,10 +45,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None, []),
@@ -50,6 +57,22 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     # The others (pissa, olora, corda, loftq) train against a changed base model.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
+
+
+# Stacks of experts that are in memory at a time: A and B of both of a layer's.
+_STACKS = 4
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+class Ranks(NamedTuple):
+    """Of all matrices, and of stacked experts' gate and up as one."""
+
+    all: int
+    gate_up: int
+
+    @classmethod
+    def of(cls, rank: int, raw: Mapping[str, Any]) -> "Ranks":
+        return cls(rank, doubled_rank(raw) or rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +99,7 @@ def write_peft(
 def read_peft(directory: Path, spec: ModelSpec, targets: LoraTargets | None = None) -> LoadedAdapter:
     """Read and check an adapter; projections of ``targets`` that it leaves out get B = 0, which changes nothing.
 
-    Without ``targets`` they are every projection of every layer, and the output layer if it is there.
+    Without ``targets`` they are every projection of every layer; experts and the output layer if they are there.
 
     Raises:
         OperationFailed: files are missing or unreadable, use a feature beyond plain LoRA, or do not fit the model.
@@ -84,7 +107,8 @@ def read_peft(directory: Path, spec: ModelSpec, targets: LoraTargets | None = No
     rank, alpha, raw = _read_config(directory / CONFIG_FILE)
     if raw.get("modules_to_save"):
         raise _invalid(f"{CONFIG_FILE}: modules_to_save = {raw['modules_to_save']!r} is not supported")
-    return _read(directory / WEIGHTS_FILE, _stored(directory / WEIGHTS_FILE), spec, rank, alpha, targets)
+    file_has = unstack(_stored(directory / WEIGHTS_FILE), spec, _PREFIX, raw)
+    return _read(directory / WEIGHTS_FILE, file_has, spec, Ranks.of(rank, raw), alpha, targets)
 
 
 def read_foreign_peft(directory: Path, spec: ModelSpec, base: BaseTensors) -> LoadedAdapter:
@@ -103,46 +127,68 @@ def read_foreign_peft(directory: Path, spec: ModelSpec, base: BaseTensors) -> Lo
         raise _invalid(f"{CONFIG_FILE}: lora_alpha must be more than 0 and at most {_MAX_ALPHA:g}, is {alpha!r}")
     stored, copies = split_copies(_stored(directory / WEIGHTS_FILE), _PREFIX)
     _check_targets(raw, stored)
-    shapes = _shapes(stored, spec, rank, _targets_of(stored))
-    _check_stored(stored, shapes)
+    file_has, ranks = unstack(stored, spec, _PREFIX, raw), Ranks.of(rank, raw)
+    if max(ranks) > MAX_LORA_RANK:
+        raise _invalid(f"{CONFIG_FILE}: rank_pattern must be at most {MAX_LORA_RANK}, is {max(ranks)}")
+    _check_stored(file_has.stored, _shapes(file_has, spec, ranks, _targets_of(file_has.stored)))
     base.check_copies(copies, raw.get("modules_to_save") or [])
-    return _read(directory / WEIGHTS_FILE, stored, spec, rank, alpha, None)
+    return _read(directory / WEIGHTS_FILE, file_has, spec, ranks, alpha, None)
 
 
 def _read(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    spec: ModelSpec,
-    rank: int,
-    alpha: float,
-    targets: LoraTargets | None,
+    path: Path, file_has: Unstacked, spec: ModelSpec, ranks: Ranks, alpha: float, targets: LoraTargets | None
 ) -> LoadedAdapter:
+    """What has less than the highest rank gets rows of A that a fresh adapter has, and columns of zeros in B."""
     if targets is None:
-        targets = _targets_of(stored)
+        targets = _targets_of(file_has.stored)
     # Memory is taken only for what the file has.
-    _check_stored(stored, _shapes(stored, spec, rank, targets))
-    shape = AdapterShape(spec, rank, targets)
+    _check_stored(file_has.stored, _shapes(file_has, spec, ranks, targets))
+    shape = AdapterShape(spec, max(ranks), targets)
     theta_P = shape.initial(seed=0)
     try:
         with safe_open(path, framework="pt") as file:
+            tensors = _Tensors(file, file_has.parts)
             for parameter in shape.named(theta_P):
-                if _key(parameter.name) in stored:
-                    tensor = file.get_tensor(_key(parameter.name))
+                if _key(parameter.name) in file_has.stored:
+                    tensor = tensors.get(_key(parameter.name))
                     _check_finite(parameter.name, tensor)
-                    parameter.view.copy_(tensor)
+                    rows, columns = tensor.shape
+                    parameter.view[:rows, :columns].copy_(tensor)
     except SafetensorError as error:
         raise _invalid(f"{WEIGHTS_FILE} cannot be read: {error}") from error
-    return LoadedAdapter(shape, alpha, theta_P)
+    return LoadedAdapter(shape, alpha * (shape.rank // ranks.all), theta_P)
+
+
+class _Tensors:
+    """Tensors of an open file, or their parts of its stacks, of which the last ones are kept."""
+
+    def __init__(self, file: Any, parts: Mapping[str, ExpertPart]) -> None:
+        self._read = lru_cache(maxsize=_STACKS)(file.get_tensor)
+        self._file = file
+        self._parts = parts
+
+    def get(self, name: str) -> Tensor:
+        part = self._parts.get(name)
+        return self._file.get_tensor(name) if part is None else part.of(self._read(part.tensor))
 
 
 def _targets_of(stored: Mapping[str, StoredTensor]) -> LoraTargets:
-    return LoraTargets(unembed=_key(f"{HEAD_MODULE}.lora_A") in stored)
+    experts = any(_EXPERT.search(name) for name in stored)
+    return LoraTargets(unembed=_key(f"{HEAD_MODULE}.lora_A") in stored, experts=experts)
 
 
-def _shapes(
+def _shapes(file_has: Unstacked, spec: ModelSpec, ranks: Ranks, targets: LoraTargets) -> dict[str, tuple[int, ...]]:
+    """Every tensor that there may be, by its name in the file."""
+    shapes = _shapes_of_rank(file_has.stored, spec, ranks.all, targets)
+    if ranks.gate_up != ranks.all:
+        of_gate_up = _shapes_of_rank(file_has.stored, spec, ranks.gate_up, targets)
+        shapes |= {name: of_gate_up[name] for name, part in file_has.parts.items() if part.is_gate_up}
+    return shapes
+
+
+def _shapes_of_rank(
     stored: Mapping[str, StoredTensor], spec: ModelSpec, rank: int, targets: LoraTargets
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor that there may be, by its name in the file."""
     largest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     if stored and rank > largest:
         name = next(iter(stored))
@@ -170,16 +216,26 @@ def _short(key: str) -> str:
 
 
 def _check_targets(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
-    """The PEFT library loads only what ``target_modules`` names."""
-    named = raw.get("target_modules")
+    """The PEFT library loads only what ``target_modules`` and ``target_parameters`` name."""
+    named, parameters = raw.get("target_modules"), parameter_names(raw)
     if isinstance(named, str):
         return  # "all-linear", or a pattern of PEFT's own
-    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+    if named is None and parameters:
+        named = []
+    if not isinstance(named, list) or not (named or parameters) or not all(isinstance(name, str) for name in named):
         raise _invalid(f"{CONFIG_FILE}: target_modules must be a list of names, is {named!r}")
+    # A parameter is named by its own name within a module.
+    modules = [*named, *(name.removesuffix(".weight") for name in parameters), *_modules_of(parameters)]
     for key in stored:
         module = key.removeprefix(_PREFIX).partition(".lora_")[0]
-        if not any(module == name or module.endswith(f".{name}") for name in named):
+        if not any(module == name or module.endswith(f".{name}") for name in modules):
             raise _invalid(f"adapter has {key}, which {CONFIG_FILE}: target_modules does not name")
+
+
+def _modules_of(parameters: list[str]) -> list[str]:
+    """What holds the stacks of experts that ``parameters`` name."""
+    stacks = [name for name in parameters if name.rpartition(".")[2] in EXPERT_PARAMETERS]
+    return ["mlp.experts", "mlp.experts.base_layer"] if stacks else []
 
 
 def _invalid(reason: str) -> OperationFailed:
@@ -208,7 +264,7 @@ def _peft_config(shape: AdapterShape, alpha: float, base_model: str | None) -> d
         "alpha_pattern": {},
         "modules_to_save": None,
         "target_modules": shape.module_names,
-    }
+    } | ({"target_parameters": shape.parameter_names} if shape.parameter_names else {})
 
 
 def _read_config(path: Path) -> tuple[int, float, dict[str, Any]]:

@@ -20,7 +20,10 @@ DEFAULT_ALPHA = 32.0
 
 
 class LoraGroup(NamedTuple):
-    """Adapter of one group of n fused projections: ``a`` is (n * R, in), each of ``b`` is (out, R)."""
+    """Adapter of one group of n fused projections: ``a`` is (n * R, in), each of ``b`` is (out, R).
+
+    Of E experts both have that dimension first.
+    """
 
     a: Tensor
     b: tuple[Tensor, ...]
@@ -56,19 +59,37 @@ class AdapterShape:
         self.targets = targets
         self._layers = [adapted_groups(layer, targets) for layer in spec.layers]
         self._head = ProjectionGroup((spec.head,)) if targets.unembed else None
+        experts = [group for layer in set(spec.layers) for group in layer.groups if group.num_experts is not None]
+        self._expert_names = frozenset(projection.short_name for group in experts for projection in group.fused)
         groups = [group for layer in self._layers for group in layer]
         self._sizes = [size for group in [*groups, self._head] if group for size in self._group_sizes(group)]
         self.num_parameters = sum(self._sizes)
 
     @property
     def module_names(self) -> list[str]:
-        """The short names of what is adapted, each once, in the order of a layer."""
+        """The short names of what is adapted, each once, in the order of a layer, without :attr:`parameter_names`."""
         groups = [*(group for layer in self._layers for group in layer), self._head]
-        return list(dict.fromkeys(p.short_name for group in groups if group for p in group.projections))
+        named = [p.short_name for group in groups if group and not self._is_beside(group) for p in group.projections]
+        return list(dict.fromkeys(named))
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Weights of adapted matrices whose short names PEFT takes for those of experts; it needs their paths."""
+        return [
+            f"layers.{index}.{projection.name}.weight"
+            for index, layer in enumerate(self._layers)
+            for group in layer
+            if group and self._is_beside(group)
+            for projection in group.projections
+        ]
+
+    def _is_beside(self, group: ProjectionGroup) -> bool:
+        return group.num_experts is None and any(p.short_name in self._expert_names for p in group.projections)
 
     def _group_sizes(self, group: ProjectionGroup) -> list[int]:
-        a_size = len(group.projections) * self.rank * group.in_features
-        return [a_size, *(size * self.rank for size in group.out_sizes)]
+        num = group.num_experts or 1
+        a_size = num * len(group.fused) * self.rank * group.in_features
+        return [a_size, *(num * size * self.rank for size in group.out_sizes)]
 
     def adapter(self, flat_P: Tensor, alpha: float) -> Adapter:
         """The multipliable form of ``flat_P``, which is in the compute dtype: views, so gradients flow back into it."""
@@ -79,8 +100,9 @@ class AdapterShape:
         return Adapter(alpha / self.rank, layers, flat_P, head)
 
     def _view(self, group: ProjectionGroup, parts: Iterator[Tensor]) -> LoraGroup:
-        a = next(parts).view(-1, group.in_features)
-        return LoraGroup(a, tuple(next(parts).view(-1, self.rank) for _ in group.projections))
+        first = () if group.num_experts is None else (group.num_experts,)
+        a = next(parts).view(*first, -1, group.in_features)
+        return LoraGroup(a, tuple(next(parts).view(*first, -1, self.rank) for _ in group.fused))
 
     def named(self, flat_P: Tensor) -> Iterator[NamedParameter]:
         """Every A and B as a view, under PEFT's module names."""
@@ -93,7 +115,13 @@ class AdapterShape:
             yield from self._named("", self._head, adapter.head)
 
     def _named(self, prefix: str, group: ProjectionGroup, views: LoraGroup) -> Iterator[NamedParameter]:
-        for projection, a_RI, b_OR in zip(group.projections, views.a.split(self.rank), views.b, strict=True):
+        """With experts all of the first, then all of the next."""
+        if group.num_experts is None:
+            pairs = list(zip(views.a.split(self.rank), views.b, strict=True))
+        else:
+            each = zip(views.a, *views.b, strict=True)
+            pairs = [pair for a, *b in each for pair in zip(a.split(self.rank), b, strict=True)]
+        for projection, (a_RI, b_OR) in zip(group.projections, pairs, strict=True):
             yield NamedParameter(f"{prefix}{projection.name}.lora_A", "lora_A", a_RI)
             yield NamedParameter(f"{prefix}{projection.name}.lora_B", "lora_B", b_OR)
 

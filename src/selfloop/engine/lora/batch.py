@@ -64,7 +64,11 @@ class AdapterBatch:
 
     def at_each(self, layer: int, group: int) -> list[list[LoraSegment]]:
         """The segments of each block, which count its own rows."""
-        return [AdapterBatch.of([(row.stop - row.start, row.adapter)]).at(layer, group) for row in self.rows]
+        return [block.at(layer, group) for block in self.each()]
+
+    def each(self) -> "list[AdapterBatch]":
+        """Each block by itself."""
+        return [AdapterBatch.of([(row.stop - row.start, row.adapter)]) for row in self.rows]
 
     def at_head(self) -> list[LoraSegment]:
         """The segments for the output layer."""

@@ -10,7 +10,7 @@ from selfloop.engine.models.spec import Projection, ProjectionGroup, Shapes
 class MixtureOfExperts:
     """sum over the ``top_k`` likeliest experts e of p_e * down_e(silu(gate_e(x)) * up_e(x)), p = softmax(router(x)).
 
-    Nothing here takes an adapter yet.
+    Every expert takes an adapter of its own, the router none.
 
     Args:
         normalised: whether the chosen experts' p are divided by their sum.
@@ -32,14 +32,17 @@ class MixtureOfExperts:
         """Its gate, up and down projections."""
         name, hidden, inner = f"mlp.experts.{index}", self.hidden_size, self.inner_size
         return (
-            Projection(f"{name}.gate_proj", hidden, inner, "out", adaptable=False),
-            Projection(f"{name}.up_proj", hidden, inner, "out", adaptable=False),
-            Projection(f"{name}.down_proj", inner, hidden, "in", adaptable=False),
+            Projection(f"{name}.gate_proj", hidden, inner, "out"),
+            Projection(f"{name}.up_proj", hidden, inner, "out"),
+            Projection(f"{name}.down_proj", inner, hidden, "in"),
         )
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
-        return ()
+        experts = [self.expert(index) for index in range(self.num_experts)]
+        gate_up = tuple(projection for gate, up, _ in experts for projection in (gate, up))
+        down = tuple(down for _, _, down in experts)
+        return ProjectionGroup(gate_up, self.num_experts), ProjectionGroup(down, self.num_experts)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

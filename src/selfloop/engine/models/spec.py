@@ -55,9 +55,20 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionGroup:
-    """Projections that read the same input, held as one matrix, with the A of their adapters side by side."""
+    """Projections that read the same input, held as one matrix, with the A of their adapters side by side.
+
+    Args:
+        projections: with ``num_experts``, those of the first expert, then those of the next, all of one shape.
+        num_experts: of a mixture, each with such a matrix of its own; None where there is one.
+    """
 
     projections: tuple[Projection, ...]
+    num_experts: int | None = None
+
+    @property
+    def fused(self) -> tuple[Projection, ...]:
+        """What one matrix is of: all, or those of the first expert."""
+        return self.projections[: len(self.projections) // (self.num_experts or 1)]
 
     @property
     def in_features(self) -> int:
@@ -65,7 +76,7 @@ class ProjectionGroup:
 
     @property
     def out_sizes(self) -> list[int]:
-        return [projection.out_features for projection in self.projections]
+        return [projection.out_features for projection in self.fused]
 
     @property
     def bias(self) -> bool:

@@ -18,6 +18,7 @@ from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db.database import Database
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.ids import RunId, new_id
+from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import check_links
 from selfloop.types.resources import Run
 from selfloop.types.status import CheckpointTarget, RunStatus
@@ -38,6 +39,7 @@ class _Facts(msgspec.Struct):
     lora_rank: int
     lora_alpha: float
     changes_nothing: bool
+    targets: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class Imports:
             lora_rank=facts.lora_rank,
             lora_alpha=facts.lora_alpha,
             size_bytes=facts.size_bytes,
+            targets=LoraTargets.parse(facts.targets).stored(),
         )
         try:
             await self._store.upload(checkpoint_id)

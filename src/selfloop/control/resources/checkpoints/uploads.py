@@ -22,7 +22,7 @@ from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.errors import BadRequest, Conflict, NotFound, OperationFailed, TooLarge
 from selfloop.types.ids import new_id
 from selfloop.types.lora import LoraTargets
-from selfloop.types.lora_size import save_bytes
+from selfloop.types.lora_size import save_bytes, with_experts
 
 _FOLDER = "uploads"
 _RECORD = "upload.json"
@@ -48,6 +48,7 @@ class _Record(msgspec.Struct):
 class _Adapter(msgspec.Struct):
     r: int
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ class Uploads:
         folder = await self._catalogue.folder(model.name)
         if folder is None:
             raise NotFound("base model", request.base_model, "its files are not here yet")
-        weights_bytes = await asyncio.to_thread(save_bytes, folder, request.rank, request.targets, with_optimizer=False)
+        targets = await asyncio.to_thread(with_experts, folder, request.targets)
+        weights_bytes = await asyncio.to_thread(save_bytes, folder, request.rank, targets, with_optimizer=False)
         record = _Record(
             team_id=caller.team_id,
             key_id=caller.key_id,
@@ -241,6 +243,8 @@ def _check_config(content: bytes, record: _Record) -> None:
         raise BadRequest("lora_config.rank", f"the rank in {_CONFIG}, {adapter.r}; {record.rank} was announced")
     parts = LoraTargets.parse(record.targets)
     named = adapter.target_modules if isinstance(adapter.target_modules, list) else []
+    # Weights are named by their modules, stacks of experts by their own names.
+    named = [name.removesuffix(".weight").rpartition(".")[2] for name in (*named, *(adapter.target_parameters or []))]
     for part, modules in _MODULES.items():
         if not getattr(parts, part) and (wrong := sorted(set(named) & modules)):
             raise BadRequest(f"lora_config.train_{part}", f"true, as {_CONFIG} adapts {', '.join(wrong)}")
@@ -248,6 +252,6 @@ def _check_config(content: bytes, record: _Record) -> None:
 
 _MODULES = {
     "attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "gate_up_proj"},
     "unembed": {"lm_head"},
 }

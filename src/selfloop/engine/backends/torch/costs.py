@@ -22,6 +22,7 @@ from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 from selfloop.engine.models.spec import Block, FullAttention, ModelSpec
+from selfloop.types.lora import LoraTargets
 
 # Queries and keys of the largest blocks of PyTorch's fused attention on a CPU.
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
@@ -159,7 +160,7 @@ def _layer_run(model: Profiled, index: int, units: int, rank: int) -> _LayerRun:
     No pass takes more of a token: blocks and sequences are put together once they are computed.
     """
     spec, device = model.spec, model.weights.embedding_VD.device
-    shape = AdapterShape(replace(spec, layers=(spec.layers[index],)), rank)
+    shape = AdapterShape(replace(spec, layers=(spec.layers[index],)), rank, LoraTargets(experts=True))
     leaf_P = torch.zeros(shape.num_parameters, dtype=model.dtype, device=device).requires_grad_()
     own: Adapter = shape.adapter(leaf_P, 1.0)
     # Of the other layers, which are not computed, nothing is there.

@@ -19,6 +19,7 @@ from selfloop.engine.backends.torch.step_adapters import SharedAdapter, StackedA
 from selfloop.engine.backends.torch.weights import BaseWeights, LayerWeights
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.lora.grouped_matmul import LoraSegment
 from selfloop.engine.models.spec import ModelSpec
 
 
@@ -54,6 +55,7 @@ class _LayerStep:
     attention: StepAttention
     rows: Recurrence | None
     adapters: StepAdapters | None
+    lora: AdapterBatch
 
     @property
     def recurrence(self) -> Recurrence:
@@ -74,6 +76,9 @@ class _LayerStep:
             return y_BO
         self.adapters.add(y_BO, low_BI, self.index, group)
         return y_BO.float()
+
+    def segments(self, group: int) -> list[LoraSegment]:
+        return self.lora.at(self.index, group)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.step.norm(x, weight)
@@ -104,7 +109,7 @@ class DecodeStep:
         h_BD = self._weights.embedded(batch.tokens_T, self._spec.embedding_scale)
         rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
-            at = _LayerStep(self, index, self._spec.cache_places[index], rotations, attention, rows, adapters)
+            at = _LayerStep(self, index, self._spec.cache_places[index], rotations, attention, rows, adapters, lora)
             norms = self._norms[index]
             y_BD = layer.mixer.step(self._normed(h_BD, norms.mixer_D), at)
             h_BD += self._normed(y_BD, norms.mixer_post_D)

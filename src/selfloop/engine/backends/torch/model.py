@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from selfloop.engine.backends.base import Cache, Contracts, Costs, Draw, Row, Scores, Varlen
 from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.backends.torch.attention import packed_attention
+from selfloop.engine.backends.torch.blocks.base import SegmentsOf
 from selfloop.engine.backends.torch.cache import TorchCache
 from selfloop.engine.backends.torch.cached_attention import PrefillAttention
 from selfloop.engine.backends.torch.costs import costs_of
@@ -54,10 +56,12 @@ class LayerRun:
         blocks = zip(x_TI.split(adapters.blocks), adapters.at_each(self.index, group), strict=True)
         return torch.cat([lora_linear(x_BI, linear, segments) for x_BI, segments in blocks])
 
-    def in_blocks(self, act: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
-        if self.adapters.blocks is None:
-            return act(x_TI)
-        return torch.cat([act(x_BI) for x_BI in x_TI.split(self.adapters.blocks)])
+    def in_blocks(self, act: Callable[[Tensor, SegmentsOf], Tensor], x_TI: Tensor) -> Tensor:
+        adapters = self.adapters
+        if adapters.blocks is None:
+            return act(x_TI, partial(adapters.at, self.index))
+        blocks = zip(x_TI.split(adapters.blocks), adapters.each(), strict=True)
+        return torch.cat([act(x_BI, partial(own.at, self.index)) for x_BI, own in blocks])
 
 
 class TorchModel:

@@ -63,8 +63,8 @@ class SharedAdapter:
 
 
 def _single(group: LoraGroup | None, dtype: torch.dtype) -> _Group | None:
-    if group is None:
-        return None
+    if group is None or group.a.dim() == 3:
+        return None  # experts multiply by themselves
     bs = [b_OR.to(dtype).t() for b_OR in group.b]
     return _Group(group.a.to(dtype).t(), bs, [b_RO.shape[1] for b_RO in bs])
 
@@ -122,6 +122,8 @@ class StackedAdapters:
 def _stack(
     adapters: list[Adapter], layer: int, index: int, group: ProjectionGroup, dtype: torch.dtype
 ) -> _Group | None:
+    if group.num_experts is not None:
+        return None  # experts multiply by themselves
     held = [adapter.layers[layer][index] for adapter in adapters]
     ranks = [part.b[0].shape[1] for part in held if part is not None]
     if not ranks:

@@ -12,7 +12,11 @@ from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.places import Places
 from selfloop.engine.backends.torch.recurrence import Recurrence
 from selfloop.engine.backends.torch.rotary import Rotations
+from selfloop.engine.lora.grouped_matmul import LoraSegment
 from selfloop.engine.models.spec import Block, FullAttention
+
+SegmentsOf = Callable[[int], list[LoraSegment]]
+"""The adapters of a layer's group by its number, with the rows that each is for."""
 
 
 class LayerPass(Protocol):
@@ -41,8 +45,8 @@ class LayerPass(Protocol):
         """The layer's number among those that keep the like of a sequence."""
         ...
 
-    def in_blocks(self, act: Callable[[Tensor], Tensor], x_TI: Tensor) -> Tensor:
-        """``act`` on all rows, or in a batch-invariant pass on each run's rows by themselves."""
+    def in_blocks(self, act: Callable[[Tensor, SegmentsOf], Tensor], x_TI: Tensor) -> Tensor:
+        """``act`` on all rows, or in a batch-invariant pass on each run's rows by themselves, and on their adapters."""
         ...
 
 
@@ -68,6 +72,10 @@ class LayerStep(Protocol):
     @property
     def place(self) -> int: ...
 
+    def segments(self, group: int) -> list[LoraSegment]:
+        """The adapters of the layer's group of that number, for a block that multiplies by itself."""
+        ...
+
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm with the model's epsilon, in float32."""
         ...
@@ -77,7 +85,7 @@ class TorchBlock(Protocol):
     """A mixer or feed-forward with its weights."""
 
     def linears(self) -> list[FrozenLinear]:
-        """Its matrices; the first are those of its spec's groups, in their order."""
+        """Its matrices, each of which is laid out once; of a dense block those of its spec's groups, in their order."""
         ...
 
     def __call__(self, x_TD: Tensor, at: LayerPass) -> Tensor:
