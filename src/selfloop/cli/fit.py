@@ -165,12 +165,13 @@ def _print_one(said: Said) -> None:
 
 def _lines(found: Fit, run: RunPlan) -> list[tuple[str, str]]:
     stored = "no weight files" if found.stored_bytes is None else f"{_size(found.stored_bytes)} stored"
+    dequantised = f", dequantised from {found.quantization}" if found.quantization else ""
     lines = [
         ("device", f"{found.device}, {_size(found.memory_bytes)}"),
         ("computed by", f"{found.backend}, in {found.dtype}"),
         *((f"  not {name}", reason) for name, reason in found.passed_over.items()),
         ("model", f"{found.model_type}, {found.num_parameters / 1e9:.2f}B parameters, {stored}"),
-        ("base weights", _size(found.weights_bytes) + _laid_out(found)),
+        ("base weights", _size(found.weights_bytes) + _laid_out(found) + dequantised),
         ("adapters on", ", ".join(found.adapted) or "nothing: it can only be sampled"),
     ]
     if found.frozen > 0:

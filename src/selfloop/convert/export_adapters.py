@@ -20,7 +20,7 @@ from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
 from selfloop.engine.files.peft import LoadedAdapter, read_peft, write_peft
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec
-from selfloop.engine.models.weights import DTYPES, stored_weights
+from selfloop.engine.models.weights import DTYPES, plain_weights, stored_weights
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_folder import tokenizer_files
@@ -122,7 +122,7 @@ def _gguf_dtype(model_dir: Path) -> torch.dtype:
 
 
 def _stored_dtypes(model_dir: Path) -> set[torch.dtype]:
-    weights = stored_weights(model_dir, read_spec(model_dir))
+    weights = plain_weights(model_dir, read_spec(model_dir))
     return {DTYPES[stored.dtype] for stored in weights.tensors.values()}
 
 

@@ -175,8 +175,17 @@ class Engine:
         """
         spec = read_spec(model_dir)
         on = pick_device(device)
+        source, computed_in = SafetensorsSource(model_dir, spec), pick_dtype(dtype, on)
+        if source.weights.quantization is not None:
+            log.info(
+                "base weights are stored as %s and dequantised: %d MiB stored, %d MiB in %s",
+                source.weights.quantization.words,
+                source.weights.size_bytes // 2**20,
+                spec.num_parameters * computed_in.itemsize // 2**20,
+                computed_in,
+            )
         return cls(
-            load_model(spec, SafetensorsSource(model_dir, spec), on, pick_dtype(dtype, on)),
+            load_model(spec, source, on, computed_in),
             limits=limits,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,

@@ -25,6 +25,7 @@ from selfloop.types.errors import OperationFailed, model_invalid
 from selfloop.types.fit import Fit, FitAnswer, PassPlan
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
+from selfloop.types.model_weights import ModelWeights
 from selfloop.types.settings import EngineLimits
 
 
@@ -48,11 +49,11 @@ class Asked:
 
 def fit(path: Path, asked: Asked) -> Fit:
     """Raises OperationFailed: ``path`` is no model that is computed here; the text says what is missing."""
-    spec, stored_bytes = _read(path)
-    return fit_of(spec, asked, stored_bytes)
+    spec, stored = _read(path)
+    return fit_of(spec, asked, stored)
 
 
-def fit_of(spec: ModelSpec, asked: Asked, stored_bytes: int | None = None) -> Fit:
+def fit_of(spec: ModelSpec, asked: Asked, stored: ModelWeights | None = None) -> Fit:
     """As :func:`fit`, of a model that is described."""
     device = pick_device(asked.device)
     if asked.memory_bytes is None and not is_here(device):
@@ -71,7 +72,8 @@ def fit_of(spec: ModelSpec, asked: Asked, stored_bytes: int | None = None) -> Fi
         dtype=str(dtype).removeprefix("torch."),
         memory_bytes=memory_bytes,
         num_parameters=spec.num_parameters,
-        stored_bytes=stored_bytes,
+        stored_bytes=None if stored is None else stored.size_bytes,
+        quantization="" if stored is None or stored.quantization is None else stored.quantization.words,
         weights_bytes=spec.num_parameters * dtype.itemsize,
         context=spec.context,
         rank=asked.rank,
@@ -82,7 +84,7 @@ def fit_of(spec: ModelSpec, asked: Asked, stored_bytes: int | None = None) -> Fi
     )
 
 
-def _read(path: Path) -> tuple[ModelSpec, int | None]:
+def _read(path: Path) -> tuple[ModelSpec, ModelWeights | None]:
     if path.is_file():
         path = path.parent if (path.parent / "model.safetensors").is_file() else path
     config = path / "config.json" if path.is_dir() else path
@@ -98,7 +100,7 @@ def _read(path: Path) -> tuple[ModelSpec, int | None]:
             )
         return parse_spec(raw, {}), None
     spec = read_spec(folder)
-    return spec, stored_weights(folder, spec).size_bytes
+    return spec, stored_weights(folder, spec)
 
 
 def _takes_adapters(spec: ModelSpec) -> bool:

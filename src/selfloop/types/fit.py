@@ -44,6 +44,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: of the device, as far as it may be taken.
         num_parameters: a tied output layer counted once.
         stored_bytes: of the weight files; None where there are none.
+        quantization: how they are quantised there, in words; empty where they are plain.
         weights_bytes: in the compute type, as loaded.
         context: positions that it is made for.
         rank: of the run, and ``adapter_parameters`` its trained numbers.
@@ -60,6 +61,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     num_parameters: int
     stored_bytes: int | None
+    quantization: str
     weights_bytes: int
     context: int
     rank: int

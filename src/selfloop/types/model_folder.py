@@ -11,6 +11,7 @@ import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_weights import read_weights, weight_paths
+from selfloop.types.quantization import read_quantization
 from selfloop.types.transformers_models import context_of, why_unknown
 
 T = TypeVar("T")
@@ -77,7 +78,6 @@ class _Config(msgspec.Struct):
     max_position_embeddings: int = 0
     tie_word_embeddings: bool | None = None
     eos_token_id: int | list[int] | None = None
-    quantization_config: dict[str, msgspec.Raw] | None = None
     auto_map: object = None
     text_config: object = None
 
@@ -130,10 +130,12 @@ def computed_by(path: Path) -> str:
     """Whose code computes the folder's model, and why where it is not the engine's own; empty where that is unclear."""
     try:
         model_type = _read_config(path).model_type
+        quantization = read_quantization(path / "config.json")
     except BadRequest:
         return ""
     own = model_type in SUPPORTED_MODEL_TYPES
-    return "selfloop" if own else f"transformers (selfloop has no {model_type})"
+    dequantised = "" if quantization is None else f", dequantised from {quantization.words}"
+    return ("selfloop" if own else f"transformers (selfloop has no {model_type})") + dequantised
 
 
 def tokenizer_files(path: Path) -> list[str]:
@@ -205,8 +207,7 @@ def _read_config(path: Path) -> _Config:
             known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
             raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")
         config.max_position_embeddings = context_of(_decode(file, dict[str, Any])) or 0
-    if config.quantization_config:
-        raise _refusal(f"{path} holds quantized weights; bfloat16, float16 or float32 ones are needed")
+    read_quantization(file)
     if config.vocab_size < 1 or config.max_position_embeddings < 1:
         raise _refusal(f"{file} gives no vocab_size or no max_position_embeddings")
     return config

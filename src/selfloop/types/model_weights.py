@@ -4,13 +4,14 @@ Both halves of the server read folders with this, from headers alone. What could
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import msgspec
 
 from selfloop.types.errors import BadRequest
+from selfloop.types.quantization import Parts, Quantization, assemble, read_quantization
 from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
 
 WEIGHTS_FILE = "model.safetensors"
@@ -32,12 +33,16 @@ class ModelWeights:
         tensors: by the name that the model has for them. An output layer that is tied to the embedding is not there;
             the embedding may be stored under the output layer's name.
         tied: whether the output layer is the embedding.
+        quantization: how some of them are quantised; these have their own shapes, and no type of their own.
+        parts: what a quantised weight is stored as.
     """
 
     files: tuple[Path, ...]
     index: Path | None
     tensors: Mapping[str, StoredTensor]
     tied: bool
+    quantization: Quantization | None = None
+    parts: Mapping[str, Parts] = field(default_factory=dict[str, Parts])
 
     @property
     def num_parameters(self) -> int:
@@ -73,14 +78,24 @@ def read_weights(folder: Path, *, tie: bool) -> ModelWeights:
         first = stored.setdefault(tensor.name, tensor)
         if first is not tensor:
             raise _refusal(f"{tensor.name} is in both {first.file} and {tensor.file}; remove one of them")
+    quantization = read_quantization(folder / "config.json")
+    if quantization is None:
+        return _tied(ModelWeights(files, index, stored, tied=tie))
+    made = assemble(stored, quantization)
+    weights = ModelWeights(files, index, made.tensors, tie, quantization, made.parts)
+    return _tied(weights)
+
+
+def _tied(weights: ModelWeights) -> ModelWeights:
+    stored = weights.tensors
     own_head = stored.get(HEAD)
-    if not tie or own_head is None:
-        return ModelWeights(files, index, stored, tied=tie)
+    if not weights.tied or own_head is None:
+        return weights
     embedding = stored.get(EMBEDDING)
     if embedding is not None and not _is_equal(own_head, embedding):
-        return ModelWeights(files, index, stored, tied=False)
+        return replace(weights, tied=False)
     rest = {name: tensor for name, tensor in stored.items() if name != HEAD}
-    return ModelWeights(files, index, {EMBEDDING: own_head, **rest}, tied=True)
+    return replace(weights, tensors={EMBEDDING: own_head, **rest})
 
 
 def weight_paths(folder: Path) -> tuple[tuple[Path, ...], Path | None]:

@@ -99,7 +99,7 @@ def test_what_only_transformers_knows_is_described_by_its_tensors(tmp_path: Path
         ({"model_type": "unheard_of"}, "'unheard_of' is not supported, and no causal language model of transformers"),
         ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "code.Own"}}, "needs code of its own"),
         ({"text_config": {}}, "holds its text model in a part"),
-        ({"quantization_config": {"bits": 4}}, "quantized base weights are not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantized base weights of this kind are not supported"),
     ],
 )
 def test_what_transformers_cannot_load_either_is_refused_in_words(tmp_path: Path, changes: dict, reason: str):

@@ -21,7 +21,7 @@ from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import LoadedAdapter
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import HEAD_MODULE
-from selfloop.engine.models.weights import DTYPES, stored_weights
+from selfloop.engine.models.weights import DTYPES, plain_weights
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.types.safetensors_header import StoredTensor, read_metadata
@@ -90,7 +90,7 @@ def write_merged(
     """
     deltas = Deltas(adapter)
     spec = read_spec(model_dir)
-    weights = stored_weights(model_dir, spec)
+    weights = plain_weights(model_dir, spec)
     written = [_Written(name, stored) for name, stored in weights.tensors.items()]
     untie = spec.tied and HEAD in deltas
     if untie:

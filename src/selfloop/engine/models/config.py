@@ -7,8 +7,9 @@ from typing import Any
 
 from selfloop.engine.models.rope import RopeConfig, parse_rope
 from selfloop.engine.models.spec import Activation, DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
-from selfloop.types.errors import model_invalid
+from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_folder import TIED_UNLESS_SAID
+from selfloop.types.quantization import parse_quantization
 
 _REQUIRED = (
     "vocab_size",
@@ -215,10 +216,17 @@ def _number(name: str, value: object) -> float:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    if raw.get("quantization_config") is not None:
-        raise model_invalid("quantized base weights are not supported")
+    check_quantization(raw)
     if raw.get("transformers_weights") is not None:
         raise model_invalid(f"transformers_weights {raw['transformers_weights']!r} is not supported")
+
+
+def check_quantization(raw: Mapping[str, Any]) -> None:
+    """Refuse quantised weights of a format that is not read here, by name."""
+    try:
+        parse_quantization(raw.get("quantization_config"))
+    except BadRequest as error:
+        raise model_invalid(error.expected) from error
 
 
 def end_tokens(raw: Mapping[str, Any]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from selfloop.engine.models.config import end_tokens, read_size
+from selfloop.engine.models.config import check_quantization, end_tokens, read_size
 from selfloop.engine.models.rope import RopeConfig
 from selfloop.engine.models.spec import LayerSpec, ModelSpec, Projection, ProjectionGroup, Shapes
 from selfloop.types.errors import BadRequest, model_invalid
@@ -67,8 +67,7 @@ def read_stored_spec(model_dir: Path, raw: Mapping[str, Any], generation: Mappin
     unknown = why_unknown(model_type, has_own_code="auto_map" in raw, nests_text="text_config" in raw)
     if unknown is not None:
         raise model_invalid(unknown)
-    if raw.get("quantization_config") is not None:
-        raise model_invalid("quantized base weights are not supported")
+    check_quantization(raw)
     context = context_of(raw)
     if context is None:
         raise model_invalid("config.json lacks ['max_position_embeddings']")

@@ -3,7 +3,8 @@
 Which files and tensors a folder means is read by :mod:`selfloop.types.model_weights`; what must be there is the spec's.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from selfloop.engine.models.quantized.registry import dequantized
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec
-from selfloop.types.errors import BadRequest, model_invalid
+from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
 from selfloop.types.model_weights import HEAD, ModelWeights, read_weights
 from selfloop.types.safetensors_header import StoredTensor
 
@@ -44,7 +46,8 @@ class SafetensorsSource:
         return self.weights.tensors[name].shape
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        wanted: Mapping[str, StoredTensor] = {name: self.weights.tensors[name] for name in names}
+        weights = self.weights
+        wanted = {name: weights.tensors[name] for name in names if name not in weights.parts}
         for path in self.weights.files:
             try:
                 with safe_open(path, framework="pt") as file:
@@ -53,6 +56,29 @@ class SafetensorsSource:
                             yield name, file.get_tensor(stored.name)
             except SafetensorError as error:
                 raise model_invalid(f"{path} cannot be read: {error}") from error
+        yield from self._quantized([name for name in names if name in weights.parts])
+
+    def _quantized(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Made plain one after another; their parts may lie in several files."""
+        quantization = self.weights.quantization
+        if quantization is None or not names:
+            return
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(_opened(path)) for path in self.weights.files}
+            for name in names:
+                parts = self.weights.parts[name]
+                stored = {role: files[part.file].get_tensor(part.name) for role, part in parts.items()}
+                try:
+                    yield name, dequantized(stored, quantization)
+                except (IndexError, ValueError, RuntimeError) as error:
+                    raise model_invalid(f"{name} cannot be read as {quantization.words}: {error}") from error
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise model_invalid(f"{path} cannot be read: {error}") from error
 
 
 def check_model(model_dir: Path) -> ModelSpec:
@@ -89,14 +115,29 @@ def stored_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:
             f"{model_dir} has {len(unexpected)} unexpected tensors, e.g. {unexpected[:3]}, in {', '.join(files[:3])}"
         )
     for name, shape in shapes.items():
-        _check_stored(weights.tensors[name], name, shape)
+        _check_stored(weights.tensors[name], name, shape, is_quantized=name in weights.parts)
     return weights
 
 
-def _check_stored(stored: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
+def plain_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:
+    """As :func:`stored_weights`, for what copies the stored bytes themselves.
+
+    Raises:
+        OperationFailed: they are quantised, too.
+    """
+    weights = stored_weights(model_dir, spec)
+    if weights.quantization is not None:
+        raise OperationFailed(
+            f"the base weights are quantized ({weights.quantization.words}), and a merged model is not written of "
+            "such; export the adapter alone (peft)"
+        )
+    return weights
+
+
+def _check_stored(stored: StoredTensor, name: str, shape: tuple[int, ...], *, is_quantized: bool) -> None:
     if stored.shape != shape:
         raise model_invalid(f"{name} has shape {list(stored.shape)}, expected {list(shape)} ({stored.file.name})")
-    if stored.dtype not in DTYPES:
+    if not is_quantized and stored.dtype not in DTYPES:
         raise model_invalid(
             f"{name} is {stored.dtype}; quantized base weights are not supported, only {', '.join(DTYPES)}"
         )

@@ -36,4 +36,4 @@ class TransformersBackend:
         from selfloop.engine.backends.transformers.loading import load
 
         assert isinstance(spec, StoredSpec)
-        return load(spec, device, dtype)
+        return load(spec, source, device, dtype)

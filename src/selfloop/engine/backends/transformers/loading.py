@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from selfloop.engine.backends.transformers.adapted import AdapterPlaces
 from selfloop.engine.backends.transformers.head import ModelHead
@@ -15,14 +15,16 @@ from selfloop.engine.backends.transformers.model import TransformersModel
 from selfloop.engine.backends.transformers.passes import Passes
 from selfloop.engine.backends.transformers.self_test import self_test
 from selfloop.engine.models.stored import StoredSpec
+from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import model_invalid
+from selfloop.types.quantization import read_quantization
 
 log = logging.getLogger("selfloop.engine")
 
 
-def load(spec: StoredSpec, device: torch.device, dtype: torch.dtype) -> TransformersModel:
+def load(spec: StoredSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> TransformersModel:
     """Raises OperationFailed: transformers cannot load the folder, or the model is not what the engine needs."""
-    causal = _read(spec, dtype).to(device).eval().requires_grad_(requires_grad=False)
+    causal = _read(spec, source, dtype).to(device).eval().requires_grad_(requires_grad=False)
     decoder: Any = getattr(causal, "model", None)
     for name, module in (("model", decoder), ("model.layers", getattr(decoder, "layers", None))):
         if not isinstance(module, nn.Module):
@@ -41,25 +43,41 @@ def load(spec: StoredSpec, device: torch.device, dtype: torch.dtype) -> Transfor
     return model
 
 
-def _read(spec: StoredSpec, dtype: torch.dtype) -> Any:
-    """No network, no code of the folder, no pickles."""
+def _read(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> Any:
+    """No network, no code of the folder, no pickles; quantised weights are made plain by our own code."""
     folder = str(spec.folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            if read_quantization(spec.folder / "config.json") is None:
+                causal, report = _from_folder(folder, dtype)
+            else:
+                causal, report = _from_source(folder, source, dtype)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise model_invalid(f"transformers cannot load {folder}: {error}") from error
-    causal, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(name) for name in report.get(kind) or [])
         if found:
             raise model_invalid(f"{folder} has {len(found)} {kind.replace('_', ' ')} in transformers, e.g. {found[:3]}")
     return causal
+
+
+def _from_folder(folder: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _from_source(folder: str, source: TensorSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of the folder's configuration, as if its weights were plain."""
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    weights = {name: tensor.to(dtype) for name, tensor in source.read(source.names())}
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
