@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "llama-biased", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-biased", "qwen3", "qwen3-moe", "gemma2", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_costs_without_weights_are_those_with_them(family, dtype, tmp_path):
     folder = tiny_models.save(family, tmp_path)
@@ -97,7 +97,7 @@ def test_more_memory_never_trains_less(tmp_path):
 
 
 def test_what_transformers_computes_is_planned_as_far_as_headers_say(tmp_path):
-    folder = tiny_models.save("gemma3", tmp_path)
+    folder = tiny_models.save("granite", tmp_path)
     found = fit(folder, Asked("cpu", "float32", 64 * MIB))
     assert found.backend == "transformers"
     assert found.plan is None
@@ -126,12 +126,12 @@ def test_one_broken_model_does_not_hide_the_others(tmp_path):
     empty.mkdir()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (other / "config.json").write_text('{"model_type": "granite"}')
     found = list(answers([empty, good, other], Asked("cpu", "float32", 64 * MIB)))
     assert "has no config.json" in found[0].error
     assert found[1].fit is not None
     assert "no *.safetensors" in found[2].error
-    assert "gemma3_text" in found[2].error
+    assert "granite" in found[2].error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
