@@ -5,16 +5,24 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -87,6 +95,28 @@ _BUILDERS |= {
     ),
 }
 
+_OLMO3_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_BUILDERS |= {
+    "glm4": lambda: Glm4ForCausalLM(Glm4Config(**_SIZES, head_dim=16, pad_token_id=0)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SIZES)),
+    "olmo3": lambda: Olmo3ForCausalLM(
+        Olmo3Config(
+            **_SIZES,
+            sliding_window=11,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": _OLMO3_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        )
+    ),
+    "granite-own": lambda: GraniteForCausalLM(
+        GraniteConfig(
+            **_SIZES, logits_scaling=3.0, attention_multiplier=0.2, residual_multiplier=0.5, embedding_multiplier=4.0
+        )
+    ),
+}
+
 FAMILIES = tuple(_BUILDERS)
 
 _EXPERTS = {**_SIZES, "num_hidden_layers": 3, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2}
@@ -133,6 +163,7 @@ _OTHERS = {
 }
 OTHER_FAMILIES = tuple(_OTHERS)
 _BUILDERS |= _OTHERS
+_BUILDERS["cohere2"] = lambda: Cohere2ForCausalLM(Cohere2Config(**_SIZES, pad_token_id=0, sliding_window=8))
 
 _BUILDERS |= {
     "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE)),

@@ -45,6 +45,9 @@ def train(engine, run_id, rank, seed):
         "mistral-window",
         "gemma2-own",
         "gemma3-own",
+        "glm4",
+        "olmo3",
+        "granite-own",
         *tiny_models.MOE_FAMILIES,
     ],
 )

@@ -63,6 +63,9 @@ def named_gradients(model):
         "smollm3",
         "gemma2-own",
         "gemma3-own",
+        "glm4",
+        "olmo2",
+        "granite-own",
         *tiny_models.MOE_FAMILIES,
     ],
 )

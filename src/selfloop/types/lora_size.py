@@ -11,6 +11,8 @@ from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import EMBEDDING, read_weights
 from selfloop.types.transformers_models import expert_shapes, stored_projections
 
+# Families whose configuration gives every size, and whose projections lie each by itself.
+_SAID_BY_CONFIG = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _FLOAT_BYTES = 4
 # Configuration and card.
 _HEADER_BYTES = 256 * 1024
@@ -92,7 +94,7 @@ def _read_type(model_dir: Path) -> _Type:
 
 def _adapted(model_dir: Path, targets: LoraTargets) -> _Adapted:
     kind = _read_type(model_dir)
-    if kind.model_type not in SUPPORTED_MODEL_TYPES or kind.has_experts:
+    if kind.model_type not in _SAID_BY_CONFIG or kind.has_experts:
         return _of_stored(model_dir, targets)
     shape = _read(model_dir / "config.json")
     hidden, inner = shape.hidden_size, shape.intermediate_size

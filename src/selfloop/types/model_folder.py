@@ -20,7 +20,21 @@ INSTALLED_FAMILIES = {point.name: point for point in entry_points(group="selfloo
 """Families of installed packages by ``model_type``, not loaded; each is a ``spec`` as in ``engine/models/llama``."""
 
 SUPPORTED_MODEL_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3", *INSTALLED_FAMILIES}
+    {
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "llama",
+        "olmo2",
+        "olmo3",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        *INSTALLED_FAMILIES,
+    }
 )
 """Those that the engine's own decoder computes; others are computed by transformers, where it knows them."""
 

@@ -77,12 +77,12 @@ def test_a_local_folder_is_served_where_it_lies(folder: Path):
 
 
 def test_a_family_that_only_transformers_knows_is_admitted(folder: Path, tmp_path: Path):
-    other = tiny_models.save("qwen3_5", tmp_path / "other")
+    other = tiny_models.save("cohere2", tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / name, other / name)
     facts = prepare.prepare_folder(other, None, lambda stage, fraction: None)
-    assert (facts.model_type, facts.vocab_size) == ("qwen3_5_text", tiny_models.VOCAB_SIZE)
-    assert computed_by(other) == "transformers (selfloop has no qwen3_5_text)"
+    assert (facts.model_type, facts.vocab_size) == ("cohere2", tiny_models.VOCAB_SIZE)
+    assert computed_by(other) == "transformers (selfloop has no cohere2)"
     assert computed_by(folder) == "selfloop"
 
 

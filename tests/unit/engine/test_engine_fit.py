@@ -97,7 +97,7 @@ def test_more_memory_never_trains_less(tmp_path):
 
 
 def test_what_transformers_computes_is_planned_as_far_as_headers_say(tmp_path):
-    folder = tiny_models.save("granite", tmp_path)
+    folder = tiny_models.save("cohere2", tmp_path)
     found = fit(folder, Asked("cpu", "float32", 64 * MIB))
     assert found.backend == "transformers"
     assert found.plan is None
@@ -126,12 +126,12 @@ def test_one_broken_model_does_not_hide_the_others(tmp_path):
     empty.mkdir()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "granite"}')
+    (other / "config.json").write_text('{"model_type": "cohere2"}')
     found = list(answers([empty, good, other], Asked("cpu", "float32", 64 * MIB)))
     assert "has no config.json" in found[0].error
     assert found[1].fit is not None
     assert "no *.safetensors" in found[2].error
-    assert "granite" in found[2].error
+    assert "cohere2" in found[2].error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -139,8 +139,22 @@ class HfConfig:
     def norm(self, name: str, *, plus_one: bool = False) -> Norm:
         return Norm(name, self._sizes["hidden_size"], self.eps, plus_one)
 
-    def rope(self, parameters: Mapping[str, Any], head_dim: int) -> RopeConfig:
-        """Of ``rope_parameters`` that are not those of the whole model."""
+    def partial_rope(self, head_dim: int, default: float) -> RopeConfig:
+        """Of a part of each head, ``default`` where the config does not say which."""
+        return _parsed(self.raw, head_dim, partial=default)
+
+    def rope_of(self, kind: str, head_dim: int, base: str, default_base: float) -> RopeConfig:
+        """That of one kind of layers, where full and sliding ones have each their own.
+
+        transformers 5 has ``rope_parameters`` of each kind; before, ``rope_scaling`` was that of the full ones.
+
+        Args:
+            base: the key of its base in older configs.
+        """
+        of_kinds: Any = self.raw.get("rope_parameters")
+        own: Any = of_kinds.get(kind) if isinstance(of_kinds, dict) else None
+        scaling: Any = self.raw.get("rope_scaling") if kind == "full_attention" else None
+        parameters = {"rope_theta": self.raw.get(base, default_base), **(own or {}), **(scaling or {})}
         positions = {"max_position_embeddings": self._sizes["max_position_embeddings"]}
         return _parsed({**positions, "rope_parameters": parameters}, head_dim)
 
@@ -154,14 +168,16 @@ class HfConfig:
         mlp: DenseMlp,
         norms: tuple[Norm | None, Norm | None] | None = None,
         post_norms: tuple[Norm | None, Norm | None] = (None, None),
+        *,
+        rope: RopeConfig | None = None,
     ) -> ModelSpec:
-        """A layer for each of ``attentions``; ``norms`` None are those of Llama."""
+        """A layer for each of ``attentions``; ``norms`` None are those of Llama, ``rope`` None is as in Llama."""
         before = self.norms() if norms is None else norms
         layers = {attention: LayerSpec(attention, mlp, before, post_norms) for attention in attentions}
-        return self.model([layers[attention] for attention in attentions], attentions[0].head_dim)
+        return self.model([layers[attention] for attention in attentions], attentions[0].head_dim, rope)
 
-    def model(self, layers: Sequence[LayerSpec], rotated_dim: int) -> ModelSpec:
-        """``rotated_dim``: dimensions of a head, all of which are rotated."""
+    def model(self, layers: Sequence[LayerSpec], rotated_dim: int, rope: RopeConfig | None = None) -> ModelSpec:
+        """``rotated_dim``: dimensions of a head, all of which are rotated, if no ``rope`` says other."""
         if (
             any(layer.feed_forward.kind != DenseMlp.kind for layer in layers)
             and self.activation("hidden_act", "silu") != "silu"
@@ -175,7 +191,7 @@ class HfConfig:
             layers=tuple(layers),
             final_norm_eps=self.eps,
             tied=bool(self.raw.get("tie_word_embeddings", self.raw["model_type"] in TIED_UNLESS_SAID)),
-            rope=_parsed(self.raw, rotated_dim),
+            rope=_parsed(self.raw, rotated_dim) if rope is None else rope,
             context=self._sizes["max_position_embeddings"],
             eos_token_ids=generated_ends or own_ends,
         )
@@ -185,9 +201,9 @@ class HfConfig:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps", 1e-6))
 
 
-def _parsed(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
+def _parsed(raw: Mapping[str, Any], head_dim: int, partial: float | None = None) -> RopeConfig:
     try:
-        return parse_rope(raw, head_dim)
+        return parse_rope(raw, head_dim, partial=partial)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
 

@@ -13,7 +13,10 @@ from selfloop.types.errors import model_invalid
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Scaling of the rotary embedding; field names as in Hugging Face's ``rope_parameters``."""
+    """Scaling of the rotary embedding; field names as in Hugging Face's ``rope_parameters``.
+
+    ``head_dim`` counts the dimensions of a head that are rotated, its first ones.
+    """
 
     kind: str
     theta: float
@@ -30,8 +33,10 @@ class RopeConfig:
     truncate: bool = True
 
 
-def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
+def parse_rope(raw: Mapping[str, Any], head_dim: int, *, partial: float | None = None) -> RopeConfig:
     """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
+
+    ``partial`` is which part of a head is rotated where the config says nothing; None in families that rotate all.
 
     Where both are given, ``rope_scaling`` alone counts, as in either transformers.
     """
@@ -39,8 +44,12 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     kind = str(params.get("rope_type", params.get("type", "default")))
     if kind not in _INVERSE_FREQUENCIES:
         raise model_invalid(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")
-    if params.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    part = params.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0 if partial is None else partial))
+    if partial is None and part != 1.0:
         raise model_invalid("partial_rotary_factor other than 1 is not supported")
+    rotated_dim = int(head_dim * part)
+    if not 2 <= rotated_dim <= head_dim or rotated_dim % 2 != 0:
+        raise model_invalid(f"partial_rotary_factor {part!r} rotates no even number of a head's {head_dim} dimensions")
     max_position = raw["max_position_embeddings"]
     original = (
         raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings") or max_position
@@ -56,7 +65,7 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int) -> RopeConfig:
     return RopeConfig(
         kind=kind,
         theta=float(params.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        head_dim=head_dim,
+        head_dim=rotated_dim,
         factor=float(factor) if factor is not None else max_position / original,
         original_max_position=int(original),
         **given,

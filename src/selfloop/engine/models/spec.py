@@ -142,6 +142,9 @@ class FullAttention:
         scale: of the scores; None is head_dim^-1/2.
         softcap: scores s become c * tanh(s / c); None leaves them as they are.
         norm_plus_one: whether the norms of q and k multiply by 1 + w.
+        norm_over_heads: whether those norms are of all heads together.
+        interleaved: whether dimension 2i is rotated with 2i + 1, and not i with i + d/2 of the d that are rotated.
+        fused: whether q, k and v are one matrix in the checkpoint, ``qkv_proj``; an adapter is then on that.
     """
 
     hidden_size: int
@@ -156,6 +159,9 @@ class FullAttention:
     scale: float | None = None
     softcap: float | None = None
     norm_plus_one: bool = False
+    norm_over_heads: bool = False
+    interleaved: bool = False
+    fused: bool = False
 
     kind: ClassVar[str] = "full_attention"
 
@@ -163,6 +169,8 @@ class FullAttention:
     def groups(self) -> tuple[ProjectionGroup, ...]:
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        if self.fused:
+            sizes = {"qkv_proj": heads + 2 * kv_heads}
         qkv = [Projection(f"self_attn.{n}", self.hidden_size, size, "out", self.qkv_bias) for n, size in sizes.items()]
         out = Projection("self_attn.o_proj", heads, self.hidden_size, "in", self.o_bias)
         return ProjectionGroup(tuple(qkv)), ProjectionGroup((out,))
@@ -178,7 +186,8 @@ class FullAttention:
     def tensors(self) -> Shapes:
         shapes = _tensors(self.projections)
         if self.qk_norm_eps is not None:
-            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+            q, k = (self.num_heads, self.num_kv_heads) if self.norm_over_heads else (1, 1)
+            shapes |= {f"self_attn.{n}_norm.weight": (m * self.head_dim,) for n, m in (("q", q), ("k", k))}
         return shapes
 
     @property
@@ -192,19 +201,21 @@ class FullAttention:
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)); ``fused``: gate and up are one matrix in the checkpoint, ``gate_up_proj``."""
 
     hidden_size: int
     inner_size: int
     bias: bool = False
     activation: Activation = "silu"
+    fused: bool = False
 
     kind: ClassVar[str] = "dense_mlp"
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
         hidden, inner = self.hidden_size, self.inner_size
-        gate_up = [Projection(f"mlp.{name}", hidden, inner, "out", self.bias) for name in ("gate_proj", "up_proj")]
+        sizes = {"gate_up_proj": 2 * inner} if self.fused else {"gate_proj": inner, "up_proj": inner}
+        gate_up = [Projection(f"mlp.{name}", hidden, size, "out", self.bias) for name, size in sizes.items()]
         down = Projection("mlp.down_proj", inner, hidden, "in", self.bias)
         return ProjectionGroup(tuple(gate_up)), ProjectionGroup((down,))
 
@@ -236,9 +247,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """h + norm(mixer(norm(h))), then h + norm(feed_forward(norm(h))).
+    """h + c * norm(mixer(norm(h))), then h + c * norm(feed_forward(norm(h))).
 
     Args:
+        residual_scale: c.
         norms: before the one and before the other; None is none.
         post_norms: behind each of them.
     """
@@ -247,6 +259,7 @@ class LayerSpec:
     feed_forward: Block
     norms: tuple[Norm | None, ...]
     post_norms: tuple[Norm | None, ...] = (None, None)
+    residual_scale: float = 1.0
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
@@ -404,6 +417,11 @@ def unlike_dense(spec: ModelSpec) -> list[str]:
         "norms of 1 + w": spec.final_norm_plus_one or any(norm is not None and norm.plus_one for norm in norms),
         "norms in other places": any(None in layer.norms or any(layer.post_norms) for layer in spec.layers),
         "factors of embeddings or logits": (spec.embedding_scale, spec.logit_scale) != (1.0, 1.0),
+        "factors of residuals": any(layer.residual_scale != 1.0 for layer in spec.layers),
+        "norms over all heads": any(attention.norm_over_heads for attention in attentions),
+        "interleaved rotation": any(attention.interleaved for attention in attentions),
+        "partial rotation": any(attention.head_dim != spec.rope.head_dim for attention in attentions),
+        "fused projections": any(x.fused for x in (*attentions, *mlps)),
         "other activations than silu": any(mlp.activation != "silu" for mlp in mlps),
     }
     words = [word for word, is_there in found.items() if is_there]

@@ -110,11 +110,11 @@ class DecodeStep:
         rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
             at = _LayerStep(self, index, self._spec.cache_places[index], rotations, attention, rows, adapters, lora)
-            norms = self._norms[index]
+            spec, norms = self._spec.layers[index], self._norms[index]
             y_BD = layer.mixer.step(self._normed(h_BD, norms.mixer_D), at)
-            h_BD += self._normed(y_BD, norms.mixer_post_D)
+            h_BD.add_(self._normed(y_BD, norms.mixer_post_D), alpha=spec.residual_scale)
             y_BD = layer.feed_forward.step(self._normed(h_BD, norms.feed_forward_D), at)
-            h_BD += self._normed(y_BD, norms.feed_forward_post_D)
+            h_BD.add_(self._normed(y_BD, norms.feed_forward_post_D), alpha=spec.residual_scale)
         return self.norm(h_BD, self._final_norm).to(self.dtype)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -102,9 +102,11 @@ class TorchModel:
         spec, layer = self.spec.layers[index], self.weights.layers[index]
         at = LayerRun(index, self.spec.cache_places[index], rotations, mixing, adapters)
         y_TD = layer.mixer(self._normed(h_TD, layer.mixer_norm_D, spec.norms[0]), at)
-        h_TD = h_TD + self._normed(y_TD, layer.mixer_post_norm_D, spec.post_norms[0])
+        y_TD = self._normed(y_TD, layer.mixer_post_norm_D, spec.post_norms[0])
+        h_TD = torch.add(h_TD, y_TD, alpha=spec.residual_scale)
         y_TD = layer.feed_forward(self._normed(h_TD, layer.feed_forward_norm_D, spec.norms[1]), at)
-        return h_TD + self._normed(y_TD, layer.feed_forward_post_norm_D, spec.post_norms[1])
+        y_TD = self._normed(y_TD, layer.feed_forward_post_norm_D, spec.post_norms[1])
+        return torch.add(h_TD, y_TD, alpha=spec.residual_scale)
 
     def score(self, h_ND: Tensor, targets: Tensor, num_top: int, adapter: Adapter | None) -> Scores:
         if self._curve is not None:

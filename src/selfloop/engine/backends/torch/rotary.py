@@ -36,14 +36,23 @@ class Rotaries:
         return {name: rotary(positions_T) for name, rotary in self._each.items()}
 
 
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim/2) of every head; cos and sin are (T, 1, head_dim/2)."""
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of every head, or (2i, 2i + 1); cos and sin are (T, 1, d/2).
+
+    d is head_dim, or what of it is rotated: dimensions from d on stay as they are.
+    """
     if torch.is_grad_enabled():
-        return _Rotate.apply(x_THd, cos, sin)  # pyright: ignore[reportReturnType]
-    return _rotate(x_THd, cos, sin)
+        return _Rotate.apply(x_THd, cos, sin, interleaved)  # pyright: ignore[reportReturnType]
+    return _rotate(x_THd, cos, sin, interleaved)
 
 
-def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    dim = 2 * cos.shape[-1]
+    if dim < x_THd.shape[-1]:
+        return torch.cat((_rotate(x_THd[..., :dim], cos, sin, interleaved), x_THd[..., dim:]), dim=-1)
+    if interleaved:
+        first, second = x_THd.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     first, second = x_THd.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -52,11 +61,12 @@ class _Rotate(torch.autograd.Function):
     """The backward of a rotation is the rotation back; nothing but cos and sin is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x_THd, cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x_THd, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+        return _rotate(grads[0], cos, -sin, ctx.interleaved), None, None, None

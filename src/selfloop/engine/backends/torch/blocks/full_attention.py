@@ -1,5 +1,7 @@
 """Rotary attention with fused q, k and v."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,10 @@ class FullAttentionBlock:
         qkv_THd = at.project(self._first + QKV, self.qkv, x_TD).unflatten(1, (-1, spec.head_dim))
         qk_THd, v_TGd = qkv_THd.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if self.qk_norm_Hd is not None and spec.qk_norm_eps is not None:
-            qk_THd = rms_norm(qk_THd, self.qk_norm_Hd, spec.qk_norm_eps).to(x_TD.dtype)
+            eps = spec.qk_norm_eps
+            qk_THd = self._qk_normed(qk_THd, self.qk_norm_Hd, lambda x, w: rms_norm(x, w, eps)).to(x_TD.dtype)
         if spec.rope is not None:
-            qk_THd = rotate(qk_THd, *at.rotations[spec.rope])
+            qk_THd = rotate(qk_THd, *at.rotations[spec.rope], interleaved=spec.interleaved)
         q_THd, k_TGd = qk_THd.split([spec.num_heads, spec.num_kv_heads], dim=1)
         return at.project(self._first + OUT, self.out, at.attend(spec, q_THd, k_TGd, v_TGd).flatten(1))
 
@@ -44,14 +47,30 @@ class FullAttentionBlock:
         if self.qk_norm_Hd is not None:
             if self._float32_qk_norm_Hd is None:
                 self._float32_qk_norm_Hd = float32(self.qk_norm_Hd)
-            qk_BHd.copy_(at.norm(qk_BHd, self._float32_qk_norm_Hd))
+            qk_BHd.copy_(self._qk_normed(qk_BHd, self._float32_qk_norm_Hd, at.norm))
         if spec.rope is None:
             qk_BHd[:, : spec.num_heads] *= spec.score_scale
         else:
             cos_BH1d, sin_BH2d = at.rotations[spec.rope]
-            halves_BH2d = qk_BHd.unflatten(2, (2, -1))
+            halves_BH2d = self._halves(qk_BHd, 2 * cos_BH1d.shape[3])
             torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
         return at.project(self._first + OUT, self.out, at.attend(qkv_BHd))
+
+    def _halves(self, qk_BHd: Tensor, rotated_dim: int) -> Tensor:
+        """What is rotated with one another, (B, H + G, 2, d/2); the rest of the queries is scaled."""
+        spec = self.spec
+        if rotated_dim < spec.head_dim:
+            qk_BHd[:, : spec.num_heads, rotated_dim:] *= spec.score_scale
+            qk_BHd = qk_BHd[:, :, :rotated_dim]
+        return qk_BHd.unflatten(2, (-1, 2)).transpose(2, 3) if spec.interleaved else qk_BHd.unflatten(2, (2, -1))
+
+    def _qk_normed(self, qk_THd: Tensor, weight_Hd: Tensor, norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Each head by itself, or those of q together and those of k."""
+        if not self.spec.norm_over_heads:
+            return norm(qk_THd, weight_Hd)
+        heads = [self.spec.num_heads, self.spec.num_kv_heads]
+        parts = zip(qk_THd.split(heads, dim=1), weight_Hd.split(heads), strict=True)
+        return torch.cat([norm(x_THd.flatten(1), w_Hd.flatten()).view_as(x_THd) for x_THd, w_Hd in parts], dim=1)
 
     def _allocate_qk_norm(self, places: Places) -> Tensor:
         """The files hold one row for all heads of q and one for those of k; repeated over their heads, q and k are
@@ -60,6 +79,10 @@ class FullAttentionBlock:
         weight_Hd = places.empty(num + self.spec.num_kv_heads, self.spec.head_dim)
         # 1 + w would not be the same in fewer bits.
         weight_Hd = weight_Hd.float() if plus_one else weight_Hd
+        if self.spec.norm_over_heads:
+            places.put("self_attn.q_norm.weight", weight_Hd[:num].flatten())
+            places.put("self_attn.k_norm.weight", weight_Hd[num:].flatten())
+            return weight_Hd
         places.put("self_attn.q_norm.weight", weight_Hd[0])
         places.put("self_attn.k_norm.weight", weight_Hd[num])
 
