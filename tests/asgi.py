@@ -1,10 +1,28 @@
-"""An application asked without a socket, by paths and heads that no client would send."""
+"""An application without a socket: its document, and its answers to paths and heads that no client would send."""
 
 import asyncio
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
 
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Scope
+
+from selfloop.control.gateway import Control
+from selfloop.server.app import make_app
+from selfloop.types.settings import Settings
+
+
+class NoControl:
+    """Of an application whose document is read: whatever is asked of it fails."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AssertionError(f"a document is made without the control's {name}")
+
+
+def app_for_documents(settings: Settings | None = None) -> FastAPI:
+    """The application as its OpenAPI document is made of; it answers no request."""
+    return make_app(settings or Settings("127.0.0.1", 8000, Path("unused")), cast(Control, NoControl()))
 
 
 class Answer(NamedTuple):

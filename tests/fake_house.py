@@ -6,7 +6,7 @@ from typing import cast
 
 from fake_worker import FakeLifecycle
 from selfloop.control.capacity.lifecycle import Lifecycle
-from selfloop.control.capacity.workers import WorkerPool
+from selfloop.control.capacity.workers import WorkerPool, WorkerSlot
 from selfloop.control.context import Context
 from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.observe.observer import Observer
@@ -58,7 +58,7 @@ class FakeHouse:
             disk_room,
             self.journal,
             self.outcomes,
-            cast(WorkerPool, None),
+            WorkerPool(_no_slot),
             lifecycle,
             self.scheduler,
             catalogue,
@@ -108,6 +108,10 @@ class FakeHouse:
         await self.operations.stop()
         await self.lifecycle.close()
         await self.db.close()
+
+
+def _no_slot(model_name: str) -> WorkerSlot:
+    raise AssertionError(f"the worker of {model_name} is the fake lifecycle's")
 
 
 def _deployment(now: float) -> DeploymentRow:

@@ -12,10 +12,8 @@ import pytest
 import typer
 import yaml
 
+from asgi import app_for_documents
 from selfloop.cli.main import app as command_line
-from selfloop.control.gateway import Control
-from selfloop.server.app import make_app
-from selfloop.types.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
@@ -37,7 +35,7 @@ def _serve_options() -> set[str]:
 
 
 def _served_paths() -> set[str]:
-    app = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None))
+    app = app_for_documents()
     return set(app.openapi()["paths"])
 
 

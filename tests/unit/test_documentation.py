@@ -7,16 +7,14 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import cast
 
 import msgspec
 import pytest
 import typer
 from pydantic import BaseModel
 
+from asgi import app_for_documents
 from selfloop.cli.main import app as cli
-from selfloop.control.gateway import Control
-from selfloop.server.app import make_app
 from selfloop.server.loops import wire
 from selfloop.server.management import schemas
 from selfloop.types.options import leaves
@@ -193,7 +191,7 @@ def test_every_environment_variable_is_documented():
 
 def test_every_route_is_documented():
     settings = Settings("127.0.0.1", 8000, Path("unused"))
-    paths = make_app(settings, cast(Control, None)).openapi()["paths"]
+    paths = app_for_documents(settings).openapi()["paths"]
     text = page("compatibility.md") + page("operations.md")
     for path, methods in paths.items():
         for method in methods:
@@ -258,7 +256,7 @@ def test_every_field_of_the_clients_is_owned(generator: ModuleType, client: str)
 
 def query_fields() -> list[str]:
     """Every query parameter as ``METHOD /path.name``, and every route as itself."""
-    paths = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()["paths"]
+    paths = app_for_documents().openapi()["paths"]
     found: list[str] = []
     for path, methods in paths.items():
         for method, operation in methods.items():

@@ -12,12 +12,9 @@ from safetensors import SafetensorError
 from sqlalchemy.exc import OperationalError
 
 from fake_house import RUN_ID, FakeHouse
-from selfloop.control.data_dir.disk_space import DiskRoom
 from selfloop.control.data_dir.transient_errors import Setbacks, is_passing
 from selfloop.control.queue import run_actor
 from selfloop.control.queue.outcomes import Outcome
-from selfloop.control.resources.catalogue import Catalogue
-from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.types.errors import OperationFailed, Unavailable, disk_full
 from selfloop.types.operation import AdamParams, ForwardBackward, OptimStep, SaveState
 from selfloop.types.settings import QueueSettings
@@ -89,12 +86,10 @@ async def test_what_does_not_pass_ends_in_its_cause(house: FakeHouse, monkeypatc
     assert (await outcome(house, "op2")).result is not None
 
 
-async def test_out_of_files_is_reported_before_a_save(tmp_path: Path, monkeypatch) -> None:
-    blobs = LocalBlobs(tmp_path)
-    monkeypatch.setattr(blobs, "free_files", lambda: 3)
-    room = DiskRoom(blobs, cast(Catalogue, None))
+async def test_out_of_files_is_reported_before_a_save(house: FakeHouse, monkeypatch) -> None:
+    monkeypatch.setattr(house.blobs, "free_files", lambda: 3)
     with pytest.raises(OperationFailed, match="3 more files") as refused:
-        await room.check_save(cast("object", None), with_optimizer=True)
+        await house.context.disk_room.check_save(await house.run(), with_optimizer=True)
     assert refused.value.error_class == "DiskFull"
 
 

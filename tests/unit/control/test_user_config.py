@@ -1,22 +1,23 @@
 """A list of accelerators allows this machine, or refuses new capacity by name."""
 
-from typing import cast
+from pathlib import Path
 
 import pytest
 
+from fake_house import FakeHouse
 from selfloop.control.capacity.hardware import Hardware
-from selfloop.control.context import Context
 from selfloop.control.resources.user_config import UserConfig, UserConfigs, checked_accelerators
 from selfloop.types.errors import BadRequest
 
 
-def on(accelerator: str) -> UserConfigs:
-    configs = UserConfigs(cast(Context, None), "cpu")
-    configs.accelerator = accelerator
-    return configs
+async def test_what_is_asked_for_is_what_counts(tmp_path: Path) -> None:
+    house = await FakeHouse.open(tmp_path)
 
+    def on(accelerator: str) -> UserConfigs:
+        configs = UserConfigs(house.context, "cpu")
+        configs.accelerator = accelerator
+        return configs
 
-def test_what_is_asked_for_is_what_counts() -> None:
     config = UserConfig(trainer_accelerators=["H200", "h100"], sampler_accelerators=["L4"])
     assert on("H100").excludes(config, trainer=True, sampler=False) is None
     excluded = on("H100").excludes(config, trainer=True, sampler=True)
@@ -24,6 +25,7 @@ def test_what_is_asked_for_is_what_counts() -> None:
     assert "sampler_accelerator_priority is L4" in excluded
     assert "this server has H100" in excluded
     assert on("CPU").excludes(UserConfig(), trainer=True, sampler=True) is None
+    await house.crash()
 
 
 @pytest.mark.parametrize("wrong", [[], [" "], ["H100", "h100"], ["x" * 65], ["a"] * 33])

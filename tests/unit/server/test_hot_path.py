@@ -2,8 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
-from typing import cast
 
 import httpx
 import pytest
@@ -13,9 +11,8 @@ from fastapi.responses import PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from selfloop.control.gateway import Control
+from asgi import app_for_documents
 from selfloop.server import loops
-from selfloop.server.app import make_app
 from selfloop.server.loops import sampler, trainer
 from selfloop.server.management import routes as management
 from selfloop.server.middleware.dialects import RequestDialect
@@ -24,7 +21,6 @@ from selfloop.server.shared.dialect import Dialect, Dialects, Poll
 from selfloop.server.shared.errors import body_of
 from selfloop.server.tinker import futures
 from selfloop.types.errors import NotFound
-from selfloop.types.settings import Settings
 
 
 def dependencies(dependant: Dependant) -> Iterator[Dependant]:
@@ -45,14 +41,14 @@ def test_no_dependency_runs_in_a_thread():
 
 
 def test_the_data_plane_is_tried_first():
-    document = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()
+    document = app_for_documents().openapi()
     first = next(path for path in document["paths"] if path != "/healthz")
     assert first.startswith("/loops/runs/")
 
 
 @pytest.mark.parametrize("poll", [trainer.POLL, sampler.POLL, futures.POLL], ids=lambda poll: poll.path)
 def test_polls_are_in_the_document(poll: Poll):
-    document = make_app(Settings("127.0.0.1", 8000, Path("unused")), cast(Control, None)).openapi()
+    document = app_for_documents().openapi()
     assert poll.method.lower() in document["paths"][poll.path]
 
 

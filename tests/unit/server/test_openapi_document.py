@@ -3,12 +3,11 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from selfloop.control.gateway import Control
-from selfloop.server.app import make_app
+from asgi import app_for_documents
 from selfloop.types.settings import CapacitySettings, ControlSettings, Offered, Settings
 
 Json = dict[str, Any]
@@ -55,7 +54,7 @@ THEIRS = {
 
 def document(offered: Offered = "dedicated") -> Json:
     settings = Settings("127.0.0.1", 8000, Path("unused"), control=ControlSettings(capacity=CapacitySettings(offered)))
-    return make_app(settings, cast(Control, None)).openapi()
+    return app_for_documents(settings).openapi()
 
 
 def operations(found: Json) -> list[tuple[str, Json]]:
