@@ -138,7 +138,7 @@ def commands() -> str:
     """Every command with its arguments and options."""
     rows = ["| command | what it does |", "| --- | --- |"]
     details: list[str] = []
-    in_tree = {leaf.key for leaf in leaves(Settings)}
+    in_tree = {each.key for leaf in leaves(Settings) for each in (leaf, leaf.former) if each is not None}
     for name, command in walk(typer.main.get_command(cli), "selfloop"):
         rows.append(f"| `{name}` | {first_line(command.help)} |")
         for parameter in command.params:

@@ -157,7 +157,7 @@ def test_no_pass_takes_more_than_is_estimated(zoo, family, kind):
     with_gradient, recompute = kind != "forward", kind == "recomputed"
 
     def loaded(limit):
-        limits = EngineLimits(train_token_budget=1024, kept_bytes=0, activation_bytes=limit)
+        limits = EngineLimits(train_token_budget=1024, forward_cache_bytes=0, activation_bytes=limit)
         engine = zoo.engine(family, limits=limits)
         engine.init_run("run", rank=8, seed=1)
         disturb(engine, "run")

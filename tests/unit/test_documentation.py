@@ -100,6 +100,7 @@ COMMANDS = {
         "--deterministic",
         "--device",
         "--dtype",
+        "--forward-cache",
         "--heartbeat-timeout",
         "--host",
         "--hub-url",

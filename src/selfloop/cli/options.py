@@ -26,9 +26,14 @@ def command_of(
         help: what the command does.
     """
     options = [leaf for leaf in leaves(root) if leaf.option.flag]
+    renamed = [(leaf, leaf.former) for leaf in options if leaf.former is not None]
 
     def command(config: Path | None, print_config: bool, **given: str | bool | None) -> None:
-        run({key: text_of(value) for key, value in given.items() if value is not None}, config, print_config)
+        texts = {key: text_of(value) for key, value in given.items() if value is not None}
+        for leaf, former in renamed:
+            if (text := texts.pop(former.key, None)) is not None:
+                texts.setdefault(leaf.key, text)
+        run(texts, config, print_config)
 
     file: Any = Annotated[
         Path | None,
@@ -51,6 +56,7 @@ def command_of(
         ),
     ]
     parameters = [_parameter(leaf) for leaf in options]
+    parameters += [_parameter(former, hidden=True) for _, former in renamed]
     parameters += [_keyword("config", file, None), _keyword("print_config", shown, False)]
     # What typer looks at.
     described: Any = command
@@ -60,12 +66,13 @@ def command_of(
     return command
 
 
-def _parameter(leaf: Leaf) -> inspect.Parameter:
+def _parameter(leaf: Leaf, *, hidden: bool = False) -> inspect.Parameter:
     is_switch = leaf.kind is SWITCH
     spelled = f"{leaf.flag}/--no-{leaf.name}" if is_switch else leaf.flag
     kind: Any = bool if is_switch else str
     described = typer.Option(
         spelled,
+        hidden=hidden,
         help=leaf.help,
         metavar=None if is_switch else leaf.kind.word,
         rich_help_panel=leaf.group.title,

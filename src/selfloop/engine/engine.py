@@ -125,7 +125,7 @@ class Engine:
             fitting = memory.longest(usual, with_gradient=True, recompute=False)
             train_token_budget = min(model.costs().train_tokens, max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
-        self._forward_cache = ForwardCache(share.kept_bytes)
+        self._forward_cache = ForwardCache(share.forward_cache_bytes)
         self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache)
         runner = ModelRunner(model, limits.max_kv_tokens)
         self._runs: dict[str, Run] = {}

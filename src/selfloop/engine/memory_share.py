@@ -12,7 +12,7 @@ class MemoryShare(NamedTuple):
 
     total_bytes: int
     activation_bytes: int
-    kept_bytes: int
+    forward_cache_bytes: int
 
     @classmethod
     def of(cls, model: Planned, limits: EngineLimits, device_bytes: int | None = None) -> "MemoryShare":
@@ -21,7 +21,7 @@ class MemoryShare(NamedTuple):
         weights = model.spec.num_parameters * model.dtype.itemsize
         if limits.memory_bytes is not None:
             total = min(total, limits.memory_bytes)
-        activation, kept = limits.activation_bytes, limits.kept_bytes
+        activation, kept = limits.activation_bytes, limits.forward_cache_bytes
         return cls(
             total,
             default_pass_bytes(total, weights) if activation is None else activation,
@@ -29,4 +29,5 @@ class MemoryShare(NamedTuple):
         )
 
     def left_for_runs(self, model: Planned, cache_bytes: int) -> int:
-        return run_bytes(self.total_bytes, model.costs().weights, self.activation_bytes + self.kept_bytes + cache_bytes)
+        taken = self.activation_bytes + self.forward_cache_bytes + cache_bytes
+        return run_bytes(self.total_bytes, model.costs().weights, taken)

@@ -59,8 +59,11 @@ def read_sources(
     for leaf in options:
         if leaf.key in flags:
             found[leaf.key] = _parsed(leaf, leaf.flag, flags[leaf.key])
-        elif text := environment.get(leaf.env):
-            found[leaf.key] = _parsed(leaf, f"${leaf.env}", text)
+            continue
+        for each in (leaf, leaf.former):
+            if each is not None and (text := environment.get(each.env)):
+                found[leaf.key] = _parsed(leaf, f"${each.env}", text)
+                break
     return found
 
 
@@ -88,6 +91,7 @@ class _File:
     def __init__(self, options: list[Leaf], file: Path) -> None:
         self._file = file
         self._options = {leaf.key: leaf for leaf in options}
+        self._options |= {leaf.former.key: leaf for leaf in options if leaf.former is not None}
         self._tables = {leaf.group.table for leaf in options if leaf.group.table}
 
     def read(self, content: Mapping[str, Any]) -> dict[str, Given]:
@@ -99,10 +103,10 @@ class _File:
                 raise self._wrong(place, f"no such option{self._nearest(key, self._options)}")
             if table not in ("", leaf.group.table):
                 raise self._wrong(place, f"an option of [{table}]; {key} belongs in {self._home(leaf)}")
-            if key in found:
+            if leaf.key in found:
                 raise self._wrong(place, "given once, not with its table and without")
             try:
-                found[key] = Given(leaf.read(value), f"{self._file}: {place}")
+                found[leaf.key] = Given(leaf.read(value), f"{self._file}: {place}")
             except ValueError as error:
                 raise self._wrong(place, str(error)) from None
         return found

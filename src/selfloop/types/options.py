@@ -6,7 +6,7 @@ them read a value with the one :class:`~selfloop.types.option_values.Kind` of it
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -34,6 +34,7 @@ class Option:
     kind: Kind | None
     secret: bool
     flag: bool
+    former: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def option(
     kind: Kind | None = None,
     secret: bool = False,
     flag: bool = True,
+    former: str | None = None,
 ) -> Any:
     """A field that is an option.
 
@@ -70,8 +72,9 @@ def option(
         kind: how a value is read, when the field's type and the unit in its name do not determine it.
         secret: never shown, logged or repeated in an error.
         flag: whether it may be on the command line, which every user of the machine can read.
+        former: the name that it had, which is still taken wherever the name is.
     """
-    found = Option(help, name, env, unset, minimum, maximum, kind, secret, flag)
+    found = Option(help, name, env, unset, minimum, maximum, kind, secret, flag, former)
     return field(default=default, repr=not secret, metadata={_OPTION: found})
 
 
@@ -119,6 +122,13 @@ class Leaf:
     def env(self) -> str:
         """Its name in the environment."""
         return self.option.env or ENV_PREFIX + self.key.upper()
+
+    @property
+    def former(self) -> "Leaf | None":
+        """The option under the name that it had, None if it always had this one."""
+        if self.option.former is None:
+            return None
+        return replace(self, option=replace(self.option, name=self.option.former, env=None, former=None))
 
     @property
     def expected(self) -> str:
@@ -183,7 +193,7 @@ ROOT_GROUP = Group("", "Server")
 def leaves(root: type[Any]) -> list[Leaf]:
     """Every option of a tree: those of a dataclass before those of its groups."""
     found = list(_leaves(root, ROOT_GROUP, ()))
-    keys = [leaf.key for leaf in found]
+    keys = [each.key for leaf in found for each in (leaf, leaf.former) if each is not None]
     assert len(set(keys)) == len(keys), "two options of one name"
     assert not set(keys) & {leaf.group.table for leaf in found}, "an option with the name of a table"
     return found

@@ -42,11 +42,11 @@ class EngineLimits:
         minimum=0.001,
         unset="a quarter of what the base weights leave of the device, or of this process's limit",
     )
-    kept_bytes: int | None = option(
+    forward_cache_bytes: int | None = option(
         None,
         "Memory of the forward cache: what forwards of custom losses may take until their backward; 0 computes them "
         "twice.",
-        name="kept-memory",
+        former="kept-memory",
         minimum=0,
         unset="an eighth of what the base weights leave",
     )

@@ -121,6 +121,12 @@ def test_what_was_given_is_what_the_server_gets(served: list[Settings], tmp_path
     assert settings.control.prepare
 
 
+def test_a_former_name_is_still_taken(served: list[Settings], tmp_path: Path):
+    invoke("--kept-memory", "3GiB", "--data-dir", str(tmp_path))
+    invoke("--kept-memory", "3GiB", "--forward-cache", "2GiB", "--data-dir", str(tmp_path))
+    assert [each.control.worker.engine.limits.forward_cache_bytes for each in served] == [3 * 2**30, 2 * 2**30]
+
+
 def test_a_file_with_secrets_that_others_can_read_is_warned_of(served: list[Settings], tmp_path: Path):
     file = tmp_path / "selfloop.toml"
     file.write_text('api_key = "hunter2"\n')

@@ -22,12 +22,12 @@ def qwen3_dir(tmp_path_factory):
     return tiny_models.save("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
-def load(folder, kept_bytes=MANY, *, dtype="float32", budget=40, deterministic=False):
+def load(folder, forward_cache_bytes=MANY, *, dtype="float32", budget=40, deterministic=False):
     return Engine.load(
         folder,
         device="cpu",
         dtype=dtype,
-        limits=EngineLimits(train_token_budget=budget, kept_bytes=kept_bytes),
+        limits=EngineLimits(train_token_budget=budget, forward_cache_bytes=forward_cache_bytes),
         deterministic=deterministic,
     )
 
@@ -200,8 +200,8 @@ def test_other_weights_serve_nothing_that_was_kept(qwen3_dir, tmp_path, monkeypa
 
 def test_a_trajectory_is_the_same_with_and_without(qwen3_dir):
     finals = []
-    for kept_bytes in (MANY, 0):
-        engine = load(qwen3_dir, kept_bytes)
+    for forward_cache_bytes in (MANY, 0):
+        engine = load(qwen3_dir, forward_cache_bytes)
         add_run(engine, "run")
         for step in range(3):
             both(engine, "run", seed=step)

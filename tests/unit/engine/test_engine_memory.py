@@ -68,7 +68,7 @@ def long_datum(num, seed=0):
 
 
 def load(folder, activation_bytes=None, *, dtype="float32", budget=64):
-    limits = EngineLimits(train_token_budget=budget, activation_bytes=activation_bytes, kept_bytes=0)
+    limits = EngineLimits(train_token_budget=budget, activation_bytes=activation_bytes, forward_cache_bytes=0)
     engine = Engine.load(folder, device="cpu", dtype=dtype, limits=limits)
     engine.init_run("run", rank=4, seed=0)
     theta_P = engine._runs["run"].theta_P
@@ -157,7 +157,7 @@ def test_no_pass_takes_more_than_is_estimated(number, layout, tmp_path, monkeypa
     targets = LoraTargets(unembed=shape.unembed, experts=shape.num_experts > 0)
 
     def loaded(limit):
-        limits = EngineLimits(train_token_budget=2048, activation_bytes=limit, kept_bytes=0)
+        limits = EngineLimits(train_token_budget=2048, activation_bytes=limit, forward_cache_bytes=0)
         engine = Engine.load(folder, device="cpu", dtype=dtype, limits=limits, deterministic=shape.deterministic)
         for run in range(shape.num_runs):
             engine.init_run(f"run{run}", rank=shape.rank, seed=0, targets=targets)

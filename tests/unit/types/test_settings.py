@@ -58,6 +58,24 @@ def test_a_value_is_read_alike_from_every_source(tmp_path_factory: pytest.TempPa
     assert again.settings == settings.settings
 
 
+@pytest.mark.parametrize("leaf", [leaf for leaf in OPTIONS if leaf.former is not None], ids=lambda leaf: leaf.name)
+def test_a_former_name_is_still_taken(leaf: Leaf, tmp_path: Path):
+    former = leaf.former
+    assert former is not None
+    file = tmp_path / "selfloop.toml"
+    for table in ("", f"[{leaf.group.table}]\n"):
+        file.write_text(f'{table}{former.key} = "2GiB"\n', encoding="utf-8")
+        found = load(Settings, {}, {}, file)
+        assert leaf.value(found.settings) == 2 * 2**30
+        assert found.origin(leaf.key).endswith(former.key)
+        assert leaf.value(load(Settings, {}, {former.env: "1GiB"}, file).settings) == 2**30
+    both = {former.env: "1GiB", leaf.env: "3GiB"}
+    assert leaf.value(load(Settings, {}, both, None).settings) == 3 * 2**30
+    file.write_text(f'{leaf.key} = "1GiB"\n{former.key} = "2GiB"\n', encoding="utf-8")
+    with pytest.raises(BadRequest, match="given once"):
+        load(Settings, {}, {}, file)
+
+
 def test_every_field_is_an_option_or_says_why_not():
     """A field that nobody can set from outside is one that its class explains."""
 
