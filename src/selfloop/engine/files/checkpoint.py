@@ -16,6 +16,7 @@ from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.peft import read_peft, write_peft
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.stored import in_stored_order
 from selfloop.engine.train.run import Accumulated, Moments, Run
 from selfloop.types.digests import check_folder, damaged
 from selfloop.types.errors import OperationFailed
@@ -24,6 +25,8 @@ from selfloop.types.lora import LoraTargets
 STATE_FILE = "selfloop.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SNAPSHOT_FILE = "run.safetensors"
+# Families of which snapshots without a layout are as those with one; of others they are in the order of their tensors.
+_LAID_OUT_ALIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"})
 # Of snapshots that versions before wrote, which are trainer checkpoints otherwise.
 _GRADIENTS_FILE = "gradients.safetensors"
 
@@ -37,7 +40,10 @@ class AccumulatedState(msgspec.Struct, frozen=True):
 
 
 class RunState(msgspec.Struct, frozen=True):
-    """``selfloop.json``: the scalars of a run; no ``targets`` are the usual ones."""
+    """``selfloop.json``: the scalars of a run; no ``targets`` are the usual ones.
+
+    ``layout`` is that of a snapshot's flat vectors (:attr:`AdapterShape.layout`).
+    """
 
     step: int
     lora_rank: int
@@ -46,6 +52,7 @@ class RunState(msgspec.Struct, frozen=True):
     accumulated: AccumulatedState | None = None
     format: int = 1
     targets: str | None = None
+    layout: str | None = None
 
 
 def write_sampler(directory: Path, run: Run) -> int:
@@ -88,6 +95,7 @@ def write_snapshot(directory: Path, run: Run) -> int:
         0 if run.moments is None else run.moments.num_updates,
         None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
         targets=str(run.shape.targets),
+        layout=run.shape.layout,
     )
     writer.json(STATE_FILE, state)
     return writer.seal()
@@ -140,11 +148,14 @@ def read_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run
         return _read_named_snapshot(directory, spec, device)
     state = _decode_state(directory / STATE_FILE)
     shape = AdapterShape(spec, state.lora_rank, LoraTargets.parse(state.targets))
+    written = _layout_of(state, shape, spec)
     tensors = _read_tensors(directory / SNAPSHOT_FILE)
 
     def flat(name: str) -> Tensor:
         if name not in tensors or tensors[name].shape != (shape.num_parameters,):
             raise OperationFailed(f"the snapshot lacks {name} in the right shape", "CheckpointInvalid")
+        if written is not shape:
+            return shape.rearranged(tensors[name], written).to(device)
         # Of its own: what was read may be the file itself, mapped.
         return tensors[name].to(device, copy=True)
 
@@ -155,6 +166,16 @@ def read_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run
     if pending is not None:
         run.accumulated = Accumulated(flat("grad"), pending.num_tokens, pending.normalised, pending.num_pairs)
     return run
+
+
+def _layout_of(state: RunState, shape: AdapterShape, spec: ModelSpec) -> AdapterShape:
+    """How the snapshot's vectors are laid out: as ``shape``, or as before a family described the model."""
+    if state.layout == shape.layout or (state.layout is None and spec.model_type in _LAID_OUT_ALIKE):
+        return shape
+    before = AdapterShape(in_stored_order(spec), state.lora_rank, shape.targets)
+    if state.layout in (before.layout, None):
+        return before
+    raise OperationFailed("the snapshot's parameters are laid out as this version does not know", "CheckpointInvalid")
 
 
 def _read_named_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run:

@@ -4,9 +4,11 @@ The flat vector is what is trained, clipped, copied and saved; the views are wha
 projections that share an input lie next to each other, so that one matmul serves them all.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,6 +126,21 @@ class AdapterShape:
         for projection, (a_RI, b_OR) in zip(group.projections, pairs, strict=True):
             yield NamedParameter(f"{prefix}{projection.name}.lora_A", "lora_A", a_RI)
             yield NamedParameter(f"{prefix}{projection.name}.lora_B", "lora_B", b_OR)
+
+    @cached_property
+    def layout(self) -> str:
+        """Which parameter lies where in the flat vector: a digest of their names and places."""
+        named = self.named(torch.empty(self.num_parameters, device="meta"))
+        places = "".join(f"{parameter.name} {parameter.view.storage_offset()}\n" for parameter in named)
+        return hashlib.sha256(places.encode()).hexdigest()[:16]
+
+    def rearranged(self, flat_P: Tensor, layout: "AdapterShape") -> Tensor:
+        """In this layout, from a vector in another one of the same parameters."""
+        theirs = {parameter.name: parameter.view for parameter in layout.named(flat_P)}
+        own_P = torch.empty_like(flat_P)
+        for parameter in self.named(own_P):
+            parameter.view.copy_(theirs[parameter.name])
+        return own_P
 
     def changes_nothing(self, flat_P: Tensor) -> bool:
         """Whether the model with it is the base model: A or B of each projection is zero, as a fresh adapter's B is."""

@@ -5,13 +5,13 @@ How they are put together only transformers knows, which computes it by code of 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from selfloop.engine.models.config import check_quantization, end_tokens, read_size
 from selfloop.engine.models.rope import RopeConfig
-from selfloop.engine.models.spec import LayerSpec, ModelSpec, Projection, ProjectionGroup, Shapes
+from selfloop.engine.models.spec import Block, LayerSpec, ModelSpec, Projection, ProjectionGroup, Shapes
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_weights import EMBEDDING, HEAD, read_weights
 from selfloop.types.transformers_models import context_of, num_stored_layers, stored_projections, why_unknown
@@ -51,6 +51,19 @@ class StoredSpec(ModelSpec):
 
     def tensors(self) -> Shapes:
         return dict(self.stored)
+
+
+def in_stored_order(spec: ModelSpec) -> ModelSpec:
+    """The same matrices in the order of :class:`StoredSpec`, as where no family described the model."""
+
+    def block(of: Block) -> StoredBlock:
+        # Of experts, which took no adapters there, nothing is in such an order.
+        groups = [group for group in of.groups if group.num_experts is None]
+        projections = (projection for group in groups for projection in group.projections)
+        return StoredBlock(tuple(sorted(projections, key=lambda projection: projection.name)))
+
+    layers = tuple(LayerSpec(block(layer.mixer), block(layer.feed_forward), norms=()) for layer in spec.layers)
+    return replace(spec, layers=layers)
 
 
 # Only a decoder of ours asks for the rotation and the epsilon; what it made of these would not be finite.
