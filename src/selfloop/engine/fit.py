@@ -130,7 +130,7 @@ def _passes(planned: Planned, shape: AdapterShape, memory_bytes: int, asked: Ask
     return PassPlan(
         weights_bytes=costs.weights,
         pass_limit_bytes=share.activation_bytes,
-        kept_limit_bytes=share.kept_bytes,
+        kept_limit_bytes=share.forward_cache_bytes,
         run_limit_bytes=share.left_for_runs(planned, cache_tokens * token_bytes),
         longest_trained=longest,
         longest_kept=max(0, min(spec.context, memory.longest(shape, with_gradient=True, recompute=False))),
