@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -130,10 +132,12 @@ _BUILDERS |= {
     ),
 }
 
+_SHARED = {**_EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}
+_BUILDERS["qwen2-moe"] = lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SHARED))
 _BUILDERS["qwen3-moe-experts"] = lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16))
 
 _NAMES = ("gate_proj", "up_proj", "down_proj")
-MOE_FAMILIES = {"qwen3-moe": (6, _NAMES), "qwen3-moe-sparse": (6, _NAMES)}
+MOE_FAMILIES = dict.fromkeys(("qwen3-moe", "qwen3-moe-sparse", "qwen2-moe"), (6, _NAMES))
 """How many experts each has, and what the projections of one are called."""
 
 _QWEN3_5 = {

@@ -15,7 +15,7 @@ from selfloop.types.transformers_models import expert_shapes, stored_projections
 _SAID_BY_CONFIG = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _FLOAT_BYTES = 4
 # Configuration and card.
-_HEADER_BYTES = 256 * 1024
+_HEADER_BYTES = 128 * 1024
 # In a safetensors header: the names, shapes and offsets of A and B of one more matrix.
 _NAME_BYTES = 512
 

@@ -30,6 +30,7 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "olmo3",
         "mistral",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
         "qwen3_moe",
         "smollm3",

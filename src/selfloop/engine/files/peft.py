@@ -18,6 +18,7 @@ from selfloop.engine.files.stacked_experts import (
     EXPERT_PARAMETERS,
     ExpertPart,
     Unstacked,
+    doubled,
     doubled_rank,
     parameter_names,
     unstack,
@@ -71,8 +72,10 @@ class Ranks(NamedTuple):
     gate_up: int
 
     @classmethod
-    def of(cls, rank: int, raw: Mapping[str, Any]) -> "Ranks":
-        return cls(rank, doubled_rank(raw) or rank)
+    def of(cls, rank: int, raw: Mapping[str, Any], file_has: Unstacked) -> "Ranks":
+        """Each expert's own matrices, where the file has those, have the rank of all."""
+        both = doubled_rank(raw) or rank
+        return cls(rank, both if file_has.parts else rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def read_peft(directory: Path, spec: ModelSpec, targets: LoraTargets | None = No
     if raw.get("modules_to_save"):
         raise _invalid(f"{CONFIG_FILE}: modules_to_save = {raw['modules_to_save']!r} is not supported")
     file_has = unstack(_stored(directory / WEIGHTS_FILE), spec, _PREFIX, raw)
-    return _read(directory / WEIGHTS_FILE, file_has, spec, Ranks.of(rank, raw), alpha, targets)
+    return _read(directory / WEIGHTS_FILE, file_has, spec, Ranks.of(rank, raw, file_has), alpha, targets)
 
 
 def read_foreign_peft(directory: Path, spec: ModelSpec, base: BaseTensors) -> LoadedAdapter:
@@ -127,7 +130,8 @@ def read_foreign_peft(directory: Path, spec: ModelSpec, base: BaseTensors) -> Lo
         raise _invalid(f"{CONFIG_FILE}: lora_alpha must be more than 0 and at most {_MAX_ALPHA:g}, is {alpha!r}")
     stored, copies = split_copies(_stored(directory / WEIGHTS_FILE), _PREFIX)
     _check_targets(raw, stored)
-    file_has, ranks = unstack(stored, spec, _PREFIX, raw), Ranks.of(rank, raw)
+    file_has = unstack(stored, spec, _PREFIX, raw)
+    ranks = Ranks.of(rank, raw, file_has)
     if max(ranks) > MAX_LORA_RANK:
         raise _invalid(f"{CONFIG_FILE}: rank_pattern must be at most {MAX_LORA_RANK}, is {max(ranks)}")
     _check_stored(file_has.stored, _shapes(file_has, spec, ranks, _targets_of(file_has.stored)))
@@ -264,7 +268,15 @@ def _peft_config(shape: AdapterShape, alpha: float, base_model: str | None) -> d
         "alpha_pattern": {},
         "modules_to_save": None,
         "target_modules": shape.module_names,
-    } | ({"target_parameters": shape.parameter_names} if shape.parameter_names else {})
+        **_parameters(shape, alpha),
+    }
+
+
+def _parameters(shape: AdapterShape, alpha: float) -> dict[str, Any]:
+    """What PEFT is to adapt besides the modules that are named; as gate and up are one there, they have both ranks."""
+    if shape.stacks_experts:
+        return {"target_parameters": [f"mlp.experts.{name}" for name in EXPERT_PARAMETERS]} | doubled(shape.rank, alpha)
+    return {"target_parameters": shape.parameter_names} if shape.parameter_names else {}
 
 
 def _read_config(path: Path) -> tuple[int, float, dict[str, Any]]:

@@ -97,6 +97,12 @@ def doubled_rank(raw: Mapping[str, Any]) -> int | None:
     return 2 * raw["r"]
 
 
+def doubled(rank: int, alpha: float) -> dict[str, Any]:
+    """The configuration of such a rank."""
+    alphas = int(2 * alpha) if alpha.is_integer() else 2 * alpha
+    return {"rank_pattern": {_DOUBLED: 2 * rank}, "alpha_pattern": {_DOUBLED: alphas}}
+
+
 def parameter_names(raw: Mapping[str, Any]) -> list[str]:
     """``target_parameters``, checked to be names."""
     named: Any = raw.get("target_parameters") or []

@@ -20,6 +20,9 @@ from selfloop.types.lora import LoraTargets
 
 DEFAULT_ALPHA = 32.0
 
+# Of which PEFT 0.21 takes the short names for those of dense matrices, and knows experts as stacks only.
+_NAMED_AS_STACKS = frozenset({"qwen2_moe"})
+
 
 class LoraGroup(NamedTuple):
     """Adapter of one group of n fused projections: ``a`` is (n * R, in), each of ``b`` is (out, R).
@@ -62,7 +65,9 @@ class AdapterShape:
         self._layers = [adapted_groups(layer, targets) for layer in spec.layers]
         self._head = ProjectionGroup((spec.head,)) if targets.unembed else None
         experts = [group for layer in set(spec.layers) for group in layer.groups if group.num_experts is not None]
-        self._expert_names = frozenset(projection.short_name for group in experts for projection in group.fused)
+        names = frozenset(projection.short_name for group in experts for projection in group.fused)
+        self.stacks_experts = bool(experts) and targets.experts and spec.model_type in _NAMED_AS_STACKS
+        self._expert_names = frozenset[str]() if spec.model_type in _NAMED_AS_STACKS else names
         groups = [group for layer in self._layers for group in layer]
         self._sizes = [size for group in [*groups, self._head] if group for size in self._group_sizes(group)]
         self.num_parameters = sum(self._sizes)

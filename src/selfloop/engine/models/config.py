@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfloop.engine.models.rope import RopeConfig, parse_rope
-from selfloop.engine.models.spec import Activation, DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
+from selfloop.engine.models.spec import Activation, Block, DenseMlp, FullAttention, LayerSpec, ModelSpec, Norm
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_folder import TIED_UNLESS_SAID
 from selfloop.types.quantization import parse_quantization
@@ -175,6 +175,15 @@ class HfConfig:
         before = self.norms() if norms is None else norms
         layers = {attention: LayerSpec(attention, mlp, before, post_norms) for attention in attentions}
         return self.model([layers[attention] for attention in attentions], attentions[0].head_dim, rope)
+
+    def routed(self, attentions: Sequence[FullAttention], experts: Block) -> ModelSpec:
+        """A layer for each of ``attentions``, with ``experts`` where no key of Qwen's says that it has a dense MLP."""
+        dense, step = self.raw.get("mlp_only_layers") or (), self.size("decoder_sparse_step", default=1)
+        layers = [
+            LayerSpec(attention, self.mlp() if index in dense or (index + 1) % step else experts, self.norms())
+            for index, attention in enumerate(attentions)
+        ]
+        return self.model(layers, attentions[0].head_dim)
 
     def model(self, layers: Sequence[LayerSpec], rotated_dim: int, rope: RopeConfig | None = None) -> ModelSpec:
         """``rotated_dim``: dimensions of a head, all of which are rotated, if no ``rope`` says other."""

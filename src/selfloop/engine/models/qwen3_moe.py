@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from selfloop.engine.models.config import HfConfig
 from selfloop.engine.models.mixture_of_experts import MixtureOfExperts
-from selfloop.engine.models.spec import LayerSpec, ModelSpec
+from selfloop.engine.models.spec import ModelSpec
 
 
 def spec(config: HfConfig) -> ModelSpec:
@@ -19,9 +19,4 @@ def spec(config: HfConfig) -> ModelSpec:
         top_k=config.size("num_experts_per_tok", default=8),
         normalised=config.flag("norm_topk_prob"),
     )
-    dense, step = config.raw.get("mlp_only_layers") or (), config.size("decoder_sparse_step", default=1)
-    layers = [
-        LayerSpec(attention, config.mlp() if index in dense or (index + 1) % step else experts, config.norms())
-        for index in range(config.num_layers)
-    ]
-    return config.model(layers, attention.head_dim)
+    return config.routed([attention] * config.num_layers, experts)
