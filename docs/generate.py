@@ -213,7 +213,22 @@ def families() -> str:
     return "\n".join(rows)
 
 
+def sizes() -> str:
+    """What well-known models take of a GPU; ``docs/model_sizes/plan.py`` wrote it down."""
+    plans: dict[str, dict[str, Any]] = json.loads((DOCS / "model_sizes" / "plans.json").read_text(encoding="utf-8"))
+    memories = list(next(iter(plans.values()))["longest"])
+    head = ["model", "parameters", "backend", "base weights", "one run", *(f"{size} GB" for size in memories)]
+    rows = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for name, plan in plans.items():
+        found = [f"`{name}`", f"{plan['num_parameters'] / 1e9:.2f}B", plan["backend"]]
+        found += [f"{plan[key] / 1e9:.1f} GB" for key in ("weights_bytes", "run_bytes")]
+        found += [" / ".join(f"{num:,}" if num > 0 else "-" for num in pair) for pair in plan["longest"].values()]
+        rows.append(f"| {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "sizes": sizes,
     "routes": routes,
     "methods": methods,
     "owners": owners,

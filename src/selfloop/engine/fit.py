@@ -63,7 +63,7 @@ def fit_of(spec: ModelSpec, asked: Asked, stored: ModelWeights | None = None) ->
     choice, planned = plan(spec, device, dtype)
     # As a new run has them.
     shape = AdapterShape(spec, asked.rank, LoraTargets(experts=True)) if _takes_adapters(spec) else None
-    passes = None if planned is None or shape is None else _passes(planned, shape, memory_bytes, asked)
+    passes = None if planned is None or shape is None else pass_plan(planned, shape, memory_bytes, asked)
     return Fit(
         model_type=spec.model_type,
         backend=choice.backend.name,
@@ -115,7 +115,8 @@ def _frozen_share(spec: ModelSpec) -> float:
     return 1 - sizes[1] / sizes[0] if sizes[0] else 0.0
 
 
-def _passes(planned: Planned, shape: AdapterShape, memory_bytes: int, asked: Asked) -> PassPlan:
+def pass_plan(planned: Planned, shape: AdapterShape, memory_bytes: int, asked: Asked) -> PassPlan:
+    """What a run of that shape takes on a device of so much memory, within the limits that are asked for."""
     spec, costs = planned.spec, planned.costs()
     share = MemoryShare.of(planned, asked.limits, memory_bytes)
     memory = PassMemory.unchecked(planned, share.activation_bytes)

@@ -1,6 +1,8 @@
 """What is planned without weights is what an engine with weights goes by."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +141,14 @@ def test_a_gpu_that_is_not_here_needs_its_memory_said(tmp_path):
     folder = tiny_models.save("llama", tmp_path)
     with pytest.raises(OperationFailed, match="--memory"):
         fit(folder, Asked("cuda"))
+
+
+def test_the_table_of_the_documentation_is_current():
+    folder = Path(__file__).parents[3] / "docs" / "model_sizes"
+    loader = importlib.util.spec_from_file_location("plan_models", folder / "plan.py")
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    name = "Qwen/Qwen3-0.6B"
+    shapes, plans = (json.loads((folder / file).read_text()) for file in ("shapes.json", "plans.json"))
+    assert shapes.keys() == plans.keys()
+    assert module.planned(shapes[name]) == plans[name], "run docs/model_sizes/plan.py"
