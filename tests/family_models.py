@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB_SIZE = 128
 
@@ -179,13 +179,38 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
 }
 
 
+_SIGHT: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+# Models that see, too, by ``model_type``: of their text halves, and what their eyes are.
+WHOLES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {**_SIGHT, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}),
+    "mistral3": ("ministral3", {**_SIGHT, "num_hidden_layers": 1, "head_dim": 8, "model_type": "pixtral"}),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    ),
+}
+
+
+def build_whole(model_type: str) -> PreTrainedModel:
+    """One of :data:`WHOLES`, in float32."""
+    torch.manual_seed(0)
+    text, sight = WHOLES[model_type]
+    sizes = {**_SIZES, **OVERRIDES[text], "model_type": text}
+    tied = bool(sizes["tie_word_embeddings"])
+    config = AutoConfig.for_model(model_type, text_config=sizes, vision_config=sight, tie_word_embeddings=tied)
+    return _disturbed(AutoModelForImageTextToText.from_config(config))
+
+
 def build(model_type: str) -> PreTrainedModel:
     """A float32 model whose weights are large enough that attention, norms and routers matter."""
     torch.manual_seed(0)
     sizes = {name: value for name, value in (_SIZES | OVERRIDES[model_type]).items() if value is not None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    return _disturbed(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)))
+
+
+def _disturbed(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.15 if parameter.dim() > 1 else 0.3
             parameter.add_(torch.randn_like(parameter) * spread)
-    return model
+    return model.eval()

@@ -1,14 +1,25 @@
 """Families that people train, each by the backend that is chosen for it, against transformers, PEFT and itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import family_models
 import family_parity
+import tiny_models
 from family_parity import Served
+from selfloop.convert.export_adapters import export_merged
+from selfloop.engine.backends.base import Varlen
+from selfloop.engine.engine import Engine
+from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.types import model_folder
 from selfloop.types.errors import OperationFailed
+from selfloop.types.lora import LoraTargets
+from selfloop.types.lora_size import parameters_per_rank
+from selfloop.types.operation import AdamParams
 
 # Of logits and gradients, as a part of their largest: what float32 makes of a few layers.
 BOUND = 2e-5
@@ -50,6 +61,66 @@ def test_two_runs_together_are_each_alone(served: Served):
 def test_greedy_tokens_are_those_of_generate(served: Served):
     for found, expected in family_parity.sampled(served):
         assert found == expected
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wholes")
+
+
+def half(halves: Path, model_type: str) -> tuple[Path, Engine]:
+    folder = halves / model_type
+    if not folder.exists():
+        tiny_models.save_quietly(family_models.build_whole(model_type), folder)
+        (folder / "tokenizer.json").write_text("{}")
+    return folder, Engine.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("model_type", list(family_models.WHOLES))
+def test_a_model_that_sees_is_trained_and_sampled_by_its_text_half(halves: Path, model_type: str):
+    folder, engine = half(halves, model_type)
+    reference = family_models.build_whole(model_type)
+    ids = family_parity.SEQUENCES[1]
+    model, lora = engine._model, AdapterBatch.of([(len(ids), None)])
+    with torch.no_grad():
+        found = model.logits(model.forward(Varlen.whole(torch.tensor(ids), [len(ids)]), lora), lora)
+        expected = reference(input_ids=torch.tensor([ids])).logits[0]
+    assert family_parity.difference(found, expected) <= BOUND
+    text, _ = family_models.WHOLES[model_type]
+    assert model.spec.model_type == text
+    engine.init_run("run", rank=4, seed=1)
+    names = {p.name for p in engine._runs["run"].shape.named(engine._runs["run"].theta_P)}
+    assert "layers.1.self_attn.q_proj.lora_A" in names
+    losses = []
+    for _ in range(4):
+        losses.append(engine.forward_backward("run", family_parity.DATA, "cross_entropy", {}).loss)
+        engine.optim_step("run", AdamParams(learning_rate=1e-2))
+    assert losses[-1] < losses[0]
+    facts = model_folder.read_facts(folder)
+    assert (facts.model_type, facts.vocab_size) == (text, family_models.VOCAB_SIZE)
+    assert facts.num_parameters == model.spec.num_parameters < reference.num_parameters()
+    shape = engine._runs["run"].shape
+    assert parameters_per_rank(folder, LoraTargets()) == shape.num_parameters / shape.rank
+
+
+def test_quantised_weights_of_a_model_that_sees_are_refused_in_words(halves: Path, tmp_path: Path):
+    folder = shutil.copytree(half(halves, "qwen3_5")[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(OperationFailed, match="quantized weights of a model that sees or hears, too"):
+        Engine.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("model_type", list(family_models.WHOLES))
+def test_the_merged_export_of_a_model_that_sees_is_its_text_model(halves: Path, model_type: str, tmp_path: Path):
+    folder, engine = half(halves, model_type)
+    engine.init_run("run", rank=4, seed=1, targets=LoraTargets(unembed=True))
+    engine._runs["run"].theta_P.add_(0.02)
+    engine.save_sampler_checkpoint("run", tmp_path / "saved")
+    facts = export_merged(tmp_path / "saved", folder, tmp_path / "merged", "a/base", lambda *_: None)
+    assert facts["difference"] <= facts["tolerance"] < facts["effect"]
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["model_type"] == family_models.WHOLES[model_type][0]
 
 
 @pytest.mark.parametrize("model_type", list(REFUSED))

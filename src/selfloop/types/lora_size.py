@@ -2,14 +2,16 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
-from selfloop.types.model_weights import EMBEDDING, read_weights
+from selfloop.types.model_weights import EMBEDDING, read_weights, text_half
 from selfloop.types.transformers_models import expert_shapes, stored_projections
+
+T = TypeVar("T")
 
 # Families whose configuration gives every size, and whose projections lie each by itself.
 _SAID_BY_CONFIG = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -89,14 +91,14 @@ def with_experts(model_dir: Path, targets: LoraTargets) -> LoraTargets:
 
 
 def _read_type(model_dir: Path) -> _Type:
-    return msgspec.json.decode((model_dir / "config.json").read_bytes(), type=_Type)
+    return _read(model_dir / "config.json", _Type)
 
 
 def _adapted(model_dir: Path, targets: LoraTargets) -> _Adapted:
     kind = _read_type(model_dir)
     if kind.model_type not in _SAID_BY_CONFIG or kind.has_experts:
         return _of_stored(model_dir, targets)
-    shape = _read(model_dir / "config.json")
+    shape = _read(model_dir / "config.json", _Shape)
     hidden, inner = shape.hidden_size, shape.intermediate_size
     head_dim = shape.head_dim or hidden // shape.num_attention_heads
     heads = shape.num_attention_heads * head_dim
@@ -110,8 +112,9 @@ def _adapted(model_dir: Path, targets: LoraTargets) -> _Adapted:
 
 
 @lru_cache(maxsize=64)
-def _read(config: Path) -> _Shape:
-    return msgspec.json.decode(config.read_bytes(), type=_Shape)
+def _read(config: Path, type_: type[T]) -> T:
+    raw = msgspec.json.decode(config.read_bytes(), type=dict[str, Any])
+    return msgspec.convert(text_half(raw), type_)
 
 
 @lru_cache(maxsize=64)

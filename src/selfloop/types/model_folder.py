@@ -1,6 +1,7 @@
 """What a served model folder holds, read from its config and its safetensors headers alone."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from selfloop.types.errors import BadRequest
-from selfloop.types.model_weights import read_weights, weight_paths
+from selfloop.types.model_weights import read_weights, text_half, weight_paths
 from selfloop.types.quantization import read_quantization
 from selfloop.types.transformers_models import context_of, why_unknown
 
@@ -94,7 +95,6 @@ class _Config(msgspec.Struct):
     tie_word_embeddings: bool | None = None
     eos_token_id: int | list[int] | None = None
     auto_map: object = None
-    text_config: object = None
 
 
 class _GenerationConfig(msgspec.Struct):
@@ -213,15 +213,14 @@ def _read_config(path: Path) -> _Config:
     file = path / "config.json"
     if not file.is_file():
         raise _refusal(f"{path} has no config.json")
-    config = _decode(file, _Config)
+    raw = text_half(_decode(file, dict[str, Any]))
+    config = _converted(file, raw)
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        unknown = why_unknown(
-            config.model_type, has_own_code=config.auto_map is not None, nests_text=config.text_config is not None
-        )
+        unknown = why_unknown(config.model_type, has_own_code=config.auto_map is not None)
         if unknown is not None:
             known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
             raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")
-        config.max_position_embeddings = context_of(_decode(file, dict[str, Any])) or 0
+        config.max_position_embeddings = context_of(raw) or 0
     read_quantization(file)
     if config.vocab_size < 1 or config.max_position_embeddings < 1:
         raise _refusal(f"{file} gives no vocab_size or no max_position_embeddings")
@@ -243,6 +242,13 @@ def _as_ids(value: int | list[int] | None) -> list[int]:
 def _decode(file: Path, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(file.read_bytes(), type=type_)
+    except msgspec.MsgspecError as error:
+        raise _refusal(f"{file} cannot be read: {error}") from error
+
+
+def _converted(file: Path, raw: Mapping[str, Any]) -> _Config:
+    try:
+        return msgspec.convert(raw, _Config)
     except msgspec.MsgspecError as error:
         raise _refusal(f"{file} cannot be read: {error}") from error
 

@@ -52,16 +52,15 @@ def causal_model_types() -> frozenset[str] | None:
     return frozenset()
 
 
-def why_unknown(model_type: str, *, has_own_code: bool, nests_text: bool) -> str | None:
+def why_unknown(model_type: str, *, has_own_code: bool) -> str | None:
     """Why transformers cannot load models of this type by its own code; None where it can.
 
     Args:
         has_own_code: the configuration names code of the folder (``auto_map``).
-        nests_text: the text model is a part of another (``text_config``).
     """
     known = causal_model_types()
-    if nests_text:
-        return f"model type {model_type!r} holds its text model in a part (text_config), which is not supported"
+    if not model_type:
+        return "config.json, or its text_config, has no model_type"
     if known is not None and model_type in known:
         return None
     if has_own_code:

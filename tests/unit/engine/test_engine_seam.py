@@ -105,7 +105,8 @@ def test_an_adapters_size_is_known_without_the_engine(family: str, targets: Lora
     [
         ({"model_type": "unheard_of"}, "'unheard_of' is not supported, and no causal language model of transformers"),
         ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "code.Own"}}, "needs code of its own"),
-        ({"text_config": {}}, "holds its text model in a part"),
+        ({"text_config": {"model_type": "clip_text_model"}}, "'clip_text_model' is not supported"),
+        ({"text_config": {"vocab_size": 8}}, "or its text_config, has no model_type"),
         ({"quantization_config": {"bits": 4}}, "quantized base weights of this kind are not supported"),
     ],
 )

@@ -23,7 +23,7 @@ from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import HEAD_MODULE
 from selfloop.engine.models.weights import DTYPES, plain_weights
 from selfloop.types.errors import OperationFailed
-from selfloop.types.model_weights import EMBEDDING, HEAD
+from selfloop.types.model_weights import EMBEDDING, HEAD, text_half
 from selfloop.types.safetensors_header import StoredTensor, read_metadata
 
 _CHUNK_BYTES = 16 * 2**20
@@ -103,12 +103,12 @@ def write_merged(
     deltas.check_used(model_dir)
     if weights.index is not None:
         _write_index(writer, weights.index, written)
-    raw: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
-    tied = spec.tied and not untie
-    if bool(raw.get("tie_word_embeddings", False)) == tied:
+    whole: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
+    raw, tied = text_half(whole), spec.tied and not untie
+    if raw is whole and bool(raw.get("tie_word_embeddings", False)) == tied:
         writer.file(MODEL_CONFIG_FILE).write_bytes((model_dir / MODEL_CONFIG_FILE).read_bytes())
     else:
-        writer.json(MODEL_CONFIG_FILE, raw | {"tie_word_embeddings": tied})
+        writer.json(MODEL_CONFIG_FILE, {**raw, "tie_word_embeddings": tied})
 
 
 def _write_index(writer: DirectoryWriter, base_index: Path, written: list[_Written]) -> None:

@@ -14,7 +14,7 @@ from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.stored import read_stored_spec
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_folder import INSTALLED_FAMILIES, SUPPORTED_MODEL_TYPES
-from selfloop.types.model_weights import read_weights
+from selfloop.types.model_weights import read_weights, text_half
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
@@ -28,7 +28,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
         raise model_invalid(f"{model_dir} holds no config.json")
     generation_path = model_dir / "generation_config.json"
     generation = read_object(generation_path) if generation_path.is_file() else {}
-    raw = read_object(path)
+    raw = text_half(read_object(path))
     if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
         return read_stored_spec(model_dir, raw, generation)
     spec = parse_spec(raw, generation)

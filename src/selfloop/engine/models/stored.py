@@ -76,8 +76,8 @@ def read_stored_spec(model_dir: Path, raw: Mapping[str, Any], generation: Mappin
     Raises:
         OperationFailed: transformers does not know the model, or its tensors are not named as a text model's are.
     """
-    model_type = str(raw.get("model_type"))
-    unknown = why_unknown(model_type, has_own_code="auto_map" in raw, nests_text="text_config" in raw)
+    model_type = str(raw.get("model_type", ""))
+    unknown = why_unknown(model_type, has_own_code="auto_map" in raw)
     if unknown is not None:
         raise model_invalid(unknown)
     check_quantization(raw)

@@ -19,6 +19,13 @@ from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import model_invalid
 from selfloop.types.quantization import read_quantization
 
+# As in :mod:`selfloop.types.model_weights`.
+_TEXT_NAMES = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
 log = logging.getLogger("selfloop.engine")
 
 
@@ -50,21 +57,34 @@ def _read(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if read_quantization(spec.folder / "config.json") is None:
-                causal, report = _from_folder(folder, dtype)
+                causal, report = _from_folder(spec, dtype)
             else:
                 causal, report = _from_source(folder, source, dtype)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise model_invalid(f"transformers cannot load {folder}: {error}") from error
+    own = {name for name, _ in spec.stored}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(str(name) for name in report.get(kind) or [])
+        if kind == "unexpected_keys":
+            # What is not of the text half is left out on purpose.
+            found = [name for name in found if name in own]
         if found:
             raise model_invalid(f"{folder} has {len(found)} {kind.replace('_', ' ')} in transformers, e.g. {found[:3]}")
     return causal
 
 
-def _from_folder(folder: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _from_folder(spec: StoredSpec, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The folder's model, or its text half."""
+    folder = str(spec.folder)
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config()
+    if text is not config:
+        # The two halves may say of the output layer what the other does not; what is stored decides.
+        text.tie_word_embeddings = spec.tied
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=text,
+        key_mapping=None if text is config else _TEXT_NAMES,
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
