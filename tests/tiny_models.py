@@ -23,6 +23,8 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -109,6 +111,22 @@ _BUILDERS |= {
             rope_parameters={
                 "full_attention": _OLMO3_ROPE,
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        )
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES, pad_token_id=0, sliding_window=21)),
+    "phi3-longrope": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            **{**_SIZES, "hidden_size": 64},
+            pad_token_id=0,
+            original_max_position_embeddings=160,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [2.0, 4.0, 8.0, 16.0],
+                "original_max_position_embeddings": 160,
             },
         )
     ),

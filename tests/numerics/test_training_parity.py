@@ -64,6 +64,7 @@ def named_gradients(model):
         "gemma2-own",
         "gemma3-own",
         "glm4",
+        "phi3",
         "olmo2",
         "granite-own",
         *tiny_models.MOE_FAMILIES,

@@ -27,9 +27,10 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "glm4",
         "granite",
         "llama",
+        "mistral",
         "olmo2",
         "olmo3",
-        "mistral",
+        "phi3",
         "qwen2",
         "qwen2_moe",
         "qwen3",
@@ -220,7 +221,7 @@ def _read_config(path: Path) -> _Config:
         if unknown is not None:
             known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
             raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")
-        config.max_position_embeddings = context_of(raw) or 0
+    config.max_position_embeddings = context_of(raw) or 0
     read_quantization(file)
     if config.vocab_size < 1 or config.max_position_embeddings < 1:
         raise _refusal(f"{file} gives no vocab_size or no max_position_embeddings")

@@ -93,7 +93,7 @@ def test_what_only_transformers_knows_is_described_by_its_tensors(tmp_path: Path
     assert select.choose(spec, CPU, torch.float32).backend.name == "transformers"
 
 
-@pytest.mark.parametrize("family", ["glm4", "gemma2-own", "qwen2"])
+@pytest.mark.parametrize("family", ["glm4", "phi3", "gemma2-own", "qwen2"])
 @pytest.mark.parametrize("targets", [LoraTargets(), LoraTargets(attn=False), LoraTargets(mlp=False, unembed=True)])
 def test_an_adapters_size_is_known_without_the_engine(family: str, targets: LoraTargets, tmp_path: Path):
     folder = tiny_models.save(family, tmp_path)

@@ -10,6 +10,7 @@ from selfloop.engine.models.spec import Activation, Block, DenseMlp, FullAttenti
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_folder import TIED_UNLESS_SAID
 from selfloop.types.quantization import parse_quantization
+from selfloop.types.transformers_models import context_of
 
 _REQUIRED = (
     "vocab_size",
@@ -201,7 +202,7 @@ class HfConfig:
             final_norm_eps=self.eps,
             tied=bool(self.raw.get("tie_word_embeddings", self.raw["model_type"] in TIED_UNLESS_SAID)),
             rope=_parsed(self.raw, rotated_dim) if rope is None else rope,
-            context=self._sizes["max_position_embeddings"],
+            context=context_of(self.raw) or self._sizes["max_position_embeddings"],
             eos_token_ids=generated_ends or own_ends,
         )
 

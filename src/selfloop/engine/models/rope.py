@@ -31,6 +31,7 @@ class RopeConfig:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
 
 
 def parse_rope(raw: Mapping[str, Any], head_dim: int, *, partial: float | None = None) -> RopeConfig:
@@ -62,6 +63,10 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, *, partial: float | None =
     }
     # transformers reads an explicit null or 0 of these as "not given".
     given |= {name: params[name] for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if params.get(name)}
+    if kind == "longrope":
+        given["short_factor"] = tuple(float(value) for value in params.get("short_factor") or ())
+        if len(given["short_factor"]) != rotated_dim // 2 or original < 2:
+            raise model_invalid(f"longrope needs {rotated_dim // 2} numbers in short_factor, and an original context")
     return RopeConfig(
         kind=kind,
         theta=float(params.get("rope_theta", raw.get("rope_theta", 10000.0))),
@@ -125,4 +130,18 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return magnitude(1.0)
 
 
-_INVERSE_FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(rope: RopeConfig) -> tuple[Tensor, float]:
+    """https://arxiv.org/abs/2402.13753, by the factors within the original context, beyond which nothing is served."""
+    freq = _default(rope)[0] / torch.tensor(rope.short_factor)
+    if rope.attention_factor is not None or rope.factor <= 1:
+        return freq, 1.0 if rope.attention_factor is None else rope.attention_factor
+    return freq, math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
+
+
+_INVERSE_FREQUENCIES = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

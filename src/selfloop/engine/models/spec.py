@@ -419,6 +419,7 @@ def unlike_dense(spec: ModelSpec) -> list[str]:
         "factors of embeddings or logits": (spec.embedding_scale, spec.logit_scale) != (1.0, 1.0),
         "factors of residuals": any(layer.residual_scale != 1.0 for layer in spec.layers),
         "norms over all heads": any(attention.norm_over_heads for attention in attentions),
+        "LongRoPE": spec.rope.kind == "longrope",
         "interleaved rotation": any(attention.interleaved for attention in attentions),
         "partial rotation": any(attention.head_dim != spec.rope.head_dim for attention in attentions),
         "fused projections": any(x.fused for x in (*attentions, *mlps)),
