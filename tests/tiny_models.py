@@ -137,6 +137,21 @@ _BUILDERS |= {
     ),
 }
 
+_QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# A rotation of half of each head, of a quarter of eight dimensions there would be but one pair.
+_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_BUILDERS["qwen3_5-own"] = lambda: Qwen3_5ForCausalLM(
+    Qwen3_5TextConfig(**_SIZES, head_dim=16, rope_parameters=_HALF, **_QWEN3_5)
+)
+
+RECURRENT_FAMILIES = ("qwen3_5-own",)
+
 FAMILIES = tuple(_BUILDERS)
 
 _EXPERTS = {**_SIZES, "num_hidden_layers": 3, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2}
@@ -158,13 +173,6 @@ _NAMES = ("gate_proj", "up_proj", "down_proj")
 MOE_FAMILIES = dict.fromkeys(("qwen3-moe", "qwen3-moe-sparse", "qwen2-moe"), (6, _NAMES))
 """How many experts each has, and what the projections of one are called."""
 
-_QWEN3_5 = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 _OTHER_GEMMA = {**_SIZES, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0}
 # By which transformers' own code is tested, whether or not a family of ours describes them.
 _OTHERS = {

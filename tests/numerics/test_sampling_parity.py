@@ -48,6 +48,7 @@ def train(engine, run_id, rank, seed):
         "glm4",
         "olmo3",
         "granite-own",
+        "qwen3_5-own",
         *tiny_models.MOE_FAMILIES,
     ],
 )

@@ -67,6 +67,7 @@ def named_gradients(model):
         "phi3",
         "olmo2",
         "granite-own",
+        "qwen3_5-own",
         *tiny_models.MOE_FAMILIES,
     ],
 )

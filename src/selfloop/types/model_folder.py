@@ -34,6 +34,7 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "qwen2",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_text",
         "qwen3_moe",
         "smollm3",
         *INSTALLED_FAMILIES,

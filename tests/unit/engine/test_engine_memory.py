@@ -8,6 +8,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -107,6 +109,7 @@ class Shape(NamedTuple):
     deterministic: bool = False
     qk_norm: bool = False
     num_experts: int = 0
+    recurrent: bool = False
 
     def build(self) -> PreTrainedModel:
         sizes = {"vocab_size": 96, "max_position_embeddings": 2048, "eos_token_id": 2, **self.model}
@@ -114,11 +117,13 @@ class Shape(NamedTuple):
         if self.num_experts:
             experts = {"num_experts": self.num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=16, **experts, **sizes))
-        return (
-            Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
-            if self.qk_norm
-            else LlamaForCausalLM(LlamaConfig(**sizes))
-        )
+        if self.recurrent:
+            heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+            dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "head_dim": 16}
+            return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **dims))
+        if self.qk_norm:
+            return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
+        return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 _NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -135,6 +140,9 @@ SHAPES = [
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [300, 301], num_runs=2, deterministic=True, qk_norm=True),
     Shape({**_NARROW, "num_hidden_layers": 3}, 8, [700, 90], num_runs=2, num_experts=5),
     Shape({**_NARROW, "num_hidden_layers": 3}, 24, [90] * 4, num_runs=2, deterministic=True, num_experts=3),
+    # As many chunks at once as there may be, of more sequences than that, and in the end states for every chunk.
+    Shape({**_NARROW, "num_hidden_layers": 4}, 8, [40] * 10 + [130] * 9, recurrent=True),
+    Shape({**_NARROW, "num_hidden_layers": 4}, 8, [90] * 10, num_runs=2, deterministic=True, recurrent=True),
 ]
 # All that this machine has: what other machines compute by is computed here, too.
 LAYOUTS = ["plain"]
@@ -152,8 +160,8 @@ def test_no_pass_takes_more_than_is_estimated(number, layout, tmp_path, monkeypa
     monkeypatch.setattr(select, "BACKENDS", (backend,))
     folder, num_tokens = tmp_path / "model", sum(shape.lengths) * shape.num_runs
     tiny_models.save_quietly(shape.build(), folder)
-    if layout == "panels" and shape.num_experts:
-        pytest.skip("the CPU kernels have no experts")
+    if layout == "panels" and (shape.num_experts or shape.recurrent):
+        pytest.skip("the CPU kernels have neither experts nor states")
     targets = LoraTargets(unembed=shape.unembed, experts=shape.num_experts > 0)
 
     def loaded(limit):

@@ -24,7 +24,6 @@ _REQUIRED = (
 _MAX_SIZE = 2**31
 _MAX_LAYERS = 2**16
 _ACTIVATIONS: dict[Any, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 class HfConfig:
@@ -72,14 +71,19 @@ class HfConfig:
         Args:
             default_types: of each layer, where the config has no such key.
         """
-        types = self.raw.get("layer_types")
-        types = list(default_types) if types is None else types
-        if not isinstance(types, list) or len(types) != self.num_layers or not _LAYER_TYPES.issuperset(types):
+        types = self.layer_types(("full_attention", "sliding_attention"), default_types)
+        return [window if kind == "sliding_attention" else None for kind in types]
+
+    def layer_types(self, known: Sequence[str], default: Sequence[str]) -> list[str]:
+        """One of ``known`` for each layer, ``default`` where the config has no such key."""
+        types: Any = self.raw.get("layer_types")
+        types = list(default) if types is None else types
+        if not isinstance(types, list) or len(types) != self.num_layers or not set(known).issuperset(types):
             raise model_invalid(
-                f"config.json: layer_types must have one of {sorted(_LAYER_TYPES)} for each of the {self.num_layers} "
+                f"config.json: layer_types must have one of {sorted(known)} for each of the {self.num_layers} "
                 f"layers, is {types!r}"
             )
-        return [window if kind == "sliding_attention" else None for kind in types]
+        return types
 
     def qwen_windows(self) -> list[int | None]:
         """Of each layer of a Qwen config, whose first ``max_window_layers`` have none."""

@@ -145,6 +145,8 @@ class FullAttention:
         norm_over_heads: whether those norms are of all heads together.
         interleaved: whether dimension 2i is rotated with 2i + 1, and not i with i + d/2 of the d that are rotated.
         fused: whether q, k and v are one matrix in the checkpoint, ``qkv_proj``; an adapter is then on that.
+        gated: whether ``q_proj`` gives every head a gate behind its q, whose sigmoid the head's output is multiplied
+            by.
     """
 
     hidden_size: int
@@ -162,13 +164,14 @@ class FullAttention:
     norm_over_heads: bool = False
     interleaved: bool = False
     fused: bool = False
+    gated: bool = False
 
     kind: ClassVar[str] = "full_attention"
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        sizes = {"q_proj": 2 * heads if self.gated else heads, "k_proj": kv_heads, "v_proj": kv_heads}
         if self.fused:
             sizes = {"qkv_proj": heads + 2 * kv_heads}
         qkv = [Projection(f"self_attn.{n}", self.hidden_size, size, "out", self.qkv_bias) for n, size in sizes.items()]
@@ -419,6 +422,7 @@ def unlike_dense(spec: ModelSpec) -> list[str]:
         "factors of embeddings or logits": (spec.embedding_scale, spec.logit_scale) != (1.0, 1.0),
         "factors of residuals": any(layer.residual_scale != 1.0 for layer in spec.layers),
         "norms over all heads": any(attention.norm_over_heads for attention in attentions),
+        "gates": any(attention.gated for attention in attentions),
         "LongRoPE": spec.rope.kind == "longrope",
         "interleaved rotation": any(attention.interleaved for attention in attentions),
         "partial rotation": any(attention.head_dim != spec.rope.head_dim for attention in attentions),

@@ -30,7 +30,7 @@ class FullAttentionBlock:
 
     def __call__(self, x_TD: Tensor, at: LayerPass) -> Tensor:
         spec = self.spec
-        qkv_THd = at.project(self._first + QKV, self.qkv, x_TD).unflatten(1, (-1, spec.head_dim))
+        qkv_THd, gate_TI = self._gate(at.project(self._first + QKV, self.qkv, x_TD))
         qk_THd, v_TGd = qkv_THd.split([spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if self.qk_norm_Hd is not None and spec.qk_norm_eps is not None:
             eps = spec.qk_norm_eps
@@ -38,11 +38,13 @@ class FullAttentionBlock:
         if spec.rope is not None:
             qk_THd = rotate(qk_THd, *at.rotations[spec.rope], interleaved=spec.interleaved)
         q_THd, k_TGd = qk_THd.split([spec.num_heads, spec.num_kv_heads], dim=1)
-        return at.project(self._first + OUT, self.out, at.attend(spec, q_THd, k_TGd, v_TGd).flatten(1))
+        out_TI = at.attend(spec, q_THd, k_TGd, v_TGd).flatten(1)
+        out_TI = out_TI if gate_TI is None else out_TI * gate_TI
+        return at.project(self._first + OUT, self.out, out_TI)
 
     def step(self, x_BD: Tensor, at: LayerStep) -> Tensor:
         spec = self.spec
-        qkv_BHd = at.project(self._first + QKV, self.qkv, x_BD).unflatten(1, (-1, spec.head_dim))
+        qkv_BHd, gate_BI = self._gate(at.project(self._first + QKV, self.qkv, x_BD))
         qk_BHd = qkv_BHd[:, : spec.num_heads + spec.num_kv_heads]
         if self.qk_norm_Hd is not None:
             if self._float32_qk_norm_Hd is None:
@@ -54,7 +56,17 @@ class FullAttentionBlock:
             cos_BH1d, sin_BH2d = at.rotations[spec.rope]
             halves_BH2d = self._halves(qk_BHd, 2 * cos_BH1d.shape[3])
             torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
-        return at.project(self._first + OUT, self.out, at.attend(qkv_BHd))
+        out_BI = at.attend(qkv_BHd)
+        return at.project(self._first + OUT, self.out, out_BI if gate_BI is None else out_BI * gate_BI)
+
+    def _gate(self, x_TO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """q, k and v by heads, and what the heads' outputs are multiplied by."""
+        x_THd = x_TO.unflatten(1, (-1, self.spec.head_dim))
+        if not self.spec.gated:
+            return x_THd, None
+        num = 2 * self.spec.num_heads
+        q_THd, gate_THd = x_THd[:, :num].unflatten(1, (-1, 2)).unbind(2)
+        return torch.cat((q_THd, x_THd[:, num:]), dim=1), gate_THd.sigmoid().flatten(1)
 
     def _halves(self, qk_BHd: Tensor, rotated_dim: int) -> Tensor:
         """What is rotated with one another, (B, H + G, 2, d/2); the rest of the queries is scaled."""
