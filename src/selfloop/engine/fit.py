@@ -12,7 +12,14 @@ from pathlib import Path
 import msgspec
 
 from selfloop.engine.backends.base import Planned
-from selfloop.engine.backends.device import default_kv_tokens, is_here, pick_device, pick_dtype, total_memory
+from selfloop.engine.backends.device import (
+    cache_bytes,
+    default_kv_tokens,
+    is_here,
+    pick_device,
+    pick_dtype,
+    total_memory,
+)
 from selfloop.engine.backends.select import plan
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.memory_share import MemoryShare
@@ -125,6 +132,7 @@ def pass_plan(planned: Planned, shape: AdapterShape, memory_bytes: int, asked: A
     cache_tokens = asked.limits.max_kv_tokens
     if cache_tokens is None:
         cache_tokens = default_kv_tokens(token_bytes, spec.context, planned.device, free_bytes)
+    in_cache = cache_bytes(cache_tokens, token_bytes, spec.state_elements)
     longest = max(0, min(spec.context, memory.longest(shape, with_gradient=True)))
     tokens = longest if asked.context is None else asked.context
     recompute = memory.recomputes(tokens, shape)
@@ -132,13 +140,13 @@ def pass_plan(planned: Planned, shape: AdapterShape, memory_bytes: int, asked: A
         weights_bytes=costs.weights,
         pass_limit_bytes=share.activation_bytes,
         kept_limit_bytes=share.forward_cache_bytes,
-        run_limit_bytes=share.left_for_runs(planned, cache_tokens * token_bytes),
+        run_limit_bytes=share.left_for_runs(planned, in_cache),
         longest_trained=longest,
         longest_kept=max(0, min(spec.context, memory.longest(shape, with_gradient=True, recompute=False))),
         pass_bytes=memory.needed(tokens, shape, with_gradient=True, recompute=recompute),
         pass_tokens=tokens,
         least_pass_bytes=memory.needed(1, shape, with_gradient=True, recompute=True),
-        cache_bytes=cache_tokens * token_bytes,
+        cache_bytes=in_cache,
         cache_tokens=cache_tokens,
         longest_sampled=min(spec.context, cache_tokens, free_bytes // token_bytes),
     )

@@ -61,11 +61,12 @@ def test_blocked_costs_without_weights_are_those_with_them(tmp_path):
     assert backend.plan(spec, CPU, torch.bfloat16).costs() == loaded.costs()
 
 
-def test_fit_says_what_the_engine_then_does(tmp_path):
-    folder = tiny_models.save("llama-tied", tmp_path)
-    limits = EngineLimits(memory_bytes=64 * MIB, max_kv_tokens=512)
+@pytest.mark.parametrize("family", ["llama-tied", *tiny_models.RECURRENT_FAMILIES])
+def test_fit_says_what_the_engine_then_does(family, tmp_path):
+    folder = tiny_models.save(family, tmp_path)
+    limits = EngineLimits(memory_bytes=256 * MIB, max_kv_tokens=512)
     engine = Engine.load(folder, device="cpu", dtype="float32", limits=limits)
-    found = fit(folder, Asked("cpu", "float32", 64 * MIB, rank=4, context=100, limits=EngineLimits(max_kv_tokens=512)))
+    found = fit(folder, Asked("cpu", "float32", 256 * MIB, rank=4, context=100, limits=EngineLimits(max_kv_tokens=512)))
     engine.init_run("run", rank=4, seed=0)
     memory, shape = engine._workshop.memory, engine._runs["run"].shape
     assert found.plan is not None

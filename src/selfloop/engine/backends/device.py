@@ -11,6 +11,9 @@ from selfloop.engine.backends.cpu_native.instructions import has_avx512_bfloat16
 from selfloop.types.errors import OperationFailed
 
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
+NUM_STATES = 256
+"""Sequences whose states memory is counted for: as many as the engine has at a time."""
+
 _CPU_KV_BYTES = 256 * 2**20
 _CUDA_KV_SHARE = 0.4
 _CPU_BUCKET_BYTES = 384 * 2**20
@@ -104,6 +107,11 @@ def default_kv_tokens(token_bytes: int, context: int, device: torch.device, free
         free_bytes = torch.cuda.mem_get_info(device)[0] if free_bytes is None else free_bytes
         budget_bytes = int(free_bytes * _CUDA_KV_SHARE)
     return max(budget_bytes // token_bytes, context)
+
+
+def cache_bytes(num_tokens: int, token_bytes: int, state_elements: int) -> int:
+    """What a cache takes when it is full: tokens of all sequences, and float32 states of as many as there are."""
+    return num_tokens * token_bytes + NUM_STATES * state_elements * torch.float32.itemsize
 
 
 def default_bucket_tokens(token_bytes: int, device: torch.device) -> int:

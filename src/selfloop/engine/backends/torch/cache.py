@@ -3,11 +3,11 @@
 import torch
 
 from selfloop.engine.backends.base import CacheSlot, Varlen
-from selfloop.engine.backends.device import default_bucket_tokens, default_kv_tokens
+from selfloop.engine.backends.device import cache_bytes, default_bucket_tokens, default_kv_tokens
 from selfloop.engine.backends.torch.cached_attention import StepAttentionOverCache
 from selfloop.engine.backends.torch.kv_buckets import KvBuckets
 from selfloop.engine.backends.torch.kv_rows import KvRows
-from selfloop.engine.backends.torch.recurrence import MAX_STATES, PrefillRecurrence, RecurrentStates, StepRecurrence
+from selfloop.engine.backends.torch.recurrence import PrefillRecurrence, RecurrentStates, StepRecurrence
 from selfloop.engine.kv.pages import PagePool
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 from selfloop.engine.models.spec import ModelSpec
@@ -24,7 +24,7 @@ class TorchCache:
             num_tokens = default_kv_tokens(token_bytes, spec.context, device)
         recurrent = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, GatedDeltaNet)]
         self._states = RecurrentStates(recurrent, device) if recurrent else None
-        self.num_bytes = num_tokens * token_bytes + MAX_STATES * spec.state_elements * torch.float32.itemsize
+        self.num_bytes = cache_bytes(num_tokens, token_bytes, spec.state_elements)
         self.rows = KvRows(len(self._layers), attention, num_tokens, device, dtype)
         in_float32 = spec.cache_elements * torch.float32.itemsize
         self.buckets = KvBuckets(

@@ -11,9 +11,6 @@ from selfloop.engine.backends.torch.attention import Attention
 from selfloop.engine.backends.torch.delta_rule import DeltaInputs, delta_rule, delta_step
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 
-MAX_STATES = 256
-"""Sequences that memory is counted for: as many as there are at a time."""
-
 
 class Recurrence(Protocol):
     """Of the packed rows of one pass; ``place`` is the number of the layer among the recurrent ones."""

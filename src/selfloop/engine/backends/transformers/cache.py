@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from selfloop.engine.backends.base import CacheSlot
+from selfloop.engine.backends.device import NUM_STATES
 from selfloop.engine.kv.pages import PagePool, storage_pages
 from selfloop.types.errors import OperationFailed
 
@@ -40,8 +41,6 @@ _KNOWN = {
 }
 # Rows of a group are at least this part of its width: padding is never more than what is there.
 _SHORTEST = 0.5
-# Sequences whose states count: as many as the engine has at a time.
-_NUM_STATES = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +87,7 @@ class TransformersCache:
         self._config = config
         self._shortest = _SHORTEST if padded else 1.0
         self.pool = PagePool(_NoPages(storage_pages(num_tokens)))
-        self.num_bytes = round(num_tokens * token_bytes / _SHORTEST) + _NUM_STATES * state_bytes
+        self.num_bytes = round(num_tokens * token_bytes / _SHORTEST) + NUM_STATES * state_bytes
         self._rows: WeakKeyDictionary[CacheSlot, _Row] = WeakKeyDictionary()
 
     def fork(self, slot: CacheSlot, into: CacheSlot) -> None:
