@@ -28,7 +28,6 @@ ALLOWED = {
     # Rows that are made, and not yet added, in the same function.
     "control/resources/access.py": {"key"},
     "control/resources/runs.py": {"row"},
-    "control/sampling/queued_samples.py": {"row"},
     "storage/db/queries_access.py": {"row"},
     # Objects of libraries, and a function that one reads, which are configured by assignment.
     "cli/options.py": {"described"},
