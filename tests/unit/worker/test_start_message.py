@@ -55,7 +55,7 @@ def test_every_option_of_the_engine_arrives_where_the_model_is_loaded(leaf: Leaf
     settings = replace(given(leaf), keep_loaded_s=7.5)
     found: dict[str, Any] = {}
 
-    class FakeHost:
+    class FakeForkServer:
         def __init__(self, listener: socket.socket, load: Any, num_threads: int, linger_s: float) -> None:
             listener.detach()
             found.update(load=load, num_threads=num_threads, linger_s=linger_s)
@@ -74,7 +74,7 @@ def test_every_option_of_the_engine_arrives_where_the_model_is_loaded(leaf: Leaf
 
     for name in ("call_this_process", "be_ended_first"):
         monkeypatch.setattr(fork_server, name, lambda *_: None)
-    monkeypatch.setattr(fork_server, "Host", FakeHost)
+    monkeypatch.setattr(fork_server, "ForkServer", FakeForkServer)
     monkeypatch.setattr(fork_server, "load_model", load_model)
     monkeypatch.setattr(fork_server, "pick_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
