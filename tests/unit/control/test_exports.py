@@ -37,7 +37,7 @@ async def uri(data: DataDirectory, tmp_path: Path) -> str:
     aside = data._store.staging("chk0001")
     aside.mkdir(parents=True, exist_ok=True)
     (aside / "adapter_model.safetensors").write_bytes(b"x" * 1000)
-    facts = _Facts(1000, 4, 8.0, changes_nothing=False)
+    facts = _Facts(1000, 4, 8.0, targets="attn,mlp", changes_nothing=False)
     run = await data.imports._record("chk0001", model, facts, Owner(team.id, owner.id), "mine")
     return f"bt://loops:{run.id}/weights/imported"
 
@@ -103,6 +103,8 @@ async def test_an_import_that_cannot_be_recorded_leaves_no_folder(data: DataDire
     team = await data.access.team(None)
     owner = Owner(team.id, (await data.access.owner_key(team)).id)
     with pytest.raises(FileNotFoundError):
-        await data.imports._record("chk0002", model, _Facts(1, 4, 8.0, changes_nothing=False), owner, "mine")
+        await data.imports._record(
+            "chk0002", model, _Facts(1, 4, 8.0, targets="attn,mlp", changes_nothing=False), owner, "mine"
+        )
     assert [run.id for run in await data.all_runs()] == [run.id for run in before]
     assert not (tmp_path / "data" / "checkpoints" / "chk0002").exists()
