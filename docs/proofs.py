@@ -131,13 +131,20 @@ def of_routes(routes: Iterable[str], *patterns: str) -> dict[str, list[str]]:
     A test may leave the head of the path to a variable (``f"{run.path}/operations/{id}"``), if two parts follow.
     """
     tests = functions(*patterns)
+    # Most texts are in many tests, by their helpers: each is matched once.
+    users: dict[str, set[int]] = {}
+    for index, test in enumerate(tests):
+        for text in test.texts:
+            if "/" in text:
+                users.setdefault(text, set()).add(index)
     found: dict[str, list[str]] = {}
     for route in routes:
         parts = re.split(r"(\{[^}]*\})", route.partition(" ")[2])
         pieces = [re.escape(part) if i % 2 == 0 else _WITH_SLASHES.get(part, r"[^/?]+") for i, part in enumerate(parts)]
         tails = ["".join(pieces), *("".join(pieces[i:]) for i in range(2, len(pieces)) if _is_distinctive(parts[i:]))]
         shape = re.compile(rf"^(\{{\}})?({'|'.join(tails)})(\?.*)?$")
-        found[route] = [t.label for t in tests if any(shape.match(text) for text in t.texts)]
+        hits = set[int]().union(*(indices for text, indices in users.items() if shape.match(text)))
+        found[route] = [tests[index].label for index in sorted(hits)]
     return found
 
 
