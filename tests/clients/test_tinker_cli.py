@@ -27,7 +27,7 @@ COMMANDS = {
     "checkpoint delete": "test_checkpoints_are_deleted",
     "checkpoint download": "test_a_checkpoint_is_downloaded",
     "checkpoint info": "test_checkpoints_are_shown",
-    "checkpoint list": "test_checkpoints_are_told_of",
+    "checkpoint list": "test_checkpoints_are_shown",
     "checkpoint publish": "test_a_checkpoint_is_published",
     "checkpoint push-hf": "test_a_checkpoint_is_pushed_to_a_hub",
     "checkpoint set-ttl": "test_a_checkpoint_gets_a_time_to_live",
@@ -176,7 +176,7 @@ def test_runs(tinker: Tinker):
     assert "aaaaaaa" in gone.stderr
 
 
-def test_checkpoints_are_told_of(tinker: Tinker):
+def test_checkpoints_are_shown(tinker: Tinker):
     for arguments in (("--run-id", tinker.run), ("--limit=0",)):
         listed = str(tinker.json("checkpoint", "list", *arguments))
         assert tinker.path("kept") in listed
