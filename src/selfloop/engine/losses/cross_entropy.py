@@ -1,12 +1,12 @@
 """Weighted cross entropy."""
 
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from selfloop.engine.losses.inputs import LossInputs
 
 
-def cross_entropy(batch: LossInputs) -> Float32[Tensor, " T"]:
+def cross_entropy(batch: LossInputs) -> Float[Tensor, " T"]:
     """Per-token loss (T,): -w * log p(target), summed over the token's K targets; their sum is the objective.
 
     A masked target, or a weight of zero, contributes neither loss nor gradient.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from selfloop.engine.losses.custom_ops import COMPUTE, MAKES, SLOW, check_number
@@ -32,7 +32,7 @@ class DatumLoss(NamedTuple):
 
     loss: float
     metrics: dict[str, float]
-    grad: Float32[Tensor, "T *K"] | None
+    grad: Float[Tensor, "T *K"] | None
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class CustomLossRunner:
     _work_of: dict[tuple[object, ...], int] = field(default_factory=dict[tuple[object, ...], int])
 
     def run(
-        self, index: int, logprobs: Float32[Tensor, "T *K"], inputs: Mapping[str, Tensor], *, with_grad: bool
+        self, index: int, logprobs: Float[Tensor, "T *K"], inputs: Mapping[str, Tensor], *, with_grad: bool
     ) -> DatumLoss:
         """The loss of datum ``index``.
 
@@ -82,7 +82,7 @@ class CustomLossRunner:
             raise BadRequest(_FIELD, f"the loss takes too much over this request, at {where}; send fewer datums a call")
 
 
-def with_gradients(logprobs: Float32[Tensor, "T *K"], losses: list[DatumLoss]) -> Tensor:
+def with_gradients(logprobs: Float[Tensor, "T *K"], losses: list[DatumLoss]) -> Tensor:
     """The sum of ``losses`` as a float64 scalar, whose gradient by the packed ``logprobs`` is theirs."""
     total = torch.tensor(math.fsum(loss.loss for loss in losses), dtype=torch.float64, device=logprobs.device)
     grads = [loss.grad for loss in losses if loss.grad is not None]

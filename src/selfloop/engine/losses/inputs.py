@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -14,15 +14,15 @@ class LossInputs:
     Shapes are annotations of ``jaxtyping``; the tests check them in every call.
 
     Args:
-        logprobs: logprob of each target under the weights being trained; 0 where masked.
+        logprobs: float32 logprob of each target under the weights being trained; 0 where masked.
         active: True where the target is not masked.
-        inputs: per-token inputs by name; ``weights`` is always there, 1 by default.
+        inputs: float32 per-token inputs by name; ``weights`` is always there, 1 by default.
         lengths: tokens of each sequence, in order.
         config: the loss's configuration, every field present.
     """
 
-    logprobs: Float32[Tensor, "T *K"]
+    logprobs: Float[Tensor, "T *K"]
     active: Bool[Tensor, "T *K"]
-    inputs: Mapping[str, Float32[Tensor, "T *K"]]
+    inputs: Mapping[str, Float[Tensor, "T *K"]]
     lengths: list[int]
     config: Mapping[str, float | bool]

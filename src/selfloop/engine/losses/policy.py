@@ -8,19 +8,19 @@ infinity is no number, and infinity times a gradient of 0 is none either.
 """
 
 import torch
-from jaxtyping import Bool, Float32, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from selfloop.engine.losses.inputs import LossInputs
 
 
-def importance_sampling(batch: LossInputs) -> Float32[Tensor, " T"]:
+def importance_sampling(batch: LossInputs) -> Float[Tensor, " T"]:
     """-r * A: the off-policy policy gradient without clipping."""
     advantages_T = _advantages_T(batch)
     return -ratio_where(advantages_T != 0, _drift_T(batch)) * advantages_T
 
 
-def ppo(batch: LossInputs) -> Float32[Tensor, " T"]:
+def ppo(batch: LossInputs) -> Float[Tensor, " T"]:
     """-min(r * A, clip(r, low, high) * A), Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7.
 
     The thresholds are ratios themselves (0.8 and 1.2 for the paper's epsilon of 0.2).
@@ -29,7 +29,7 @@ def ppo(batch: LossInputs) -> Float32[Tensor, " T"]:
     return clipped_gain(_drift_T(batch), _advantages_T(batch), *bounds).neg()
 
 
-def cispo(batch: LossInputs) -> Float32[Tensor, " T"]:
+def cispo(batch: LossInputs) -> Float[Tensor, " T"]:
     """-stop_gradient(clip(r, low, high)) * lp * A, MiniMax-M1 2025, https://arxiv.org/abs/2506.13585."""
     advantages_T = _advantages_T(batch)
     ratio_T = ratio_where(advantages_T != 0, _drift_T(batch).detach())
@@ -37,12 +37,12 @@ def cispo(batch: LossInputs) -> Float32[Tensor, " T"]:
     return -(weight_T * advantages_T) * batch.logprobs
 
 
-def dro(batch: LossInputs) -> Float32[Tensor, " T"]:
+def dro(batch: LossInputs) -> Float[Tensor, " T"]:
     """-(lp * A - beta / 2 * (lp - q)^2), after Richemond et al. 2024, https://arxiv.org/abs/2405.19107."""
     return squared(_drift_T(batch), 0.5 * batch.config["beta"]) - batch.logprobs * _advantages_T(batch)
 
 
-def dppo(batch: LossInputs) -> Float32[Tensor, " T"]:
+def dppo(batch: LossInputs) -> Float[Tensor, " T"]:
     """-keep * adv_tau * A * r + kl_tau * (lp - q)^2, with a trust region in probabilities rather than ratios.
 
     ``keep`` is 0 where A > 0 and exp(lp) - exp(q) > mask_high, or A <= 0 and exp(lp) - exp(q) < -mask_low: the
@@ -73,8 +73,8 @@ def sampler_gap(batch: LossInputs) -> dict[str, Shaped[Tensor, ""]]:
 
 
 def clipped_gain(
-    drift_T: Float32[Tensor, " T"], advantages_T: Float32[Tensor, " T"], low: float, high: float
-) -> Float32[Tensor, " T"]:
+    drift_T: Float[Tensor, " T"], advantages_T: Float[Tensor, " T"], low: float, high: float
+) -> Float[Tensor, " T"]:
     """min(r * A, clip(r, low, high) * A) of r = exp(``drift_T``).
 
     Where A > 0 that is A * min(r, high), where A < 0 it is A * max(r, low): beyond the bound there is no gradient.
@@ -85,21 +85,21 @@ def clipped_gain(
     return advantages_T * torch.where(above_T, high, torch.where(below_T, low, free_T))
 
 
-def ratio_where(counts_T: Bool[Tensor, " T"], drift_T: Float32[Tensor, " T"]) -> Float32[Tensor, " T"]:
+def ratio_where(counts_T: Bool[Tensor, " T"], drift_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """exp(``drift_T``) where it counts; 1 elsewhere, without gradient."""
     return torch.exp(torch.where(counts_T, drift_T, 0.0))
 
 
-def squared(drift_T: Float32[Tensor, " T"], factor: float) -> Float32[Tensor, " T"]:
+def squared(drift_T: Float[Tensor, " T"], factor: float) -> Float[Tensor, " T"]:
     """factor * drift^2; 0 for a factor of 0."""
     return factor * drift_T * drift_T if factor != 0 else torch.zeros_like(drift_T)
 
 
-def _drift_T(batch: LossInputs) -> Float32[Tensor, " T"]:
+def _drift_T(batch: LossInputs) -> Float[Tensor, " T"]:
     """lp - q; 0 where masked."""
     return torch.where(batch.active, batch.logprobs - batch.inputs["logprobs"], 0.0)
 
 
-def _advantages_T(batch: LossInputs) -> Float32[Tensor, " T"]:
+def _advantages_T(batch: LossInputs) -> Float[Tensor, " T"]:
     """0 where masked."""
     return torch.where(batch.active, batch.inputs["advantages"], 0.0)

@@ -1,14 +1,14 @@
 """Direct preference optimisation: rows come in pairs, the chosen answer and then the rejected one."""
 
 import torch
-from jaxtyping import Bool, Float32, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from selfloop.engine.losses.inputs import LossInputs
 
 
-def dpo(batch: LossInputs) -> Float32[Tensor, " G"]:
+def dpo(batch: LossInputs) -> Float[Tensor, " G"]:
     """Per-pair loss (G,): -(1 - s) * logsigmoid(delta) - s * logsigmoid(-delta), s = ``label_smoothing``.
 
     delta = beta * (sum_chosen w (lp - ref) - sum_rejected w (lp - ref)), over the targets that are not masked, with
@@ -33,7 +33,7 @@ def trained_pairs_G(batch: LossInputs) -> Bool[Tensor, " G"]:
     return torch.stack([rows.any() for rows in trained_T.split(_pair_lengths(batch))])
 
 
-def _delta_G(batch: LossInputs) -> Float32[Tensor, " G"]:
+def _delta_G(batch: LossInputs) -> Float[Tensor, " G"]:
     weights_T = batch.inputs["weights"]
     counted_T = batch.active & (weights_T != 0)
     drift_T = torch.where(counted_T, batch.logprobs - batch.inputs["ref_logprobs"], 0.0)

@@ -5,14 +5,14 @@ without it, those whose advantage is not 0. Masked targets never do. A sequence 
 """
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from selfloop.engine.losses.inputs import LossInputs
 from selfloop.engine.losses.policy import clipped_gain, squared
 
 
-def gspo(batch: LossInputs) -> Float32[Tensor, " T"]:
+def gspo(batch: LossInputs) -> Float[Tensor, " T"]:
     """-min(s * A, clip(s, 1 - low, 1 + high) * A) a token, Zheng et al. 2025, https://arxiv.org/abs/2507.18071, eq. 5.
 
     s is the sequence's exp(mean(lp - q)); each token's s carries the gradient of its own lp alone (the paper's
@@ -24,7 +24,7 @@ def gspo(batch: LossInputs) -> Float32[Tensor, " T"]:
     return clipped_gain(_per_token(batch, _drift(batch, mean=True)) + own_T, advantages_T, low, high).neg()
 
 
-def stable_reinforce(batch: LossInputs) -> Float32[Tensor, " T"]:
+def stable_reinforce(batch: LossInputs) -> Float[Tensor, " T"]:
     """-min(r, ratio_cap) * lp * A + kl_coeff * (lp - q)^2 / 2, r = exp(sum(lp - q)) of the sequence, without gradient.
 
     The loss known under this name is not published. This is REINFORCE (Williams 1992,
@@ -37,7 +37,7 @@ def stable_reinforce(batch: LossInputs) -> Float32[Tensor, " T"]:
     return squared(drift_T, 0.5 * batch.config["kl_coeff"]) - ratio_T * advantages_T * batch.logprobs
 
 
-def _drift(batch: LossInputs, *, mean: bool) -> Float32[Tensor, " B"]:
+def _drift(batch: LossInputs, *, mean: bool) -> Float[Tensor, " B"]:
     """lp - q of each sequence (B,), summed or averaged over its tokens; without gradient."""
     mask_T = batch.inputs.get("sequence_ratio_mask", batch.inputs["advantages"])
     counted_T = batch.active & (mask_T != 0)
@@ -49,6 +49,6 @@ def _drift(batch: LossInputs, *, mean: bool) -> Float32[Tensor, " B"]:
     return sums_B / counts_B.clamp(min=1)
 
 
-def _per_token(batch: LossInputs, values_B: Float32[Tensor, " B"]) -> Float32[Tensor, " T"]:
+def _per_token(batch: LossInputs, values_B: Float[Tensor, " B"]) -> Float[Tensor, " T"]:
     lengths_B = torch.tensor(batch.lengths, device=values_B.device)
     return values_B.repeat_interleave(lengths_B)
