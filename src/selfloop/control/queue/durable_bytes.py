@@ -1,6 +1,6 @@
 """Payloads and results of what was accepted: in their row while they are small, else in a file, each with a digest.
 
-Operations and queued samples keep theirs in the same way, and let go of them in the same way.
+Operations and queued samples keep theirs in the same way, and delete them in the same way.
 """
 
 import asyncio
@@ -88,7 +88,7 @@ class DurableBytes:
             await self.delete(key for name in names if (key := f"{self.folder}/{owner}/{name}") not in known)
 
     async def purge(self, purge_some: Callable[[AsyncSession, float, int], Awaitable[Purged]], before: float) -> None:
-        """Let go of what was finished ``before``.
+        """Delete what was finished ``before``.
 
         A few at a time: however many there are, nobody else waits long for its turn to write.
         """

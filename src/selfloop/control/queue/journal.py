@@ -231,7 +231,7 @@ class Journal:
         await self._bytes.delete(keys)
 
     async def purge(self, before: float) -> None:
-        """Let go of results finished ``before``, and of rows that recovery no longer needs."""
+        """Delete results finished ``before``, and rows that recovery no longer needs."""
         await self._bytes.purge(queries_operations.purge_rows, before)
         await self._bytes.purge(queries_operations.purge_results, before)
         async with self._db.write() as session:

@@ -350,7 +350,7 @@ class QueuedSamples:
                 await self._sampling.recorded.purge()
 
     async def purge(self, before: float) -> None:
-        """Let go of everything finished ``before``."""
+        """Delete everything finished ``before``."""
         await self._bytes.purge(queries_samples.remove_finished, before)
 
 

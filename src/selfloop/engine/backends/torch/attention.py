@@ -1,5 +1,6 @@
 """How the rows of a packed batch look at one another: the decoder asks, a strategy answers."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -63,14 +64,18 @@ def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention
     """Of sequences that lie one after another; with ``blocks``, sizes of row blocks, each of these by itself."""
     if blocks is None:
         return PackedCausalAttention(lengths)
-    left, parts = iter(lengths), list[tuple[int, PackedCausalAttention]]()
+    return BatchInvariantAttention([(sum(own), PackedCausalAttention(own)) for own in in_blocks(lengths, blocks)])
+
+
+def in_blocks(lengths: list[int], blocks: list[int]) -> Iterator[list[int]]:
+    """The lengths of the sequences of each block of rows."""
+    left = iter(lengths)
     for size in blocks:
         own: list[int] = []
         while sum(own) < size:
             own.append(next(left))
         assert sum(own) == size, "a sequence lies across two blocks"
-        parts.append((size, PackedCausalAttention(own)))
-    return BatchInvariantAttention(parts)
+        yield own
 
 
 def attend(spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """How a recurrent layer goes along the rows of a pass: which of them follow one another, and where states lie."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from selfloop.engine.backends.base import CacheSlot, Varlen
-from selfloop.engine.backends.torch.attention import Attention
+from selfloop.engine.backends.torch.attention import Attention, in_blocks
 from selfloop.engine.backends.torch.delta_rule import DeltaInputs, delta_rule, delta_step
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 
@@ -164,17 +164,7 @@ def packed_recurrence(lengths: list[int], blocks: list[int] | None) -> "PackedRe
     """Of sequences that lie one after another; with ``blocks``, sizes of row blocks, each of these by itself."""
     if blocks is None:
         return PackedRecurrence(lengths)
-    return BatchInvariantRecurrence([(sum(own), PackedRecurrence(own)) for own in _in_blocks(lengths, blocks)])
-
-
-def _in_blocks(lengths: list[int], blocks: list[int]) -> Iterator[list[int]]:
-    left = iter(lengths)
-    for size in blocks:
-        own: list[int] = []
-        while sum(own) < size:
-            own.append(next(left))
-        assert sum(own) == size, "a sequence lies across two blocks"
-        yield own
+    return BatchInvariantRecurrence([(sum(own), PackedRecurrence(own)) for own in in_blocks(lengths, blocks)])
 
 
 def _convolve(x_NC: Tensor, weight_CK: Tensor, lengths: Sequence[int]) -> Tensor:
