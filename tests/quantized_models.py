@@ -188,13 +188,17 @@ def mxfp4(name: str, weight: Tensor) -> Written:
 
 
 def quantize_folder(
-    plain: Path, into: Path, write: Callable[[str, Tensor], Written], config: dict[str, object], part: str = "_proj"
+    plain: Path,
+    into: Path,
+    write: Callable[[str, Tensor], Written],
+    config: dict[str, object],
+    parts: tuple[str, ...] = ("_proj",),
 ) -> None:
-    """Quantise the matrices of ``plain`` with ``part`` in their names; ``plain`` gets what these stand for."""
+    """Quantise the matrices of ``plain`` with one of ``parts`` in their names; ``plain`` gets what these stand for."""
     tensors = load_file(plain / "model.safetensors")
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if part in name and tensor.dim() > 1:
+        if any(part in name for part in parts) and tensor.dim() > 1:
             written, tensors[name] = write(name, tensor)
             stored |= written
         else:

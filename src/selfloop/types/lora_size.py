@@ -8,7 +8,8 @@ import msgspec
 
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
-from selfloop.types.model_weights import EMBEDDING, read_weights, text_half
+from selfloop.types.model_weights import EMBEDDING, read_weights
+from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import expert_shapes, stored_projections
 
 T = TypeVar("T")

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from selfloop.types.errors import BadRequest
-from selfloop.types.model_weights import read_weights, text_half, weight_paths
+from selfloop.types.model_weights import read_weights, weight_paths
 from selfloop.types.quantization import read_quantization
+from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import context_of, why_unknown
 
 T = TypeVar("T")

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.quantization import Parts, Quantization, assemble, read_quantization
 from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
+from selfloop.types.text_half import text_names
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -22,10 +22,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _OLD_BUFFER = "rotary_emb.inv_freq"
 _CHUNK_BYTES = 4 * 2**20
-# Before the names of a text model that is a part of one that sees or hears.
-_TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-_TEXT_HEAD = "language_model.lm_head.weight"
-_OF_THE_WHOLE = ("auto_map", "dtype", "eos_token_id", "quantization_config", "tie_word_embeddings", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +64,6 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def text_half(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text model's part of a ``config.json`` (``text_config``), or all of it where the model is nothing else.
-
-    What only the whole says of end tokens, code, dtype, quantisation and a tied output layer holds for the part, too.
-    """
-    text: object = config.get("text_config")
-    if not isinstance(text, dict):
-        return config
-    return {name: config[name] for name in _OF_THE_WHOLE if name in config} | cast("dict[str, Any]", text)
-
-
-def _text_names(stored: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], bool]:
-    """The text model's tensors by the names that it has alone; and whether there was anything else to leave out."""
-    prefix = next((p for p in _TEXT_PREFIXES if any(name.startswith(p) for name in stored)), None)
-    if prefix is None:
-        return stored, False
-    text = {f"model.{name.removeprefix(prefix)}": of for name, of in stored.items() if name.startswith(prefix)}
-    head = stored.get(HEAD, stored.get(_TEXT_HEAD))
-    return text if head is None else text | {HEAD: head}, True
-
-
 def read_weights(folder: Path, *, tie: bool) -> ModelWeights:
     """The weights of ``folder``, or their text half; ``tie`` is its config's ``tie_word_embeddings``.
 
@@ -104,14 +79,12 @@ def read_weights(folder: Path, *, tie: bool) -> ModelWeights:
         first = stored.setdefault(tensor.name, tensor)
         if first is not tensor:
             raise _refusal(f"{tensor.name} is in both {first.file} and {tensor.file}; remove one of them")
-    stored, is_half = _text_names(stored)
+    stored, is_half = text_names(stored)
     # The two halves of such a configuration may say of the output layer what the other does not.
     tie = tie or (is_half and HEAD not in stored)
     quantization = read_quantization(folder / "config.json")
     if quantization is None:
         return _tied(ModelWeights(files, index, stored, tied=tie))
-    if is_half:
-        raise _refusal(f"{folder} holds quantized weights of a model that sees or hears, too, which are not read")
     made = assemble(stored, quantization)
     weights = ModelWeights(files, index, made.tensors, tie, quantization, made.parts)
     return _tied(weights)

@@ -13,6 +13,7 @@ import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.safetensors_header import StoredTensor
+from selfloop.types.text_half import text_half
 
 SUPPORTED = (
     "fp8 (block-scaled or weight_scale), compressed-tensors of 8 bits, mxfp4, GPTQ of 4 or 8 bits, AWQ gemm of 4 bits, "
@@ -66,7 +67,7 @@ def read_quantization(config: Path) -> Quantization | None:
         raise _refusal(f"{config} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise _refusal(f"{config} holds no JSON object")
-    return parse_quantization(cast(dict[str, object], raw).get("quantization_config"))
+    return parse_quantization(text_half(cast(dict[str, Any], raw)).get("quantization_config"))
 
 
 def parse_quantization(raw: object) -> Quantization | None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+import family_models
 import quantized_models as written
 import tiny_models
 from selfloop.engine.backends.base import Varlen
@@ -75,7 +76,7 @@ def folders(family, tmp_path, form):
 def logits(folder):
     spec = read_spec(folder)
     model = load_model(spec, SafetensorsSource(folder, spec), CPU, torch.float32)
-    ids, lora = torch.tensor(tiny_models.random_ids(20, 0)), AdapterBatch.of([(20, None)])
+    ids, lora = torch.tensor(tiny_models.random_ids(20, 0)) % spec.vocab_size, AdapterBatch.of([(20, None)])
     with torch.no_grad():
         return model.logits(model.forward(Varlen.whole(ids, [20]), lora), lora)
 
@@ -99,6 +100,31 @@ def test_transformers_backend_reads_them_too(form, tmp_path):
     assert "dequantised from" in computed_by(quantized)
 
 
+WHOLE_FORMATS = {"gemma3": "nf4", "mistral3": "fp8-rows", "qwen3_5": "fp8-blocks"}
+
+
+@pytest.mark.parametrize("model_type", family_models.WHOLES)
+@pytest.mark.parametrize("place", ["whole", "text_config"])
+def test_the_quantised_text_half_of_a_model_that_sees(model_type, place, tmp_path):
+    """With the matrices of its eyes and its output layer quantised, too, as far as it has one."""
+    plain, quantized = tmp_path / "plain", tmp_path / "quantized"
+    tiny_models.save_quietly(family_models.build_whole(model_type), plain)
+    (plain / "tokenizer.json").write_text("{}")
+    write, config = FORMATS[WHOLE_FORMATS[model_type]]
+    written.quantize_folder(plain, quantized, write, config, parts=("_proj", "lm_head"))
+    if place == "text_config":
+        raw = json.loads((quantized / "config.json").read_text())
+        raw["text_config"]["quantization_config"] = raw.pop("quantization_config")
+        (quantized / "config.json").write_text(json.dumps(raw))
+    torch.testing.assert_close(logits(quantized), logits(plain), rtol=1e-5, atol=1e-5)
+    facts, plain_facts = read_facts(quantized), read_facts(plain)
+    assert (facts.num_parameters, facts.num_tied) == (plain_facts.num_parameters, plain_facts.num_tied)
+    assert "dequantised from" in computed_by(quantized)
+    assert parameters_per_rank(quantized, LoraTargets()) == parameters_per_rank(plain, LoraTargets())
+    with pytest.raises(OperationFailed, match="a merged model is not written"):
+        plain_weights(quantized, read_spec(quantized))
+
+
 def test_experts_in_mxfp4(tmp_path):
     torch.manual_seed(0)
     sizes = {**tiny_models._SIZES, "intermediate_size": 32, "head_dim": 8, "num_local_experts": 4}
@@ -112,7 +138,7 @@ def test_experts_in_mxfp4(tmp_path):
     def write(name, tensor):
         return ({name: tensor}, tensor) if "bias" in name else written.mxfp4(name, tensor)
 
-    written.quantize_folder(tmp_path / "plain", tmp_path / "quantized", write, own, part="mlp.experts.")
+    written.quantize_folder(tmp_path / "plain", tmp_path / "quantized", write, own, parts=("mlp.experts.",))
     torch.testing.assert_close(logits(tmp_path / "quantized"), logits(tmp_path / "plain"), rtol=1e-5, atol=1e-5)
 
 

@@ -23,8 +23,9 @@ from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import HEAD_MODULE
 from selfloop.engine.models.weights import DTYPES, plain_weights
 from selfloop.types.errors import OperationFailed
-from selfloop.types.model_weights import EMBEDDING, HEAD, text_half
+from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.types.safetensors_header import StoredTensor, read_metadata
+from selfloop.types.text_half import text_half
 
 _CHUNK_BYTES = 16 * 2**20
 MODEL_CONFIG_FILE = "config.json"

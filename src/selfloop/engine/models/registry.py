@@ -14,7 +14,8 @@ from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.stored import read_stored_spec
 from selfloop.types.errors import BadRequest, model_invalid
 from selfloop.types.model_folder import INSTALLED_FAMILIES, SUPPORTED_MODEL_TYPES
-from selfloop.types.model_weights import read_weights, text_half
+from selfloop.types.model_weights import read_weights
+from selfloop.types.text_half import text_half
 
 
 def read_spec(model_dir: Path) -> ModelSpec:

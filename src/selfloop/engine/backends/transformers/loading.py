@@ -59,7 +59,7 @@ def _read(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> Any:
             if read_quantization(spec.folder / "config.json") is None:
                 causal, report = _from_folder(spec, dtype)
             else:
-                causal, report = _from_source(folder, source, dtype)
+                causal, report = _from_source(spec, source, dtype)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise model_invalid(f"transformers cannot load {folder}: {error}") from error
     own = {name for name, _ in spec.stored}
@@ -94,10 +94,14 @@ def _from_folder(spec: StoredSpec, dtype: torch.dtype) -> tuple[Any, dict[str, A
     return loaded
 
 
-def _from_source(folder: str, source: TensorSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of the folder's configuration, as if its weights were plain."""
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
+def _from_source(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of the folder's configuration, or its text half, as if its weights were plain."""
+    whole: Any = AutoConfig.from_pretrained(str(spec.folder), local_files_only=True, trust_remote_code=False)
+    config = whole.get_text_config()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if config is not whole:
+        config.tie_word_embeddings = spec.tied
     weights = {name: tensor.to(dtype) for name, tensor in source.read(source.names())}
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
