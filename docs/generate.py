@@ -199,17 +199,24 @@ def _meaning(parameter: Any) -> str:
 
 def families() -> str:
     """How far each family's numbers are from those of transformers and PEFT; ``tests/family_parity.py`` measured it."""
-    names = ("logits", "loss", "gradients", "cached", "together")
-    rows = ["| `model_type` | computed by | logits | loss | gradients | cached | two runs | greedy |"]
-    rows.append(f"| {' | '.join(['---'] * 8)} |")
+    columns = {
+        "logits": "logits",
+        "loss": "loss",
+        "gradients": "gradients",
+        "steps": "five steps",
+        "cached": "cached",
+        "together": "two runs",
+    }
+    rows = [f"| `model_type` | computed by | {' | '.join(columns.values())} | replayed | greedy |"]
+    rows.append(f"| {' | '.join(['---'] * (len(columns) + 4))} |")
     measured: dict[str, dict[str, Any]] = json.loads((DOCS / "family_parity.json").read_text(encoding="utf-8"))
     for family, found in measured.items():
         if "refused" in found:
-            rows.append(f"| `{family}` | refused: {found['refused']} | {'| ' * 6}")
+            rows.append(f"| `{family}` | refused: {found['refused']} | {'| ' * (len(columns) + 2)}")
             continue
-        numbers = [f"{found[name]:.0e}" if found[name] else "0" for name in names]
-        same = "same" if found["greedy"] else "others"
-        rows.append(f"| `{family}` | {found['computed_by']} | {' | '.join(numbers)} | {same} |")
+        numbers = [f"{found[name]:.0e}" if found[name] else "0" for name in columns]
+        numbers += ["same" if found[name] else "others" for name in ("replayed", "greedy")]
+        rows.append(f"| `{family}` | {found['computed_by']} | {' | '.join(numbers)} |")
     return "\n".join(rows)
 
 

@@ -24,13 +24,15 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
-from selfloop.types.operation import ForwardBackward
+from selfloop.types.operation import AdamParams, ForwardBackward
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
 
 MEASURED = Path(__file__).parents[1] / "docs" / "family_parity.json"
 SEQUENCES = [tiny_models.random_ids(n, seed=n) for n in (12, 30, 7)]
 DATA = [tiny_models.next_token_datum(ids) for ids in SEQUENCES]
 NUM_TOKENS = sum(len(ids) - 1 for ids in SEQUENCES)
+NUM_STEPS = 5
+ADAM = AdamParams(learning_rate=1e-3)
 PROMPTS, NUM_SAMPLED = (9, 21), 12
 PAGE = 16
 
@@ -128,12 +130,7 @@ def logits_difference(served: Served) -> float:
 def gradients_difference(served: Served) -> tuple[float, float]:
     """Of the loss, and of the gradient of an adapter on every place, to PEFT's."""
     result = served.engine.forward_backward("one", DATA, "cross_entropy", {})
-    served.peft.zero_grad()
-    loss = torch.zeros(())
-    for ids in SEQUENCES:
-        logits = served.peft(input_ids=torch.tensor([ids[:-1]])).logits[0]
-        loss = loss + F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum") / NUM_TOKENS
-    loss.backward()
+    loss = peft_backward(served.peft)
     run = served.engine._runs["one"]
     found, expected = dict[str, Tensor](), dict[str, Tensor]()
     for parameter in run.shape.named(run.accumulated.grad_P):
@@ -146,7 +143,68 @@ def gradients_difference(served: Served) -> tuple[float, float]:
         float((found[name] - gradient).abs().max()) / max(float(gradient.abs().max()), least)
         for name, gradient in expected.items()
     )
-    return abs(result.loss - loss.item()) / loss.item(), gradients
+    return abs(result.loss - loss) / loss, gradients
+
+
+def peft_backward(model: PeftModel) -> float:
+    """The mean loss of ``DATA``, each sequence alone; its gradient is left on the adapter."""
+    model.zero_grad()
+    loss = torch.zeros(())
+    for ids in SEQUENCES:
+        logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0]
+        loss = loss + F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum") / NUM_TOKENS
+    loss.backward()
+    return loss.item()
+
+
+def steps_difference(served: Served) -> float:
+    """Of the losses before, between and after ``NUM_STEPS`` steps of AdamW, to those of PEFT's model.
+
+    It trains copies: run ``one`` and PEFT's adapter are what they were when it returns.
+    """
+    engine, run_id = served.engine, "steps"
+    engine._set(run_id, engine._runs["one"].copy())
+    engine._runs[run_id].accumulated = None
+    trained = [parameter for parameter in served.peft.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(
+        trained, lr=ADAM.learning_rate, betas=(ADAM.beta1, ADAM.beta2), eps=ADAM.eps, weight_decay=ADAM.weight_decay
+    )
+    found, expected = [], []
+    for _ in range(NUM_STEPS):
+        found.append(engine.forward_backward(run_id, DATA, "cross_entropy", {}).loss)
+        expected.append(peft_backward(served.peft))
+        engine.optim_step(run_id, ADAM)
+        torch.nn.utils.clip_grad_norm_(trained, ADAM.grad_clip_norm)
+        optimizer.step()
+    found.append(engine.forward(run_id, DATA, "cross_entropy", {}).loss)
+    expected.append(peft_backward(served.peft))
+    assert expected[-1] < expected[0], "five steps did not train"
+    engine.remove_run(run_id)
+    with torch.no_grad():
+        for parameter, was in zip(trained, before, strict=True):
+            parameter.copy_(was)
+    return difference(torch.tensor(found), torch.tensor(expected))
+
+
+def replayed_equally(served: Served, snapshot: Path) -> bool:
+    """Whether a snapshot between a gradient and its step, and the same operations after it, give the same bits."""
+    engine, run_id = served.engine, "replayed"
+    engine._set(run_id, engine._runs["one"].copy())
+    engine._runs[run_id].accumulated = None
+    engine.forward_backward(run_id, DATA[:2], "cross_entropy", {})
+    engine.snapshot(run_id, snapshot)
+    states: list[Tensor] = []
+    for _ in range(2):
+        engine.restore(run_id, snapshot)
+        engine.optim_step(run_id, ADAM)
+        engine.forward_backward(run_id, DATA, "cross_entropy", {})
+        engine.optim_step(run_id, ADAM)
+        run = engine._runs[run_id]
+        assert run.moments is not None
+        states.append(torch.cat([run.theta_P, run.moments.mean_P, run.moments.square_P]))
+    engine.remove_run(run_id)
+    return torch.equal(*states) and not torch.equal(states[0][: run.theta_P.numel()], engine._runs["one"].theta_P)
 
 
 @torch.no_grad()
@@ -235,12 +293,14 @@ def measure(model_type: str, folder: Path) -> dict[str, object]:
         "logits": logits_difference(served),
         "loss": loss,
         "gradients": gradients,
+        "steps": steps_difference(served),
         "cached": cached_difference(served),
         "together": together_difference(served),
     }
     rounded = {name: float(f"{value:.1e}") for name, value in differences.items()}
     greedy = all(found == expected for found, expected in sampled(served))
-    return {"computed_by": computed_by(served), **rounded, "greedy": greedy}
+    replayed = replayed_equally(served, folder / "snapshot")
+    return {"computed_by": computed_by(served), **rounded, "replayed": replayed, "greedy": greedy}
 
 
 def main() -> None:

@@ -52,6 +52,14 @@ def test_loss_and_gradients_are_those_of_peft(served: Served):
     assert gradients <= GRADIENT_BOUNDS.get(served.name, BOUND)
 
 
+def test_five_steps_train_as_those_of_peft(served: Served):
+    assert family_parity.steps_difference(served) <= BOUND
+
+
+def test_a_snapshot_and_the_operations_after_it_give_the_same_bits(served: Served, tmp_path: Path):
+    assert family_parity.replayed_equally(served, tmp_path / "snapshot")
+
+
 def test_cached_is_whole(served: Served):
     assert family_parity.cached_difference(served) <= BOUND
 
