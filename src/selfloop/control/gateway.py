@@ -25,6 +25,7 @@ from selfloop.control.data_dir.verify import Report, Verification
 from selfloop.control.observe.billing import Billing
 from selfloop.control.observe.observations import Observations
 from selfloop.control.observe.observer import Observer
+from selfloop.control.observe.run_metrics import RunMetrics
 from selfloop.control.observe.traces import Traces
 from selfloop.control.observe.usage import Usage
 from selfloop.control.queue.journal import Journal
@@ -208,6 +209,7 @@ class Control:
         links = SignedUrls(data_dir)
         self.checkpoints = Checkpoints(self._context, links)
         self.observations = Observations(self._context, self.runs, data_dir, links)
+        self.run_metrics = RunMetrics(self._context, self.runs)
         self.operations = Operations(self._context)
         self.sampling = Sampling(self._context)
         self.queued_samples = QueuedSamples(self._context, self.sampling)

@@ -50,6 +50,7 @@ class _Server(uvicorn.Server):
         await self._control.operations.stop()
         self._control.jobs.release()
         self._control.queued_samples.send_home()
+        self._control.run_metrics.stop()
         await super().shutdown(sockets)
         # Here, as the signal that ends us is raised once more before anybody above hears of it.
         await asyncio.to_thread(finish)

@@ -206,7 +206,16 @@ def test_the_gap_between_sampler_and_trainer_counts_sampled_tokens():
     inputs = {"logprobs": old, "advantages": torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0]), "weights": torch.ones(5)}
     active = torch.tensor([True, True, True, True, False])
     batch = LossInputs(logprobs, active, inputs, [5], {})
-    assert float(METRICS_FUNCTIONS["ppo"](batch)["sampler_logprob_gap"]) / 4 == pytest.approx(0.25)
+    metrics = {name: float(total) / 4 for name, total in METRICS_FUNCTIONS["ppo"](batch).items()}
+    assert metrics == pytest.approx({"sampler_logprob_gap": 0.25, "kl_sampler_trainer": 0.0, "advantage_mean": 0.5})
+
+
+def test_the_divergence_is_of_the_sampler_from_the_trainer():
+    """The mean of ln(q / p) over what q sampled is above 0 where p finds it less likely."""
+    inputs = {"logprobs": torch.tensor([-1.0, -0.5]), "advantages": torch.tensor([1.0, -2.0]), "weights": torch.ones(2)}
+    batch = LossInputs(torch.tensor([-1.5, -0.75]), torch.tensor([True, True]), inputs, [2], {})
+    metrics = {name: float(total) / 2 for name, total in METRICS_FUNCTIONS["dro"](batch).items()}
+    assert metrics == pytest.approx({"sampler_logprob_gap": 0.375, "kl_sampler_trainer": 0.375, "advantage_mean": -0.5})
 
 
 # Log ratios beyond what float32 can raise e to, on either side, and beside the thresholds.

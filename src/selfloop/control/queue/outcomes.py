@@ -9,17 +9,19 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.data_dir.disk_space import DiskRoom
+from selfloop.control.observe.measurements import measured_by
 from selfloop.control.observe.observer import Observer
-from selfloop.control.observe.usage import counts_of, operation_key
+from selfloop.control.observe.usage import Counts, counts_of, operation_key
 from selfloop.control.queue.journal import Failure, Journal
 from selfloop.control.queue.stored_states import Position, StoredState, older_state
-from selfloop.control.queue.waiters import Announcements, AwaitedOutcomes
+from selfloop.control.queue.waiters import Announcements, AwaitedOutcomes, Topics
 from selfloop.control.resources.checkpoints import retention
 from selfloop.control.resources.new_rows import new_checkpoint
 from selfloop.storage.blobs.checkpoints import CheckpointStore
 from selfloop.storage.db import (
     queries_audit,
     queries_checkpoints,
+    queries_metrics,
     queries_observations,
     queries_operations,
     queries_resources,
@@ -37,7 +39,7 @@ from selfloop.types.operation import (
     traits_of,
 )
 from selfloop.types.resources import Checkpoint
-from selfloop.types.result import InitResult, LoadResult, SaveResult, StepResult, result_decoder
+from selfloop.types.result import InitResult, LoadResult, Result, SaveResult, StepResult, result_decoder
 from selfloop.types.status import OperationState
 from selfloop.types.uris import parse_checkpoint_uri
 
@@ -81,6 +83,8 @@ class Outcomes:
         self.awaited: AwaitedOutcomes[Outcome] = AwaitedOutcomes(lambda o: len(o.result or b""), _NUM_RECENT)
         self.published = Announcements()
         """That a sampler may have newer weights."""
+        self.measured = Topics()
+        """By run: that one of its operations has ended and left its numbers, or that the run has ended."""
 
     async def read_from(self, run: RunRow, operation: LoadState) -> BlobRef:
         """The folder that a load reads. Raises :class:`OperationFailed` when the checkpoint is gone."""
@@ -137,8 +141,7 @@ class Outcomes:
                 if counted:
                     await queries_resources.update_run(session, run.id, **counted)
                 # In this transaction: what is replayed or completed twice counts once.
-                account = operation_key(run, row, time.time())
-                await queries_observations.add_usage(session, account, counts)
+                await _note(session, run, row, result, counts)
             if isinstance(result, SaveResult):
                 assert operation is not None
                 gone = await _add_checkpoint(session, run, row, operation, result)
@@ -151,6 +154,7 @@ class Outcomes:
                 setattr(run, name, value)
             self.observer.finished(row, result, counts)
             self.awaited.complete((row.run_id, row.id), Outcome(body))
+            self.measured.announce(run.id)
             if isinstance(result, SaveResult):
                 self._on_saved(run, result)
         if operation is not None:
@@ -244,6 +248,14 @@ def _one_more(run: RunRow, row: OperationRow) -> dict[str, int]:
     if older is not None and older.num_changes is not None and position <= older.position:
         counts["older_changes"] = older.num_changes + 1
     return counts
+
+
+async def _note(session: AsyncSession, run: RunRow, row: OperationRow, result: Result, counts: Counts) -> None:
+    """What a finished operation took, and what it measured."""
+    now = time.time()
+    await queries_observations.add_usage(session, operation_key(run, row, now), counts)
+    if (measured := measured_by(run, row, result, now)) is not None:
+        await queries_metrics.add(session, run.id, measured)
 
 
 async def _update_run(session: AsyncSession, run: RunRow, result: object) -> None:

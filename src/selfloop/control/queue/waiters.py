@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +53,35 @@ class Announcements:
         """Return once it has happened more often than ``seen``, or after ``timeout_s``."""
         if self.count == seen:
             await self._waiters.wait(timeout_s)
+
+
+class Topics:
+    """Announcements by topic, of which only those are kept that somebody follows."""
+
+    def __init__(self) -> None:
+        self._followed: dict[str, list[Announcements]] = {}
+        self.is_closing = False
+
+    @contextmanager
+    def followed(self, topic: str) -> Generator[Announcements]:
+        announcements = Announcements()
+        self._followed.setdefault(topic, []).append(announcements)
+        try:
+            yield announcements
+        finally:
+            self._followed[topic].remove(announcements)
+            if not self._followed[topic]:
+                del self._followed[topic]
+
+    def announce(self, topic: str) -> None:
+        for announcements in self._followed.get(topic, ()):
+            announcements.announce()
+
+    def close(self) -> None:
+        """Wake everybody for the last time."""
+        self.is_closing = True
+        for topic in self._followed:
+            self.announce(topic)
 
 
 class _Awaited(Generic[T]):

@@ -236,6 +236,7 @@ class Runs:
         for key in (f"snapshots/{id}", f"initial/{id}"):
             await asyncio.to_thread(self._c.blobs.delete, key)
         await self._c.journal.forget_payloads(id, END_OF_TIME)
+        self._c.outcomes.measured.announce(id)
         if view.sampler is not None:
             await self._c.lifecycle.end(view.sampler.id, reason)
         async with self._c.db.look_up() as session:

@@ -59,17 +59,24 @@ def dppo(batch: LossInputs) -> Float[Tensor, " T"]:
     return squared(drift_T, batch.config["kl_tau"]) - factor_T * ratio_where(factor_T != 0, drift_T)
 
 
-def sampler_gap(batch: LossInputs) -> dict[str, Shaped[Tensor, ""]]:
-    """``sampler_logprob_gap``: the mean of |lp - q| over sampled tokens, times the trained tokens of this batch.
+def policy_metrics(batch: LossInputs) -> dict[str, Shaped[Tensor, ""]]:
+    """Means over the sampled tokens, each times the trained tokens of this batch.
 
-    For tokens of the very policy that is trained it is how far sampler and trainer are apart. Clients mark the tokens
-    of a prompt with q = 0 and A = 0; those were not sampled.
+    ``sampler_logprob_gap`` is |lp - q|: for tokens of the very policy that is trained, how far sampler and trainer are
+    apart. ``kl_sampler_trainer`` is q - lp, whose mean estimates the divergence of the sampling policy from the
+    trained one (k1 of Schulman 2020, http://joschu.net/blog/kl-approx.html). ``advantage_mean`` is A. Clients mark the
+    tokens of a prompt with q = 0 and A = 0; those were not sampled.
     """
     old_T, advantages_T = batch.inputs["logprobs"], batch.inputs["advantages"]
     sampled_T = batch.active & ((advantages_T != 0) | (old_T != 0))
     num_trained = (batch.active & (batch.inputs["weights"] != 0)).sum()
-    gaps_T = torch.where(sampled_T, (batch.logprobs.detach() - old_T).abs().double(), 0.0)
-    return {"sampler_logprob_gap": gaps_T.sum() * num_trained / sampled_T.sum().clamp(min=1)}
+    share = num_trained / sampled_T.sum().clamp(min=1)
+    behind_T = torch.where(sampled_T, old_T - batch.logprobs.detach(), 0.0).double()
+    return {
+        "sampler_logprob_gap": behind_T.abs().sum() * share,
+        "kl_sampler_trainer": behind_T.sum() * share,
+        "advantage_mean": torch.where(sampled_T, advantages_T, 0.0).double().sum() * share,
+    }
 
 
 def clipped_gain(

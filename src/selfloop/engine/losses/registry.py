@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfloop.engine.losses.cross_entropy import cross_entropy
 from selfloop.engine.losses.inputs import LossInputs
-from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, ppo, sampler_gap
+from selfloop.engine.losses.policy import cispo, dppo, dro, importance_sampling, policy_metrics, ppo
 from selfloop.engine.losses.preference import dpo, dpo_metrics
 from selfloop.engine.losses.sequence import gspo, stable_reinforce
 from selfloop.types.losses import LOSSES
@@ -38,7 +38,7 @@ METRICS_FUNCTIONS: dict[str, MetricsFunction] = {
     "dpo": dpo_metrics,
     **dict.fromkeys(
         ("importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce", "dppo"),
-        sampler_gap,
+        policy_metrics,
     ),
 }
 

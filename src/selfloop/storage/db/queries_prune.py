@@ -17,6 +17,7 @@ from selfloop.storage.db.tables import (
     OperationRow,
     PinnedCheckpointRow,
     QueuedSampleRow,
+    RunMetricRow,
     RunRow,
     SamplerRow,
     SessionRow,
@@ -169,6 +170,7 @@ def steps_of_runs(ids: Sequence[str]) -> list[Step]:
     return [
         *_steps_of_samplers(SamplerRow.run_id.in_(named)),
         Step(OperationRow, OperationRow.run_id.in_(named)),
+        Step(RunMetricRow, RunMetricRow.run_id.in_(named)),
         Step(SkippedRow, SkippedRow.run_id.in_(named)),
         Step(StatusChangeRow, StatusChangeRow.resource_id.in_(named)),
         Step(RunRow, RunRow.id.in_(named)),

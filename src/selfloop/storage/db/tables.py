@@ -406,6 +406,22 @@ class OperationRow(Base):
     result_digest: Mapped[str | None] = mapped_column(default=None)
 
 
+class RunMetricRow(Base):
+    """What one finished operation of a run measured; ``number`` counts them from 1, in the order they finished.
+
+    ``step`` is the optimizer step that it belongs to, ``data`` msgpack of a map from names to numbers.
+    """
+
+    __tablename__ = "run_metrics"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str]
+    step: Mapped[int]
+    at: Mapped[float]
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class SkippedRow(Base):
     """A place in a run's order that nothing is to be expected at: the call that had it was refused."""
 
