@@ -1,41 +1,96 @@
 """A feed-forward of many small MLPs, of which a router gives each token a few."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from selfloop.engine.models.spec import Projection, ProjectionGroup, Shapes
 
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
+"""What weighs the experts: softmax or sigmoid over the logits of all, or softmax over those that are chosen."""
+
 
 @dataclass(frozen=True, slots=True)
-class MixtureOfExperts:
-    """sum over the ``top_k`` likeliest experts e of p_e * down_e(silu(gate_e(x)) * up_e(x)), p = softmax(router(x)).
+class Router:
+    """Gives each token ``top_k`` of ``num_experts`` experts, and each of these a weight.
 
-    Every expert takes an adapter of its own, the router none.
-
-    To that is added what a shared expert, which every token goes through, gives: s(x) * down(silu(gate(x)) * up(x)),
-    s = sigmoid of one row's product with x (Qwen2-MoE).
+    The experts with the largest scores are chosen. With ``groups`` they are those of the best groups: experts lie in
+    as many groups one after another, of which those count whose two best scores have the largest sums
+    (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2).
 
     Args:
-        normalised: whether the chosen experts' p are divided by their sum.
-        shared_size: inner size of the shared expert; None where there is none.
+        normalised: whether the weights of the chosen experts are divided by their sum.
+        scale: what weights are multiplied by after that.
+        correction: name of a tensor (num_experts,) that is added to the scores when experts are chosen, and not to
+            their weights; None where there is none.
+        groups: how many there are, and how many of them a token's experts are of.
+        in_float32: whether logits are computed so whatever the compute dtype.
+    """
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    scoring: Scoring = "softmax"
+    normalised: bool = False
+    scale: float = 1.0
+    correction: str | None = None
+    groups: tuple[int, int] = (1, 1)
+    in_float32: bool = False
+    name: str = "mlp.gate"
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.name, self.hidden_size, self.num_experts, "out", adaptable=False)
+
+    def tensors(self) -> Shapes:
+        correction: Shapes = {} if self.correction is None else {self.correction: (self.num_experts,)}
+        return self.projection.tensors() | correction
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """What every token goes through: down(silu(gate(x)) * up(x)), times sigmoid(w x) where it has such a gate.
+
+    Args:
+        gate: name of the module of w, one row; None where nothing weighs it.
     """
 
     hidden_size: int
     inner_size: int
-    num_experts: int
-    top_k: int
-    normalised: bool
-    shared_size: int | None = None
+    name: str = "mlp.shared_expert"
+    gate: str | None = "mlp.shared_expert_gate"
+
+    @property
+    def gate_projection(self) -> Projection | None:
+        return None if self.gate is None else Projection(self.gate, self.hidden_size, 1, "out", adaptable=False)
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        hidden, inner = self.hidden_size, self.inner_size
+        gate_up = [Projection(f"{self.name}.{part}_proj", hidden, inner, "out") for part in ("gate", "up")]
+        down = Projection(f"{self.name}.down_proj", inner, hidden, "in")
+        return ProjectionGroup(tuple(gate_up)), ProjectionGroup((down,))
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """sum over a token's experts e of w_e * down_e(silu(gate_e(x)) * up_e(x)), plus the shared expert's.
+
+    Every expert takes an adapter of its own, the router none.
+    """
+
+    inner_size: int
+    router: Router
+    shared: SharedExpert | None = None
 
     kind: ClassVar[str] = "mixture_of_experts"
 
     @property
-    def router(self) -> Projection:
-        return Projection("mlp.gate", self.hidden_size, self.num_experts, "out", adaptable=False)
+    def num_experts(self) -> int:
+        return self.router.num_experts
 
     def expert(self, index: int) -> tuple[Projection, Projection, Projection]:
         """Its gate, up and down projections."""
-        name, hidden, inner = f"mlp.experts.{index}", self.hidden_size, self.inner_size
+        name, hidden, inner = f"mlp.experts.{index}", self.router.hidden_size, self.inner_size
         return (
             Projection(f"{name}.gate_proj", hidden, inner, "out"),
             Projection(f"{name}.up_proj", hidden, inner, "out"),
@@ -43,43 +98,34 @@ class MixtureOfExperts:
         )
 
     @property
-    def shared_gate(self) -> Projection | None:
-        if self.shared_size is None:
-            return None
-        return Projection("mlp.shared_expert_gate", self.hidden_size, 1, "out", adaptable=False)
-
-    @property
-    def _shared_groups(self) -> tuple[ProjectionGroup, ...]:
-        if self.shared_size is None:
-            return ()
-        name, hidden, inner = "mlp.shared_expert", self.hidden_size, self.shared_size
-        gate_up = [Projection(f"{name}.{part}_proj", hidden, inner, "out") for part in ("gate", "up")]
-        down = Projection(f"{name}.down_proj", inner, hidden, "in")
-        return ProjectionGroup(tuple(gate_up)), ProjectionGroup((down,))
-
-    @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
         experts = [self.expert(index) for index in range(self.num_experts)]
         gate_up = tuple(projection for gate, up, _ in experts for projection in (gate, up))
         down = tuple(down for _, _, down in experts)
         routed = ProjectionGroup(gate_up, self.num_experts), ProjectionGroup(down, self.num_experts)
-        return (*routed, *self._shared_groups)
+        return (*routed, *(() if self.shared is None else self.shared.groups))
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         experts = [projection for index in range(self.num_experts) for projection in self.expert(index)]
-        gate = [] if self.shared_gate is None else [self.shared_gate]
-        shared = [projection for group in self._shared_groups for projection in group.projections]
-        return (self.router, *experts, *gate, *shared)
+        shared: list[Projection] = []
+        if self.shared is not None:
+            gate = self.shared.gate_projection
+            shared = [] if gate is None else [gate]
+            shared += [projection for group in self.shared.groups for projection in group.projections]
+        return (self.router.projection, *experts, *shared)
 
     @property
     def num_active_weights(self) -> int:
         """Elements of the matrices that a token is multiplied by."""
-        shared = 0 if self.shared_size is None else 1 + 3 * self.shared_size
-        return self.hidden_size * (self.num_experts + 3 * self.top_k * self.inner_size + shared)
+        per_row = self.num_experts + 3 * self.router.top_k * self.inner_size
+        if self.shared is not None:
+            per_row += 3 * self.shared.inner_size + (0 if self.shared.gate is None else 1)
+        return self.router.hidden_size * per_row
 
     def tensors(self) -> Shapes:
-        return {name: shape for projection in self.projections for name, shape in projection.tensors().items()}
+        projections = {name: shape for projection in self.projections for name, shape in projection.tensors().items()}
+        return self.router.tensors() | projections
 
     @property
     def cache(self) -> None:

@@ -53,8 +53,11 @@ class FrozenLinear:
         return _copy_rows(plain_OI) * self.in_features * torch.float32.itemsize
 
     def lay_out(self, products: Products, *, shared: bool = False) -> None:
-        """Lay the weight out, and let go of the plain one unless it is ``shared`` with an embedding."""
-        if products == "plain":
+        """Lay the weight out, and let go of the plain one unless it is ``shared`` with an embedding.
+
+        A float32 weight of a model of another type stays plain.
+        """
+        if products == "plain" or (self._plain_OI is not None and self._plain_OI.dtype == torch.float32):
             return
         assert self._plain_OI is not None, "laid out already"
         self._blocked_OI = _blocked(self._plain_OI)

@@ -58,12 +58,12 @@ class _OutlinePlaces(Places):
     def inside(self, prefix: str) -> Places:
         return self
 
-    def fused(self, projections: Sequence[Projection]) -> FrozenLinear:
+    def fused(self, projections: Sequence[Projection], dtype: torch.dtype | None = None) -> FrozenLinear:
         sizes = [projection.out_features for projection in projections]
-        return self.matrix(sum(sizes), projections[0].in_features)
+        return self.matrix(sum(sizes), projections[0].in_features, dtype)
 
-    def matrix(self, out_features: int, in_features: int) -> OutlineLinear:
-        return OutlineLinear(self.empty(1, 1), out_features, in_features, self._products)
+    def matrix(self, out_features: int, in_features: int, dtype: torch.dtype | None = None) -> OutlineLinear:
+        return OutlineLinear(self.empty(1, 1, dtype=dtype), out_features, in_features, self._products)
 
 
 class Outline(TorchModel):

@@ -31,8 +31,9 @@ class Places:
         inner._prefix, inner._slots, inner._after = self._prefix + prefix, self._slots, self._after
         return inner
 
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """In the compute dtype, if no other is asked for."""
+        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
 
     def put(self, name: str, place: Tensor) -> None:
         """The tensor of that name goes into ``place``."""
@@ -45,7 +46,7 @@ class Places:
 
     def norm(self, name: str, *shape: int, plus_one: bool = False) -> Tensor:
         """The weight of a norm; with ``plus_one`` 1 + w in float32, as it would not be the same in fewer bits."""
-        weight = torch.empty(shape, dtype=torch.float32, device=self._device) if plus_one else self.empty(*shape)
+        weight = self.empty(*shape, dtype=torch.float32 if plus_one else None)
         self.put(f"{name}.weight", weight)
         if plus_one:
             self.then(lambda: weight.add_(1.0))
@@ -55,11 +56,11 @@ class Places:
         """Projections as one matrix, whose rows are theirs one after another."""
         return self.fused(group.projections)
 
-    def fused(self, projections: Sequence[Projection]) -> FrozenLinear:
-        """As :meth:`group`, of projections that read the same input."""
+    def fused(self, projections: Sequence[Projection], dtype: torch.dtype | None = None) -> FrozenLinear:
+        """As :meth:`group`, of projections that read the same input; ``dtype`` as in :meth:`empty`."""
         sizes = [projection.out_features for projection in projections]
-        weight_OI = self.empty(sum(sizes), projections[0].in_features)
-        bias_O = self.empty(sum(sizes)) if projections[0].bias else None
+        weight_OI = self.empty(sum(sizes), projections[0].in_features, dtype=dtype)
+        bias_O = self.empty(sum(sizes), dtype=dtype) if projections[0].bias else None
         for index, (projection, part_OI) in enumerate(zip(projections, weight_OI.split(sizes), strict=True)):
             self.put(f"{projection.name}.weight", part_OI)
             if bias_O is not None:
