@@ -1,9 +1,12 @@
 """Tiny random models of the families that people train, of transformers' own configurations, by ``model_type``."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB_SIZE = 128
@@ -34,6 +37,7 @@ _MLA = {
     "v_head_dim": 8,
 }
 _ROUTED = {
+    "routed_scaling_factor": 1.5,
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -129,6 +133,8 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse"],
     },
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": _WINDOW},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi3": {},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {},
@@ -180,14 +186,13 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
 
 
 _SIGHT: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+_QWEN_SIGHT = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 # Models that see, too, by ``model_type``: of their text halves, and what their eyes are.
 WHOLES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_SIGHT, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}),
     "mistral3": ("ministral3", {**_SIGHT, "num_hidden_layers": 1, "head_dim": 8, "model_type": "pixtral"}),
-    "qwen3_5": (
-        "qwen3_5_text",
-        {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
-    ),
+    "qwen3_5": ("qwen3_5_text", _QWEN_SIGHT),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN_SIGHT),
 }
 
 
@@ -201,6 +206,26 @@ def build_whole(model_type: str) -> PreTrainedModel:
     return _disturbed(AutoModelForImageTextToText.from_config(config))
 
 
+def stack_experts(folder: Path) -> None:
+    """Write the folder's experts as published ones are: stacks of a layer each, beside a layer that guesses ahead."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    parts: dict[str, list[list[Tensor]]] = {}
+    for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")]):
+        before, found, after = name.partition(".experts.")
+        if found:
+            number, projection, _ = after.split(".")
+            stack = parts.setdefault(f"{before}.experts.{_STACKED[projection]}", [])
+            if projection != "up_proj":
+                stack.append([])
+            stack[int(number)].append(tensors.pop(name))
+    stacks = {name: torch.stack([torch.cat(own) for own in each]) for name, each in parts.items()}
+    save_file({**tensors, **stacks, "mtp.norm.weight": torch.ones(3)}, path, {"format": "pt"})
+
+
+_STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+
+
 def build(model_type: str) -> PreTrainedModel:
     """A float32 model whose weights are large enough that attention, norms and routers matter."""
     torch.manual_seed(0)
@@ -210,7 +235,8 @@ def build(model_type: str) -> PreTrainedModel:
 
 def _disturbed(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *corrections):
             spread = 0.15 if parameter.dim() > 1 else 0.3
             parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()

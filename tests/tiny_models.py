@@ -13,16 +13,24 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -31,11 +39,15 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -169,6 +181,25 @@ _SHARED = {**_EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_
 _BUILDERS["qwen2-moe"] = lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SHARED))
 _BUILDERS["qwen3-moe-experts"] = lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_EXPERTS, moe_intermediate_size=16))
 
+_SMALL = {**_SIZES, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 6}
+_TOP2 = {"num_experts_per_tok": 2}
+_BUILDERS |= {
+    "qwen3_5-moe": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_SMALL, **_TOP2, head_dim=16, **_QWEN3_5)),
+    "qwen3-next": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(**_SMALL, **_TOP2, head_dim=16, mlp_only_layers=[0], **_QWEN3_5)
+    ),
+    "glm4-moe": lambda: Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            **_SIZES, **_TOP2, moe_intermediate_size=16, n_routed_experts=6, n_group=2, head_dim=8, use_qk_norm=True
+        )
+    ),
+    "minimax-m2": lambda: MiniMaxM2ForCausalLM(MiniMaxM2Config(**_SIZES, **_TOP2, num_local_experts=6, head_dim=8)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, **_TOP2, num_local_experts=6)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_SIZES, **_TOP2, num_experts=6, pad_token_id=0)),
+}
+ROUTED_FAMILIES = ("qwen3_5-moe", "qwen3-next", "glm4-moe", "minimax-m2", "mixtral", "olmoe")
+"""Of further mixtures, each with routers or names of its own."""
+
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 MOE_FAMILIES = dict.fromkeys(("qwen3-moe", "qwen3-moe-sparse", "qwen2-moe"), (6, _NAMES))
 """How many experts each has, and what the projections of one are called."""
@@ -208,7 +239,8 @@ def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = _BUILDERS[family]().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *corrections):
             # Norms and biases too: at their initial ones and zeros a mistake in them would not show.
             spread = 0.15 if parameter.dim() > 1 else 0.3
             parameter.add_(torch.randn_like(parameter) * spread)

@@ -125,7 +125,7 @@ def test_a_configuration_that_is_not_the_files_is_refused(zoo, key: str, value: 
         import_peft(tmp_path / "peft", zoo.folder("qwen3-moe"), tmp_path / "checkpoint", quiet)
 
 
-@pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+@pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, *tiny_models.ROUTED_FAMILIES])
 @pytest.mark.parametrize("targets", [EXPERTS, LoraTargets(attn=False, mlp=False, experts=True), LoraTargets()], ids=str)
 def test_an_exported_adapter_is_opened_by_peft_and_merged(zoo, family: str, targets: LoraTargets, tmp_path: Path):
     engine, folder = trained(zoo, targets, family), zoo.folder(family)
@@ -157,7 +157,7 @@ def test_a_snapshot_goes_on_as_if_nothing_had_been(zoo, tmp_path: Path):
     assert second._runs["run"].shape.targets == EXPERTS
 
 
-@pytest.mark.parametrize("family", tiny_models.MOE_FAMILIES)
+@pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, *tiny_models.ROUTED_FAMILIES])
 def test_what_a_run_will_take_is_known_from_its_models_files(zoo, family: str, tmp_path: Path):
     folder = zoo.folder(family)
     spec = read_spec(folder)

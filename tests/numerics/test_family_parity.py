@@ -24,7 +24,7 @@ from selfloop.types.operation import AdamParams
 BOUND = 2e-5
 # A decay's exponents add up to hundreds in a chunk, so their differences are known to 1e-5: to float64 the slopes of
 # transformers' delta rule and of ours are both 1e-5 in one layer, and the two round differently in what is before it.
-GRADIENT_BOUNDS = {"qwen3_5_text": 2e-4}
+GRADIENT_BOUNDS = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 2e-4)
 
 REFUSED = {
     "deepseek_v4": r"gate\.tid2eid is I64",

@@ -9,6 +9,7 @@ import msgspec
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import EMBEDDING, read_weights
+from selfloop.types.stacked_weights import of_each_expert
 from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import expert_shapes, stored_projections
 
@@ -126,5 +127,5 @@ def _of_stored(model_dir: Path, targets: LoraTargets) -> _Adapted:
     asked = {"attn": targets.attn, "mlp": targets.mlp}
     sizes = [p.in_features + p.out_features for p in stored_projections(tensors, num_layers) if asked[p.part]]
     if targets.experts:
-        sizes += [sum(shape) for shape in expert_shapes(tensors, num_layers)]
+        sizes += [sum(shape) for shape in expert_shapes(of_each_expert(tensors, ()), num_layers)]
     return _Adapted.of(sizes + ([sum(tensors[EMBEDDING].shape)] if targets.unembed else []))

@@ -36,6 +36,7 @@ class StoredTensor:
     Args:
         start: its first byte, counted from the beginning of the file.
         size: in bytes.
+        rows: where it is a part of a stack of matrices: of which, from which row, up to which.
     """
 
     file: Path
@@ -44,6 +45,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
+    rows: tuple[int, int, int] | None = None
 
     @property
     def count(self) -> int:

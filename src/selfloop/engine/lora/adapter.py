@@ -21,7 +21,7 @@ from selfloop.types.lora import LoraTargets
 DEFAULT_ALPHA = 32.0
 
 # Of which PEFT 0.21 takes the short names for those of dense matrices, and knows experts as stacks only.
-_NAMED_AS_STACKS = frozenset({"qwen2_moe"})
+_NAMED_AS_STACKS = frozenset({"qwen2_moe", "qwen3_5_moe_text"})
 
 
 class LoraGroup(NamedTuple):

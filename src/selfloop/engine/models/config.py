@@ -15,7 +15,6 @@ from selfloop.types.transformers_models import context_of
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
@@ -116,7 +115,7 @@ class HfConfig:
 
     def mlp(self, *, bias: bool = False) -> DenseMlp:
         activation = self.activation("hidden_act", "silu")
-        return DenseMlp(self._sizes["hidden_size"], self._sizes["intermediate_size"], bias, activation)
+        return DenseMlp(self._sizes["hidden_size"], self.size("intermediate_size"), bias, activation)
 
     def activation(self, name: str, default: str) -> Activation:
         """What the key of that name says, ``default`` where it is absent."""
@@ -181,14 +180,17 @@ class HfConfig:
         layers = {attention: LayerSpec(attention, mlp, before, post_norms) for attention in attentions}
         return self.model([layers[attention] for attention in attentions], attentions[0].head_dim, rope)
 
-    def routed(self, attentions: Sequence[FullAttention], experts: Block) -> ModelSpec:
-        """A layer for each of ``attentions``, with ``experts`` where no key of Qwen's says that it has a dense MLP."""
+    def routed(self, attentions: Sequence[FullAttention], experts: Block, rope: RopeConfig | None = None) -> ModelSpec:
+        """A layer for each of ``attentions``, with the feed-forward of :meth:`feed_forwards`; ``rope`` as in
+        :meth:`model`."""
+        each = zip(attentions, self.feed_forwards(experts), strict=True)
+        layers = [LayerSpec(attention, feed_forward, self.norms()) for attention, feed_forward in each]
+        return self.model(layers, attentions[0].head_dim, rope)
+
+    def feed_forwards(self, experts: Block) -> list[Block]:
+        """Of each layer: ``experts`` where no key of Qwen's says that it has a dense MLP."""
         dense, step = self.raw.get("mlp_only_layers") or (), self.size("decoder_sparse_step", default=1)
-        layers = [
-            LayerSpec(attention, self.mlp() if index in dense or (index + 1) % step else experts, self.norms())
-            for index, attention in enumerate(attentions)
-        ]
-        return self.model(layers, attentions[0].head_dim)
+        return [self.mlp() if index in dense or (index + 1) % step else experts for index in range(self.num_layers)]
 
     def model(self, layers: Sequence[LayerSpec], rotated_dim: int, rope: RopeConfig | None = None) -> ModelSpec:
         """``rotated_dim``: dimensions of a head, all of which are rotated, if no ``rope`` says other."""
@@ -209,6 +211,12 @@ class HfConfig:
             context=context_of(self.raw) or self._sizes["max_position_embeddings"],
             eos_token_ids=generated_ends or own_ends,
         )
+
+    def layers_behind(self) -> tuple[str, ...]:
+        """What the tensors of layers begin with that guess more than the next token, behind those of the model."""
+        num = self.raw.get("num_nextn_predict_layers", 1) or 0
+        num = num if isinstance(num, int) else 1
+        return tuple(f"model.layers.{self.num_layers + index}." for index in range(num))
 
     @property
     def eps(self) -> float:

@@ -17,6 +17,8 @@ class GatedDeltaNet:
     Args:
         kernel: tokens that the convolution sees, itself the last.
         eps: of the RMSNorm of every head of o, which silu(z) gates.
+        packed: whether the checkpoint has q, k, v and z in one matrix and b and a in another, each with what belongs to
+            one key head together; an adapter is then on those.
     """
 
     hidden_size: int
@@ -26,6 +28,7 @@ class GatedDeltaNet:
     value_dim: int
     kernel: int
     eps: float
+    packed: bool = False
 
     kind: ClassVar[str] = "gated_delta_net"
 
@@ -51,6 +54,9 @@ class GatedDeltaNet:
             "in_proj_b": self.num_value_heads,
             "in_proj_a": self.num_value_heads,
         }
+        if self.packed:
+            both = 2 * self.num_value_heads
+            sizes = {"in_proj_qkvz": self.mixed_size + self.values_size, "in_proj_ba": both}
         into = tuple(Projection(f"linear_attn.{name}", self.hidden_size, size, "out") for name, size in sizes.items())
         out = Projection("linear_attn.out_proj", self.values_size, self.hidden_size, "in")
         return ProjectionGroup(into), ProjectionGroup((out,))

@@ -1,9 +1,10 @@
 """A feed-forward of many small MLPs, of which a router gives each token a few."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from selfloop.engine.models.spec import Projection, ProjectionGroup, Shapes
+from selfloop.types.errors import model_invalid
 
 Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 """What weighs the experts: softmax or sigmoid over the logits of all, or softmax over those that are chosen."""
@@ -36,6 +37,16 @@ class Router:
     groups: tuple[int, int] = (1, 1)
     in_float32: bool = False
     name: str = "mlp.gate"
+
+    def __post_init__(self) -> None:
+        num, best = self.groups
+        if self.num_experts % num or best > num or (best < num and self.num_experts < 2 * num):
+            raise model_invalid(
+                f"n_group {num} and topk_group {best} do not fit {self.num_experts} experts: groups of at least two "
+                "are alike, and no more are chosen than there are"
+            )
+        if self.top_k > self.num_experts // num * best:
+            raise model_invalid(f"num_experts_per_tok {self.top_k} is more than the experts that may be chosen")
 
     @property
     def projection(self) -> Projection:
@@ -71,6 +82,18 @@ class SharedExpert:
         return ProjectionGroup(tuple(gate_up)), ProjectionGroup((down,))
 
 
+class ExpertNames(NamedTuple):
+    """``folder`` is their path inside the layer, the others the projections of each."""
+
+    folder: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+_NAMES = ExpertNames()
+
+
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
     """sum over a token's experts e of w_e * down_e(silu(gate_e(x)) * up_e(x)), plus the shared expert's.
@@ -81,6 +104,7 @@ class MixtureOfExperts:
     inner_size: int
     router: Router
     shared: SharedExpert | None = None
+    names: ExpertNames = _NAMES
 
     kind: ClassVar[str] = "mixture_of_experts"
 
@@ -90,11 +114,12 @@ class MixtureOfExperts:
 
     def expert(self, index: int) -> tuple[Projection, Projection, Projection]:
         """Its gate, up and down projections."""
-        name, hidden, inner = f"mlp.experts.{index}", self.router.hidden_size, self.inner_size
+        folder, gate, up, down = self.names
+        hidden, inner = self.router.hidden_size, self.inner_size
         return (
-            Projection(f"{name}.gate_proj", hidden, inner, "out"),
-            Projection(f"{name}.up_proj", hidden, inner, "out"),
-            Projection(f"{name}.down_proj", inner, hidden, "in"),
+            Projection(f"{folder}.{index}.{gate}", hidden, inner, "out"),
+            Projection(f"{folder}.{index}.{up}", hidden, inner, "out"),
+            Projection(f"{folder}.{index}.{down}", inner, hidden, "in"),
         )
 
     @property

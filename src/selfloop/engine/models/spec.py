@@ -289,6 +289,7 @@ class ModelSpec:
         logit_scale: logits are multiplied by it.
         logit_softcap: logits z then become c * tanh(z / c); None leaves them as they are.
         final_norm_plus_one: whether the final norm multiplies by 1 + w.
+        left_out: what the names of tensors begin with that a folder may have and the model has not.
     """
 
     model_type: str
@@ -305,6 +306,7 @@ class ModelSpec:
     logit_scale: float = field(default=1.0, kw_only=True)
     logit_softcap: float | None = field(default=None, kw_only=True)
     final_norm_plus_one: bool = field(default=False, kw_only=True)
+    left_out: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def num_layers(self) -> int:

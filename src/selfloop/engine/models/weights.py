@@ -5,8 +5,9 @@ Which files and tensors a folder means is read by :mod:`selfloop.types.model_wei
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from selfloop.engine.models.quantized.registry import dequantized
 from selfloop.engine.models.registry import read_spec
-from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.spec import ModelSpec, Shapes
 from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
 from selfloop.types.model_weights import HEAD, ModelWeights, read_weights
 from selfloop.types.safetensors_header import StoredTensor
+from selfloop.types.stacked_weights import of_each_expert
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What base weights may be stored in."""
@@ -53,7 +55,7 @@ class SafetensorsSource:
                 with safe_open(path, framework="pt") as file:
                     for name, stored in wanted.items():
                         if stored.file == path:
-                            yield name, file.get_tensor(stored.name)
+                            yield name, _read(file, stored)
             except SafetensorError as error:
                 raise model_invalid(f"{path} cannot be read: {error}") from error
         yield from self._quantized([name for name in names if name in weights.parts])
@@ -72,6 +74,13 @@ class SafetensorsSource:
                     yield name, dequantized(stored, quantization)
                 except (IndexError, ValueError, RuntimeError) as error:
                     raise model_invalid(f"{name} cannot be read as {quantization.words}: {error}") from error
+
+
+def _read(file: Any, stored: StoredTensor) -> Tensor:
+    if stored.rows is None:
+        return file.get_tensor(stored.name)
+    matrix, first, stop = stored.rows
+    return file.get_slice(stored.name)[matrix, first:stop]
 
 
 def _opened(path: Path) -> safe_open:
@@ -105,6 +114,7 @@ def stored_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:
     if spec.num_layers > len(weights.tensors):
         raise model_invalid(f"{model_dir} has {len(weights.tensors)} tensors for {spec.num_layers} layers")
     shapes = spec.tensors()
+    weights = replace(weights, tensors=_of_model(weights, spec, shapes))
     absent = sorted(shapes.keys() - weights.tensors.keys())
     if absent:
         raise model_invalid(f"{model_dir} lacks {len(absent)} tensors, e.g. {absent[:3]}{_hint(absent, weights)}")
@@ -117,6 +127,12 @@ def stored_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:
     for name, shape in shapes.items():
         _check_stored(weights.tensors[name], name, shape, is_quantized=name in weights.parts)
     return weights
+
+
+def _of_model(weights: ModelWeights, spec: ModelSpec, shapes: Shapes) -> dict[str, StoredTensor]:
+    """Without what the family leaves out, and each expert by itself where the folder has plain stacks."""
+    kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(spec.left_out)}
+    return of_each_expert(kept, {*shapes, *weights.parts})
 
 
 def plain_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:

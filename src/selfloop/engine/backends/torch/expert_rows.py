@@ -81,23 +81,23 @@ class SortedExperts:
         self._linears = linears
         self._rows = rows
 
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        y_NO = x_NI.new_empty(x_NI.shape[0], self._linears[0].out_features)
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        y_TO = x_TI.new_empty(x_TI.shape[0], self._linears[0].out_features)
         for expert, start, stop in self._rows.of_experts:
-            y_NO[start:stop] = self._linears[expert](x_NI[start:stop])
-        return y_NO
+            y_TO[start:stop] = self._linears[expert](x_TI[start:stop])
+        return y_TO
 
-    def input_grad(self, dy_NO: Tensor) -> Tensor:
-        dx_NI = dy_NO.new_empty(dy_NO.shape[0], self._linears[0].in_features)
+    def input_grad(self, dy_TO: Tensor) -> Tensor:
+        dx_TI = dy_TO.new_empty(dy_TO.shape[0], self._linears[0].in_features)
         for expert, start, stop in self._rows.of_experts:
-            dx_NI[start:stop] = self._linears[expert].input_grad(dy_NO[start:stop])
-        return dx_NI
+            dx_TI[start:stop] = self._linears[expert].input_grad(dy_TO[start:stop])
+        return dx_TI
 
-    def in_float32(self, x_NI: Tensor) -> Tensor:
-        y_NO = x_NI.new_empty(x_NI.shape[0], self._linears[0].out_features, dtype=torch.float32)
+    def in_float32(self, x_TI: Tensor) -> Tensor:
+        y_TO = x_TI.new_empty(x_TI.shape[0], self._linears[0].out_features, dtype=torch.float32)
         for expert, start, stop in self._rows.of_experts:
-            y_NO[start:stop] = self._linears[expert].in_float32(x_NI[start:stop])
-        return y_NO
+            y_TO[start:stop] = self._linears[expert].in_float32(x_TI[start:stop])
+        return y_TO
 
 
 def _sum(y_ND: Tensor, places_TK: Tensor) -> Tensor:

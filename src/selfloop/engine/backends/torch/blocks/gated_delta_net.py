@@ -43,7 +43,7 @@ class GatedDeltaNetBlock:
     def _mix(self, mixed_NO: Tensor, at: LayerPass | LayerStep) -> Tensor:
         """float32 in and out, (N, value heads * value dim)."""
         spec, heads = self.spec, self.spec.num_value_heads
-        qkv_NC, z_NV, b_NH, a_NH = mixed_NO.split([spec.mixed_size, spec.values_size, heads, heads], dim=1)
+        qkv_NC, z_NV, b_NH, a_NH = self._parts(mixed_NO)
         qkv_NC = F.silu(at.recurrence.convolve(at.place, qkv_NC, self._kernel_C1K[:, 0].float()))
         q_NK, k_NK, v_NV = qkv_NC.split([spec.keys_size, spec.keys_size, spec.values_size], dim=1)
         inputs = DeltaInputs(
@@ -55,6 +55,21 @@ class GatedDeltaNetBlock:
         )
         out_NHv = rms_norm(at.recurrence.delta(at.place, inputs), self._norm_v.float(), spec.eps)
         return (out_NHv * F.silu(z_NV.unflatten(1, (heads, -1)))).flatten(1)
+
+    def _parts(self, mixed_NO: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v together, z, b, a."""
+        spec, heads = self.spec, self.spec.num_value_heads
+        if not spec.packed:
+            return mixed_NO.split([spec.mixed_size, spec.values_size, heads, heads], dim=1)
+        # Of each key head: its q and k, then v, z, b and a of the value heads that it serves.
+        of_key, num = spec.num_key_heads, heads // spec.num_key_heads
+        values = num * spec.value_dim
+        qkvz_NGx, ba_NGx = (
+            x.unflatten(1, (of_key, -1)) for x in mixed_NO.split([spec.mixed_size + spec.values_size, 2 * heads], dim=1)
+        )
+        q, k, v, z = (x.flatten(1) for x in qkvz_NGx.split([spec.key_dim, spec.key_dim, values, values], dim=2))
+        b, a = (x.flatten(1) for x in ba_NGx.split([num, num], dim=2))
+        return torch.cat((q, k, v), dim=1), z, b, a
 
     def _heads(self, x_NK: Tensor) -> Tensor:
         """Heads of q or k with length 1, each once for every value head that it serves."""
