@@ -115,7 +115,7 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
         "sliding_window": _WINDOW,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
         "index_head_dim": 16,
         "index_topk": 4,
         "hc_mult": 2,

@@ -123,7 +123,7 @@ def _gguf_dtype(model_dir: Path) -> torch.dtype:
 
 def _stored_dtypes(model_dir: Path) -> set[torch.dtype]:
     weights = plain_weights(model_dir, read_spec(model_dir))
-    return {DTYPES[stored.dtype] for stored in weights.tensors.values()}
+    return {DTYPES[stored.dtype] for stored in weights.tensors.values() if stored.dtype in DTYPES}
 
 
 def _stored_dtype(model_dir: Path) -> torch.dtype:

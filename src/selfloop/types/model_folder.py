@@ -103,7 +103,6 @@ class _Config(msgspec.Struct):
     max_position_embeddings: int = 0
     tie_word_embeddings: bool | None = None
     eos_token_id: int | list[int] | None = None
-    auto_map: object = None
 
 
 class _GenerationConfig(msgspec.Struct):
@@ -225,7 +224,7 @@ def _read_config(path: Path) -> _Config:
     raw = text_half(_decode(file, dict[str, Any]))
     config = _converted(file, raw)
     if config.model_type not in SUPPORTED_MODEL_TYPES:
-        unknown = why_unknown(config.model_type, has_own_code=config.auto_map is not None)
+        unknown = why_unknown(raw)
         if unknown is not None:
             known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
             raise _refusal(f"{unknown} (supported: {known}, and the text models that transformers knows)")

@@ -7,13 +7,15 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.quantization import Parts, Quantization, assemble, read_quantization
 from selfloop.types.safetensors_header import BadSafetensors, StoredTensor, read_header
-from selfloop.types.text_half import text_names
+from selfloop.types.stored_names import are_renamed, module_names
+from selfloop.types.text_half import text_half, text_names
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -36,6 +38,7 @@ class ModelWeights:
         tied: whether the output layer is the embedding.
         quantization: how some of them are quantised; these have their own shapes, and no type of their own.
         parts: what a quantised weight is stored as.
+        renamed: the files have other names for them, which a copy of the files keeps.
     """
 
     files: tuple[Path, ...]
@@ -44,6 +47,7 @@ class ModelWeights:
     tied: bool
     quantization: Quantization | None = None
     parts: Mapping[str, Parts] = field(default_factory=dict[str, Parts])
+    renamed: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -80,14 +84,27 @@ def read_weights(folder: Path, *, tie: bool) -> ModelWeights:
         if first is not tensor:
             raise _refusal(f"{tensor.name} is in both {first.file} and {tensor.file}; remove one of them")
     stored, is_half = text_names(stored)
+    model_type = _model_type(folder)
+    stored = module_names(stored, model_type)
     # The two halves of such a configuration may say of the output layer what the other does not.
     tie = tie or (is_half and HEAD not in stored)
     quantization = read_quantization(folder / "config.json")
     if quantization is None:
-        return _tied(ModelWeights(files, index, stored, tied=tie))
+        return _tied(ModelWeights(files, index, stored, tied=tie, renamed=are_renamed(model_type)))
+    if are_renamed(model_type):
+        raise _refusal(f"quantized weights of {model_type}, whose files have names of their own, are not read")
     made = assemble(stored, quantization)
     weights = ModelWeights(files, index, made.tensors, tie, quantization, made.parts)
     return _tied(weights)
+
+
+def _model_type(folder: Path) -> str:
+    """Empty where the configuration does not say it, or is not there."""
+    try:
+        raw = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError):
+        return ""
+    return str(text_half(raw).get("model_type", ""))
 
 
 def _tied(weights: ModelWeights) -> ModelWeights:

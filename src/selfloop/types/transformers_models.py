@@ -18,9 +18,13 @@ _MATRIX = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..+\.experts\.\d+\..+\.weight")
 # Routers choose experts, and indexers what attention reads: these stay as they are. A matrix for each expert sees some
 # of the tokens only.
-_FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts", "indexer"})
-_FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d?)([._]|$)")
+# DeepSeek-V4's compressors see fewer rows than there are tokens, and its o_a_proj is no plain product.
+_FROZEN = frozenset({"gate", "router", "shared_expert_gate", "experts", "indexer", "compressor", "o_a_proj"})
+_FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|feed_forward|moe|experts?|fc\d?)([._]|$)|^mixer\.(up|gate|down)_proj$")
 
+
+# Classes under which others publish a model of theirs as it is; of any other class it is not known what was changed.
+_BY_THEIR_CLASS = frozenset({"deepseek_v3"})
 
 # Two names of the one number.
 _CONTEXT = ("max_position_embeddings", "model_max_length")
@@ -38,8 +42,8 @@ class StoredProjection(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def causal_model_types() -> frozenset[str] | None:
-    """Every ``model_type`` of a causal language model that transformers knows; None where it is not installed."""
+def _causal_models() -> Mapping[str, str] | None:
+    """The class of every ``model_type`` of a causal language model of transformers; None where it is not installed."""
     found = find_spec("transformers")
     if found is None or found.origin is None:
         return None
@@ -48,22 +52,31 @@ def causal_model_types() -> frozenset[str] | None:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == _LIST for t in node.targets):
             assert isinstance(node.value, ast.Call)
             pairs: list[tuple[str, str]] = ast.literal_eval(node.value.args[0])
-            return frozenset(name for name, of in pairs if of.endswith("ForCausalLM"))
-    return frozenset()
+            return {name: of for name, of in pairs if of.endswith("ForCausalLM")}
+    return {}
 
 
-def why_unknown(model_type: str, *, has_own_code: bool) -> str | None:
-    """Why transformers cannot load models of this type by its own code; None where it can.
+def loaded_as(config: Mapping[str, Any]) -> str:
+    """The ``model_type`` that transformers loads a model by: its own, or that of the class in ``architectures``.
 
-    Args:
-        has_own_code: the configuration names code of the folder (``auto_map``).
+    Kimi K2 is a DeepSeek-V3 under another name, whose folder brings code of its own for it.
     """
-    known = causal_model_types()
+    model_type, known = str(config.get("model_type", "")), _causal_models() or {}
+    named: object = config.get("architectures")
+    if model_type in known or not model_type or not isinstance(named, list):
+        return model_type
+    classes = cast("list[object]", named)
+    return next((name for name, of in known.items() if of in classes and name in _BY_THEIR_CLASS), model_type)
+
+
+def why_unknown(config: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot load the model of a ``config.json`` by its own code; None where it can."""
+    model_type, known = loaded_as(config), _causal_models()
     if not model_type:
         return "config.json, or its text_config, has no model_type"
     if known is not None and model_type in known:
         return None
-    if has_own_code:
+    if "auto_map" in config:
         return f"model type {model_type!r} needs code of its own (auto_map), which is never run"
     if known is None:
         return f"model type {model_type!r} is not supported, and transformers, which may know it, is not installed"

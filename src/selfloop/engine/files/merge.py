@@ -8,7 +8,7 @@ the configuration that is written says whether the two are tied, also where that
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
 from selfloop.types.safetensors_header import StoredTensor, read_metadata
 from selfloop.types.text_half import text_half
+from selfloop.types.transformers_models import loaded_as
 
 _CHUNK_BYTES = 16 * 2**20
 MODEL_CONFIG_FILE = "config.json"
@@ -72,9 +73,10 @@ class Deltas:
 
 
 class _Written(NamedTuple):
-    """A tensor of the merged model, and the one of the base that it is made of."""
+    """A tensor of the merged model by its name and that in the files, and the one of the base that it is made of."""
 
     name: str
+    stored_as: str
     base: StoredTensor
 
 
@@ -92,10 +94,12 @@ def write_merged(
     deltas = Deltas(adapter)
     spec = read_spec(model_dir)
     weights = plain_weights(model_dir, spec)
-    written = [_Written(name, stored) for name, stored in weights.tensors.items()]
+    written = [
+        _Written(name, stored.name if weights.renamed else name, stored) for name, stored in weights.tensors.items()
+    ]
     untie = spec.tied and HEAD in deltas
     if untie:
-        written.append(_Written(HEAD, weights.tensors[EMBEDDING]))
+        written.append(_Written(HEAD, HEAD, weights.tensors[EMBEDDING]))
     for path in weights.files:
         own = [tensor for tensor in written if tensor.base.file == path]
         # A header says offsets in the order of its tensors; the head, which may share the embedding's bytes, is last.
@@ -105,18 +109,26 @@ def write_merged(
     if weights.index is not None:
         _write_index(writer, weights.index, written)
     whole: dict[str, Any] = json.loads((model_dir / MODEL_CONFIG_FILE).read_bytes())
-    raw, tied = text_half(whole), spec.tied and not untie
+    raw, tied = _as_loaded(text_half(whole)), spec.tied and not untie
     if raw is whole and bool(raw.get("tie_word_embeddings", False)) == tied:
         writer.file(MODEL_CONFIG_FILE).write_bytes((model_dir / MODEL_CONFIG_FILE).read_bytes())
     else:
         writer.json(MODEL_CONFIG_FILE, {**raw, "tie_word_embeddings": tied})
 
 
+def _as_loaded(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By the type that transformers loads it by, without code of its own where that is another."""
+    kind = loaded_as(config)
+    if kind == config.get("model_type"):
+        return config
+    return {name: of for name, of in config.items() if name != "auto_map"} | {"model_type": kind}
+
+
 def _write_index(writer: DirectoryWriter, base_index: Path, written: list[_Written]) -> None:
     raw: dict[str, Any] = json.loads(base_index.read_bytes())
     metadata = raw.get("metadata")
     sizes = {"total_size": sum(tensor.base.size for tensor in written)}
-    weight_map = {tensor.name: tensor.base.file.name for tensor in sorted(written)}
+    weight_map = {tensor.stored_as: tensor.base.file.name for tensor in sorted(written)}
     kept: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
     writer.json(base_index.name, {"metadata": kept | sizes, "weight_map": weight_map})
 
@@ -127,7 +139,7 @@ def _write_file(
     with path.open("rb") as source, target_path.open("wb") as target:
         header = _header(tensors, read_metadata(path))
         target.write(struct.pack("<Q", len(header)) + header)
-        for name, base in tensors:
+        for name, _, base in tensors:
             source.seek(base.start)
             if name in deltas:
                 target.write(_merged(name, _read(source, base.size), base, deltas))
@@ -140,9 +152,9 @@ def _header(tensors: list[_Written], metadata: dict[str, str]) -> bytes:
     """The header of a file with these tensors one after another."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
-    for name, base in tensors:
+    for _, stored_as, base in tensors:
         offsets = (end, end + base.size)
-        header[name] = {"dtype": base.dtype, "shape": base.shape, "data_offsets": offsets}
+        header[stored_as] = {"dtype": base.dtype, "shape": base.shape, "data_offsets": offsets}
         end += base.size
     data = msgspec.json.encode(header)
     return data + b" " * (-len(data) % 8)

@@ -77,7 +77,7 @@ def read_stored_spec(model_dir: Path, raw: Mapping[str, Any], generation: Mappin
         OperationFailed: transformers does not know the model, or its tensors are not named as a text model's are.
     """
     model_type = str(raw.get("model_type", ""))
-    unknown = why_unknown(model_type, has_own_code="auto_map" in raw)
+    unknown = why_unknown(raw)
     if unknown is not None:
         raise model_invalid(unknown)
     check_quantization(raw)

@@ -24,6 +24,8 @@ from selfloop.types.stacked_weights import of_each_expert
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What base weights may be stored in."""
 
+_TABLE_DTYPES = frozenset({"I32", "I64"})
+
 
 class TensorSource(Protocol):
     """Named tensors that are read when they are asked for."""
@@ -153,10 +155,14 @@ def plain_weights(model_dir: Path, spec: ModelSpec) -> ModelWeights:
 def _check_stored(stored: StoredTensor, name: str, shape: tuple[int, ...], *, is_quantized: bool) -> None:
     if stored.shape != shape:
         raise model_invalid(f"{name} has shape {list(stored.shape)}, expected {list(shape)} ({stored.file.name})")
-    if not is_quantized and stored.dtype not in DTYPES:
-        raise model_invalid(
-            f"{name} is {stored.dtype}; quantized base weights are not supported, only {', '.join(DTYPES)}"
-        )
+    if is_quantized or stored.dtype in DTYPES:
+        return
+    if stored.dtype in _TABLE_DTYPES and not name.endswith((".weight", ".bias")):
+        return
+    raise model_invalid(
+        f"{name} is {stored.dtype}, and config.json names no quantization_config that says how it is read; "
+        f"plain weights are {', '.join(DTYPES)}"
+    )
 
 
 def _hint(absent: list[str], weights: ModelWeights) -> str:

@@ -4,6 +4,7 @@ A group is one cache of transformers whose rows are padded on the left to one wi
 sequences take their steps together; when one joins or leaves, those that are left are put together anew.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,6 @@ from transformers.cache_utils import (
 from selfloop.engine.backends.base import CacheSlot
 from selfloop.engine.backends.device import NUM_STATES
 from selfloop.engine.kv.pages import PagePool, storage_pages
-from selfloop.types.errors import OperationFailed
 
 _KNOWN = {
     DummyLayer,
@@ -85,6 +85,8 @@ class TransformersCache:
         self, config: PreTrainedConfig, num_tokens: int, token_bytes: int, state_bytes: int, *, padded: bool
     ) -> None:
         self._config = config
+        self.merges = can_merge(config)
+        """Whether sequences can take their steps together."""
         self._shortest = _SHORTEST if padded else 1.0
         self.pool = PagePool(_NoPages(storage_pages(num_tokens)))
         self.num_bytes = round(num_tokens * token_bytes / _SHORTEST) + NUM_STATES * state_bytes
@@ -113,6 +115,8 @@ class TransformersCache:
 
     def groups(self, slots: Sequence[CacheSlot]) -> list[list[int]]:
         """Which of these slots decode together: those of like lengths, in their order."""
+        if not self.merges:
+            return [[index] for index in range(len(slots))]
         lengths = [self._length(slot) for slot in slots]
         left, parts = set(range(len(slots))), list[list[int]]()
         while left:
@@ -128,7 +132,7 @@ class TransformersCache:
         if len(current.slots) == len(slots) and all(a is b for a, b in zip(current.slots, slots, strict=True)):
             return current
         rows = [self._rows[slot] for slot in slots]
-        group = _merge(rows, new_cache(self._config))
+        group = _merge(rows, new_cache(self._config)) if self.merges else _copy(rows)
         group.slots = slots
         for index, slot in enumerate(slots):
             self._rows[slot] = _Row(group, index)
@@ -140,12 +144,12 @@ class TransformersCache:
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty one. Raises OperationFailed: it holds something that cannot be told apart by sequences here."""
-    cache = DynamicCache(config=config)
-    unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in _KNOWN})
-    if unknown:
-        raise OperationFailed(f"caches of transformers with {', '.join(unknown)} are not supported", "ModelInvalid")
-    return cache
+    return DynamicCache(config=config)
+
+
+def can_merge(config: PreTrainedConfig) -> bool:
+    """Whether what its caches hold of several sequences can be told apart here; where it cannot, each has its own."""
+    return all(type(layer) in _KNOWN for layer in new_cache(config).layers)
 
 
 def cache_bytes(short: DynamicCache, longer: DynamicCache, num_more: int) -> tuple[int, int]:
@@ -154,7 +158,7 @@ def cache_bytes(short: DynamicCache, longer: DynamicCache, num_more: int) -> tup
     What a window forgets is not counted off.
     """
     sizes = [sum(t.numel() * t.element_size() for layer in c.layers for t in _keys(layer)) for c in (short, longer)]
-    states = sum(t.numel() * t.element_size() for layer in short.layers for t in _states(layer))
+    states = sum(t.numel() * t.element_size() for layer in longer.layers for t in _states(layer))
     return -(-(sizes[1] - sizes[0]) // num_more), states
 
 
@@ -173,10 +177,28 @@ def _indexer_keys(layer: Any) -> list[Tensor]:
 
 
 def _states(layer: Any) -> list[Tensor]:
+    if type(layer) not in _KNOWN:
+        # Whatever it holds besides keys and values, some of which may grow with a sequence, if slower.
+        keys = {id(keys) for keys in _keys(layer)}
+        return [tensor for tensor in _tensors(vars(layer)) if id(tensor) not in keys]
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return []
     states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
     return [state for state in states if state is not None]
+
+
+def _tensors(of: object) -> list[Tensor]:
+    if isinstance(of, Tensor):
+        return [of]
+    parts = of.values() if isinstance(of, dict) else of if isinstance(of, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _copy(rows: list[_Row]) -> Group:
+    """The one row's group, with a cache of its own."""
+    (row,) = rows
+    group = row.group
+    return Group(copy.deepcopy(group.cache), list(group.lengths), group.width)
 
 
 def _merge(rows: list[_Row], into: DynamicCache) -> Group:

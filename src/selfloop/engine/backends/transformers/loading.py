@@ -14,10 +14,12 @@ from selfloop.engine.backends.transformers.head import ModelHead
 from selfloop.engine.backends.transformers.model import TransformersModel
 from selfloop.engine.backends.transformers.passes import Passes
 from selfloop.engine.backends.transformers.self_test import self_test
+from selfloop.engine.models.config import read_object
 from selfloop.engine.models.stored import StoredSpec
 from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import model_invalid
 from selfloop.types.quantization import read_quantization
+from selfloop.types.transformers_models import loaded_as
 
 # As in :mod:`selfloop.types.model_weights`.
 _TEXT_NAMES = {
@@ -76,7 +78,7 @@ def _read(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> Any:
 def _from_folder(spec: StoredSpec, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The folder's model, or its text half."""
     folder = str(spec.folder)
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = _config(spec)
     text = config.get_text_config()
     if text is not config:
         # The two halves may say of the output layer what the other does not; what is stored decides.
@@ -96,7 +98,7 @@ def _from_folder(spec: StoredSpec, dtype: torch.dtype) -> tuple[Any, dict[str, A
 
 def _from_source(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model of the folder's configuration, or its text half, as if its weights were plain."""
-    whole: Any = AutoConfig.from_pretrained(str(spec.folder), local_files_only=True, trust_remote_code=False)
+    whole = _config(spec)
     config = whole.get_text_config()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -105,3 +107,13 @@ def _from_source(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> 
     weights = {name: tensor.to(dtype) for name, tensor in source.read(source.names())}
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+
+
+def _config(spec: StoredSpec) -> Any:
+    raw = read_object(spec.folder / "config.json")
+    kind = loaded_as(raw)
+    if kind == raw.get("model_type"):
+        return AutoConfig.from_pretrained(str(spec.folder), local_files_only=True, trust_remote_code=False)
+    return AutoConfig.for_model(
+        kind, **{name: of for name, of in raw.items() if name not in ("model_type", "auto_map")}
+    )
