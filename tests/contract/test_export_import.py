@@ -225,6 +225,12 @@ def test_a_trained_run_is_exported_as_gguf(new_gateway: Callable[[], Gateway], t
         assert str(tmp_path / dtype) in said
         assert gguf_logprobs(tmp_path / dtype, tokens) == pytest.approx(expected, abs=1e-4 if dtype == "f32" else 2e-2)
     assert gguf_logprobs(tmp_path / "f32", tokens) != gguf_logprobs(tmp_path / "f16", tokens)
+    # What was written is a base model again.
+    said = selfloop("models", "add", str(tmp_path / "f32" / "model.gguf"), "--name", "tiny/back", *where)
+    assert "tiny/back is served" in said
+    body = {"model": "tiny/back", "prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = ok(gateway.http().post("/oai/api/v1/completions", json=body))
+    assert answer["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
 
 
 def gguf_logprobs(folder: Path, tokens: list[int]) -> list[float]:

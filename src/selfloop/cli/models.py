@@ -32,9 +32,11 @@ def list_models(data_dir: local.DataDir = None) -> None:
 
 @app.command()
 def add(
-    source: Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub id, or a model listed already.")],
+    source: Annotated[
+        str, typer.Argument(help="A local Hugging Face folder, a GGUF file, a hub id, or a model listed already.")
+    ],
     name: Annotated[
-        str | None, typer.Option(help="Name to serve it under. Default: the folder's name or hub id.")
+        str | None, typer.Option(help="Name to serve it under. Default: the folder's or file's name, or the hub id.")
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(help="A further name; may be given several times.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,

@@ -79,7 +79,7 @@ def export_gguf(
     writer.text("README.md", gguf_card(base_model, loaded.shape.rank, loaded.alpha, _step(checkpoint)))
     size_bytes = writer.close()
     report("check", _WRITTEN)
-    source = GgufSource(path, spec)
+    source = GgufSource(path)
     return {"size_bytes": size_bytes} | _checked(
         model_dir, loaded, partial(logits_on_disk, ModelOnDisk(source.spec, source)), stored
     )

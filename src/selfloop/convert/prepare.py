@@ -2,7 +2,7 @@
 
     python -m selfloop.convert.prepare embedded TARGET
     python -m selfloop.convert.prepare hub ORG/NAME TARGET [--revision REV]
-    python -m selfloop.convert.prepare folder PATH [--converted-into FOLDER]
+    python -m selfloop.convert.prepare folder PATH [--converted-into FOLDER]      PATH may be a GGUF file
 
 Stdout is JSON lines: ``{"stage": "weights", "fraction": 0.4}`` while it runs, and last either
 ``{"stage": "done", "fraction": 1.0, "facts": {...}}`` (exit 0) or ``{"error": "..."}`` (exit 1).
@@ -36,6 +36,7 @@ from selfloop.types.model_folder import (
     TOKENIZER_FILE,
     ModelFacts,
     check_links,
+    is_gguf,
     read_facts,
     snapshot_sha,
     tokenizer_files,
@@ -48,10 +49,8 @@ def prepare_embedded(target: Path, report: Report) -> ModelFacts:
     from selfloop.convert import embedded
 
     def build(staging: Path) -> None:
-        shutil.rmtree(staging)
-        staging.mkdir()
         with embedded.gguf_file(report) as gguf:
-            embedded.convert(gguf, staging, report)
+            embedded.convert(gguf, _emptied(staging), report)
 
     return _build(target, build)
 
@@ -67,9 +66,11 @@ def prepare_folder(path: Path, converted_into: Path | None, report: Report) -> M
     """A local model, served where it lies: checked, never copied or written to.
 
     One whose tokenizer must be converted gets a folder of its own in ``converted_into``: the tokenizer, copies of the
-    other small files, and links to the weights.
+    other small files, and links to the weights. So does a GGUF file, or the one of a folder: all of it, dequantised.
     """
     report("check", 0.0)
+    if is_gguf(path):
+        return _prepare_gguf(path.expanduser().absolute(), converted_into, report)
     facts = read_facts(path)
     check_links(facts.path, "base_model")
     _check_model(facts.path)
@@ -83,9 +84,25 @@ def prepare_folder(path: Path, converted_into: Path | None, report: Report) -> M
     return _build(converted_into / f"{facts.path.name}.{tag}", lambda staging: _link(facts.path, staging))
 
 
-def _link(source: Path, staging: Path) -> None:
+def _prepare_gguf(path: Path, converted_into: Path | None, report: Report) -> ModelFacts:
+    from selfloop.convert.gguf.convert import convert, files_of
+
+    if converted_into is None:
+        raise BadRequest("base_model", f"a model folder; {path} is GGUF, which is converted")
+    files = files_of(path)
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    tag = hashlib.sha256(f"{files[0]}\0{states}".encode()).hexdigest()[:12]
+    return _build(converted_into / f"{path.stem}.{tag}", lambda staging: convert(files, _emptied(staging), report))
+
+
+def _emptied(staging: Path) -> Path:
     shutil.rmtree(staging)
     staging.mkdir()
+    return staging
+
+
+def _link(source: Path, staging: Path) -> None:
+    _emptied(staging)
     for name in tokenizer_files(source):
         shutil.copyfile(source / name, staging / name)
     if (templates := source / CHAT_TEMPLATES_FOLDER).is_dir():

@@ -68,6 +68,7 @@ PUBLIC_FILES = frozenset(
 )
 """Names a client needs for tokenizing; whoever reaches the server may read them."""
 
+GGUF_SUFFIX = ".gguf"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
 _TOKENIZER_SOURCES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json")
@@ -142,6 +143,13 @@ def read_facts(path: Path) -> ModelFacts:
         size_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(path, config),
     )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, or a folder that has such files and no model as Hugging Face keeps it."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob(f"*{GGUF_SUFFIX}"))
+    return path.is_file() and path.suffix == GGUF_SUFFIX
 
 
 def check_config(path: Path) -> None:

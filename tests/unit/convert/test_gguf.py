@@ -114,7 +114,7 @@ def test_every_family_reads_back_to_its_own_shape_and_logits(family: str, tmp_pa
     model_dir = gguf_models.save(family, tmp_path / "model")
     out, facts = exported(model_dir, tmp_path)
     spec = read_spec(model_dir)
-    read = GgufSource(out / "model.gguf", spec).spec
+    read = GgufSource(out / "model.gguf").spec
     assert (read.tensors(), read.rope, read.tied) == (spec.tensors(), spec.rope, spec.tied)
     attention, _, eps = layers_of(read)
     assert (read.num_layers, attention.num_heads, attention.num_kv_heads) == (2, 4, 2)

@@ -17,7 +17,7 @@ from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
-from selfloop.types.model_folder import ModelFacts, computed_by, read_facts
+from selfloop.types.model_folder import ModelFacts, computed_by, is_gguf, read_facts
 from selfloop.types.resources import Alias, CatalogueEntry
 from selfloop.worker.launchers.conversions import launch_prepare
 
@@ -160,16 +160,22 @@ class Catalogue:
                 return stored
             if row.source == "folder":
                 raise OperationFailed(f"the folder of {model_name}, {stored}, is gone", "ModelMissing")
-            target = self._paths.target(model_name)
-            if row.source == "embedded":
-                arguments = ["embedded", str(target)]
-            else:
-                arguments = ["hub", row.source.removeprefix("hub:"), str(target)]
-                arguments += ["--revision", row.revision] if row.revision else []
-            await run_prepare(arguments, _logged(model_name, on_stage))
+            path = Path(await run_prepare(self._arguments(row), _logged(model_name, on_stage)))
             async with self._db.write() as session:
-                await queries_models.set_path(session, model_name, self._paths.stored(target))
-            return target
+                await queries_models.set_path(session, model_name, self._paths.stored(path))
+            return path
+
+    def _arguments(self, row: CatalogueEntry) -> list[str]:
+        """Of the program that prepares the model's files."""
+        kind, _, of = row.source.partition(":")
+        target = str(self._paths.target(row.name))
+        match kind:
+            case "embedded":
+                return ["embedded", target]
+            case "gguf":
+                return ["folder", of, "--converted-into", str(self._paths.folder)]
+            case _:
+                return ["hub", of, target, *(["--revision", row.revision] if row.revision else [])]
 
     async def prepare_embedded(self) -> None:
         """Prepare the embedded model ahead of its first use, if its package is installed here."""
@@ -189,7 +195,7 @@ class Catalogue:
         aliases: Sequence[str],
         on_progress: Callable[[str, float], None],
     ) -> Model:
-        """Add a local Hugging Face folder, a hub id, or further names for a known model.
+        """Add a local Hugging Face folder, a GGUF file, a hub id, or further names for a known model.
 
         Raises:
             BadRequest: a malformed name, a folder that cannot be served, a name that is taken.
@@ -216,17 +222,19 @@ class Catalogue:
         self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
     ) -> CatalogueEntry:
         path = Path(source).expanduser()
-        if path.is_dir():
+        if path.is_dir() or is_gguf(path):
             path = path.resolve()
+            kind = f"gguf:{path}" if is_gguf(path) else "folder"
             found = await run_prepare(["folder", str(path), "--converted-into", str(self._paths.folder)], on_progress)
-            row = _model_row(name or path.name, "folder", path=self._paths.stored(Path(found)))
+            own_name = path.name if path.is_dir() else path.stem
+            row = _model_row(name or own_name, kind, path=self._paths.stored(Path(found)))
         elif _NAME.fullmatch(source) and "/" in source:
             target = self._paths.target(source)
             arguments = ["hub", source, str(target)] + (["--revision", revision] if revision else [])
             await run_prepare(arguments, on_progress)
             row = _model_row(name or source, f"hub:{source}", path=self._paths.stored(target), revision=revision)
         else:
-            raise BadRequest("source", f"an existing folder, a known model, or a hub id; got {source!r}")
+            raise BadRequest("source", f"an existing folder, a GGUF file, a known model, or a hub id; got {source!r}")
         if not _NAME.fullmatch(row.name):
             raise BadRequest("name", f"--name: a name like Qwen/Qwen3-8B, got {row.name!r}")
         async with self._db.write() as session:

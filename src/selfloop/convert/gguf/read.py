@@ -1,71 +1,116 @@
 """A GGUF file as the engine reads a model: its shape out of the metadata, its tensors one at a time."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
-from selfloop.convert.gguf.names import architecture, checkpoint_names, gguf_name, halved, heads_of, layers_of
-from selfloop.engine.models.spec import LayerSpec, ModelSpec
+from selfloop.convert.gguf.configs import Config, read_config
+from selfloop.convert.gguf.metadata import Metadata, refusal
+from selfloop.convert.gguf.names import ROPE_FREQS, Place, halved, heads_of, is_plus_one, place_of
+from selfloop.engine.models.registry import parse_spec
 from selfloop.types.errors import OperationFailed
+
+# Of the weights of one part of a tensor, dequantised: what is in memory at a time.
+_PART_BYTES = 64 * 2**20
+# Tensors from which the configuration is made, and no weights.
+_OF_THE_ROTATION = frozenset({ROPE_FREQS, "rope_factors_short.weight", "rope_factors_long.weight"})
+_PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 
 class GgufSource:
-    """The tensors of a GGUF, by their names in a Hugging Face checkpoint, in float32."""
+    """The tensors of a GGUF, by their names in a Hugging Face checkpoint, in float32.
 
-    def __init__(self, path: Path, like: ModelSpec) -> None:
-        self._reader = GGUFReader(path)
-        self.spec = _spec(self._reader, like)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+    Args:
+        paths: the file, or its parts in their order.
+
+    Raises:
+        BadRequest: the file cannot be read, is of another architecture, or holds other tensors than its model has.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        self.metadata = Metadata(paths)
+        self.config: Config = read_config(self.metadata)
+        try:
+            self.spec = parse_spec(self.config, {})
+        except OperationFailed as error:
+            raise refusal(f"{paths[0]}: {error}") from error
+        self._places = {name: self._place(name, shape) for name, shape in self.spec.tensors().items()}
+        known = {place.name for place in self._places.values()} | _OF_THE_ROTATION
+        if unknown := sorted(self.metadata.tensors.keys() - known):
+            raise refusal(f"{paths[0]} has {len(unknown)} unexpected tensors, e.g. {unknown[:3]}")
 
     def names(self) -> Collection[str]:
-        return checkpoint_names(self._tensors.keys(), self.spec)
+        return self._places.keys()
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            stored = self._tensors[gguf_name(name, self.spec) or name]
-            values = torch.tensor(dequantize(stored.data, stored.tensor_type))
-            heads = heads_of(name, self.spec)
-            yield name, values if heads is None else halved(values, heads)
+            yield name, torch.cat(list(self.parts(name))).view(self.spec.tensors()[name])
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The tensor in float32, some of its rows at a time."""
+        stored, index = self._stored(name)
+        rows = stored.data if index is None else stored.data[index]
+        heads = heads_of(name, self.spec)
+        columns = int(stored.shape[0])
+        step = len(rows) if heads is not None or rows.ndim == 1 else max(1, _PART_BYTES // (4 * columns))
+        for start in range(0, len(rows), step):
+            made = dequantize(rows[start : start + step], stored.tensor_type)
+            # What is stored as it is, is a view of the file.
+            values = torch.from_numpy(made) if made.flags.writeable else torch.tensor(made)
+            values = values if heads is None else halved(values, heads)
+            yield values - 1 if is_plus_one(name, self.spec) else values
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """That of the file; of a quantised tensor float16, which the scales of such formats are in."""
+        return _PLAIN.get(self._stored(name)[0].tensor_type, torch.float16)
+
+    def _stored(self, name: str) -> tuple[ReaderTensor, int | None]:
+        place = self._places[name]
+        return self.metadata.tensors[place.name], place.index
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> Place:
+        place = place_of(name, self.spec)
+        stored = None if place is None else self.metadata.tensors.get(place.name)
+        if place is None or stored is None:
+            raise refusal(f"{self.metadata.path} has no {place.name if place else 'tensor'} for {name}")
+        if stored.tensor_type not in READ_TYPES:
+            known = ", ".join(sorted(kind.name for kind in READ_TYPES))
+            raise refusal(f"{stored.name} is {stored.tensor_type.name}, which is not dequantised here; known: {known}")
+        # GGUF counts the innermost dimension first, and has a matrix of one row as a vector.
+        found = tuple(int(size) for size in reversed(stored.shape))
+        wanted = shape if place.index is None else (found[0], *shape)
+        if found != wanted and found != tuple(size for size in wanted if size != 1):
+            raise refusal(f"{stored.name} has shape {list(found)}, expected {list(wanted)}")
+        if place.index is not None and place.index >= found[0]:
+            raise refusal(f"{stored.name} has {found[0]} experts")
+        return place
 
 
-def _spec(reader: GGUFReader, like: ModelSpec) -> ModelSpec:
-    """What the metadata says of the model; what GGUF does not say is as in ``like``."""
-    fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-    name = architecture(like)
-    if fields["general.architecture"] != name:
-        raise OperationFailed(f"the file holds a {fields['general.architecture']!r} model, expected {name!r}")
-    stored = {tensor.name for tensor in reader.tensors}
-    rope = replace(
-        like.rope,
-        theta=float(fields[f"{name}.rope.freq_base"]),
-        head_dim=fields[f"{name}.rope.dimension_count"],
-        factor=float(fields.get(f"{name}.rope.scaling.factor", like.rope.factor)),
-    )
-    eps = float(fields[f"{name}.attention.layer_norm_rms_epsilon"])
-    hidden_size = fields[f"{name}.embedding_length"]
-    layer, known = like.layers[0], layers_of(like)
-    attention = replace(
-        known.attention,
-        hidden_size=hidden_size,
-        num_heads=fields[f"{name}.attention.head_count"],
-        num_kv_heads=fields[f"{name}.attention.head_count_kv"],
-        head_dim=fields[f"{name}.attention.key_length"],
-        qk_norm_eps=None if known.attention.qk_norm_eps is None else eps,
-    )
-    mlp = replace(known.mlp, hidden_size=hidden_size, inner_size=fields[f"{name}.feed_forward_length"])
-    mixer_norm, feed_forward_norm = (replace(norm, size=hidden_size, eps=eps) for norm in layer.norms if norm)
-    return replace(
-        like,
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=hidden_size,
-        layers=(LayerSpec(attention, mlp, (mixer_norm, feed_forward_norm)),) * fields[f"{name}.block_count"],
-        final_norm_eps=eps,
-        tied="output.weight" not in stored,
-        rope=rope,
-    )
+READ_TYPES = frozenset(
+    {
+        GGMLQuantizationType.F32,
+        GGMLQuantizationType.F16,
+        GGMLQuantizationType.BF16,
+        GGMLQuantizationType.Q8_0,
+        GGMLQuantizationType.Q4_0,
+        GGMLQuantizationType.Q4_1,
+        GGMLQuantizationType.Q5_0,
+        GGMLQuantizationType.Q5_1,
+        GGMLQuantizationType.Q2_K,
+        GGMLQuantizationType.Q3_K,
+        GGMLQuantizationType.Q4_K,
+        GGMLQuantizationType.Q5_K,
+        GGMLQuantizationType.Q6_K,
+        GGMLQuantizationType.IQ4_NL,
+        GGMLQuantizationType.IQ4_XS,
+    }
+)
+"""Types of tensors whose numbers are checked against formulas of their own."""

@@ -11,18 +11,9 @@ from typing import Any
 
 import gguf
 
+from selfloop.convert.gguf.splittings import NAME_OF_PATTERN
 from selfloop.types.errors import OperationFailed
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*|\p{{N}}|"
-_NAME_OF_PATTERN = {
-    _CONTRACTIONS + _WORDS + r"\p{N}{1,3}|" + _REST: "llama-bpe",
-    _CONTRACTIONS + _WORDS + r"\p{N}|" + _REST: "qwen2",
-    _TEKKEN + _REST.replace(r"[\r\n]*", r"[\r\n/]*"): "tekken",
-}
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 
@@ -111,12 +102,12 @@ def _splitting(raw: dict[str, Any]) -> str:
             case ["Digits"] if own_pattern and first[0].get("individual_digits"):
                 return "smollm"
             case ["Split"] if not own_pattern and first[0].get("behavior") == "Isolated" and not first[0].get("invert"):
-                name = _NAME_OF_PATTERN.get(first[0]["pattern"].get("Regex", ""))
+                name = NAME_OF_PATTERN.get(first[0]["pattern"].get("Regex", ""))
                 if name is not None:
                     return name
             case _:
                 pass
-    known = ["gpt-2", "smollm", *_NAME_OF_PATTERN.values()]
+    known = ["gpt-2", "smollm", *NAME_OF_PATTERN.values()]
     raise OperationFailed(f"the tokenizer splits text in a way that is none of llama.cpp's {', '.join(known)}")
 
 

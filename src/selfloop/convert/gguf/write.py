@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, RopeScalingType
 from torch import Tensor
 
-from selfloop.convert.gguf.names import architecture, gguf_name, heads_of, interleaved, layers_of
+from selfloop.convert.gguf.names import ROPE_FREQS, architecture, gguf_name, heads_of, interleaved, layers_of
 from selfloop.convert.gguf.tokenizer import add_tokenizer
 from selfloop.engine.files.merge import Deltas
 from selfloop.engine.files.peft import LoadedAdapter
@@ -23,8 +23,6 @@ from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import SafetensorsSource
 from selfloop.types.errors import OperationFailed
 from selfloop.types.model_weights import EMBEDDING, HEAD
-
-ROPE_FREQS = "rope_freqs.weight"
 
 _STORED = {
     torch.float32: (GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
