@@ -10,6 +10,7 @@ from selfloop.server.shared.call_grammar import CLOSE, OPEN, Signature, calls_in
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import StructuredOutput
+from selfloop.types.tool_templates import template_with_tools
 
 CallForm = Literal["tags", "json"]
 """``tags``: ``<tool_call>{"name", "arguments"}</tool_call>`` anywhere in the text (Hermes, Qwen). ``json``: the
@@ -114,6 +115,7 @@ def tool_use(
     names = frozenset(function.name for function in functions)
     if len(names) != len(functions):
         raise BadRequest("tools", "a name of its own for every function")
+    template = None if template is None else template_with_tools(template)
     if not has_variable(template, "tools"):
         raise BadRequest("tools", "null: the model's chat template takes no tools")
     if choice.kind == "none":

@@ -8,6 +8,7 @@ import msgspec
 
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.model_tokenizer import BeyondVocabulary, ModelTokenizer
+from selfloop.types.tool_templates import template_with_tools
 from selfloop.worker.protocol import RenderChat
 from selfloop.worker.text.chat_render import Render, too_much_memory
 from selfloop.worker.text.helper_process import Helper, HelperEnded
@@ -113,7 +114,8 @@ class ChatTemplate:
         if with_tools and "tool_use" in self._templates:
             return self._templates["tool_use"]
         if "default" in self._templates:
-            return self._templates["default"]
+            own = self._templates["default"]
+            return template_with_tools(own) if with_tools else own
         if self._templates:
             names = ", ".join(sorted(self._templates))
             raise BadRequest("messages", f"a model with a default chat template; this one has only {names}")
