@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from selfloop.engine.engine import Engine
+from selfloop.engine import Engine
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
