@@ -17,7 +17,10 @@ NO_ADAPTER = AdapterBatch([])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num", "length"), [(50, 50), (20, 50)])
-@pytest.mark.parametrize(("window", "softcap"), [(2, None), (7, 1.5), (None, 1.5)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"),
+    [(2, None, False), (7, 1.5, False), (None, 1.5, False), (7, None, True), (None, None, True)],
+)
 def test_blocks_of_queries_are_the_whole(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -25,19 +28,24 @@ def test_blocks_of_queries_are_the_whole(
     length: int,
     window: int | None,
     softcap: float | None,
+    sinks: bool,
 ):
     """Four queries a block: value and gradients are those of the formula in float64."""
     monkeypatch.setattr(blocks, "_BLOCK_QUERIES", (4, 4))
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, num, 8), (2, 2, length, 8), (2, 2, length, 8)]
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
-    found = blocks.blocked_attention(q, k, v, blocks.Scoring(window, softcap, 0.5))
+    sinks_H = torch.tensor([0.5, -1.0, 3.0, 40.0]) if sinks else None
+    found = blocks.blocked_attention(q, k, v, blocks.Scoring(window, softcap, 0.5, sinks_H))
     queries, keys = torch.arange(length - num, length)[:, None], torch.arange(length)
     visible = (keys <= queries) & (keys > queries - (window or length))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     scores = 0.5 * exact[0] @ exact[1].repeat_interleave(2, 1).transpose(2, 3)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks_H is not None:
+        scores = torch.cat((scores, sinks_H.double().view(1, 4, 1, 1).expand(2, -1, num, 1)), dim=-1)
+    weights = scores.softmax(-1)[..., :length]
     expected = weights @ exact[2].repeat_interleave(2, 1)
     slope = torch.randn(expected.shape, generator=generator).to(dtype)
     grads = torch.autograd.grad(found, (q, k, v), slope)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from selfloop.types.lora import LoraTargets
-from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
+from selfloop.types.model_folder import EXPERTS_STAY, SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import EMBEDDING, read_weights
 from selfloop.types.stacked_weights import of_each_expert
 from selfloop.types.text_half import text_half
@@ -81,14 +81,14 @@ def parameters_per_rank(model_dir: Path, targets: LoraTargets) -> int:
 def with_experts(model_dir: Path, targets: LoraTargets) -> LoraTargets:
     """What a new run adapts that asks for ``targets``: with the MLPs also the experts, where the model has some.
 
-    Experts of models that transformers computes take no adapters.
+    Experts of models that transformers computes take no adapters, nor do those of :data:`EXPERTS_STAY`.
 
     Raises:
         OSError: the folder is gone.
         msgspec.MsgspecError: its configuration cannot be read.
     """
     kind = _read_type(model_dir)
-    takes = kind.has_experts and kind.model_type in SUPPORTED_MODEL_TYPES
+    takes = kind.has_experts and kind.model_type in SUPPORTED_MODEL_TYPES - EXPERTS_STAY
     return msgspec.structs.replace(targets, experts=targets.mlp and takes)
 
 

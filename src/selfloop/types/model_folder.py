@@ -27,6 +27,7 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "gemma3_text",
         "glm4",
         "glm4_moe",
+        "gpt_oss",
         "granite",
         "llama",
         "minimax_m2",
@@ -48,6 +49,9 @@ SUPPORTED_MODEL_TYPES = frozenset(
     }
 )
 """Those that the engine's own decoder computes; others are computed by transformers, where it knows them."""
+
+EXPERTS_STAY = frozenset({"gpt_oss"})
+"""Of those, the ones whose experts, which lie in stacks, take no adapters."""
 
 TIED_UNLESS_SAID = frozenset({"gemma2", "gemma3_text", "smollm3"})
 """Of those, the ones whose output layer is the embedding where ``config.json`` does not say ``tie_word_embeddings``."""

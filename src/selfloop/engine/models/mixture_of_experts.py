@@ -25,6 +25,7 @@ class Router:
             their weights; None where there is none.
         groups: how many there are, and how many of them a token's experts are of.
         in_float32: whether logits are computed so whatever the compute dtype.
+        bias: whether logits have one.
     """
 
     hidden_size: int
@@ -36,6 +37,7 @@ class Router:
     correction: str | None = None
     groups: tuple[int, int] = (1, 1)
     in_float32: bool = False
+    bias: bool = False
     name: str = "mlp.gate"
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Router:
 
     @property
     def projection(self) -> Projection:
-        return Projection(self.name, self.hidden_size, self.num_experts, "out", adaptable=False)
+        return Projection(self.name, self.hidden_size, self.num_experts, "out", self.bias, adaptable=False)
 
     def tensors(self) -> Shapes:
         correction: Shapes = {} if self.correction is None else {self.correction: (self.num_experts,)}
@@ -95,16 +97,32 @@ _NAMES = ExpertNames()
 
 
 @dataclass(frozen=True, slots=True)
+class Clamp:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate at most ``limit`` and up within it; gpt-oss."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
     """sum over a token's experts e of w_e * down_e(silu(gate_e(x)) * up_e(x)), plus the shared expert's.
 
     Every expert takes an adapter of its own, the router none.
+
+    Args:
+        clamp: of another gate; None is silu.
+        stacks: whether the checkpoint has one tensor for all experts of a layer: ``gate_up_proj`` (E, D, 2F), where
+            columns of gate and up take turns, ``down_proj`` (E, F, D), and their biases ``*_bias``. Such experts take
+            no adapters.
     """
 
     inner_size: int
     router: Router
     shared: SharedExpert | None = None
     names: ExpertNames = _NAMES
+    clamp: Clamp | None = None
+    stacks: bool = False
 
     kind: ClassVar[str] = "mixture_of_experts"
 
@@ -117,13 +135,15 @@ class MixtureOfExperts:
         folder, gate, up, down = self.names
         hidden, inner = self.router.hidden_size, self.inner_size
         return (
-            Projection(f"{folder}.{index}.{gate}", hidden, inner, "out"),
-            Projection(f"{folder}.{index}.{up}", hidden, inner, "out"),
-            Projection(f"{folder}.{index}.{down}", inner, hidden, "in"),
+            Projection(f"{folder}.{index}.{gate}", hidden, inner, "out", self.stacks, not self.stacks),
+            Projection(f"{folder}.{index}.{up}", hidden, inner, "out", self.stacks, not self.stacks),
+            Projection(f"{folder}.{index}.{down}", inner, hidden, "in", self.stacks, not self.stacks),
         )
 
     @property
     def groups(self) -> tuple[ProjectionGroup, ...]:
+        if self.stacks:
+            return ()
         experts = [self.expert(index) for index in range(self.num_experts)]
         gate_up = tuple(projection for gate, up, _ in experts for projection in (gate, up))
         down = tuple(down for _, _, down in experts)
@@ -149,8 +169,19 @@ class MixtureOfExperts:
         return self.router.hidden_size * per_row
 
     def tensors(self) -> Shapes:
+        if self.stacks:
+            return self.router.tensors() | self._stacked()
         projections = {name: shape for projection in self.projections for name, shape in projection.tensors().items()}
         return self.router.tensors() | projections
+
+    def _stacked(self) -> Shapes:
+        num, hidden, inner, folder = self.num_experts, self.router.hidden_size, self.inner_size, self.names.folder
+        return {
+            f"{folder}.gate_up_proj": (num, hidden, 2 * inner),
+            f"{folder}.gate_up_proj_bias": (num, 2 * inner),
+            f"{folder}.down_proj": (num, inner, hidden),
+            f"{folder}.down_proj_bias": (num, hidden),
+        }
 
     @property
     def cache(self) -> None:

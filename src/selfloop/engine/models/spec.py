@@ -20,6 +20,9 @@ Shapes = dict[str, tuple[int, ...]]
 HEAD_MODULE = "lm_head"
 """Name of the output layer, which belongs to no layer of the decoder."""
 
+SINKS = "self_attn.sinks"
+"""Name of the scores, one a head, that belong to no key."""
+
 FINAL_NORM = "model.norm"
 """Path of the norm behind the last layer."""
 
@@ -147,6 +150,8 @@ class FullAttention:
         fused: whether q, k and v are one matrix in the checkpoint, ``qkv_proj``; an adapter is then on that.
         gated: whether ``q_proj`` gives every head a gate behind its q, whose sigmoid the head's output is multiplied
             by.
+        sinks: whether every head has a score besides those of the keys, which takes its part of the softmax and gives
+            nothing (Xiao et al. 2023, https://arxiv.org/abs/2309.17453, section 3.3).
     """
 
     hidden_size: int
@@ -165,6 +170,7 @@ class FullAttention:
     interleaved: bool = False
     fused: bool = False
     gated: bool = False
+    sinks: bool = False
 
     kind: ClassVar[str] = "full_attention"
 
@@ -191,7 +197,14 @@ class FullAttention:
         if self.qk_norm_eps is not None:
             q, k = (self.num_heads, self.num_kv_heads) if self.norm_over_heads else (1, 1)
             shapes |= {f"self_attn.{n}_norm.weight": (m * self.head_dim,) for n, m in (("q", q), ("k", k))}
+        if self.sinks:
+            shapes[SINKS] = (self.num_heads,)
         return shapes
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the softmax is of scaled products with all keys, and of nothing else."""
+        return self.window is None and self.softcap is None and not self.sinks
 
     @property
     def score_scale(self) -> float:
@@ -424,6 +437,7 @@ def unlike_dense(spec: ModelSpec) -> list[str]:
         "factors of embeddings or logits": (spec.embedding_scale, spec.logit_scale) != (1.0, 1.0),
         "factors of residuals": any(layer.residual_scale != 1.0 for layer in spec.layers),
         "norms over all heads": any(attention.norm_over_heads for attention in attentions),
+        "sinks": any(attention.sinks for attention in attentions),
         "gates": any(attention.gated for attention in attentions),
         "LongRoPE": spec.rope.kind == "longrope",
         "interleaved rotation": any(attention.interleaved for attention in attentions),

@@ -17,8 +17,13 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Attention(Protocol):
     """Attention over the packed rows of one forward pass."""
 
-    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        """Rotated queries of H heads, rotated keys and values of G heads -> (T, H, head_dim)."""
+    def __call__(
+        self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """Rotated queries of H heads, rotated keys and values of G heads -> (T, H, head_dim).
+
+        ``sinks_H`` float32 are there where the spec has sinks.
+        """
         ...
 
 
@@ -30,14 +35,16 @@ class PackedCausalAttention:
         self.lengths = lengths
         self._uniform = len(set(lengths)) == 1
 
-    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
         assert q_THd.shape[0] == sum(self.lengths), "rows and sequence lengths disagree"
         if self._uniform:
             num = len(self.lengths)
             q, k, v = (x.unflatten(0, (num, -1)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
-            return attend(spec, q, k, v).transpose(1, 2).flatten(0, 1)
+            return attend(spec, q, k, v, sinks_H).transpose(1, 2).flatten(0, 1)
         out = [
-            attend(spec, *(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+            attend(spec, *(x.transpose(0, 1)[None] for x in qkv), sinks_H=sinks_H)[0].transpose(0, 1)
             for qkv in zip(*(x.split(self.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         ]
         return torch.cat(out)
@@ -55,9 +62,11 @@ class BatchInvariantAttention:
         """Of all sequences."""
         return [length for attention in self._attentions for length in attention.lengths]
 
-    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
         parts = zip(self._attentions, *(x.split(self._sizes) for x in (q_THd, k_TGd, v_TGd)), strict=True)
-        return torch.cat([attention(layer, spec, q, k, v) for attention, q, k, v in parts])
+        return torch.cat([attention(layer, spec, q, k, v, sinks_H) for attention, q, k, v in parts])
 
 
 def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention":
@@ -78,11 +87,14 @@ def in_blocks(lengths: list[int], blocks: list[int]) -> Iterator[list[int]]:
         yield own
 
 
-def attend(spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor) -> Tensor:
+def attend(
+    spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, sinks_H: Tensor | None = None
+) -> Tensor:
     """Of the last N of L positions, each to those up to itself that its layer's window shows it."""
     num, length = q_BHNd.shape[2], k_BGLd.shape[2]
-    if spec.softcap is not None or (spec.window is not None and spec.window < length):
-        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, Scoring(spec.window, spec.softcap, spec.score_scale))
+    window = None if spec.window is None or spec.window >= length else spec.window
+    if spec.softcap is not None or window is not None or sinks_H is not None:
+        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, Scoring(window, spec.softcap, spec.score_scale, sinks_H))
     if num == length:
         return causal_attention(q_BHNd, k_BGLd, v_BGLd, spec.scale)
     keys_L = torch.arange(length, device=q_BHNd.device)

@@ -16,11 +16,15 @@ _BLOCK_QUERIES = (16, 256)
 
 
 class Scoring(NamedTuple):
-    """What a query q makes of a key k: cap(scale * q k), cap(s) = c * tanh(s / c), among the last ``window`` keys."""
+    """What a query q makes of a key k: cap(scale * q k), cap(s) = c * tanh(s / c), among the last ``window`` keys.
+
+    ``sinks_H`` are float32 scores of no key, one a head, which no gradient follows.
+    """
 
     window: int | None
     softcap: float | None
     scale: float
+    sinks_H: Tensor | None = None
 
 
 def blocked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, scoring: Scoring) -> Tensor:
@@ -82,8 +86,14 @@ def _weights(q_GXd: Tensor, k_Gld: Tensor, hidden_nl: Tensor, scoring: Scoring) 
         scores_GXl.div_(scoring.softcap).tanh_()
         steepness_GXl = 1 - scores_GXl.square()
         scores_GXl.mul_(scoring.softcap)
-    scores_GXl.unflatten(1, (-1, hidden_nl.shape[0])).masked_fill_(hidden_nl, -torch.inf)
-    return scores_GXl.softmax(-1), steepness_GXl
+    scores_GMnl = scores_GXl.unflatten(1, (-1, hidden_nl.shape[0])).masked_fill_(hidden_nl, -torch.inf)
+    if scoring.sinks_H is None:
+        return scores_GXl.softmax(-1), steepness_GXl
+    sinks_GM11 = scoring.sinks_H.view(*scores_GMnl.shape[:2], 1, 1)
+    most_GMn1 = scores_GMnl.amax(-1, keepdim=True).maximum(sinks_GM11)
+    p_GMnl = scores_GMnl.sub_(most_GMn1).exp_()
+    p_GMnl.div_(p_GMnl.sum(-1, keepdim=True).add_((sinks_GM11 - most_GMn1).exp_()))
+    return scores_GXl, steepness_GXl
 
 
 def _grouped(x_HNd: Tensor, num_groups: int) -> Tensor:
@@ -112,7 +122,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """With p = softmax(s): ds = p * (dp - sum(do * o))."""
+        """With p = softmax(s): ds = p * (dp - sum(do * o)), also where a sink has a part of it."""
         q_HNd, k_GLd, v_GLd, out_HNd = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         num_heads, num, _ = q_HNd.shape

@@ -31,7 +31,9 @@ class PrefillAttention:
         for slot, start, stop in each:
             rows.zero(slot.pages[pages_for(start) : pages_for(stop)])
 
-    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
         self._rows.write(layer, self._cells_T, k_TGd, v_TGd)
         parts = zip(*(x.split(self._lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         out: list[Tensor] = []
@@ -42,7 +44,7 @@ class PrefillAttention:
                 first = 0 if spec.window is None else max(0, start - spec.window + 1) // PAGE_TOKENS
                 stop = start + q.shape[0] - first * PAGE_TOKENS
                 k_1GNd, v_1GNd = (x[:, :, :stop] for x in self._rows.read(layer, table_1P[:, first:]))
-            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd)[0].transpose(0, 1))
+            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd, sinks_H)[0].transpose(0, 1))
         return torch.cat(out)
 
 
@@ -65,13 +67,13 @@ class StepAttentionOverCache:
         in_order = rows == list(range(num_rows))
         self._parts.append((None if in_order else torch.tensor(rows, device=device), step))
 
-    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
         if self._parts[0][0] is None:
-            return self._parts[0][1](layer, qkv_BHd)
+            return self._parts[0][1](layer, qkv_BHd, sinks_H)
         out_BI = None
         for rows_N, step in self._parts:
             assert rows_N is not None
-            part_NI = step(layer, qkv_BHd.index_select(0, rows_N))
+            part_NI = step(layer, qkv_BHd.index_select(0, rows_N), sinks_H)
             if out_BI is None:
                 out_BI = part_NI.new_empty(qkv_BHd.shape[0], part_NI.shape[1])
             out_BI.index_copy_(0, rows_N, part_NI)
@@ -98,13 +100,13 @@ class _BucketStep:
         self._cells = cells_B2G.flatten().to(device)
         self._flat_Nd = bucket.kv_LSRGNd.flatten(1, 4).unbind()
 
-    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
         q_BHd, new_BHd = qkv_BHd.tensor_split((self._heads,), dim=1)
         if self._new_2Gd is not None:
             self._new_2Gd[layer].copy_(new_BHd.view(self._new_2Gd[layer].shape))
         else:
             self._flat_Nd[layer].index_copy_(0, self._cells, new_BHd.reshape(-1, qkv_BHd.shape[2]))
-        return _attend(q_BHd, *self._seen[layer], self._softcap)
+        return _attend(q_BHd, *self._seen[layer], self._softcap, sinks_H)
 
 
 class _Seen(NamedTuple):
@@ -142,12 +144,12 @@ class _PagedStep:
         for slot, at in each:
             slot.num_in_pages = at + 1
 
-    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
         q_BHd, k_BGd, v_BGd = qkv_BHd.split([self._heads, self._groups, self._groups], dim=1)
         self._rows.write(layer, self._cells_B, k_BGd, v_BGd)
         table_BP, bias_B11N = self._seen[layer]
         k_XNd, v_XNd = (x.to(qkv_BHd.dtype).flatten(0, 1) for x in self._rows.read(layer, table_BP))
-        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, bias_B11N, self._softcap)
+        return _attend(q_BHd, k_XNd.transpose(1, 2), v_XNd, bias_B11N, self._softcap, sinks_H)
 
 
 def _seen_pages(each: list[tuple[CacheSlot, int]], window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,14 @@ def _bias(positions: list[int], starts: list[int], length: int, window: int | No
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None].to(device)
 
 
-def _attend(q_BHd: Tensor, k_XdN: Tensor, v_XNd: Tensor, bias_B11N: Tensor | None, softcap: float | None) -> Tensor:
+def _attend(
+    q_BHd: Tensor,
+    k_XdN: Tensor,
+    v_XNd: Tensor,
+    bias_B11N: Tensor | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
     """(B, H, d), (B * G, d, N), (B * G, N, d) -> (B, H * d); heads that share keys are the rows of one small matrix.
 
     The queries are scaled already.
@@ -184,4 +193,8 @@ def _attend(q_BHd: Tensor, k_XdN: Tensor, v_XNd: Tensor, bias_B11N: Tensor | Non
         scores_XMN.div_(softcap).tanh_().mul_(softcap)
     if bias_B11N is not None:
         scores_XMN.unflatten(0, (num, -1)).add_(bias_B11N)
+    if sinks_H is not None:
+        sinks_XM1 = sinks_H.view(1, -1, scores_XMN.shape[1], 1).expand(num, -1, -1, -1).flatten(0, 1)
+        weights_XMN = torch.cat((scores_XMN, sinks_XM1), dim=-1).softmax(-1)[..., :-1]
+        return torch.bmm(weights_XMN, v_XNd).view(num, -1)
     return torch.bmm(scores_XMN.softmax(-1), v_XNd).view(num, -1)

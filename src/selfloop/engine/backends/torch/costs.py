@@ -182,8 +182,10 @@ class _Fused:
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
 
-    def __call__(self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return self._attention(layer, replace(spec, window=None, softcap=None), q_THd, k_TGd, v_TGd)
+    def __call__(
+        self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        return self._attention(layer, replace(spec, window=None, softcap=None), q_THd, k_TGd, v_TGd, None)
 
 
 class _Counted(BatchInvariantRecurrence):
@@ -210,7 +212,7 @@ def _mixer_scratch(model: Profiled, index: int, num_blocks: int) -> Cost:
         elements = scratch_elements(attention.num_value_heads, attention.key_dim, attention.value_dim)
         return Cost(0, 0, elements * torch.float32.itemsize)
     assert isinstance(attention, FullAttention)
-    if attention.window is not None or attention.softcap is not None:
+    if not attention.is_plain:
         # Float32 copies of what goes in and comes out, in the backward of the slopes, too; scores and their weights.
         elements = num_block_elements(attention.num_heads, model.spec.context, attention.window)
         copies = num_blocks * 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim

@@ -24,8 +24,11 @@ from selfloop.engine.models.spec import ModelSpec
 
 
 class StepAttention(Protocol):
-    def __call__(self, layer: int, qkv_BHd: Tensor) -> Tensor:
-        """Rotated (B, H + 2G, head_dim) float32, queries scaled as the scores are -> (B, H * head_dim) float32."""
+    def __call__(self, layer: int, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
+        """Rotated (B, H + 2G, head_dim) float32, queries scaled as the scores are -> (B, H * head_dim) float32.
+
+        ``sinks_H`` float32 are there where the layer has sinks.
+        """
         ...
 
 
@@ -62,8 +65,8 @@ class _LayerStep:
         assert self.rows is not None
         return self.rows
 
-    def attend(self, qkv_BHd: Tensor) -> Tensor:
-        return self.attention(self.place, qkv_BHd)
+    def attend(self, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
+        return self.attention(self.place, qkv_BHd, sinks_H)
 
     def project(self, group: int, linear: FrozenLinear, x_BI: Tensor) -> Tensor:
         low_BI = x_BI.to(self.step.dtype)

@@ -46,8 +46,10 @@ class LayerRun:
         assert self.mixing.rows is not None
         return self.mixing.rows
 
-    def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return self.mixing.attention(self.place, spec, q_THd, k_TGd, v_TGd)
+    def attend(
+        self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        return self.mixing.attention(self.place, spec, q_THd, k_TGd, v_TGd, sinks_H)
 
     def project(self, group: int, linear: FrozenLinear, x_TI: Tensor) -> Tensor:
         adapters = self.adapters

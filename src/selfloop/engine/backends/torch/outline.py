@@ -62,6 +62,9 @@ class _OutlinePlaces(Places):
         sizes = [projection.out_features for projection in projections]
         return self.matrix(sum(sizes), projections[0].in_features, dtype)
 
+    def stacked_experts(self, name: str, each: Sequence[Sequence[Projection]]) -> list[FrozenLinear]:
+        return self.experts(each)
+
     def matrix(self, out_features: int, in_features: int, dtype: torch.dtype | None = None) -> OutlineLinear:
         return OutlineLinear(self.empty(1, 1, dtype=dtype), out_features, in_features, self._products)
 

@@ -1,6 +1,7 @@
 """Where each named tensor of a checkpoint goes: a slice of an allocated weight."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import OperationFailed
 
 
+class _Slot(NamedTuple):
+    place: Tensor
+    shape: torch.Size
+
+
 class Places:
     """Weights allocated by name on a device, to be filled out of a source."""
 
@@ -18,7 +24,7 @@ class Places:
         self._device = device
         self._dtype = dtype
         self._prefix = ""
-        self._slots: dict[str, Tensor] = {}
+        self._slots: dict[str, _Slot] = {}
         self._after: list[Callable[[], object]] = []
 
     @property
@@ -35,9 +41,9 @@ class Places:
         """In the compute dtype, if no other is asked for."""
         return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
 
-    def put(self, name: str, place: Tensor) -> None:
-        """The tensor of that name goes into ``place``."""
-        self._slots[self._prefix + name] = place
+    def put(self, name: str, place: Tensor, shape: Sequence[int] | None = None) -> None:
+        """The tensor of that name goes into ``place``; ``shape`` is its own, where that is another."""
+        self._slots[self._prefix + name] = _Slot(place, torch.Size(shape or place.shape))
 
     def alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
         weight = self.empty(*shape)
@@ -67,6 +73,21 @@ class Places:
                 self.put(f"{projection.name}.bias", bias_O.split(sizes)[index])
         return FrozenLinear(weight_OI, bias_O)
 
+    def experts(self, each: Sequence[Sequence[Projection]]) -> list[FrozenLinear]:
+        """As :meth:`fused`, of every expert."""
+        return [self.fused(projections) for projections in each]
+
+    def stacked_experts(self, name: str, each: Sequence[Sequence[Projection]]) -> list[FrozenLinear]:
+        """As :meth:`experts`, out of one tensor (E, in, out) where the columns of P projections take turns, and of
+        ``*_bias`` (E, out)."""
+        num, parts, first = len(each), len(each[0]), each[0][0]
+        weight_EPOI = self.empty(num, parts, first.out_features, first.in_features)
+        bias_EPO = self.empty(num, parts, first.out_features)
+        columns = parts * first.out_features
+        self.put(name, weight_EPOI.permute(0, 3, 2, 1), (num, first.in_features, columns))
+        self.put(f"{name}_bias", bias_EPO.transpose(1, 2), (num, columns))
+        return [FrozenLinear(*own) for own in zip(weight_EPOI.flatten(1, 2), bias_EPO.flatten(1), strict=True)]
+
     def then(self, act: Callable[[], object]) -> None:
         """Once all is filled in."""
         self._after.append(act)
@@ -86,9 +107,9 @@ class Places:
             act()
 
 
-def _copy(name: str, source: Tensor, place: Tensor) -> None:
-    if source.shape != place.shape:
-        raise OperationFailed(f"{name} has shape {list(source.shape)}, expected {list(place.shape)}")
+def _copy(name: str, source: Tensor, slot: _Slot) -> None:
+    if source.shape != slot.shape:
+        raise OperationFailed(f"{name} has shape {list(source.shape)}, expected {list(slot.shape)}")
     if not source.is_floating_point():
         raise OperationFailed(f"{name} is {source.dtype}; quantized base weights are not supported")
-    place.copy_(source)
+    slot.place.copy_(source.reshape(slot.place.shape))

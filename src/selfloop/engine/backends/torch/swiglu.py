@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfloop.engine.models.mixture_of_experts import Clamp
 from selfloop.engine.models.spec import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -26,6 +27,13 @@ def swiglu(gate_up_TF: Tensor, activation: Activation = "silu") -> Tensor:
     if torch.is_grad_enabled():
         return _SwiGlu.apply(gate_up_TF, activation)  # pyright: ignore[reportReturnType]
     return _swiglu(gate_up_TF, activation)
+
+
+def clamped_swiglu(gate_up_TF: Tensor, clamp: Clamp) -> Tensor:
+    """As :func:`swiglu`, by the formula of :class:`Clamp`."""
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    gate_TF, up_TF = gate_TF.clamp(max=clamp.limit), up_TF.clamp(-clamp.limit, clamp.limit)
+    return (up_TF + 1) * (gate_TF * (gate_TF * clamp.alpha).sigmoid())
 
 
 def _swiglu(gate_up_TF: Tensor, activation: Activation) -> Tensor:

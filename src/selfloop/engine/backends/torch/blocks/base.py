@@ -31,8 +31,10 @@ class LayerPass(Protocol):
         """(T, in) -> (T, out) of the layer's group of that number, its adapters included."""
         ...
 
-    def attend(self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        """Rotated queries and keys, values -> (T, H, head_dim)."""
+    def attend(
+        self, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """Rotated queries and keys, values, float32 sinks where the spec has some -> (T, H, head_dim)."""
         ...
 
     @property
@@ -62,8 +64,8 @@ class LayerStep(Protocol):
         """float32 (B, in) -> float32 (B, out) of the layer's group of that number, its adapters included."""
         ...
 
-    def attend(self, qkv_BHd: Tensor) -> Tensor:
-        """(B, H + 2G, head_dim) rotated, queries scaled -> (B, H * head_dim)."""
+    def attend(self, qkv_BHd: Tensor, sinks_H: Tensor | None) -> Tensor:
+        """(B, H + 2G, head_dim) rotated, queries scaled, and sinks as above -> (B, H * head_dim)."""
         ...
 
     @property

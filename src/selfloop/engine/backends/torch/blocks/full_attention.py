@@ -10,7 +10,7 @@ from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.norm import rms_norm
 from selfloop.engine.backends.torch.places import Places
 from selfloop.engine.backends.torch.rotary import rotate
-from selfloop.engine.models.spec import Block, FullAttention
+from selfloop.engine.models.spec import SINKS, Block, FullAttention
 
 QKV, OUT = range(2)
 
@@ -24,6 +24,10 @@ class FullAttentionBlock:
         self.qkv, self.out = (places.group(group) for group in spec.groups)
         self.qk_norm_Hd = None if spec.qk_norm_eps is None else self._allocate_qk_norm(places)
         self._float32_qk_norm_Hd: Tensor | None = None
+        self.sinks_H = None
+        if spec.sinks:
+            self.sinks_H = places.empty(spec.num_heads, dtype=torch.float32)
+            places.put(SINKS, self.sinks_H)
 
     def linears(self) -> list[FrozenLinear]:
         return [self.qkv, self.out]
@@ -38,7 +42,7 @@ class FullAttentionBlock:
         if spec.rope is not None:
             qk_THd = rotate(qk_THd, *at.rotations[spec.rope], interleaved=spec.interleaved)
         q_THd, k_TGd = qk_THd.split([spec.num_heads, spec.num_kv_heads], dim=1)
-        out_TI = at.attend(spec, q_THd, k_TGd, v_TGd).flatten(1)
+        out_TI = at.attend(spec, q_THd, k_TGd, v_TGd, self.sinks_H).flatten(1)
         out_TI = out_TI if gate_TI is None else out_TI * gate_TI
         return at.project(self._first + OUT, self.out, out_TI)
 
@@ -56,7 +60,7 @@ class FullAttentionBlock:
             cos_BH1d, sin_BH2d = at.rotations[spec.rope]
             halves_BH2d = self._halves(qk_BHd, 2 * cos_BH1d.shape[3])
             torch.addcmul(halves_BH2d * cos_BH1d, halves_BH2d.flip(2), sin_BH2d, out=halves_BH2d)
-        out_BI = at.attend(qkv_BHd)
+        out_BI = at.attend(qkv_BHd, self.sinks_H)
         return at.project(self._first + OUT, self.out, out_BI if gate_BI is None else out_BI * gate_BI)
 
     def _gate(self, x_TO: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from selfloop.engine.backends.torch.expert_rows import ExpertRows, SortedExperts
 from selfloop.engine.backends.torch.linear import FrozenLinear
 from selfloop.engine.backends.torch.places import Places
 from selfloop.engine.backends.torch.router import RouterWeights, choose, weigh
-from selfloop.engine.backends.torch.swiglu import swiglu
+from selfloop.engine.backends.torch.swiglu import clamped_swiglu, swiglu
 from selfloop.engine.lora.experts import expert_segments
 from selfloop.engine.lora.grouped_matmul import lora_linear
 from selfloop.engine.models.mixture_of_experts import MixtureOfExperts, SharedExpert
@@ -24,8 +24,13 @@ class MixtureOfExpertsBlock:
         self._dtype = places.dtype
         self._router = RouterWeights(spec.router, places)
         each = [spec.expert(index) for index in range(spec.num_experts)]
-        self._gate_up = [places.fused([gate, up]) for gate, up, _ in each]
-        self._down = [places.fused([down]) for _, _, down in each]
+        gate_up, down = [(gate, up) for gate, up, _ in each], [(down,) for _, _, down in each]
+        if spec.stacks:
+            folder = spec.names.folder
+            self._gate_up = places.stacked_experts(f"{folder}.gate_up_proj", gate_up)
+            self._down = places.stacked_experts(f"{folder}.down_proj", down)
+        else:
+            self._gate_up, self._down = places.experts(gate_up), places.experts(down)
         self._shared = None if spec.shared is None else _SharedExpert(spec.shared, first_group, places)
 
     def linears(self) -> list[FrozenLinear]:
@@ -41,11 +46,14 @@ class MixtureOfExpertsBlock:
         return out_BD if self._shared is None else out_BD + self._shared.step(x_BD, at)
 
     def _mix(self, x_TD: Tensor, segments: SegmentsOf) -> Tensor:
-        of_gate_up, of_down = (segments(self._first + group) for group in (GATE_UP, DOWN))
+        both = () if self._spec.stacks else (GATE_UP, DOWN)
+        of_gate_up, of_down = [segments(self._first + group) for group in both] or ([], [])
         weights_TK, experts_TK = self._route(x_TD)
         rows = ExpertRows(experts_TK, self._spec.num_experts, of_gate_up)
         gate_up, down = SortedExperts(self._gate_up, rows), SortedExperts(self._down, rows)
-        act_NF = swiglu(lora_linear(rows.spread(x_TD), gate_up, expert_segments(of_gate_up, rows.spans)))
+        gate_up_NF = lora_linear(rows.spread(x_TD), gate_up, expert_segments(of_gate_up, rows.spans))
+        clamp = self._spec.clamp
+        act_NF = swiglu(gate_up_NF) if clamp is None else clamped_swiglu(gate_up_NF, clamp)
         y_ND = lora_linear(act_NF, down, expert_segments(of_down, rows.spans))
         return rows.added(y_ND * rows.spread_weights(weights_TK))
 
