@@ -13,7 +13,7 @@ import pytest
 
 import backend_counts
 import stores
-from gateway import KEY, MODEL, REPO, Gateway, copy_data, selfloop
+from gateway import EXPERTS, KEY, MODEL, REPO, Gateway, copy_data, selfloop
 
 # As many tests at once as there are cores: with more threads than that, those of OpenMP wait for each other in loops.
 # Before anything imports torch. A test of several threads says so.
@@ -73,6 +73,25 @@ def data_template(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def experts_template(data_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and a model with experts."""
+    import served_model
+
+    folder = served_model.save_experts(tmp_path_factory.mktemp("model") / "tiny-experts")
+    template = copy_data(data_template, tmp_path_factory.mktemp("template-experts") / "data")
+    selfloop("models", "add", str(folder), "--name", EXPERTS, "--data-dir", str(template))
+    return template
+
+
+@pytest.fixture(scope="session")
+def experts_gateway(experts_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """As ``gateway``, and serves a model with experts, too."""
+    shared = Gateway(copy_data(experts_template, tmp_path_factory.mktemp("shared-experts") / "data")).start()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="session")
 def gateway(data_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The gateway that tests share: make your own runs on it, and never stop it."""
     shared = Gateway(copy_data(data_template, tmp_path_factory.mktemp("shared") / "data")).start()
@@ -125,6 +144,26 @@ def client_python() -> str:
 
 def _has_client(python: str) -> bool:
     probe = "import importlib.util as u, sys; sys.exit(not (u.find_spec('baseten') and u.find_spec('baseten.loops')))"
+    return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def tinker_python() -> str:
+    """A Python that has the SDK."""
+    candidates = [os.environ.get("SELFLOOP_TINKER_PYTHON"), str(REPO / ".venv-tinker" / "bin" / "python")]
+    for candidate in candidates:
+        if candidate and Path(candidate).exists() and _has_sdk(candidate):
+            return candidate
+    missing = "no tinker SDK: `make setup` makes one in .venv-tinker; or name a Python in SELFLOOP_TINKER_PYTHON"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+def _has_sdk(python: str) -> bool:
+    # Of the one that was named by hand any version will do: how a newer one fares is what is asked.
+    named = python == os.environ.get("SELFLOOP_TINKER_PYTHON")
+    probe = f"from importlib.metadata import version; assert {named} or version('tinker') == '0.38.0'"
     return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
 
 

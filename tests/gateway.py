@@ -19,6 +19,7 @@ import stores
 REPO = Path(__file__).parents[1]
 KEY = "slk-the-key-of-these-tests"
 MODEL = "tiny/llama"
+EXPERTS = "tiny/experts"
 # Of the tiny model that is served.
 MAX_POSITIONS = 256
 Json = dict[str, Any]
@@ -239,6 +240,7 @@ class Run:
         self.http = http
         self.resource = resource
         self.id: str = resource["id"]
+        self.model: str = resource["base_model"]
         self.path = f"/loops/runs/{self.id}"
         self.seq = 0
 
@@ -248,13 +250,13 @@ class Run:
 
     def attached(self) -> "Run":
         """With the ``init_trainer_server`` that every official client starts with."""
-        self.do("init_trainer_server", lora_rank=self.resource["lora_rank"], base_model=MODEL)
+        self.do("init_trainer_server", lora_rank=self.resource["lora_rank"], base_model=self.model)
         return self
 
     def post(self, op: str, *, key: str | None = None, seq: int | None = None, **body: object) -> httpx.Response:
         if seq is None:
             seq = self.seq = self.seq + 1
-        content = {"model": MODEL, "run_id": self.id, "seq_id": seq} | body
+        content = {"model": self.model, "run_id": self.id, "seq_id": seq} | body
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
         return self.http.post(f"{self.path}/{op}", json=content, headers=headers)
 

@@ -2,12 +2,20 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gateway import MAX_POSITIONS
 from tiny_models import save_quietly
@@ -25,22 +33,34 @@ _CHATML = (
 )
 
 
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+
 def save(directory: Path) -> Path:
     """Write the model folder; the same weights every time."""
+    return _save(lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)), directory)
+
+
+def save_experts(directory: Path) -> Path:
+    """A model with experts."""
+    return _save(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **_EXPERTS, head_dim=16)), directory)
+
+
+def _save(make: Callable[[], PreTrainedModel], directory: Path) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
-        bos_token_id=0,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.2))

@@ -2,14 +2,13 @@
 
 import ast
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from tinker_exit import ended_well
 
-from gateway import KEY, REPO, Gateway, environment
+from gateway import KEY, Gateway, environment
 
 SCRIPT = Path(__file__).parent / "scripts" / "tinker_checks"
 MODULES = ("training", "losses", "checkpoints", "sampling", "rest", "refusals")
@@ -22,26 +21,6 @@ CHECKS = [
 ]
 
 pytestmark = pytest.mark.clients
-
-
-@pytest.fixture(scope="module")
-def tinker_python() -> str:
-    """A Python that has the SDK."""
-    candidates = [os.environ.get("SELFLOOP_TINKER_PYTHON"), str(REPO / ".venv-tinker" / "bin" / "python")]
-    for candidate in candidates:
-        if candidate and Path(candidate).exists() and _has_sdk(candidate):
-            return candidate
-    missing = "no tinker SDK: `make setup` makes one in .venv-tinker; or name a Python in SELFLOOP_TINKER_PYTHON"
-    if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
-
-
-def _has_sdk(python: str) -> bool:
-    # Of the one that was named by hand any version will do: how a newer one fares is what is asked.
-    named = python == os.environ.get("SELFLOOP_TINKER_PYTHON")
-    probe = f"from importlib.metadata import version; assert {named} or version('tinker') == '0.38.0'"
-    return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
 
 
 class Reports:

@@ -241,6 +241,7 @@ class Control:
         await pinned.clear_leftovers(self.db, self._context.blobs)
         await self.checkpoints.start()
         await self.operations.start()
+        await self.sampling.recorded.clear_leftovers()
         await self.queued_samples.start()
         await self.sessions.start()
         await asyncio.to_thread(self.uploads.clear_expired)

@@ -27,6 +27,7 @@ from selfloop.engine.memory_share import MemoryShare
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import SafetensorsSource
+from selfloop.engine.routing import Mixtures
 from selfloop.engine.sample.adapter_cache import AdapterCache
 from selfloop.engine.sample.grammar import CompileGrammar
 from selfloop.engine.sample.model_runner import ModelRunner
@@ -62,7 +63,8 @@ class ModelInfo:
     """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
 
     ``computed_by`` says what multiplies by its weights; ``run_bytes`` is what training runs may take;
-    ``exact_replay``: the same operations give the same bits, whatever is computed beside them.
+    ``exact_replay``: the same operations give the same bits, whatever is computed beside them; ``routes``: it records
+    and replays which experts tokens go to.
     """
 
     vocab_size: int
@@ -74,6 +76,7 @@ class ModelInfo:
     computed_by: str
     run_bytes: int
     exact_replay: bool
+    routes: bool
 
 
 class SavedState(NamedTuple):
@@ -97,6 +100,7 @@ def _info_of(model: Model, run_bytes: int, deterministic: bool) -> ModelInfo:
         computed_by=model.computed_by,
         run_bytes=run_bytes,
         exact_replay=deterministic or model.contracts.batch_invariant,
+        routes=model.contracts.routes,
     )
 
 
@@ -126,7 +130,8 @@ class Engine:
             train_token_budget = min(model.costs().train_tokens, max(_LEAST_BUDGET, fitting))
         self.train_token_budget = train_token_budget
         self._forward_cache = ForwardCache(share.forward_cache_bytes)
-        self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache)
+        mixtures = Mixtures.of(spec) if model.contracts.routes else None
+        self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache, mixtures)
         runner = ModelRunner(model, limits.max_kv_tokens)
         self._runs: dict[str, Run] = {}
         self._adapter_cache = AdapterCache(limits.max_adapters)

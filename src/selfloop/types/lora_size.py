@@ -9,6 +9,7 @@ import msgspec
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import EXPERTS_STAY, SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import EMBEDDING, read_weights
+from selfloop.types.routes import ExpertCounts
 from selfloop.types.stacked_weights import of_each_expert
 from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import expert_shapes, stored_projections
@@ -34,18 +35,9 @@ class _Shape(msgspec.Struct):
     head_dim: int | None = None
 
 
-class _Type(msgspec.Struct):
-    """Families have three names for the number of experts."""
-
+class _Type(ExpertCounts):
     model_type: str = "llama"
     num_hidden_layers: int | None = None
-    num_experts: int | None = None
-    num_local_experts: int | None = None
-    n_routed_experts: int | None = None
-
-    @property
-    def has_experts(self) -> bool:
-        return any((self.num_experts, self.num_local_experts, self.n_routed_experts))
 
 
 class _Adapted(NamedTuple):

@@ -13,6 +13,7 @@ import msgspec
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_weights import read_weights, weight_paths
 from selfloop.types.quantization import read_quantization
+from selfloop.types.routes import ExpertCounts
 from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import context_of, why_unknown
 
@@ -72,6 +73,8 @@ PUBLIC_FILES = frozenset(
 )
 """Names a client needs for tokenizing; whoever reaches the server may read them."""
 
+NO_EXPERTS = "the served model has no experts to route to"
+
 GGUF_SUFFIX = ".gguf"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATES_FOLDER = "additional_chat_templates"
@@ -87,6 +90,7 @@ class ModelFacts:
         num_tied: those that the embedding and the output layer share; 0 where each has its own.
         size_bytes: of the weight files.
         eos_token_ids: every id that ends a sample, ascending.
+        no_routes: why it cannot be recorded which experts it chose, in words; empty where it can.
     """
 
     path: Path
@@ -97,12 +101,13 @@ class ModelFacts:
     num_tied: int
     size_bytes: int
     eos_token_ids: tuple[int, ...]
+    no_routes: str
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)
 
 
-class _Config(msgspec.Struct):
+class _Config(ExpertCounts):
     model_type: str = ""
     vocab_size: int = 0
     max_position_embeddings: int = 0
@@ -146,6 +151,7 @@ def read_facts(path: Path) -> ModelFacts:
         num_tied=weights.num_tied,
         size_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(path, config),
+        no_routes=_no_routes(config),
     )
 
 
@@ -171,6 +177,14 @@ def computed_by(path: Path) -> str:
     own = model_type in SUPPORTED_MODEL_TYPES
     dequantised = "" if quantization is None else f", dequantised from {quantization.words}"
     return ("selfloop" if own else f"transformers (selfloop has no {model_type})") + dequantised
+
+
+def _no_routes(config: _Config) -> str:
+    if not config.has_experts:
+        return NO_EXPERTS
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        return f"transformers computes the served model ({config.model_type}), and does not say which experts it chose"
+    return ""
 
 
 def tokenizer_files(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ import msgspec
 
 from selfloop.types.blob_ref import BlobRef
 from selfloop.types.result import Spent
+from selfloop.types.routes import SampledRoutes
 
 
 class StructuredOutput(msgspec.Struct, frozen=True):
@@ -95,6 +96,7 @@ class SampleRequest(msgspec.Struct, frozen=True):
         prompt_logprobs_last_n: only the prompt's last n positions are asked for by ``prompt_logprobs``; None for all.
         prompt_targets: tokens to score along the prompt.
         prompt_draws: how many alternatives to sample, independently and at the temperature, for each prompt token.
+        routes: whether the answer also contains which experts each token went to.
     """
 
     request_id: str
@@ -108,6 +110,7 @@ class SampleRequest(msgspec.Struct, frozen=True):
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_draws: int = 0
+    routes: bool = False
 
     @property
     def asks_about_prompt(self) -> bool:
@@ -181,6 +184,7 @@ class SampleResult(msgspec.Struct, frozen=True):
             top k others by rank; None at position 0, which nothing precedes, and before the last n asked for.
         target_logprobs: float32 in the order of the tokens asked for, 0.0 for each -1.
         num_cached: tokens of the prompt that were in the cache already.
+        routes: where asked for.
     """
 
     request_id: str
@@ -190,3 +194,4 @@ class SampleResult(msgspec.Struct, frozen=True):
     target_logprobs: bytes | None = None
     prompt_draws: PromptDraws | None = None
     num_cached: int = 0
+    routes: SampledRoutes | None = None

@@ -1,4 +1,4 @@
-"""``bt://`` checkpoint URIs: ``bt://loops:<run_id>/(weights|sampler_weights)/<name>``."""
+"""``bt://`` URIs: ``bt://loops:<run_id>/(weights|sampler_weights)/<name>`` of a checkpoint, and of a sequence."""
 
 import re
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ _TARGET = {folder: target for target, folder in _FOLDER.items()}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _URI = re.compile(r"bt://loops:([a-z0-9]{1,32})/(weights|sampler_weights)/([^/]+)/?")
 
+_RECORDED = re.compile(r"bt://loops:([a-z0-9:]{1,64})/sequences/([^?#\s]{1,256})")
+
 NAME_RULE = "1-128 characters of A-Z a-z 0-9 . _ - starting with a letter or digit"
 URI_FORM = "bt://loops:<run_id>/(weights|sampler_weights)/<checkpoint_name>"
 
@@ -33,6 +35,26 @@ class CheckpointUri:
 
     def __str__(self) -> str:
         return f"bt://loops:{self.run_id}/{_FOLDER[self.target]}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedUri:
+    """Address of a recorded sequence: the run that it was sampled from, or the sampler of no run, and its id."""
+
+    owner_id: str
+    sequence_id: str
+
+    def __str__(self) -> str:
+        return f"bt://loops:{self.owner_id}/sequences/{self.sequence_id}"
+
+
+def parse_recorded_uri(text: str, field: str) -> RecordedUri:
+    """Parse a URI; raises :class:`BadRequest` naming ``field`` when it is malformed."""
+    match = _RECORDED.fullmatch(text)
+    if match is None:
+        form = "bt://loops:<run_id>/sequences/<sequence_id>, as the sample's answer has it"
+        raise BadRequest(field, f"expected a URI of the form {form}, got {text[:200]!r}")
+    return RecordedUri(match[1], match[2])
 
 
 def is_checkpoint_name(name: str) -> bool:

@@ -159,6 +159,7 @@ class Capabilities(msgspec.Struct, frozen=True):
         structured_output: samples that must match a grammar.
         prompt_logprobs: logprobs of a prompt's tokens.
         exact_replay: the same operations on the same state give the same bits, whatever is computed beside them.
+        routes: records and replays which experts tokens go to.
     """
 
     trains: bool = True
@@ -167,6 +168,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     structured_output: bool = True
     prompt_logprobs: bool = True
     exact_replay: bool = True
+    routes: bool = False
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

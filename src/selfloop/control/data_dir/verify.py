@@ -15,6 +15,7 @@ from selfloop.control.queue.journal import payload_place, result_place
 from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.checkpoints.pinned import pinned_key
 from selfloop.control.sampling.queued_samples import sample_place
+from selfloop.control.sampling.recorded import routes_place
 from selfloop.storage.blobs.checkpoints import CheckpointStore, check_whole
 from selfloop.storage.blobs.local import LocalBlobs
 from selfloop.storage.db import queries_resources, queries_verify
@@ -27,7 +28,7 @@ Verdict = Literal["sound", "no digest", "damaged", "missing", "unknown"]
 
 # Where everything is known to a row; what a server has not recorded yet ends so, or is younger than the look.
 _FOLDERS = ("checkpoints", "snapshots", "initial", "held")
-_FILES = ("journal", "samples")
+_FILES = ("journal", "samples", "recorded")
 _UNFINISHED = (".part", ".partial", ".lock")
 
 
@@ -78,6 +79,7 @@ class Verification:
             await self._runs()
             await self._operations()
             await self._samples()
+            await self._recorded()
             await self._checkpoints()
             await self._models()
         except SQLAlchemyError as error:
@@ -152,6 +154,19 @@ class Verification:
                     StoredBytes(row.result, row.result_key, row.result_digest),
                 ):
                     await self._bytes("samples", what, stored, sample_place(row.sampler_id, row.id))
+            if not rows:
+                return
+            last = rows[-1]
+
+    async def _recorded(self) -> None:
+        last = None
+        while True:
+            async with self._db.read() as session:
+                rows = await queries_verify.recorded(session, last)
+            for row in rows:
+                what = f"routes of request {row.request} of sampler {row.sampler_id}"
+                stored = StoredBytes(row.routes, row.routes_key, row.routes_digest)
+                await self._bytes("routes", what, stored, routes_place(row.sampler_id, row.request))
             if not rows:
                 return
             last = rows[-1]

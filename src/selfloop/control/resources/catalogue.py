@@ -17,7 +17,7 @@ from selfloop.storage.db import queries_models
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
-from selfloop.types.model_folder import ModelFacts, computed_by, is_gguf, read_facts
+from selfloop.types.model_folder import NO_EXPERTS, ModelFacts, computed_by, is_gguf, read_facts
 from selfloop.types.resources import Alias, CatalogueEntry
 from selfloop.worker.launchers.conversions import launch_prepare
 
@@ -35,13 +35,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A base model of the catalogue; ``path`` is None until its files are prepared."""
+    """A base model of the catalogue; ``path`` is None until its files are prepared.
+
+    ``no_routes`` says why it cannot be recorded which experts it chose; it is empty where it can.
+    """
 
     name: str
     source: str
     path: Path | None
     vocab_size: int
     max_position_embeddings: int
+    no_routes: str
 
 
 def _within(model: Model, context: int, field: str) -> Model:
@@ -246,19 +250,19 @@ class Catalogue:
     async def _describe(self, row: CatalogueEntry) -> Model:
         if row.path is None:
             assert row.source == "embedded", row.name
-            return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS)
+            return Model(row.name, row.source, None, _EMBEDDED_VOCAB_SIZE, _EMBEDDED_MAX_POSITIONS, NO_EXPERTS)
         facts = self._facts.get(row.path)
         if facts is None:
             # Asked for with every operation, and a served folder does not change under a running server.
             facts = self._facts[row.path] = await asyncio.to_thread(read_facts, self._paths.resolved(row.path))
-        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings)
+        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings, facts.no_routes)
 
     async def _describe_or_blank(self, row: CatalogueEntry) -> Model:
         """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""
         try:
             return await self._describe(row)
         except BadRequest:
-            return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0)
+            return Model(row.name, row.source, self._paths.resolved(row.path or ""), 0, 0, NO_EXPERTS)
 
     async def _row(self, name: str) -> CatalogueEntry | None:
         if (known := self._known.get(name)) is not None:

@@ -60,7 +60,8 @@ class Weights:
 class SampleSpec:
     """What to sample, as a dialect asks for it: a :class:`SampleRequest` whose weights are not chosen yet.
 
-    ``record_as`` names it among its sampler's, when what is sampled is to be recorded for training.
+    ``record_as`` names it among its sampler's, when what is sampled is to be recorded for training; with ``routes``
+    also which experts each token went to.
     """
 
     prompt: list[int]
@@ -73,6 +74,7 @@ class SampleSpec:
     prompt_targets: PromptTargets | None = None
     prompt_draws: int = 0
     record_as: str | None = None
+    routes: bool = False
 
     @property
     def asks_about_prompt(self) -> bool:
@@ -93,7 +95,7 @@ class Chat:
 class Sampling:
     def __init__(self, context: Context) -> None:
         self._c = context
-        self.recorded = RecordedSequences(context.db)
+        self.recorded = RecordedSequences(context.db, context.blobs)
 
     async def weights(
         self,
@@ -156,7 +158,7 @@ class Sampling:
                     if spec.record_as is not None:
                         version = weights.policy_version
                         await self.recorded.record(sampler, spec.record_as, spec.prompt, part, version)
-                    return part
+                    return msgspec.structs.replace(part, routes=None)
         raise AssertionError("a sample ends in its result")
 
     async def sample_newest(self, sampler: Sampler, spec: SampleSpec) -> SampleResult:
@@ -260,6 +262,7 @@ class Sampling:
             prompt_logprobs_last_n=spec.prompt_logprobs_last_n,
             prompt_targets=spec.prompt_targets,
             prompt_draws=spec.prompt_draws,
+            routes=spec.routes,
         )
         continuation = Continuation()
         observer = self._c.outcomes.observer

@@ -15,6 +15,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
+from selfloop.engine.routing import Routing
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.types.sampling import SamplingParams
 
@@ -50,17 +51,19 @@ class Varlen:
         lengths: rows of each sequence.
         starts: the position of each sequence's first row; all 0 in training.
         slots: where each sequence's earlier tokens lie, which its rows here join; empty in training.
+        routing: which experts the rows go to, of a model with the contract ``routes``; None leaves it to its routers.
     """
 
     tokens_T: Tensor
     lengths: list[int]
     starts: list[int]
     slots: list[CacheSlot]
+    routing: Routing | None = None
 
     @classmethod
-    def whole(cls, tokens_T: Tensor, lengths: list[int]) -> "Varlen":
+    def whole(cls, tokens_T: Tensor, lengths: list[int], routing: Routing | None = None) -> "Varlen":
         """Whole sequences, with nothing before them."""
-        return cls(tokens_T, lengths, [0] * len(lengths), [])
+        return cls(tokens_T, lengths, [0] * len(lengths), [], routing)
 
     @property
     def stops(self) -> list[int]:
@@ -182,12 +185,14 @@ class Contracts:
         packed: each sequence of a batch gets the numbers it has alone. Without it sequences come one a call.
         batch_invariant: and the same bits, whatever else is in the batch. Without it an engine that is asked to be
             deterministic computes the blocks of different runs apart.
+        routes: it goes by a batch's routing. Without it routes are neither recorded nor replayed.
     """
 
     paged: bool = True
     prefixes: bool = True
     packed: bool = True
     batch_invariant: bool = False
+    routes: bool = False
 
 
 class Cache(Protocol):

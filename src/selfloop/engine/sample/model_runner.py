@@ -8,15 +8,21 @@ from torch import Tensor
 
 from selfloop.engine.backends.base import Cache, CacheSlot, Model, Varlen
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.routing import Recording
+from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.sequence import Sample
 
 
 class PromptChunk(NamedTuple):
-    """Tokens [start, stop) of a prompt whose cache is ``slot``; what is before ``start`` is cached."""
+    """Tokens [start, stop) of a prompt whose cache is ``slot``; what is before ``start`` is cached.
+
+    ``routes`` notes the experts that they go to.
+    """
 
     slot: CacheSlot
     start: int
     stop: int
+    routes: RouteLog | None = None
 
 
 class ModelRunner:
@@ -31,15 +37,34 @@ class ModelRunner:
         """h_TD of chunks one after another, which join the cache."""
         slots, starts = [chunk.slot for chunk in chunks], [chunk.start for chunk in chunks]
         lengths = [chunk.stop - chunk.start for chunk in chunks]
-        return self.model.forward_cached(Varlen(self._ids(tokens), lengths, starts, slots), self.cache, lora)
+        recording = _recording([chunk.routes for chunk in chunks])
+        batch = Varlen(self._ids(tokens), lengths, starts, slots, recording)
+        h_TD = self.model.forward_cached(batch, self.cache, lora)
+        if recording is not None:
+            for chunk, experts_NLK in zip(chunks, recording.experts_TLK().split(lengths), strict=True):
+                if chunk.routes is not None:
+                    chunk.routes.add_prompt(experts_NLK)
+        return h_TD
 
     def decode(self, samples: Sequence[Sample]) -> Tensor:
         """float32 logits (B, V) after each sample's newest token, which joins the cache; adapters stand together."""
         lora = AdapterBatch.of([(1, sample.parent.adapter) for sample in samples])
         starts, slots = [sample.position for sample in samples], [sample.slot for sample in samples]
         tokens_B = self._ids([sample.tokens[-1] for sample in samples])
-        batch = Varlen(tokens_B, [1] * len(samples), starts, slots)
-        return self.model.logits(self.model.forward_cached(batch, self.cache, lora), lora)
+        recording = _recording([sample.parent.routes for sample in samples])
+        batch = Varlen(tokens_B, [1] * len(samples), starts, slots, recording)
+        logits_BV = self.model.logits(self.model.forward_cached(batch, self.cache, lora), lora)
+        if recording is not None:
+            for sample, experts_LK in zip(samples, recording.experts_TLK(), strict=True):
+                if sample.parent.routes is not None:
+                    sample.parent.routes.add_token(sample.index, experts_LK)
+        return logits_BV
 
     def _ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, device=self.model.device)
+
+
+def _recording(logs: Sequence[RouteLog | None]) -> Recording | None:
+    """Of a pass, if any of its rows' routes are asked for."""
+    mixtures = next((log.mixtures for log in logs if log is not None), None)
+    return None if mixtures is None else Recording(mixtures)

@@ -21,6 +21,7 @@ from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
 from selfloop.engine.sample.model_runner import ModelRunner, PromptChunk
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prompt_logprobs import PromptScores
+from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.sampler import sample_generator
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
@@ -94,6 +95,7 @@ class SamplingScheduler:
         active = ActiveRequest(request, adapter, stream, self._grammar(request), stops, paged=paged)
         if request.asks_about_prompt:
             active.prompt_scores = PromptScores(request, self._num_tokens, lambda token: self._raw(active, token))
+        active.routes = RouteLog.of(request, self._model)
         if active.prompt_pages + active.sample_pages > self._pool.num_pages:
             raise BadRequest("max_tokens", "prompt and max_tokens exceed the KV cache of this sampler")
         self._waiting.append(active)
@@ -156,8 +158,7 @@ class SamplingScheduler:
             if len(self._active) == self._max_batch:
                 return
             prompt = request.request.prompt
-            # What is asked about a prompt is read off its hidden states, which no cache holds.
-            asks = request.request.asks_about_prompt or not self._model.contracts.prefixes
+            asks = request.needs_whole_prompt or not self._model.contracts.prefixes
             found = [] if asks else self._prefixes.match(request.adapter, prompt)
             if not asks and self._follows(request, len(found)):
                 self._pool.release(found)
@@ -192,7 +193,7 @@ class SamplingScheduler:
         for request in self._active:
             if budget > 0 and not request.is_prefilled:
                 stop = min(request.prompt_length, request.num_prefilled + budget)
-                batch.append((request, PromptChunk(request.slot, request.num_prefilled, stop)))
+                batch.append((request, PromptChunk(request.slot, request.num_prefilled, stop, request.routes)))
                 budget -= stop - request.num_prefilled
         if not batch:
             return
@@ -377,14 +378,14 @@ class SamplingScheduler:
 def _result(request: ActiveRequest) -> SampleResult:
     sequences = [request.finished[index] for index in range(request.request.num_samples)]
     scores = request.prompt_scores
-    if scores is None:
-        return SampleResult(request.request.request_id, sequences, num_cached=request.num_found)
     return SampleResult(
         request.request.request_id,
         sequences,
-        scores.positions,
-        target_logprobs=scores.target_logprobs,
-        prompt_draws=scores.draws,
+        None if scores is None else scores.positions,
+        target_logprobs=None if scores is None else scores.target_logprobs,
+        prompt_draws=None if scores is None else scores.draws,
+        num_cached=request.num_found,
+        routes=None if request.routes is None else request.routes.result(),
     )
 
 

@@ -12,6 +12,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.sample.grammar import Constraint, Grammar
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prompt_logprobs import PromptScores
+from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.text import SampleText, StopString
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
@@ -32,6 +33,7 @@ class ActiveRequest:
         first_logits_V: float32 logits after the prompt, once it is prefilled.
         num_started: samples that have started.
         prompt_scores: filled as the prompt is prefilled, when asked for.
+        routes: likewise, and as its samples grow.
     """
 
     request: SampleRequest
@@ -46,6 +48,7 @@ class ActiveRequest:
     first_logits_V: Tensor | None = None
     num_started: int = 0
     prompt_scores: PromptScores | None = None
+    routes: RouteLog | None = None
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
 
     @property
@@ -69,6 +72,11 @@ class ActiveRequest:
     @property
     def is_prefilled(self) -> bool:
         return self.num_prefilled == self.prompt_length
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether what it asks for is read off the prompt's pass, and in no cache."""
+        return self.request.asks_about_prompt or self.routes is not None
 
     @property
     def all_started(self) -> bool:

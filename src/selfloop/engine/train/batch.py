@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from selfloop.engine.routing import ANEW, NO_ROUTES, Mixtures
 from selfloop.types import datum as types
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import IGNORED_TARGET, Datum
@@ -21,13 +22,15 @@ _TORCH_DTYPE: dict[types.DType, torch.dtype] = {"int64": torch.int64, "float32":
 class Example:
     """A validated datum on the CPU: ids int64 (N,), targets int64 (N,) or (N, K > 1), inputs float32 like those.
 
-    ``own`` are the inputs of an uploaded loss, in their own shapes; they are never packed.
+    ``own`` are the inputs of an uploaded loss, in their own shapes; they are never packed. ``experts_NLK`` are those
+    that the tokens go to, int16, ``ANEW`` where the router decides; None where it decides for all.
     """
 
     tokens_N: Tensor
     targets: Tensor
     inputs: Mapping[str, Tensor]
     own: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    experts_NLK: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class MicroBatch:
     """Packed sequences of some datums, on the compute device.
 
     ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum; ``digest``
-    is of what the logprobs depend on: tokens, lengths and targets.
+    is of what the logprobs depend on: tokens, lengths, targets and ``experts_TLK``, which are as in :class:`Example`.
     """
 
     indices: list[int]
@@ -45,6 +48,7 @@ class MicroBatch:
     inputs: Mapping[str, Tensor]
     own: list[Mapping[str, Tensor]]
     digest: bytes
+    experts_TLK: Tensor | None
 
     @property
     def active(self) -> Tensor:
@@ -121,6 +125,30 @@ def read_own(index: int, datum: Datum, example: Example, loss: CustomLoss) -> Ex
     return replace(example, own=own)
 
 
+def read_routes(index: int, datum: Datum, example: Example, mixtures: Mixtures | None) -> Example:
+    """``example`` with the experts that the datum's tokens are to go to.
+
+    Raises:
+        BadRequest: they are not those of this model.
+    """
+    routes, num = datum.routes, example.tokens_N.shape[0]
+    if routes is None:
+        return example
+    if mixtures is None:
+        raise BadRequest(f"data[{index}]", f"without recorded routes: {NO_ROUTES}")
+    experts_NLK = torch.full((num, mixtures.shape.num_layers, mixtures.shape.top_k), ANEW, dtype=torch.int16)
+    stops = [start + length for start, length in routes.spans]
+    is_whole = len(routes.data) == routes.num_tokens * mixtures.shape.token_bytes
+    if routes.shape != mixtures.shape or not is_whole or max(stops, default=0) > num:
+        raise BadRequest(f"data[{index}]", f"with routes of this model ({mixtures.shape}), got {routes.shape}")
+    rows = mixtures.unpacked(routes.data)
+    if rows.numel() and int(rows.max()) >= mixtures.num_experts:
+        raise BadRequest(f"data[{index}]", f"with routes to this model's {mixtures.num_experts} experts")
+    for (start, length), part in zip(routes.spans, rows.split([n for _, n in routes.spans]), strict=True):
+        experts_NLK[start : start + length] = part
+    return replace(example, experts_NLK=experts_NLK)
+
+
 def _read(field: str, tensor: types.Tensor, dtype: types.DType, num: int | None, num_columns: int = 1) -> Tensor:
     """(num,), or (num, num_columns) when there is more than one."""
     if tensor.dtype != dtype:
@@ -179,13 +207,24 @@ def _stack(indices: list[int], examples: list[Example], device: torch.device) ->
         inputs={name: torch.cat([e.inputs[name] for e in examples]).to(device) for name in sorted(names)},
         own=[e.own for e in examples],
         digest=_digest(examples),
+        experts_TLK=_experts(examples, device),
     )
+
+
+def _experts(examples: list[Example], device: torch.device) -> Tensor | None:
+    given = [e.experts_NLK for e in examples if e.experts_NLK is not None]
+    if not given:
+        return None
+    anew = [given[0].new_full((e.tokens_N.shape[0], *given[0].shape[1:]), ANEW) for e in examples]
+    rows = [a if e.experts_NLK is None else e.experts_NLK for a, e in zip(anew, examples, strict=True)]
+    return torch.cat(rows).to(device)
 
 
 def _digest(examples: list[Example]) -> bytes:
     state = hashlib.blake2b(digest_size=16)
     for example in examples:
-        for values in (example.tokens_N, example.targets):
+        routes = () if example.experts_NLK is None else (example.experts_NLK,)
+        for values in (example.tokens_N, example.targets, *routes):
             state.update(f"{tuple(values.shape)}".encode())
             state.update(values.contiguous().numpy().tobytes())
     return state.digest()

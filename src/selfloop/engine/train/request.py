@@ -8,7 +8,8 @@ import torch
 
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.spec import ModelSpec
-from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own
+from selfloop.engine.routing import Mixtures
+from selfloop.engine.train.batch import MicroBatch, from_torch, micro_batches, read_example, read_own, read_routes
 from selfloop.engine.train.forward_cache import ForwardCache, RunForwards
 from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
 from selfloop.engine.train.memory import PassMemory
@@ -28,13 +29,17 @@ _CUSTOM = LossSpec("custom", many_targets=True)
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What requests of all runs are computed with; ``token_budget`` is of a micro-batch."""
+    """What requests of all runs are computed with; ``token_budget`` is of a micro-batch.
+
+    ``mixtures`` are the layers whose routes can be replayed, None where there are none.
+    """
 
     spec: ModelSpec
     device: torch.device
     token_budget: int
     memory: PassMemory
     forward_cache: ForwardCache
+    mixtures: Mixtures | None
 
 
 class LossRequest:
@@ -55,6 +60,8 @@ class LossRequest:
             self._check_mates(run.accumulated)
         batches = _micro_batches(operation, run.shape, workshop)
         choice = LossChoice(operation.loss_fn, full, operation.top_k_logprobs, operation.custom)
+        routes = [datum.routes for datum in operation.data if datum.routes is not None]
+        self._num_replayed = sum(each.num_tokens for each in routes) if routes else None
         self._shapes = [datum.loss_inputs["target_tokens"].shape for datum in operation.data]
         digests, cache, keeps = [batch.digest for batch in batches], workshop.forward_cache, False
         if with_gradient:
@@ -76,7 +83,10 @@ class LossRequest:
             raise job.failure
         if job.with_gradient:
             self._accumulate()
-        return _loss_result(job.totals, self._shapes, skip=self._skip)
+        result = _loss_result(job.totals, self._shapes, skip=self._skip)
+        if self._num_replayed is not None:
+            result.metrics["num_replayed_tokens"] = float(self._num_replayed)
+        return result
 
     def _accumulate(self) -> None:
         job, before = self.job, self._run.accumulated
@@ -114,6 +124,7 @@ def _micro_batches(operation: Forward | ForwardBackward, shape: AdapterShape, wo
     _check_lengths([example.tokens_N.shape[0] for example in examples], spec.rows, longest)
     if operation.custom is not None:
         examples = [read_own(i, data[i], example, operation.custom) for i, example in enumerate(examples)]
+    examples = [read_routes(i, data[i], example, workshop.mixtures) for i, example in enumerate(examples)]
     return micro_batches(examples, min(workshop.token_budget, max(1, longest)), workshop.device, spec.rows)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from selfloop.engine.backends.base import Model, Scores, Varlen
 from selfloop.engine.lora.batch import AdapterBatch
+from selfloop.engine.routing import Mixtures, replayed
 from selfloop.engine.train.job import LossJob, LossPart
 from selfloop.engine.train.memory import PassMemory
 
@@ -69,7 +70,9 @@ def _forward(
     rows = [(size, part.adapter) for size, part in zip(sizes, parts, strict=True)]
     widest = max((job.run.shape for job in jobs), key=lambda shape: shape.rank)
     with torch.set_grad_enabled(with_graph):
-        batch = Varlen.whole(torch.cat([part.batch.tokens_T for part in parts]), lengths)
+        mixed = [(size, part.batch.experts_TLK) for size, part in zip(sizes, parts, strict=True)]
+        routing = replayed(Mixtures.of(model.spec), mixed, model.device)
+        batch = Varlen.whole(torch.cat([part.batch.tokens_T for part in parts]), lengths, routing)
         lora = AdapterBatch.batch_invariant(rows) if deterministic else AdapterBatch.of(rows)
         recompute = with_graph and memory.recomputes(sum(sizes), widest, num_runs=len(jobs))
         h_TD = _hidden_states(model, batch, lora, recompute=recompute)
@@ -82,6 +85,7 @@ def _forward(
 
 def _hidden_states(model: Model, batch: Varlen, lora: AdapterBatch, *, recompute: bool) -> Tensor:
     """h_TD of whole sequences; one at a time where the model cannot keep them apart in a batch."""
+    assert batch.routing is None or model.contracts.packed, "what goes by a routing tells packed rows apart"
     if model.contracts.packed:
         return model.forward(batch, lora, recompute=recompute)
     adapters = lora.of_rows(sum(batch.lengths))

@@ -8,7 +8,7 @@ from selfloop.control.gateway import Control
 from selfloop.control.queue.operations import Pending, checked_operation_id
 from selfloop.control.sampling.idempotency import Answer
 from selfloop.control.sampling.queued_samples import Failed, Sampled
-from selfloop.control.sampling.recorded import sequence_id
+from selfloop.control.sampling.recorded import sequence_id, uri_of
 from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import poll_hold_s
@@ -51,7 +51,7 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     pinned, pinned_by = await _pinned(body, sampler, control)
     key = request.headers.get("idempotency-key")
     key = None if key is None else checked_operation_id(key)
-    spec = _spec(body, sampler, key)
+    spec = _spec(body, sampler, key, (await control.catalogue.resolve(sampler.base_model)).no_routes)
     fingerprint = validate.fingerprint(_identity(request), raw)
     if control.capacity.is_serverless(sampler.serverless) or _prefers_async(request):
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
@@ -66,7 +66,7 @@ async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control
     async def answer() -> Answer:
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
         result = await control.sampling.sample(sampler, weights, spec)
-        completion = _completion(result, spec, sampler.id, sampler.base_model, with_logprobs=body.logprobs is not None)
+        completion = _completion(result, spec, sampler, with_logprobs=body.logprobs is not None)
         return Answer(msgspec.json.encode(completion), weights.policy_version)
 
     answering = answer() if key is None else control.sample_idempotency.answer(sampler.id, key, fingerprint, answer)
@@ -88,8 +88,8 @@ async def operation(sampler_id: str, operation_id: str, caller: CallerOf, contro
         case Failed(error, error_class):
             return JSONResponse({"status": "error", "error": error, "error_class": error_class})
         case Sampled(accepted, result):
-            model = (await control.samplers.get(caller, sampler_id)).base_model
-            completion = _completion(result, accepted.spec, sampler_id, model, with_logprobs=accepted.with_logprobs)
+            sampler = await control.samplers.get(caller, sampler_id)
+            completion = _completion(result, accepted.spec, sampler, with_logprobs=accepted.with_logprobs)
             content = msgspec.json.encode({"status": "done", "result": completion})
             headers = {POLICY_VERSION_HEADER: str(accepted.policy_version)}
             return Response(content, media_type="application/json", headers=headers)
@@ -143,11 +143,11 @@ def _identity(request: Request) -> str:
     return "\0".join([request.url.path, *named])
 
 
-def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None) -> SampleSpec:
+def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None, no_routes: str) -> SampleSpec:
     if body.model_input_chunks:
         raise BadRequest("model_input_chunks", "null: the served models take text only, as token ids in prompt")
-    if body.include_routed_experts:
-        raise BadRequest("include_routed_experts", "null or false: the served models have no experts to route to")
+    if body.include_routed_experts and no_routes:
+        raise BadRequest("include_routed_experts", f"null or false: {no_routes}")
     if not body.prompt:
         raise BadRequest("prompt", "at least one token id")
     within("n", body.n, 1, MAX_SAMPLES)
@@ -169,8 +169,16 @@ def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None) -> SampleSpe
         stop_token_ids=body.stop_token_ids or [],
         structured=None if body.structured_outputs is None else structured_output(body.structured_outputs),
     )
-    recorded_as = key or new_id() + new_id() if body.record_stability_info else None
-    return SampleSpec(body.prompt, body.n, with_penalties(params, body), body.prompt_logprobs, record_as=recorded_as)
+    routes = bool(body.include_routed_experts)
+    return SampleSpec(
+        body.prompt,
+        body.n,
+        with_penalties(params, body),
+        body.prompt_logprobs,
+        # Routes are part of a recording, which the older client does not ask for besides.
+        record_as=key or new_id() + new_id() if body.record_stability_info or routes else None,
+        routes=routes,
+    )
 
 
 async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> tuple[str | None, str]:
@@ -186,19 +194,17 @@ async def _pinned(body: wire.SampleBody, sampler: Sampler, control: Control) -> 
     return body.lora, "lora"
 
 
-def _completion(
-    result: SampleResult, spec: SampleSpec, sampler_id: str, model: str, *, with_logprobs: bool
-) -> dict[str, object]:
+def _completion(result: SampleResult, spec: SampleSpec, sampler: Sampler, *, with_logprobs: bool) -> dict[str, object]:
     prompt = spec.prompt
     prompt_logprobs = _prompt_logprobs(result.prompt_logprobs)
     return {
         "id": result.request_id,
         "object": "text_completion",
-        "model": model,
+        "model": sampler.base_model,
         "choices": [
             _choice(i, sequence, prompt, with_logprobs)
             | {"prompt_logprobs": prompt_logprobs}
-            | ({} if spec.record_as is None else {"sequence_id": sequence_id(sampler_id, spec.record_as, i)})
+            | _recording(spec, sampler, i)
             for i, sequence in enumerate(result.sequences)
         ],
         "usage": {
@@ -207,6 +213,19 @@ def _completion(
             "total_tokens": len(prompt) + sum(len(s.tokens) for s in result.sequences),
             "prompt_tokens_details": {"cached_tokens": result.num_cached},
         },
+    }
+
+
+def _recording(spec: SampleSpec, sampler: Sampler, index: int) -> dict[str, object]:
+    """How training names the sequence, where it is recorded."""
+    if spec.record_as is None:
+        return {}
+    id = sequence_id(sampler.id, spec.record_as, index)
+    if not spec.routes:
+        return {"sequence_id": id}
+    return {
+        "sequence_id": id,
+        "routed_experts_ref": {"uri": str(uri_of(sampler, id)), "version": validate.ROUTES_VERSION},
     }
 
 

@@ -189,12 +189,12 @@ async def _loss_request(
 ) -> tuple[bytes, wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
     raw = await read_body(request)
     model = await control.catalogue.resolve(run.base_model)
-    limits = validate.Limits(model.vocab_size, run.max_seq_len)
+    limits = validate.Limits(model.vocab_size, run.max_seq_len, model.no_routes)
 
     body = await off_loop(len(raw), lambda: validate.decode(raw, wire.ForwardBody))
-    named = validate.named_sequences(body)
+    named = validate.named_sequences(body, limits)
     sequences = await control.sampling.recorded.use(caller_of(request), named) if named else {}
-    known = Known(sequences, must_be_recorded=True)
+    known = Known(sequences, must_be_recorded=True, model_name=run.model_name)
     return raw, body, *await off_loop(len(raw), lambda: validate.loss_call(body, limits, known))
 
 

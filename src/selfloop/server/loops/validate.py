@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 from selfloop.server.loops import wire
 from selfloop.server.shared.decode import decode as decode
-from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check
+from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check, check_size, routes
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
 from selfloop.types.loss_spec import LossSpec, one_of
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
-from selfloop.types.uris import NAME_RULE, is_checkpoint_name
+from selfloop.types.routes import Routes
+from selfloop.types.uris import NAME_RULE, RecordedUri, is_checkpoint_name, parse_recorded_uri
 
 # Below this no product of Adam's factors leaves float32.
 _MAX_ADAM = 1e9
 _MAX_TOP_K = 20
+ROUTES_VERSION = 1
+"""Of what a ``routed_experts_ref`` refers to, which stays here."""
 _MAX_CONFIG = 1e9
 _INT_DTYPES = {"int64", "int32", "int16", "int8", "uint8"}
 _FLOAT_DTYPES = {"float32", "float64", "float16", "bfloat16"}
@@ -30,10 +33,14 @@ def fingerprint(operation: str, body: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens."""
+    """What a run accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens.
+
+    ``no_routes`` says why its model does not take recorded experts; it is empty where it does.
+    """
 
     vocab_size: int
     max_seq_len: int
+    no_routes: str = ""
 
 
 def loss_call(
@@ -52,6 +59,7 @@ def loss_call(
         raise BadRequest("data", f"pairs of a chosen and a rejected datum, so an even number; got {len(body.data)}")
     data = [_datum(d, f"data[{i}]", spec, limits, known) for i, d in enumerate(body.data)]
     _check_same_columns(data)
+    check_size(data)
     return data, spec.name, config
 
 
@@ -86,8 +94,6 @@ def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[
 
 
 def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known: Known) -> Datum:
-    if datum.routed_experts_ref is not None:
-        raise BadRequest(f"{field}.routed_experts_ref", "null: the served models have no experts to route to")
     tokens: list[int] = []
     for j, chunk in enumerate(datum.model_input.chunks):
         if isinstance(chunk, wire.Image):
@@ -102,18 +108,66 @@ def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known:
     input_spans, target_spans = spans(datum.model_input_spans), spans(datum.loss_fn_input_spans)
     if bool(input_spans) != bool(target_spans):
         raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
-    if input_spans:
+    if datum.routed_experts_ref is not None:
+        found = _referred(datum, datum.routed_experts_ref, tokens, known, f"{field}.routed_experts_ref", limits)
+    elif input_spans:
         check(input_spans, tokens, known, f"{field}.model_input_spans")
+        found = routes(input_spans, known, f"{field}.model_input_spans")
+    else:
+        found = None
     inputs = _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens))
     if target_spans:
         add_recorded(inputs, target_spans, known, field, spec.required)
-    return Datum(Tensor.of(tokens, "int64"), inputs)
+    return Datum(Tensor.of(tokens, "int64"), inputs, found)
 
 
-def named_sequences(body: wire.ForwardBody) -> set[str]:
+def _referred(
+    datum: wire.Datum, ref: wire.ExternalRef, tokens: list[int], known: Known, field: str, limits: Limits
+) -> Routes:
+    """The routes of the one sequence, from its prompt on, that the whole input is of."""
+    uri = _recorded_uri(ref, field, limits)
+    if datum.model_input_spans:
+        raise BadRequest(field, "null with model_input_spans, which say where each token is from")
+    if uri.sequence_id not in known.sequences:
+        raise BadRequest(f"{field}.uri", f"a sequence that your team sampled, got {str(uri)[:200]!r}")
+    sequence = known.sequences[uri.sequence_id]
+    if sequence is None or sequence.uri != uri or sequence.routes is None:
+        raise BadRequest(
+            f"{field}.uri",
+            "a sequence that was sampled with include_routed_experts and used within the last day, on a live sampler; "
+            f"{str(uri)[:200]!r} was not, or its day is over",
+        )
+    whole = [*sequence.prompt, *sequence.tokens]
+    if len(tokens) > len(whole):
+        raise BadRequest(field, f"of a sequence as long as model_input ({len(tokens)} tokens), got {len(whole)}")
+    for i, (token, recorded) in enumerate(zip(tokens, whole, strict=False)):
+        if token != recorded:
+            raise BadRequest(field, f"of the tokens that were recorded: {recorded} at position {i}, got {token}")
+    in_prompt = min(len(tokens), len(sequence.prompt))
+    spans = [Span(uri.sequence_id, True, 0, in_prompt), Span(uri.sequence_id, False, 0, len(tokens) - in_prompt)]
+    found = routes(spans, known, field)
+    assert found is not None
+    return found
+
+
+def _recorded_uri(ref: wire.ExternalRef, field: str, limits: Limits) -> RecordedUri:
+    if limits.no_routes:
+        raise BadRequest(field, f"null: {limits.no_routes}")
+    if ref.version != ROUTES_VERSION:
+        raise BadRequest(f"{field}.version", f"{ROUTES_VERSION}, got {ref.version}")
+    return parse_recorded_uri(ref.uri, f"{field}.uri")
+
+
+def named_sequences(body: wire.ForwardBody, limits: Limits) -> set[str]:
     """Ids of the sequences that the data says it is from."""
     fields = [f for datum in body.data for f in (datum.model_input_spans, datum.loss_fn_input_spans)]
-    return {span.sequence_id for field in fields for span in field or []}
+    refs = [datum.routed_experts_ref for datum in body.data]
+    named = {
+        _recorded_uri(ref, f"data[{i}].routed_experts_ref", limits).sequence_id
+        for i, ref in enumerate(refs)
+        if ref is not None
+    }
+    return named | {span.sequence_id for field in fields for span in field or []}
 
 
 def spans(given: list[wire.PromptSpan | wire.SampledSpan] | None) -> list[Span]:

@@ -49,10 +49,17 @@ class SampledSpan(_Wire, frozen=True, tag="sampled_tokens"):
     offset: int = 0
 
 
+class ExternalRef(_Wire, frozen=True):
+    """The client's word for what an answer's ``routed_experts_ref`` is."""
+
+    uri: str
+    version: int
+
+
 class Datum(_Wire, frozen=True):
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData] = {}
-    routed_experts_ref: dict[str, str | int] | None = None
+    routed_experts_ref: ExternalRef | None = None
     model_input_spans: list[PromptSpan | SampledSpan] | None = None
     loss_fn_input_spans: list[PromptSpan | SampledSpan] | None = None
 

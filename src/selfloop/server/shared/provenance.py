@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from selfloop.control.sampling.recorded import RecordedSequence
-from selfloop.types.datum import IGNORED_TARGET, Tensor
+from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
+from selfloop.types.routes import MAX_ROUTES_BYTES, Routes, RouteShape
 
 
 class Span(NamedTuple):
@@ -24,13 +25,16 @@ class Known(NamedTuple):
     Args:
         sequences: None for one that is not recorded.
         must_be_recorded: refuse that, as the loss needs the record; otherwise only the lengths of such a span count.
+        model_name: the base model that is trained: routes of another one lead nowhere.
     """
 
     sequences: Mapping[str, RecordedSequence | None]
     must_be_recorded: bool
+    model_name: str = ""
 
 
 NOTHING_KNOWN = Known({}, must_be_recorded=True)
+_UNRECORDED = "a sequence that was sampled with record_stability_info and used within the last day, on a live sampler"
 
 
 def check(spans: Sequence[Span], tokens: Sequence[int], known: Known, field: str) -> None:
@@ -60,9 +64,7 @@ def _check_one(span: Span, tokens: Sequence[int], at: int, known: Known, where: 
     if sequence is None:
         if known.must_be_recorded:
             raise BadRequest(
-                f"{where}.sequence_id",
-                "a sequence that was sampled with record_stability_info and used within the last day; "
-                f"{span.sequence_id[:200]!r} was not, or its day is over",
+                f"{where}.sequence_id", f"{_UNRECORDED}; {span.sequence_id[:200]!r} was not, or its day is over"
             )
         return
     source = sequence.prompt if span.is_prompt else sequence.tokens
@@ -76,6 +78,45 @@ def _check_one(span: Span, tokens: Sequence[int], at: int, known: Known, where: 
         recorded = source[span.offset + i]
         if token not in (recorded, IGNORED_TARGET):
             raise BadRequest(where, f"the tokens that were recorded: {recorded} at position {at + i}, got {token}")
+
+
+def routes(spans: Sequence[Span], known: Known, field: str) -> Routes | None:
+    """The recorded experts of the tokens that checked ``spans`` cover; None where none were recorded.
+
+    A sample's last token has none: it did not go through the model.
+
+    Raises:
+        BadRequest: they are of another model.
+    """
+    at, covered, parts = 0, list[tuple[int, int]](), list[bytes]()
+    shape: RouteShape | None = None
+    for i, span in enumerate(spans):
+        sequence = known.sequences[span.sequence_id]
+        recorded = None if sequence is None else sequence.routes
+        if recorded is not None:
+            if recorded.model_name != known.model_name or shape not in (None, recorded.shape):
+                raise BadRequest(
+                    f"{field}[{i}].sequence_id",
+                    f"a sequence of {known.model_name}, which is trained; this one has the routes of "
+                    f"{recorded.model_name}",
+                )
+            shape = recorded.shape
+            source, size = recorded.prompt if span.is_prompt else recorded.tokens, shape.token_bytes
+            data = source[span.offset * size : (span.offset + span.length) * size]
+            if data:
+                parts.append(data)
+                covered.append((at, len(data) // size))
+        at += span.length
+    return None if shape is None else Routes(shape, covered, b"".join(parts))
+
+
+def check_size(data: Sequence[Datum]) -> None:
+    """Raises :class:`BadRequest` when the routes of all datums are more than a request may have."""
+    num_bytes = sum(len(datum.routes.data) for datum in data if datum.routes is not None)
+    if num_bytes > MAX_ROUTES_BYTES:
+        raise BadRequest(
+            "data", f"at most {MAX_ROUTES_BYTES:,} bytes of recorded routes in a request, got {num_bytes:,}: send fewer"
+        )
 
 
 def logprobs(spans: Sequence[Span], known: Known, advantages: Sequence[float], field: str) -> "array[float]":

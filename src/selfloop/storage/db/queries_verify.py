@@ -14,6 +14,7 @@ from selfloop.storage.db.tables import (
     OperationRow,
     PinnedCheckpointRow,
     QueuedSampleRow,
+    RecordedSampleRow,
 )
 
 _PAGE = 500
@@ -33,6 +34,15 @@ async def samples(session: AsyncSession, after: QueuedSampleRow | None) -> Seque
     query = select(QueuedSampleRow).order_by(QueuedSampleRow.sampler_id, QueuedSampleRow.id).limit(_PAGE)
     if after is not None:
         query = query.where(tuple_(QueuedSampleRow.sampler_id, QueuedSampleRow.id) > (after.sampler_id, after.id))
+    return (await session.scalars(query)).all()
+
+
+async def recorded(session: AsyncSession, after: RecordedSampleRow | None) -> Sequence[RecordedSampleRow]:
+    """The next ones behind ``after``, by sampler and request."""
+    table = RecordedSampleRow
+    query = select(table).order_by(table.sampler_id, table.request).limit(_PAGE)
+    if after is not None:
+        query = query.where(tuple_(table.sampler_id, table.request) > (after.sampler_id, after.request))
     return (await session.scalars(query)).all()
 
 

@@ -436,7 +436,8 @@ class RecordedSampleRow(Base):
     """What a request sampled, for training that names it; gone once nobody has used it for a day.
 
     ``request`` names it among the sampler's requests. ``payload`` has the prompt, and tokens and logprobs of each
-    sequence. There is no foreign key to the sampler: a recording may outlive its row.
+    sequence. Their routes lie in the row when small, else in a blob of that key. There is no foreign key to the
+    sampler: a recording may outlive its row.
     """
 
     __tablename__ = "recorded_samples"
@@ -448,6 +449,9 @@ class RecordedSampleRow(Base):
     policy_version: Mapped[int]
     expires_at: Mapped[float]
     payload: Mapped[bytes] = mapped_column(LargeBinary)
+    routes: Mapped[bytes | None] = mapped_column(LargeBinary, default=None)
+    routes_key: Mapped[str | None] = mapped_column(default=None)
+    routes_digest: Mapped[str | None] = mapped_column(default=None)
 
 
 class QueuedSampleRow(Base):

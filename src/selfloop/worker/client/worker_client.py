@@ -196,4 +196,7 @@ def _refusal_of_sample(request: SampleRequest, can: Capabilities, *, stream: boo
         return OperationFailed("structured_outputs: none, as this base model's worker has no grammars", "BadRequest")
     if request.asks_about_prompt and not can.prompt_logprobs:
         return OperationFailed("prompt_logprobs: none, as this base model's worker scores no prompts", "BadRequest")
+    if request.routes and not can.routes:
+        unsaid = "null or false, as this base model's worker does not say which experts it chose"
+        return OperationFailed(f"include_routed_experts: {unsaid}", "BadRequest")
     return None

@@ -92,7 +92,7 @@ def run_worker(order: ForkWorker, load: Callable[[], Model]) -> None:
             str(info.device),
             info.run_bytes,
             info.computed_by,
-            Capabilities(exact_replay=info.exact_replay),
+            Capabilities(exact_replay=info.exact_replay, routes=info.routes),
         )
     )
     replies.send(ready)

@@ -21,6 +21,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import LoraSegment
 from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.routing import Routing
 
 
 class StepAttention(Protocol):
@@ -59,6 +60,7 @@ class _LayerStep:
     rows: Recurrence | None
     adapters: StepAdapters | None
     lora: AdapterBatch
+    routing: Routing | None
 
     @property
     def recurrence(self) -> Recurrence:
@@ -79,6 +81,9 @@ class _LayerStep:
             return y_BO
         self.adapters.add(y_BO, low_BI, self.index, group)
         return y_BO.float()
+
+    def routed(self, chosen_BK: Tensor) -> Tensor:
+        return chosen_BK if self.routing is None else self.routing.experts(self.index, chosen_BK)
 
     def segments(self, group: int) -> list[LoraSegment]:
         return self.lora.at(self.index, group)
@@ -112,7 +117,8 @@ class DecodeStep:
         h_BD = self._weights.embedded(batch.tokens_T, self._spec.embedding_scale)
         rotations = self._rotations(batch.positions_T)
         for index, layer in enumerate(self._weights.layers):
-            at = _LayerStep(self, index, self._spec.cache_places[index], rotations, attention, rows, adapters, lora)
+            place = self._spec.cache_places[index]
+            at = _LayerStep(self, index, place, rotations, attention, rows, adapters, lora, batch.routing)
             spec, norms = self._spec.layers[index], self._norms[index]
             y_BD = layer.mixer.step(self._normed(h_BD, norms.mixer_D), at)
             h_BD.add_(self._normed(y_BD, norms.mixer_post_D), alpha=spec.residual_scale)

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from selfloop.engine.backends.base import Cache, Contracts, Costs, Draw, Row, Scores, Varlen
 from selfloop.engine.backends.cpu_native.draw import draw
 from selfloop.engine.backends.torch.attention import packed_attention
-from selfloop.engine.backends.torch.blocks.base import SegmentsOf
 from selfloop.engine.backends.torch.cache import TorchCache
 from selfloop.engine.backends.torch.cached_attention import PrefillAttention
 from selfloop.engine.backends.torch.costs import costs_of
@@ -27,6 +26,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
 from selfloop.engine.models.spec import FullAttention, ModelSpec, Norm
+from selfloop.engine.routing import Mixtures, Routing
 
 _COMPUTED_BY: dict[Products, str] = {"plain": "PyTorch's operators", "blocked": "oneDNN"}
 
@@ -40,6 +40,7 @@ class LayerRun:
     rotations: Rotations
     mixing: Mixing
     adapters: AdapterBatch
+    routing: Routing | None
 
     @property
     def recurrence(self) -> Recurrence:
@@ -58,12 +59,15 @@ class LayerRun:
         blocks = zip(x_TI.split(adapters.blocks), adapters.at_each(self.index, group), strict=True)
         return torch.cat([lora_linear(x_BI, linear, segments) for x_BI, segments in blocks])
 
-    def in_blocks(self, act: Callable[[Tensor, SegmentsOf], Tensor], x_TI: Tensor) -> Tensor:
+    def routed(self, chosen_TK: Tensor) -> Tensor:
+        return chosen_TK if self.routing is None else self.routing.experts(self.index, chosen_TK)
+
+    def in_blocks(self, act: Callable[..., Tensor], *each: Tensor) -> Tensor:
         adapters = self.adapters
         if adapters.blocks is None:
-            return act(x_TI, partial(adapters.at, self.index))
-        blocks = zip(x_TI.split(adapters.blocks), adapters.each(), strict=True)
-        return torch.cat([act(x_BI, partial(own.at, self.index)) for x_BI, own in blocks])
+            return act(partial(adapters.at, self.index), *each)
+        blocks = zip(adapters.each(), *(rows.split(adapters.blocks) for rows in each), strict=True)
+        return torch.cat([act(partial(own.at, self.index), *rows) for own, *rows in blocks])
 
 
 class TorchModel:
@@ -74,7 +78,7 @@ class TorchModel:
         self.spec = spec
         # What a recurrent layer knows of a prompt lies in no page.
         self.is_recurrent = spec.state_elements > 0
-        self.contracts = Contracts(prefixes=not self.is_recurrent)
+        self.contracts = Contracts(prefixes=not self.is_recurrent, routes=Mixtures.of(spec) is not None)
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
@@ -99,10 +103,18 @@ class TorchModel:
             self._decode_step = DecodeStep(self.spec, self.weights, self.rotaries)
         return self._decode_step.forward(batch, cache.step_attention(batch), cache.step_recurrence(batch), lora)
 
-    def layer(self, index: int, h_TD: Tensor, rotations: Rotations, mixing: Mixing, adapters: AdapterBatch) -> Tensor:
+    def layer(
+        self,
+        index: int,
+        h_TD: Tensor,
+        rotations: Rotations,
+        mixing: Mixing,
+        adapters: AdapterBatch,
+        routing: Routing | None = None,
+    ) -> Tensor:
         """One layer: float32 h_TD in and out."""
         spec, layer = self.spec.layers[index], self.weights.layers[index]
-        at = LayerRun(index, self.spec.cache_places[index], rotations, mixing, adapters)
+        at = LayerRun(index, self.spec.cache_places[index], rotations, mixing, adapters, routing)
         y_TD = layer.mixer(self._normed(h_TD, layer.mixer_norm_D, spec.norms[0]), at)
         y_TD = self._normed(y_TD, layer.mixer_post_norm_D, spec.post_norms[0])
         h_TD = torch.add(h_TD, y_TD, alpha=spec.residual_scale)
@@ -135,10 +147,10 @@ class TorchModel:
         h_TD = self.weights.embedded(batch.tokens_T, self.spec.embedding_scale)
         for index in range(self.spec.num_layers):
             if recompute:
-                rest = (h_TD, rotations, mixing, lora)
+                rest = (h_TD, rotations, mixing, lora, batch.routing)
                 h_TD = checkpoint(self.layer, index, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_TD = self.layer(index, h_TD, rotations, mixing, lora)
+                h_TD = self.layer(index, h_TD, rotations, mixing, lora, batch.routing)
         return rms_norm(h_TD, self.weights.final_norm_D, self.spec.final_norm_eps).to(self.dtype)
 
     def _normed(self, x_TD: Tensor, weight_D: Tensor | None, norm: Norm | None) -> Tensor:

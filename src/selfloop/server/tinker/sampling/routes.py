@@ -75,10 +75,14 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
         raise BadRequest("seq_id", f"0 to {2**63 - 1}, got {body.seq_id}")
     asked = await _asked(body, sampler, control)
     recorded_as = str(body.seq_id) if body.record_stability_info else None
+    # This dialect has no word for routes: they belong to what keeps training stable.
+    routes = recorded_as is not None and not (await control.catalogue.resolve(sampler.base_model)).no_routes
     request_id = futures.of_sample(sampler.id, body.seq_id)
 
     async def sampled() -> bytes:
-        result = await control.sampling.sample_newest(sampler, replace(asked.spec, record_as=recorded_as))
+        result = await control.sampling.sample_newest(
+            sampler, replace(asked.spec, record_as=recorded_as, routes=routes)
+        )
         size = 64 * len(asked.spec.prompt) * (1 + asked.view.num_top_prompt)
         return await off_loop(size, lambda: sample_response(result, asked.view))
 

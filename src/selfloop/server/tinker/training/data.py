@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, add_recorded, check
+from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, add_recorded, check, check_size, routes
 from selfloop.server.tinker import schema
 from selfloop.server.tinker.training import provenance
 from selfloop.types.custom_loss import CustomLoss
@@ -70,6 +70,7 @@ def operation(
     of_loss = custom if spec is None else spec
     assert of_loss is not None
     data = [_datum(datum, f"data[{i}]", of_loss, limits, budget, known) for i, datum in enumerate(message.data)]
+    check_size(data)
     kind = Forward if message.forward_only else ForwardBackward
     return kind(data, message.loss_fn, config, summed=True, custom=custom)
 
@@ -121,6 +122,7 @@ def _datum(
         raise BadRequest(f"{field}.loss_fn_input_spans", "spans with model_input_spans, and none without")
     if input_spans:
         check(input_spans, tokens, known, f"{field}.model_input_spans")
+    found = routes(input_spans, known, f"{field}.model_input_spans")
     where = f"{field}.loss_fn_inputs"
     if isinstance(loss, LossSpec):
         recorded = {"logprobs"} if target_spans else set[str]()
@@ -129,7 +131,7 @@ def _datum(
         inputs = _custom_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
     if target_spans:
         add_recorded(inputs, target_spans, known, field, loss.required if isinstance(loss, LossSpec) else ())
-    return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs)
+    return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs, found)
 
 
 def _loss_inputs(

@@ -8,12 +8,13 @@ from selfloop.control.resources.access import Caller
 from selfloop.server.shared.provenance import Known, Span
 from selfloop.server.tinker import names
 from selfloop.types.errors import SelfloopError
+from selfloop.types.resources import Run
 
 NEEDS_RECORD = "stable_reinforce"
 
 
-async def known(message: Any, caller: Caller, control: Control) -> Known:
-    """What the sequences are that a ``ForwardBackwardRequest`` names, by the ids that it gives them."""
+async def known(message: Any, caller: Caller, control: Control, run: Run) -> Known:
+    """What the sequences are that a ``ForwardBackwardRequest`` of ``run`` names, by the ids that it gives them."""
     named = {
         span.sequence_id
         for datum in message.data
@@ -23,7 +24,7 @@ async def known(message: Any, caller: Caller, control: Control) -> Known:
     ours = {id: _our_id(id) for id in named}
     found = await control.sampling.recorded.use(caller, set(ours.values())) if ours else {}
     sequences = {theirs: found[id] for theirs, id in ours.items() if id in found}
-    return Known(sequences, must_be_recorded=message.loss_fn == NEEDS_RECORD)
+    return Known(sequences, must_be_recorded=message.loss_fn == NEEDS_RECORD, model_name=run.model_name)
 
 
 def spans(field: Any) -> Sequence[Span]:

@@ -115,7 +115,7 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
                 "loss_fn", "stable_reinforce is not published, and refused here; use loss_fn=importance_sampling"
             )
         loss = await custom_losses.asked(message, caller, control, run)
-        known = await provenance.known(message, caller, control)
+        known = await provenance.known(message, caller, control, run)
         return await off_loop(len(raw), lambda: data.operation(message, limits, loss, known))
 
     kind = "forward" if message.forward_only else "forward_backward"

@@ -47,8 +47,15 @@ class LayerPass(Protocol):
         """The layer's number among those that keep the like of a sequence."""
         ...
 
-    def in_blocks(self, act: Callable[[Tensor, SegmentsOf], Tensor], x_TI: Tensor) -> Tensor:
-        """``act`` on all rows, or in a batch-invariant pass on each run's rows by themselves, and on their adapters."""
+    def routed(self, chosen_TK: Tensor) -> Tensor:
+        """int64 (T, K) experts that the rows go to, where the layer's router has chosen ``chosen_TK``."""
+        ...
+
+    def in_blocks(self, act: Callable[..., Tensor], *each: Tensor) -> Tensor:
+        """``act`` on all rows, or in a batch-invariant pass on each run's rows by themselves.
+
+        It is given the adapters of the rows (a :data:`SegmentsOf`), then the rows of ``each``.
+        """
         ...
 
 
@@ -73,6 +80,8 @@ class LayerStep(Protocol):
 
     @property
     def place(self) -> int: ...
+
+    def routed(self, chosen_BK: Tensor) -> Tensor: ...
 
     def segments(self, group: int) -> list[LoraSegment]:
         """The adapters of the layer's group of that number, for a block that multiplies by itself."""

@@ -38,17 +38,26 @@ class MixtureOfExpertsBlock:
         return [*self._router.linears(), *self._gate_up, *self._down, *shared]
 
     def __call__(self, x_TD: Tensor, at: LayerPass) -> Tensor:
-        out_TD = at.in_blocks(self._mix, x_TD)
+        logits_TE = at.in_blocks(self._logits, x_TD)
+        out_TD = at.in_blocks(self._mix, x_TD, logits_TE, at.routed(self._chosen(logits_TE)))
         return out_TD if self._shared is None else out_TD + self._shared(x_TD, at)
 
     def step(self, x_BD: Tensor, at: LayerStep) -> Tensor:
-        out_BD = self._mix(x_BD.to(self._dtype), at.segments).float()
+        low_BD = x_BD.to(self._dtype)
+        logits_BE = self._router(low_BD)
+        out_BD = self._mix(at.segments, low_BD, logits_BE, at.routed(self._chosen(logits_BE))).float()
         return out_BD if self._shared is None else out_BD + self._shared.step(x_BD, at)
 
-    def _mix(self, x_TD: Tensor, segments: SegmentsOf) -> Tensor:
+    def _logits(self, _segments: SegmentsOf, x_TD: Tensor) -> Tensor:
+        return self._router(x_TD)
+
+    def _chosen(self, logits_TE: Tensor) -> Tensor:
+        return choose(self._spec.router, logits_TE, self._router.correction_E)
+
+    def _mix(self, segments: SegmentsOf, x_TD: Tensor, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         both = () if self._spec.stacks else (GATE_UP, DOWN)
         of_gate_up, of_down = [segments(self._first + group) for group in both] or ([], [])
-        weights_TK, experts_TK = self._route(x_TD)
+        weights_TK = weigh(self._spec.router, logits_TE, experts_TK).to(x_TD.dtype)
         rows = ExpertRows(experts_TK, self._spec.num_experts, of_gate_up)
         gate_up, down = SortedExperts(self._gate_up, rows), SortedExperts(self._down, rows)
         gate_up_NF = lora_linear(rows.spread(x_TD), gate_up, expert_segments(of_gate_up, rows.spans))
@@ -56,12 +65,6 @@ class MixtureOfExpertsBlock:
         act_NF = swiglu(gate_up_NF) if clamp is None else clamped_swiglu(gate_up_NF, clamp)
         y_ND = lora_linear(act_NF, down, expert_segments(of_down, rows.spans))
         return rows.added(y_ND * rows.spread_weights(weights_TK))
-
-    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in the compute dtype and numbers of each row's experts, (T, K)."""
-        logits_TE = self._router(x_TD)
-        experts_TK = choose(self._spec.router, logits_TE, self._router.correction_E)
-        return weigh(self._spec.router, logits_TE, experts_TK).to(x_TD.dtype), experts_TK
 
 
 class _SharedExpert:
@@ -87,7 +90,7 @@ class _SharedExpert:
         y_BD = at.project(self._first + SHARED_DOWN, self._down, F.silu(gate_BF).mul_(up_BF))
         return y_BD if self._gate is None else y_BD.mul_(self._gate(x_BD.to(self._dtype)).float().sigmoid_())
 
-    def _weight(self, x_TD: Tensor, _segments: SegmentsOf) -> Tensor:
+    def _weight(self, _segments: SegmentsOf, x_TD: Tensor) -> Tensor:
         assert self._gate is not None
         return lora_linear(x_TD, self._gate, []).sigmoid()
 
