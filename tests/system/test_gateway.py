@@ -17,6 +17,7 @@ import stores
 from gateway import KEY, Gateway, Run, copy_data, environment, ok
 from selfloop.cli import engine_libraries
 from selfloop.cli.main import app
+from selfloop.types.client_variables import client_variables
 
 
 def test_the_gateway_is_light(gateway: Gateway, http: httpx.Client):
@@ -109,8 +110,12 @@ def test_first_key_is_made_shown_once_and_kept(data_template: Path, tmp_path: Pa
         assert kept.stat().st_mode & 0o777 == 0o600
         key = kept.read_text().strip()
         assert own.log.count(key) == 1
-        for line in (f"export LOOPS_BASE_URL={own.url}", f"export HF_ENDPOINT={own.url}/hf", "export BASETEN_API_KEY="):
-            assert line in own.log
+        lines, ready, _ = own.log_path.read_text().partition("Ready.\n")
+        assert ready, own.log
+        exports = [line for line in lines.splitlines() if line.startswith("  export ")]
+        told = subprocess.check_output("\n".join([*exports, "env"]), shell=True, text=True).splitlines()
+        for name, value in client_variables(own.url, key).items():
+            assert f"{name}={value}" in told
         assert own.http(key).get("/v1/teams").status_code == 200
         own.terminate()
         own.start(key=None)

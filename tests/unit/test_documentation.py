@@ -56,6 +56,7 @@ COMMANDS = {
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--bench", "--data-dir", "--model", "--port", "--store", "--verify"],
+    "selfloop exec": ["ARGUMENTS", "SCRIPT", "--data-dir", "--python", "--url"],
     "selfloop export": ["CHECKPOINT", "FOLDER", "--data-dir", "--dtype", "--to"],
     "selfloop import": ["FOLDER", "--base-model", "--data-dir", "--name", "--team"],
     "selfloop logs": ["ID", "--data-dir", "--follow", "--json", "--level", "--limit", "--url"],

@@ -17,6 +17,7 @@ import httpx
 from rich.console import Console
 
 from selfloop.cli import client_env
+from selfloop.types.client_variables import client_variables
 
 EXAMPLES = client_env.CLONE / "examples"
 
@@ -98,10 +99,9 @@ def client_environment(environ: Mapping[str, str], url: str, key: str, data_dir:
     """Environment of the script: the user's own, pointed at the demo's server and nowhere else."""
     kept = {name: value for name, value in environ.items() if name not in _DROPPED and "_REUSE_FROM_" not in name}
     no_proxy = ",".join(part for part in (environ.get("NO_PROXY", environ.get("no_proxy", "")), "127.0.0.1") if part)
-    return kept | {
-        "LOOPS_BASE_URL": url,
-        "BASETEN_API_KEY": key,
-        "HF_ENDPOINT": f"{url}/hf",
+    return {
+        **kept,
+        **client_variables(url, key),
         "HF_HOME": str(data_dir / "client-hf"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": no_proxy,

@@ -13,6 +13,7 @@ from selfloop.cli import (
     chat,
     checkpoints,
     database,
+    execute,
     keys,
     local,
     logs,
@@ -26,7 +27,7 @@ from selfloop.cli.serve import serve_command
 
 app = typer.Typer(
     name="selfloop",
-    help="Open, self-hosted training API for the official Loops client.",
+    help="Open, self-hosted training API for the official Loops and Tinker clients.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -37,6 +38,8 @@ app.command("import")(adapters.import_adapter)
 app.add_typer(runs.app, name="runs", help="Runs: list, show, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
+# What follows the script is the script's.
+app.command("exec", context_settings={"allow_interspersed_args": False})(execute.execute)
 app.command("migrate-database")(database.migrate_database)
 app.command("backup")(backup.make)
 app.command("restore")(backup.restore)
@@ -56,7 +59,7 @@ def _version(show: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    """Open, self-hosted training API for the official Loops client."""
+    """Open, self-hosted training API for the official Loops and Tinker clients."""
 
 
 app.command("serve")(serve_command)

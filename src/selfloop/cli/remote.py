@@ -25,7 +25,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 # Longer than the server holds a request that waits for capacity.
 _TIMEOUT_S, _CONNECT_TIMEOUT_S = 60.0, 5.0
 _PAGE_ROWS = 1000
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Url = Annotated[str | None, typer.Option("--url", help=f"The server. Default: $SELFLOOP_URL or {DEFAULT_URL}.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -100,9 +100,9 @@ def server(url: str | None, data_dir: Path | None) -> Generator[Server]:
 
     base = named_url(url) or DEFAULT_URL
     with failing_in_one_line():
-        headers = {"Authorization": f"Bearer {_key(data_dir)}"}
+        headers = {"Authorization": f"Bearer {api_key(data_dir)}"}
         # A proxy of the environment is for servers elsewhere.
-        direct = urlsplit(base).hostname in _LOOPBACK
+        direct = urlsplit(base).hostname in LOOPBACK
         timeout = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
         try:
             with httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=not direct) as http:
@@ -134,7 +134,8 @@ def refusal(answer: "httpx.Response") -> str:
     return str(said or f"{answer.request.method} {answer.request.url}: HTTP {answer.status_code}")
 
 
-def _key(data_dir: Path | None) -> str:
+def api_key(data_dir: Path | None) -> str:
+    """The key of the environment, or else of the data directory. Raises :class:`CommandFailed` if there is none."""
     given = os.environ.get("SELFLOOP_API_KEY")
     if given:
         return given

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from selfloop.cli import engine_libraries, local
 from selfloop.cli.options import command_of
+from selfloop.types.client_variables import client_variables
 from selfloop.types.errors import BadRequest
 from selfloop.types.option_sources import Loaded, load, to_toml
 from selfloop.types.options import leaves
@@ -86,7 +87,7 @@ def _warn_of_open_file(loaded: Loaded[Settings], file: Path | None) -> None:
 
 
 def _announce(settings: Settings, made: str | None, given: str) -> None:
-    """The three lines a user needs. The key is readable here once; afterwards only in its own file.
+    """What a script needs, and that it may come now. The key is readable here once; afterwards only in its own file.
 
     Args:
         made: the key that was made at this start, if any.
@@ -109,8 +110,11 @@ def _announce(settings: Settings, made: str | None, given: str) -> None:
     else:
         key = "<a key of yours; `selfloop keys create` makes one>"
     print(f"Selfloop serves at {base} (data in {settings.data_dir}). In the shell of your training script:\n")
-    print(f"  export LOOPS_BASE_URL={base}")
-    print(f"  export BASETEN_API_KEY={key}")
-    print(f"  export HF_ENDPOINT={base}/hf\n", flush=True)
+    for name, value in (client_variables(base, key) | {"TINKER_API_KEY": "tml-$BASETEN_API_KEY"}).items():
+        print(f"  export {name}={value}")
+    print(
+        "\nThese are for the Loops client, the Tinker client and tokenizers; `selfloop exec SCRIPT` sets them for you."
+    )
     if made is not None:
-        print(f"This key is shown once; it is kept in {key_file} (readable by you only).\n", flush=True)
+        print(f"The key is shown once; it is kept in {key_file} (readable by you only).")
+    print("Ready.\n", flush=True)

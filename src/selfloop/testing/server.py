@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from selfloop.testing.orders import Orders
 from selfloop.testing.tiny_model import make_tiny_model
+from selfloop.types.client_variables import client_variables
 
 TINY_MODEL = "selfloop/tiny"
 """The name of the model that a server has unless it is given another."""
@@ -171,16 +172,8 @@ def server(
 
 
 def client_environment(url: str, api_key: str) -> dict[str, str]:
-    """What the clients of both services, and their tokenizers, read from the environment."""
-    return {
-        "LOOPS_BASE_URL": url,
-        "BASETEN_API_KEY": api_key,
-        "TINKER_BASE_URL": url,
-        "TINKER_API_KEY": f"tml-{api_key}",
-        "TINKER_TELEMETRY": "0",
-        "HF_ENDPOINT": f"{url}/hf",
-        "WANDB_MODE": "disabled",
-    }
+    """What the clients of both services read, and what keeps them from telling anybody else."""
+    return client_variables(url, api_key) | {"TINKER_TELEMETRY": "0", "WANDB_MODE": "disabled"}
 
 
 def free_port() -> int:
