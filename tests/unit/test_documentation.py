@@ -68,7 +68,7 @@ COMMANDS = {
     "selfloop backup": ["FOLDER", "--data-dir", "--verify"],
     "selfloop restore": ["FOLDER", "--data-dir", "--store", "--take-over"],
     "selfloop prune": ["--archive", "--data-dir", "--json", "--older-than", "--yes"],
-    "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--name", "--revision"],
+    "selfloop models add": ["SOURCE", "--alias", "--data-dir", "--hub-url", "--name", "--revision"],
     "selfloop models fit": [
         "MODEL",
         "--activation-memory",

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ from selfloop.types.settings import Settings
 T = TypeVar("T")
 
 _PIPE_WIDTH = 400
+_LINE_INTERVAL_S = 5.0
+# With the longest stage and the two columns behind it 80 wide.
+_BAR_WIDTH = 20
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="The data directory. Default: $SELFLOOP_DATA_DIR or ~/.selfloop.")
@@ -114,12 +118,30 @@ def megabytes(size_bytes: int) -> str:
 
 @contextmanager
 def progress() -> Generator[Callable[[str, float], None]]:
-    """A bar on standard error for the length of a block; called with a stage and the fraction that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    """A bar on standard error for the length of a block; called with a stage and the fraction that is done.
+
+    Where that is no terminal, a download is a line every few seconds.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR_WIDTH), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _download_lines()
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("looking", total=1.0)
         yield lambda stage, part: bar.update(task, description=stage, completed=part)
+
+
+def _download_lines() -> Callable[[str, float], None]:
+    told = time.monotonic()
+
+    def tell(stage: str, part: float) -> None:
+        nonlocal told
+        if stage.startswith("download ") and time.monotonic() - told >= _LINE_INTERVAL_S:
+            told = time.monotonic()
+            typer.echo(f"{part:4.0%} {stage}", err=True)
+
+    return tell
 
 
 @asynccontextmanager

@@ -33,13 +33,17 @@ def list_models(data_dir: local.DataDir = None) -> None:
 @app.command()
 def add(
     source: Annotated[
-        str, typer.Argument(help="A local Hugging Face folder, a GGUF file, a hub id, or a model listed already.")
+        str,
+        typer.Argument(help="A local folder, a GGUF file, a hub id, modelscope:ORG/NAME, or a model listed already."),
     ],
     name: Annotated[
         str | None, typer.Option(help="Name to serve it under. Default: the folder's or file's name, or the hub id.")
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(help="A further name; may be given several times.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    hub_url: Annotated[
+        str | None, typer.Option(help="The hub to download from. Default: $HF_ENDPOINT or the id's own hub.")
+    ] = None,
     data_dir: local.DataDir = None,
 ) -> None:
     """Put a model in the catalogue, or serve one under further names."""
@@ -51,6 +55,7 @@ def add(
                     source,
                     name=name,
                     revision=revision,
+                    hub_url=hub_url,
                     aliases=alias or [],
                     on_progress=report,
                 )

@@ -1,12 +1,9 @@
 """Downloads a model of the Hugging Face hub: config first, so that a model nobody can serve costs nothing."""
 
-import shutil
-import threading
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,28 +13,33 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx  # the HTTP library differs between its releases
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
+from selfloop.convert.download import RemoteFile
+from selfloop.convert.model_files import download_model, may_be_needed
 from selfloop.convert.reports import Report
 from selfloop.types.errors import BadRequest, Denied, NotFound, NotReady
-from selfloop.types.model_folder import PUBLIC_FILES, check_config
-from selfloop.types.model_weights import WEIGHTS_FILE, WEIGHTS_INDEX, weight_names
 
-_PROGRESS_INTERVAL_S = 0.5
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def download(repo_id: str, revision: str | None, folder: Path, report: Report) -> None:
+def download(repo_id: str, revision: str | None, endpoint: str | None, folder: Path, report: Report) -> None:
     """Fetch tokenizer, config and safetensors of ``repo_id`` into ``folder``; what is there already stays.
+
+    Args:
+        endpoint: of the hub; None is that of ``HF_ENDPOINT``, or else of Hugging Face.
 
     Raises:
         NotFound: no such model or revision.
         Denied: the model is gated and the hub's token does not open it.
         BadRequest: not a model that can be served.
+        OperationFailed: what came is not what the hub says, or the disk has no room.
         NotReady: the hub cannot be reached.
     """
     report("find", 0.0)
     try:
-        _download(repo_id, revision, folder, report)
+        files = _files(repo_id, revision, endpoint)
+        download_model(repo_id, files, folder, build_hf_headers(), hf_raise_for_status, report)
     except GatedRepoError as error:
         raise Denied(f"{repo_id} is gated: accept its terms on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -56,40 +58,29 @@ def download(repo_id: str, revision: str | None, folder: Path, report: Report) -
         ) from error
 
 
-def _download(repo_id: str, revision: str | None, folder: Path, report: Report) -> None:
-    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if WEIGHTS_FILE not in sizes and WEIGHTS_INDEX not in sizes:
-        raise BadRequest("base_model", f"{repo_id} has no safetensors weights; pickled ones are never loaded")
-    small = [name for name in sizes if name in PUBLIC_FILES or name == WEIGHTS_INDEX]
-    snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=small)
-    check_config(folder)
-    weights = weight_names(folder, sizes)
-    with _progress(folder, sum(sizes[name] for name in [*small, *weights]), report):
-        snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=weights)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+def _files(repo_id: str, revision: str | None, endpoint: str | None) -> list[RemoteFile]:
+    """Of one commit: a branch may move while its files come."""
+    info = HfApi(endpoint=endpoint).model_info(repo_id, revision=revision, files_metadata=True)
+    found: list[RemoteFile] = []
+    for file in info.siblings or ():
+        if not may_be_needed(file.rfilename):
+            continue
+        url = hf_hub_url(repo_id, file.rfilename, revision=info.sha, endpoint=endpoint)
+        if file.size is None:
+            found.append(_asked(file.rfilename, url))
+            continue
+        sha256 = None if file.lfs is None else file.lfs.sha256
+        # What mirrors have as a small file's id is not always git's, but stands for its content.
+        version = f"{file.blob_id or info.sha}/{file.size}"
+        found.append(RemoteFile(file.rfilename, url, file.size, version, sha256))
+    return found
 
 
-@contextmanager
-def _progress(folder: Path, total_bytes: int, report: Report) -> Generator[None, None, None]:
-    stopped = threading.Event()
-
-    def watch() -> None:
-        while not stopped.wait(_PROGRESS_INTERVAL_S):
-            report("download", min(_size_bytes(folder) / max(total_bytes, 1), 1.0) * 0.99)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        watcher.join()
-
-
-def _size_bytes(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # partial files are renamed under our eyes
-            total += file.stat().st_size if file.is_file() else 0
-    return total
+def _asked(name: str, url: str) -> RemoteFile:
+    """Of a mirror that lists names alone: what it answers to HEAD."""
+    told = get_hf_file_metadata(url)
+    if told.size is None or told.etag is None:
+        raise NotReady(f"the model hub does not say the size of {name}", retry_s=60)
+    # The hub's tag of a large file is its digest.
+    sha256 = told.etag if _SHA256.fullmatch(told.etag) else None
+    return RemoteFile(name, url, told.size, f"{told.etag}/{told.size}", sha256)

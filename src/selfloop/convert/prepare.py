@@ -1,7 +1,8 @@
 """Turns a source into a served model folder (Hugging Face layout). Runs as a process of its own:
 
     python -m selfloop.convert.prepare embedded TARGET
-    python -m selfloop.convert.prepare hub ORG/NAME TARGET [--revision REV]
+    python -m selfloop.convert.prepare hub ORG/NAME TARGET [--revision REV] [--endpoint URL]
+    python -m selfloop.convert.prepare modelscope ORG/NAME TARGET [--revision REV] [--endpoint URL]
     python -m selfloop.convert.prepare folder PATH [--converted-into FOLDER]      PATH may be a GGUF file
 
 Stdout is JSON lines: ``{"stage": "weights", "fraction": 0.4}`` while it runs, and last either
@@ -55,11 +56,27 @@ def prepare_embedded(target: Path, report: Report) -> ModelFacts:
     return _build(target, build)
 
 
-def prepare_hub(repo_id: str, revision: str | None, target: Path, report: Report) -> ModelFacts:
-    """A model of the Hugging Face hub (or of the one ``HF_ENDPOINT`` names). A broken download resumes."""
+def prepare_hub(
+    repo_id: str, revision: str | None, target: Path, report: Report, endpoint: str | None = None
+) -> ModelFacts:
+    """A model of the Hugging Face hub, of ``endpoint`` or the one that ``HF_ENDPOINT`` names.
+
+    A broken download goes on where it ended, also one whose process was killed.
+    """
     from selfloop.convert.hub import download
 
-    return _build(target, lambda staging: download(repo_id, revision, staging, report))
+    return _build(target, lambda staging: download(repo_id, revision, endpoint, staging, report))
+
+
+def prepare_modelscope(
+    model_id: str, revision: str | None, target: Path, report: Report, endpoint: str | None = None
+) -> ModelFacts:
+    """A model of ModelScope: where its own client has put it, or else downloaded as from a hub."""
+    from selfloop.convert.modelscope import cached, download
+
+    if revision is None and endpoint is None and (folder := cached(model_id)) is not None:
+        return prepare_folder(folder, target.parent, report)
+    return _build(target, lambda staging: download(model_id, revision, endpoint, staging, report))
 
 
 def prepare_folder(path: Path, converted_into: Path | None, report: Report) -> ModelFacts:
@@ -163,15 +180,20 @@ def _check_model(path: Path) -> None:
         raise BadRequest("base_model", str(error)) from error
 
 
+_HUBS = {"hub": prepare_hub, "modelscope": prepare_modelscope}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfloop.convert.prepare", description="Prepare a model folder.")
     sources = parser.add_subparsers(dest="source", required=True)
     embedded = sources.add_parser("embedded")
     embedded.add_argument("target", type=Path)
-    hub = sources.add_parser("hub")
-    hub.add_argument("repo_id")
-    hub.add_argument("target", type=Path)
-    hub.add_argument("--revision")
+    for name in _HUBS:
+        hub = sources.add_parser(name)
+        hub.add_argument("model")
+        hub.add_argument("target", type=Path)
+        hub.add_argument("--revision")
+        hub.add_argument("--endpoint")
     folder = sources.add_parser("folder")
     folder.add_argument("path", type=Path)
     folder.add_argument("--converted-into", type=Path)
@@ -181,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(args: argparse.Namespace) -> ModelFacts:
     if args.source == "embedded":
         return prepare_embedded(args.target, print_progress)
-    if args.source == "hub":
-        return prepare_hub(args.repo_id, args.revision, args.target, print_progress)
+    if args.source in _HUBS:
+        return _HUBS[args.source](args.model, args.revision, args.target, print_progress, args.endpoint)
     return prepare_folder(args.path, args.converted_into, print_progress)
 
 

@@ -32,6 +32,8 @@ _EMBEDDED_MAX_POSITIONS = 8192
 _LONG_CONTEXT = re.compile(r"([^:]+):peft:([1-9][0-9]{0,9})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
+_HUB_ID = re.compile(r"(?:(hub|modelscope):)?([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)")
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -179,7 +181,7 @@ class Catalogue:
             case "gguf":
                 return ["folder", of, "--converted-into", str(self._paths.folder)]
             case _:
-                return ["hub", of, target, *(["--revision", row.revision] if row.revision else [])]
+                return _hub_arguments(kind, of, target, row.revision)
 
     async def prepare_embedded(self) -> None:
         """Prepare the embedded model ahead of its first use, if its package is installed here."""
@@ -196,6 +198,7 @@ class Catalogue:
         *,
         name: str | None,
         revision: str | None,
+        hub_url: str | None = None,
         aliases: Sequence[str],
         on_progress: Callable[[str, float], None],
     ) -> Model:
@@ -210,7 +213,7 @@ class Catalogue:
                 raise BadRequest("name", f"a name like Qwen/Qwen3-8B, got {candidate!r}")
         row = await self._row(source)
         if row is None:
-            row = await self._new_row(source, name, revision, on_progress)
+            row = await self._new_row(source, name, revision, hub_url, on_progress)
         elif name is not None and name != row.name:
             aliases = [*aliases, name]
         async with self._db.write() as session:
@@ -223,7 +226,12 @@ class Catalogue:
         return await self._describe(row)
 
     async def _new_row(
-        self, source: str, name: str | None, revision: str | None, on_progress: Callable[[str, float], None]
+        self,
+        source: str,
+        name: str | None,
+        revision: str | None,
+        hub_url: str | None,
+        on_progress: Callable[[str, float], None],
     ) -> CatalogueEntry:
         path = Path(source).expanduser()
         if path.is_dir() or is_gguf(path):
@@ -232,11 +240,13 @@ class Catalogue:
             found = await run_prepare(["folder", str(path), "--converted-into", str(self._paths.folder)], on_progress)
             own_name = path.name if path.is_dir() else path.stem
             row = _model_row(name or own_name, kind, path=self._paths.stored(Path(found)))
-        elif _NAME.fullmatch(source) and "/" in source:
-            target = self._paths.target(source)
-            arguments = ["hub", source, str(target)] + (["--revision", revision] if revision else [])
-            await run_prepare(arguments, on_progress)
-            row = _model_row(name or source, f"hub:{source}", path=self._paths.stored(target), revision=revision)
+        elif (hub := _HUB_ID.fullmatch(source)) is not None:
+            kind, model_id = hub[1] or "hub", hub[2]
+            # Another revision of the same model is another folder.
+            place = source.replace(":", "--") + (f"@{revision}" if revision else "")
+            target = str(self._paths.target(place))
+            path = Path(await run_prepare(_hub_arguments(kind, model_id, target, revision, hub_url), on_progress))
+            row = _model_row(name or model_id, f"{kind}:{model_id}", path=self._paths.stored(path), revision=revision)
         else:
             raise BadRequest("source", f"an existing folder, a GGUF file, a known model, or a hub id; got {source!r}")
         if not _NAME.fullmatch(row.name):
@@ -280,14 +290,20 @@ class Catalogue:
         return row
 
 
+def _hub_arguments(kind: str, model_id: str, target: str, revision: str | None, url: str | None = None) -> list[str]:
+    options = {"--revision": revision, "--endpoint": url}
+    return [kind, model_id, target, *(part for key, value in options.items() if value for part in (key, value))]
+
+
 def _logged(model_name: str, on_stage: Callable[[str], None]) -> Callable[[str, float], None]:
     """Pass progress on, and put each stage in the log once."""
     seen: set[str] = set()
 
     def report(stage: str, fraction: float) -> None:
-        if stage not in seen:
-            seen.add(stage)
-            log.info("%s: %s", model_name, stage)
+        kind = stage.partition(" ")[0]
+        if kind not in seen:
+            seen.add(kind)
+            log.info("%s: %s", model_name, kind)
         on_stage(f"{stage} ({fraction:.0%})")
 
     return report

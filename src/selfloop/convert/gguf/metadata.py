@@ -44,7 +44,7 @@ class Metadata:
         """Of the architecture's ``key``; None where the file does not say it."""
         name = f"{self.architecture}.{key}"
         self._read.add(name)
-        value = self.fields.get(name)
+        value: Any = self.fields.get(name)
         if value is None:
             return None
         if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -39,10 +39,10 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(.*)")
 
 
 class Place(NamedTuple):
-    """Where a tensor of a checkpoint is in a GGUF: ``index`` is that of its expert in a tensor of all."""
+    """Where a tensor of a checkpoint is in a GGUF: ``expert`` counts those of a tensor of all."""
 
     name: str
-    index: int | None = None
+    expert: int | None = None
 
 
 def architecture(spec: ModelSpec) -> str:

@@ -74,7 +74,7 @@ class GgufSource:
 
     def _stored(self, name: str) -> tuple[ReaderTensor, int | None]:
         place = self._places[name]
-        return self.metadata.tensors[place.name], place.index
+        return self.metadata.tensors[place.name], place.expert
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Place:
         place = place_of(name, self.spec)
@@ -86,10 +86,10 @@ class GgufSource:
             raise refusal(f"{stored.name} is {stored.tensor_type.name}, which is not dequantised here; known: {known}")
         # GGUF counts the innermost dimension first, and has a matrix of one row as a vector.
         found = tuple(int(size) for size in reversed(stored.shape))
-        wanted = shape if place.index is None else (found[0], *shape)
+        wanted = shape if place.expert is None else (found[0], *shape)
         if found != wanted and found != tuple(size for size in wanted if size != 1):
             raise refusal(f"{stored.name} has shape {list(found)}, expected {list(wanted)}")
-        if place.index is not None and place.index >= found[0]:
+        if place.expert is not None and place.expert >= found[0]:
             raise refusal(f"{stored.name} has {found[0]} experts")
         return place
 
