@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from tinker_exit import ended_well
 
-from gateway import KEY, REPO, Gateway, environment, selfloop
+from gateway import KEY, REPO, Gateway, Run, datum, environment, ok, selfloop
 
 SCRIPTS = Path(__file__).parent / "scripts" / "quickstarts"
 LOOPS_MODEL, TINKER_MODEL, COOKBOOK_MODEL = "Qwen/Qwen3.5-2B", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B-Base"
@@ -130,3 +131,45 @@ def test_the_cookbooks_first_loop_as_it_is(served: Gateway, cookbook_python: str
     last = json.loads((tmp_path / "log" / "checkpoints.jsonl").read_text().splitlines()[-1])
     assert last["name"] == "final"
     assert last["sampler_path"].startswith("tinker://")
+
+
+def test_a_call_with_a_tag_for_each_parameter_reaches_the_openai_client(served: Gateway):
+    """Taught with prompts from the server, in the form of the served template; ``auto`` by default."""
+    http = served.http()
+    look_up = {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+        },
+    }
+    asked: dict[str, Any] = {
+        "model": TINKER_MODEL,
+        "messages": [{"role": "user", "content": "Weather?"}],
+        "tools": [look_up],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    prompt = ok(http.post("/tokenize", json=asked))["tokens"]
+    call = "<tool_call>\n<function=look_up>\n<parameter=city>\n1\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    text = f"{call}</function>\n</tool_call><|im_end|>"
+    answer = ok(http.post("/tokenize", json={"model": TINKER_MODEL, "prompt": text, "add_special_tokens": False}))
+    example = datum((prompt + answer["tokens"])[:-1], [-100] * (len(prompt) - 1) + answer["tokens"])
+    own = Run.create(http, base_model=TINKER_MODEL, lora_rank=16, seed=1)
+    own.do("init_trainer_server", model=TINKER_MODEL, base_model=TINKER_MODEL, lora_rank=16)
+    for _ in range(30):
+        own.do("forward_backward", model=TINKER_MODEL, data=[example], loss_fn="cross_entropy")
+        own.do("optim_step", model=TINKER_MODEL, adam_params={"learning_rate": 5e-3})
+    path = own.do("save_weights_for_sampler", model=TINKER_MODEL, name="calls")["path"]
+    with OpenAI(base_url=f"{served.url}/oai/api/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+        answered = client.chat.completions.create(
+            model=path,
+            messages=asked["messages"],
+            tools=[look_up],
+            temperature=0,
+            max_tokens=100,
+            extra_body={"chat_template_kwargs": asked["chat_template_kwargs"]},
+        )
+    (choice,) = answered.choices
+    (made,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert (made.function.name, json.loads(made.function.arguments)) == ("look_up", {"city": "1", "days": 2})

@@ -7,26 +7,29 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from selfloop.server.shared.call_grammar import CLOSE, OPEN, Signature, calls_in_text, calls_or_json, one_call
+from selfloop.server.shared.tagged_parameters import OPEN_FUNCTION, read_call, texts_of
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
 from selfloop.types.sampling import StructuredOutput
 from selfloop.types.tool_templates import template_with_tools
 
-CallForm = Literal["tags", "json"]
-"""``tags``: ``<tool_call>{"name", "arguments"}</tool_call>`` anywhere in the text (Hermes, Qwen). ``json``: the
-whole text is ``{"name", "parameters"}`` (Llama)."""
+CallForm = Literal["tags", "parameters", "json"]
+"""``tags``: ``<tool_call>{"name", "arguments"}</tool_call>`` anywhere in the text (Hermes, Qwen). ``parameters``: the
+same, with a tag for each parameter in place of JSON (Qwen3.5). ``json``: the whole text is ``{"name", "parameters"}``
+(Llama)."""
 
 # A string may be cut off where the text ends.
 _STRING_OR_CLOSE = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|' + CLOSE, re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-# A template that lists parameters by tag does not write JSON between its tags.
-_TAGGED_PARAMETERS = "<function="
+# A value may hold the tag that ends a call, but hardly both in a row.
+_FUNCTION_CLOSE = re.compile(r"</function>\s*(?=" + CLOSE + ")")
 
 
 def call_form(template: str) -> CallForm | None:
     """How the model behind a chat template writes calls, None when the template shows no form that is read here."""
-    if OPEN in template and _TAGGED_PARAMETERS not in template:
-        return "tags"
+    if OPEN in template:
+        # A template that lists parameters by tag does not write JSON between its tags.
+        return "parameters" if OPEN_FUNCTION in template else "tags"
     if re.search(r'\{\s*\\?"name\\?"\s*:\s*[^{}]{1,80}\\?"parameters\\?"\s*:', template):
         return "json"
     return None
@@ -86,12 +89,14 @@ class ToolUse:
         form: how calls are written in the text; None where it is one call and nothing else.
         structured: what keeps the calls in their functions' schemas.
         own_stop: what ends the text with its first call, where nothing else does.
+        texts: functions and their parameters that are text, for calls that do not say what is.
     """
 
     names: frozenset[str] = frozenset()
     form: CallForm | None = None
     structured: StructuredOutput | None = None
     own_stop: tuple[str, ...] = ()
+    texts: frozenset[tuple[str, str]] = frozenset()
 
 
 def tool_use(
@@ -142,9 +147,21 @@ def _left_to_the_model(
     signatures = [_signature(f) if f.strict else _signature(f)._replace(schema=None) for f in functions]
     if answer is not None:
         return ToolUse(names, form, calls_or_json(signatures, answer, at_most_one=choice.at_most_one))
+    own_stop = (CLOSE,) if choice.at_most_one and form != "json" else ()
+    if form == "parameters":
+        _refuse_strict(functions, choice)
+        texts = (texts_of(function.name, function.parameters) for function in functions)
+        return ToolUse(names, form, own_stop=own_stop, texts=frozenset[tuple[str, str]]().union(*texts))
     if any(function.strict for function in functions):
         return ToolUse(names, form, calls_in_text(signatures, form, at_most_one=choice.at_most_one))
-    return ToolUse(names, form, own_stop=(CLOSE,) if choice.at_most_one and form == "tags" else ())
+    return ToolUse(names, form, own_stop=own_stop)
+
+
+def _refuse_strict(functions: list[Function], choice: Choice) -> None:
+    for function in functions:
+        if function.strict:
+            expected = f"false, or tool_choice {choice.forcing}: no grammar keeps the calls of this model's template"
+            raise BadRequest(f"{function.where}.strict", expected)
 
 
 def _signature(function: Function) -> Signature:
@@ -193,7 +210,7 @@ class CallReader:
         if not self.use.names:
             return Piece([text])
         self._held += text
-        if self.use.form == "tags":
+        if self.use.form in ("tags", "parameters"):
             return self._tagged(ended=False)
         if self.use.form == "json" and not (self._held.lstrip() or "{").startswith("{"):
             out, self._held = self._held, ""
@@ -203,7 +220,7 @@ class CallReader:
 
     def finish(self) -> Piece:
         """What is left when the sample has ended."""
-        if self.use.form == "tags":
+        if self.use.form in ("tags", "parameters"):
             return self._tagged(ended=True)
         held, self._held = self._held, ""
         call = self._call(held, "parameters" if self.use.form == "json" else "arguments")
@@ -249,19 +266,35 @@ class CallReader:
 
     def _close(self) -> int | None:
         """Where the call that begins the held text closes; a tag within a JSON string closes nothing."""
+        if self.use.form == "parameters":
+            return self._function_close()
         found = (match for match in _STRING_OR_CLOSE.finditer(self._held, len(OPEN)) if match[0] == CLOSE)
         return next((match.start() for match in found), None)
 
+    def _function_close(self) -> int | None:
+        """The same where a function by tags is to follow; what cannot become one closes with the next tag."""
+        if (end := _FUNCTION_CLOSE.search(self._held, len(OPEN))) is not None:
+            return end.end()
+        begun = self._held[len(OPEN) :].lstrip()[: len(OPEN_FUNCTION)]
+        at = -1 if OPEN_FUNCTION.startswith(begun) else self._held.find(CLOSE, len(OPEN))
+        return None if at < 0 else at
+
     def _call(self, text: str, arguments: str) -> Call | None:
+        if self.use.form == "parameters":
+            read = read_call(text, self.use.texts)
+            return self._named(*read) if read is not None and read.name in self.use.names else None
         try:
             value = msgspec.json.decode(text.strip(), type=dict[str, Any])
             name, given = value.get("name"), value.get(arguments)
             is_call = value.keys() == {"name", arguments} and isinstance(name, str) and name in self.use.names
             if not (is_call and isinstance(given, dict)):
                 return None
-            return Call(f"{self.id_prefix}{new_id()}{new_id()}", str(name), msgspec.json.encode(given).decode())
+            return self._named(str(name), given)
         except (msgspec.MsgspecError, RecursionError):
             return None
+
+    def _named(self, name: str, arguments: dict[str, Any]) -> Call:
+        return Call(f"{self.id_prefix}{new_id()}{new_id()}", name, msgspec.json.encode(arguments).decode())
 
 
 def _overlap(text: str, tag: str) -> int:
