@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -110,6 +112,7 @@ class Shape(NamedTuple):
     qk_norm: bool = False
     num_experts: int = 0
     recurrent: bool = False
+    sinks: bool = False
 
     def build(self) -> PreTrainedModel:
         sizes = {"vocab_size": 96, "max_position_embeddings": 2048, "eos_token_id": 2, **self.model}
@@ -117,6 +120,9 @@ class Shape(NamedTuple):
         if self.num_experts:
             experts = {"num_experts": self.num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=16, **experts, **sizes))
+        if self.sinks:
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}
+            return GptOssForCausalLM(GptOssConfig(head_dim=16, pad_token_id=0, **experts, **sizes))
         if self.recurrent:
             heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
             dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "head_dim": 16}
@@ -140,6 +146,7 @@ SHAPES = [
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [300, 301], num_runs=2, deterministic=True, qk_norm=True),
     Shape({**_NARROW, "num_hidden_layers": 3}, 8, [700, 90], num_runs=2, num_experts=5),
     Shape({**_NARROW, "num_hidden_layers": 3}, 24, [90] * 4, num_runs=2, deterministic=True, num_experts=3),
+    Shape({**_NARROW, "num_hidden_layers": 4}, 8, [1500, 300], sinks=True),
     # As many chunks at once as there may be, of more sequences than that, and in the end states for every chunk.
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [40] * 10 + [130] * 9, recurrent=True),
     Shape({**_NARROW, "num_hidden_layers": 4}, 8, [90] * 10, num_runs=2, deterministic=True, recurrent=True),
@@ -160,7 +167,7 @@ def test_no_pass_takes_more_than_is_estimated(number, layout, tmp_path, monkeypa
     monkeypatch.setattr(select, "BACKENDS", (backend,))
     folder, num_tokens = tmp_path / "model", sum(shape.lengths) * shape.num_runs
     tiny_models.save_quietly(shape.build(), folder)
-    if layout == "panels" and (shape.num_experts or shape.recurrent):
+    if layout == "panels" and (shape.num_experts or shape.recurrent or shape.sinks):
         pytest.skip("the CPU kernels have neither experts nor states")
     targets = LoraTargets(unembed=shape.unembed, experts=shape.num_experts > 0)
 
