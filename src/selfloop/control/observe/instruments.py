@@ -50,6 +50,19 @@ PUBLISHES_OUT_OF_BOUNDS = Counter(
     "Publishes after which the sampler's logprobs were too far from the trainer's, or not finite.",
     registry=REGISTRY,
 )
+LAST_QUANTITIES = (
+    "train/loss_mean",
+    "train/tokens_per_s",
+    "train/sampler_logprob_gap",
+    "optim/grad_norm",
+    "optim/learning_rate",
+)
+LAST_VALUE = Gauge(
+    "selfloop_last_value",
+    "The last that a run of a base model measured; a run's own curves are at /v1/loops/runs/<run_id>/metrics.",
+    ("model", "quantity"),
+    registry=REGISTRY,
+)
 WORKER_STARTS = Counter("selfloop_worker_starts", "Worker processes that became ready.", registry=REGISTRY)
 WORKER_RESTARTS = Counter("selfloop_worker_restarts", "Workers lost and replaced.", registry=REGISTRY)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from selfloop.control.observe import instruments, tracing
+from selfloop.control.observe.measurements import measured_by, values_of
 from selfloop.control.observe.meter import Meter
 from selfloop.control.observe.usage import Counts, Usage
 from selfloop.storage.db.tables import OperationRow, RunRow
@@ -58,7 +59,7 @@ class Observer:
         """An operation was given to the worker."""
         log.debug("%s (seq_id %d) handed to the worker", row.kind, row.seq, extra=self._extra(row, seq_id=row.seq))
 
-    def finished(self, row: OperationRow, result: Result, counts: Counts) -> None:
+    def finished(self, run: RunRow, row: OperationRow, result: Result, counts: Counts) -> None:
         """An operation's result is durable."""
         now = time.time()
         spent = result.spent
@@ -82,6 +83,10 @@ class Observer:
         instruments.COMPUTE_SECONDS.labels("training").inc(spent.device_s)
         instruments.TOKENS.labels("forwarded").inc(counts.tokens_forwarded)
         instruments.TOKENS.labels("trained").inc(counts.tokens_trained)
+        if (measured := measured_by(run, row, result, now)) is not None:
+            for name, value in values_of(measured).items():
+                if name in instruments.LAST_QUANTITIES:
+                    instruments.LAST_VALUE.labels(run.model_name, name).set(value)
 
     def failed(self, row: OperationRow, error: str, error_class: str, state: OperationState) -> None:
         """An operation's error is durable; a cancellation is one, too."""

@@ -58,6 +58,13 @@ class Point(msgspec.Struct):
     values: dict[str, float | None]
 
 
+class Fresh(NamedTuple):
+    """What came, oldest first; ``is_last`` when the run has ended, and nothing comes any more."""
+
+    points: list[Point]
+    is_last: bool
+
+
 class RunMetrics:
     def __init__(self, context: Context, runs: Runs) -> None:
         self._c = context
@@ -91,10 +98,10 @@ class RunMetrics:
 
         return await asyncio.to_thread(self._c.db.reading, work)
 
-    async def follow(self, caller: Caller, run_id: str, after: int, timeout_s: float) -> AsyncGenerator[list[Point]]:
+    async def follow(self, caller: Caller, run_id: str, after: int, timeout_s: float) -> AsyncGenerator[Fresh]:
         """What is measured behind ``after``, as it comes, until the run has ended or for ``timeout_s``.
 
-        An empty list in quiet times. The run's end ends it, a timeout or the end of the server breaks it off.
+        No points in quiet times.
         """
         deadline = time.monotonic() + timeout_s
         measured = self._c.outcomes.measured
@@ -104,13 +111,13 @@ class RunMetrics:
                 # Looked at first: what came before its end is then among the points.
                 has_ended = (await self._runs.get(caller, run_id)).run.status != RunStatus.ACTIVE
                 points = await self._behind(run_id, after)
-                yield points
+                is_whole = len(points) < _BATCH
+                yield Fresh(points, has_ended and is_whole)
                 after = points[-1].number if points else after
-                if len(points) == _BATCH:
-                    continue
-                if has_ended or left_s <= 0 or measured.is_closing:
-                    return
-                await announced.wait(seen, min(QUIET_S, left_s))
+                if is_whole:
+                    if has_ended or left_s <= 0 or measured.is_closing:
+                        return
+                    await announced.wait(seen, min(QUIET_S, left_s))
 
     async def _behind(self, run_id: str, after: int) -> list[Point]:
         def work(connection: Connection) -> list[Point]:

@@ -152,7 +152,7 @@ class Outcomes:
         if completed:
             for name, value in counted.items():
                 setattr(run, name, value)
-            self.observer.finished(row, result, counts)
+            self.observer.finished(run, row, result, counts)
             self.awaited.complete((row.run_id, row.id), Outcome(body))
             self.measured.announce(run.id)
             if isinstance(result, SaveResult):

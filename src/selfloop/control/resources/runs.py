@@ -18,6 +18,7 @@ from selfloop.control.queue.recovery import identity
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.new_rows import new_deployment, new_paired_sampler, new_run, new_session
+from selfloop.control.resources.run_names import run_name
 from selfloop.control.resources.user_config import UserConfigs
 from selfloop.storage.db import queries_checkpoints, queries_resources
 from selfloop.storage.db.keyset import Cut, Part
@@ -124,7 +125,7 @@ class Runs:
             BadRequest: a value that this installation cannot serve, by field.
             Conflict: the caller's own config excludes this machine.
         """
-        await self.session(caller, request.session_id)
+        in_session = await self.session(caller, request.session_id)
         if request.id is not None and (known := await self._known(caller, request.id)) is not None:
             return known
         model = await self._c.catalogue.resolve(request.base_model)
@@ -144,7 +145,7 @@ class Runs:
                 session_id=request.session_id,
                 deployment=deployment,
                 id=run_id,
-                name=request.name or request.base_model,
+                name=run_name(request.name, request.user_metadata, in_session, request.base_model),
                 base_model=request.base_model,
                 lora_rank=lora_rank,
                 max_seq_len=max_seq_len,

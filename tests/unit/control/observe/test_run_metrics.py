@@ -182,7 +182,7 @@ async def test_a_stream_has_what_was_and_what_comes_and_ends_with_the_run(house:
 
     async def watch() -> None:
         async for fresh in metrics_of(house).follow(OWNER, RUN_ID, 0, 60.0):
-            points.extend(fresh)
+            points.extend(fresh.points)
 
     watching = asyncio.create_task(watch())
     await train(house, 2)
@@ -198,13 +198,13 @@ async def test_a_stream_has_what_was_and_what_comes_and_ends_with_the_run(house:
 async def test_a_stream_ends_after_its_time_and_with_the_server(house: FakeHouse):
     await train(house, 1)
     at_once = [fresh async for fresh in metrics_of(house).follow(OWNER, RUN_ID, 1, 0.0)]
-    assert [[point.number for point in fresh] for fresh in at_once] == [[2]]
+    assert [([point.number for point in points], is_last) for points, is_last in at_once] == [([2], False)]
     stream = metrics_of(house).follow(OWNER, RUN_ID, 2, 60.0)
-    assert await anext(stream) == []
+    assert await anext(stream) == ([], False)
     going = asyncio.create_task(anext(stream))
     await asyncio.sleep(0)
     metrics_of(house).stop()
-    assert await asyncio.wait_for(going, 10) == []
+    assert await asyncio.wait_for(going, 10) == ([], False)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 

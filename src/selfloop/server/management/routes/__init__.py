@@ -9,12 +9,13 @@ from selfloop.server.management.routes import (
     keys,
     models,
     observations,
+    run_metrics,
     runs,
     samplers,
 )
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, samplers, models, deployments, checkpoints, account, keys, observations):
+for part in (runs, run_metrics, samplers, models, deployments, checkpoints, account, keys, observations):
     router.include_router(part.router)
 
 public = checkpoints.public
