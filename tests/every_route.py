@@ -91,6 +91,8 @@ LOSS = {"inputs": [], "graph": {"nodes": []}, "name": "x", "session_id": "{sessi
 ROUTES: dict[str, list[Ask]] = {
     "GET /healthz": [PUBLIC],
     "GET /openapi.json": [PUBLIC],
+    "GET /": [PUBLIC],
+    "GET /dashboard/{file}": [PUBLIC],
     "GET /metrics": [listed()],
     # A run's data plane.
     "GET /loops/runs/{run_id}/health": [gone()],

@@ -35,7 +35,7 @@ app.add_typer(keys.app, name="keys", help="API keys: create, list, revoke.")
 app.add_typer(models.app, name="models", help="The model catalogue: list, add.")
 app.command("export")(adapters.export)
 app.command("import")(adapters.import_adapter)
-app.add_typer(runs.app, name="runs", help="Runs: list, show, deactivate.")
+app.add_typer(runs.app, name="runs", help="Runs: list, show, watch, compare, track, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
 # What follows the script is the script's.

@@ -35,6 +35,10 @@ class CommandFailed(Exception):
     """The command cannot continue; the text is the reason."""
 
 
+class Unreachable(CommandFailed):
+    """The server does not answer, or broke off."""
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A server as the holder of one key sees it. Every method raises :class:`CommandFailed` when it refuses."""
@@ -58,18 +62,40 @@ class Server:
     def post(self, path: str, body: Json | None = None, timeout_s: float = _TIMEOUT_S) -> Json:
         return self._json(self.http.post(path, json=body or {}, timeout=timeout_s))
 
+    def events(self, path: str, **params: object) -> Iterator[tuple[str, Json]]:
+        """Name and data of each server-sent event, as it comes. Raises :class:`Unreachable`, too."""
+        import httpx
+
+        name = ""
+        try:
+            with self.http.stream("GET", path, params=_given(params)) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise CommandFailed(refusal(answer))
+                for line in answer.iter_lines():
+                    if line.startswith("event: "):
+                        name = line.removeprefix("event: ")
+                    elif line.startswith("data: "):
+                        yield name, json.loads(line.removeprefix("data: "))
+        except httpx.TransportError as error:
+            raise Unreachable(f"{self.http.base_url}: {error or type(error).__name__}") from None
+
     def find(self, path: str, **params: object) -> Json | None:
         """The answer of a route, None where it says that there is no such thing."""
         answer = self._asked(path, params)
         return None if answer.status_code == 404 else self._json(answer)
 
     def _asked(self, path: str, params: Mapping[str, object]) -> "httpx.Response":
-        return self.http.get(path, params={name: str(value) for name, value in params.items() if value is not None})
+        return self.http.get(path, params=_given(params))
 
     def _json(self, answer: "httpx.Response") -> Json:
         if not answer.is_success:
             raise CommandFailed(refusal(answer))
         return answer.json()
+
+
+def _given(params: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in params.items() if value is not None}
 
 
 def segment(text: str) -> str:

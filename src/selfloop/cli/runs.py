@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, names, remote
+from selfloop.cli import local, remote, run_curves, track
 
 app = typer.Typer(invoke_without_command=True)
+app.command("watch")(run_curves.watch)
+app.command("compare")(run_curves.compare)
+app.command("track")(track.track)
 
-RunId = Annotated[
-    str,
-    typer.Argument(help=f"The run: {names.FORMS_OF_A_RUN}.", parser=names.run_id, metavar="RUN"),
-]
 Everybody = Annotated[bool, typer.Option("--team", help="With a server: the whole team's, not only this key's.")]
 
 
@@ -64,20 +63,33 @@ def list_runs(
 
 @app.command("show")
 def show_run(
-    run_id: RunId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+    run_id: run_curves.RunId,
+    url: remote.Url = None,
+    data_dir: local.DataDir = None,
+    as_csv: run_curves.AsCsv = False,
+    as_json: remote.AsJson = False,
 ) -> None:
-    """Show one run of a server, with its trainer deployment and its optimizer steps."""
+    """Show one run of a server, with its trainer deployment, its optimizer steps and its curves."""
     with remote.server(url, data_dir) as server:
+        if as_csv:
+            typer.echo(run_curves.as_csv(run_curves.whole(server, run_id)), nl=False)
+            return
         row = server.get(f"/v1/loops/runs/{remote.segment(run_id)}")["run"]
         if row["deployment_id"] is not None:
             deployment = server.get(f"/v1/loops/deployments/{row['deployment_id']}")["deployment"]
             row["deployment"] = {"status": deployment["status"]}
         row["steps"] = server.get(f"/loops/runs/{remote.segment(run_id)}/policy_version")["policy_version"]
+        series = run_curves.thinned(server, run_id)
+        if as_json:
+            row["metrics"] = list(series.values())
         remote.show_one(row, as_json)
+        if not as_json:
+            for line in run_curves.drawn(series):
+                typer.echo(line)
 
 
 @app.command()
-def deactivate(run_id: RunId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+def deactivate(run_id: run_curves.RunId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
     """End a run and its sampler; its checkpoints stay."""
     with remote.server(url, data_dir) as server:
         server.post(f"/v1/loops/runs/{remote.segment(run_id)}/deactivate")

@@ -91,7 +91,7 @@ class Dialect:
         patterns: regular expressions of paths that are its own, though they begin with a prefix of another.
         polls: routes that hold a request until there is an answer: they are not counted as requests of a key.
         errors: how its clients read errors.
-        keyless: paths that need no key; one that ends in a slash stands for all below it.
+        keyless: paths that need no key; one that ends in a slash stands for all below it, but for the root.
         reads_below: prefixes below which every GET and HEAD only reads, which a read-only key may do.
         read_only: other routes that a read-only key may use.
         admin_only: routes that take an admin key of the team.
@@ -118,7 +118,7 @@ class Dialect:
     amend: Callable[[dict[str, Any], FastAPI], None] | None = None
 
     def is_keyless(self, path: str) -> bool:
-        return any(path.startswith(one) if one.endswith("/") else path == one for one in self.keyless)
+        return any(path == one or (one.endswith("/") and one != "/" and path.startswith(one)) for one in self.keyless)
 
     def is_admin_only(self, method: str, path: str) -> bool:
         return _is_in(self.admin_only, method, path)

@@ -1,9 +1,9 @@
 """Rows of what the operations of runs measured."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from sqlalchemy import Connection, func, insert, literal, select
+from sqlalchemy import Connection, Insert, Table, bindparam, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.storage.db.tables import RunMetricRow
@@ -27,14 +27,22 @@ class Numbered(NamedTuple):
     measured: Measurement
 
 
+def _adding() -> Insert:
+    table = cast(Table, RunMetricRow.__table__)
+    names = [column.name for column in table.c if column.name != "number"]
+    given = {name: bindparam(name, type_=table.c[name].type) for name in names}
+    last = select(func.coalesce(func.max(table.c["number"]), 0)).where(table.c["run_id"] == given["run_id"])
+    row = select(*given.values(), last.scalar_subquery() + 1)
+    return insert(table).from_select([*names, "number"], row)
+
+
+# Made once: to put it together takes longer than to carry it out.
+_ADD = _adding()
+
+
 async def add(session: AsyncSession, run_id: str, measured: Measurement) -> None:
     """Store it as the run's newest."""
-    columns = RunMetricRow.__table__.c
-    last = select(func.coalesce(func.max(RunMetricRow.number), 0)).where(RunMetricRow.run_id == run_id)
-    given = [literal(value, columns[name].type) for name, value in measured._asdict().items()]
-    row = select(literal(run_id, columns["run_id"].type), last.scalar_subquery() + 1, *given)
-    names = ["run_id", "number", *Measurement._fields]
-    await session.execute(insert(RunMetricRow).from_select(names, row))
+    await session.execute(_ADD, {"run_id": run_id, **measured._asdict()})
 
 
 def after(connection: Connection, run_id: str, number: int, limit: int | None) -> Iterator[Numbered]:
