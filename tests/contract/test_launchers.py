@@ -43,6 +43,7 @@ DAMAGED = "damaged"
 """The model that cannot be loaded."""
 REQUEST = SampleRequest("a", [75, 108], 1, SamplingParams(max_tokens=5, seed=1, use_end_tokens=False))
 BOUND = SampleRequest("b", [1], 1, SamplingParams(max_tokens=1, structured=StructuredOutput("regex", "a")))
+ROUTED = SampleRequest("d", [1], 1, SamplingParams(max_tokens=1), routes=True)
 SCORED = SampleRequest("c", [1], 1, SamplingParams(max_tokens=1), prompt_logprobs=0)
 
 
@@ -222,6 +223,7 @@ async def test_a_worker_says_what_it_can(house: House):
         (Capabilities(streams=False), Sample(REQUEST, stream=True), "stream: false"),
         (Capabilities(structured_output=False), Sample(BOUND), "structured_outputs: none"),
         (Capabilities(prompt_logprobs=False), Sample(SCORED), "prompt_logprobs: none"),
+        (Capabilities(routes=False), Sample(ROUTED), "include_routed_experts: null or false"),
     ],
 )
 async def test_what_a_worker_cannot_do_is_refused_before_it_is_sent(can: Capabilities, command: Command, expected: str):

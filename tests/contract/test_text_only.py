@@ -1,4 +1,4 @@
-"""Images, routed experts and base checkpoints are not served: refused wherever they may occur, at once and in words."""
+"""Images and base checkpoints are not served, nor routed experts of a model without: refused at once and in words."""
 
 import httpx
 import pytest

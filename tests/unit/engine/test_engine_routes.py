@@ -195,3 +195,18 @@ def test_a_model_without_experts_refuses(tmp_path: Path):
         engine.submit_sample(SampleRequest("x", [1], 1, SamplingParams(max_tokens=2), routes=True))
     engine.init_run("r", rank=4, seed=0)
     assert not engine.info.routes
+
+
+@pytest.mark.parametrize("family", ["glm4-moe", "minimax-m2", "mixtral", "qwen3_5-moe"])
+def test_routers_of_every_kind_are_recorded_and_replayed(family: str, tmp_path: Path):
+    """Sigmoid scores with a correction and groups, softmax over the chosen, and layers with a state beside them."""
+    engine = Engine.load(tiny_models.save(family, tmp_path), device="cpu", dtype="float32")
+    engine.init_run("r", rank=4, seed=3)
+    engine.publish("r", "a")
+    result = sample(engine, "x", n=1)
+    assert result.routes is not None
+    whole, routes = [*PROMPT, *result.sequences[0].tokens], routes_of(result.routes, 0)
+    anew, again, elsewhere = (logprobs(engine, datum(whole, r))[0] for r in (None, routes, other(engine, routes)))
+    assert again == anew
+    assert again[len(PROMPT) - 1 :] == pytest.approx(result.sequences[0].logprobs, abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(elsewhere, again, strict=True)) > 1e-3

@@ -169,3 +169,19 @@ def test_content_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     sha = model_folder.snapshot_sha(folder)
     monkeypatch.setattr(model_folder.hashlib, "file_digest", None)
     assert model_folder.snapshot_sha(folder) == sha
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "no experts to route to"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, ""),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ""),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "transformers computes the served model (deepseek_v3)"),
+    ],
+)
+def test_why_routes_cannot_be_recorded(folder: Path, config: dict[str, object], says: str):
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    found = model_folder.read_facts(folder).no_routes
+    assert says in found
+    assert bool(found) == bool(says)
