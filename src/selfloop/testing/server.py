@@ -104,7 +104,7 @@ class Server:
         """The model's tokenizer, read from its folder: a ``transformers`` one."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_folder)
+        return AutoTokenizer.from_pretrained(self.model_folder, trust_remote_code=False)
 
     def kill_worker(self, *, at_step: int | None = None) -> None:
         """Kill the worker, as a crash or the kernel would. The server starts another, and nothing accepted is lost.
