@@ -83,6 +83,10 @@ def why_unknown(config: Mapping[str, Any]) -> str | None:
     return f"model type {model_type!r} is not supported, and no causal language model of transformers"
 
 
+OLD_NAMES_OF_LONGROPE = frozenset({"su", "yarn"})
+"""In Phi-3's first releases."""
+
+
 def context_of(config: Mapping[str, Any]) -> int | None:
     """How many positions a ``config.json`` says that its model has; None where it does not.
 
@@ -94,7 +98,8 @@ def context_of(config: Mapping[str, Any]) -> int | None:
     if context is None or not isinstance(rope, dict):
         return context
     found = cast("dict[str, object]", rope)
-    if "longrope" not in (found.get("rope_type"), found.get("type")):
+    kinds = {found.get("rope_type"), found.get("type")}
+    if "longrope" not in kinds and not (config.get("model_type") == "phi3" and kinds & OLD_NAMES_OF_LONGROPE):
         return context
     name = "original_max_position_embeddings"
     original = found.get(name, config.get(name))

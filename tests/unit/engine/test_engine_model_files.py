@@ -6,11 +6,11 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny_models
 from selfloop.engine.engine import Engine
-from selfloop.engine.models.registry import parse_spec
+from selfloop.engine.models.registry import parse_spec, read_spec
 from selfloop.engine.models.spec import dense_layers, unlike_dense
 from selfloop.types.errors import OperationFailed
 
@@ -56,6 +56,28 @@ def test_of_both_rope_layouts_the_older_counts_as_in_transformers(scaling: dict[
 )
 def test_end_tokens_come_from_the_generation_config_first(generation, expected):
     assert parse_spec(RAW, generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_the_first_names_of_phi_3_for_longrope(name, tmp_path):
+    """The same model as under today's name, here and in transformers."""
+    now = tiny_models.save("phi3-longrope", tmp_path / "now")
+    then = shutil.copytree(now, tmp_path / "then")
+    raw = json.loads((then / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    assert rope.pop("rope_type") == "longrope"
+    raw |= {"rope_theta": rope.pop("rope_theta"), "partial_rotary_factor": rope.pop("partial_rotary_factor")}
+    raw |= {"original_max_position_embeddings": rope["original_max_position_embeddings"]}
+    (then / "config.json").write_text(json.dumps(raw | {"rope_scaling": {"type": name, **rope}}))
+    spec = read_spec(then)
+    assert (spec, spec.rope.kind, spec.context) == (read_spec(now), "longrope", 160)
+    ids = torch.tensor([tiny_models.random_ids(20, seed=0)])
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (now, then)]
+    with torch.no_grad():
+        logits = [model(ids).logits for model in models]
+    assert torch.equal(*logits)
+    with pytest.raises(OperationFailed, match="rope scaling 'su' is not supported"):
+        parse_spec(RAW | {"rope_scaling": {"type": "su", "factor": 2.0}}, {})
 
 
 @pytest.mark.parametrize(
@@ -155,7 +177,10 @@ NORM = "model.norm.weight"
         (lambda t: t.pop(NORM), "lacks 1 tensors.*norm"),
         (lambda t: t.update({"model.extra": torch.ones(1)}), "unexpected.*extra"),
         (lambda t: t.update({NORM: torch.ones(3)}), r"shape \[3\]"),
-        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), "quantized"),
+        (
+            lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}),
+            "is I8, and config.json names no quantization_config",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(folder, change, message):

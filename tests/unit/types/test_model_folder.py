@@ -118,7 +118,9 @@ _LONG = {"short_factor": [1.0], "long_factor": [4.0]}
         ({"max_position_embeddings": None, "model_max_length": 48}, 48),
         ({"rope_scaling": {"type": "longrope", **_LONG}, "original_max_position_embeddings": 16}, 16),
         ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16, **_LONG}}, 16),
-        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 64),
+        ({"rope_scaling": {"type": "su", **_LONG}, "original_max_position_embeddings": 16}, 16),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16}}, 16),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 16}}, 64),
     ],
 )
 def test_a_context_ends_where_a_batch_would_change_its_sequences(folder: Path, change: dict[str, object], context: int):

@@ -143,9 +143,9 @@ class HfConfig:
     def norm(self, name: str, *, plus_one: bool = False) -> Norm:
         return Norm(name, self._sizes["hidden_size"], self.eps, plus_one)
 
-    def partial_rope(self, head_dim: int, default: float) -> RopeConfig:
-        """Of a part of each head, ``default`` where the config does not say which."""
-        return _parsed(self.raw, head_dim, partial=default)
+    def partial_rope(self, head_dim: int, default: float, renamed: Mapping[str, str] | None = None) -> RopeConfig:
+        """Of a part of each head, ``default`` where the config does not say which; ``renamed`` as in parse_rope."""
+        return _parsed(self.raw, head_dim, partial=default, renamed=renamed)
 
     def rope_of(self, kind: str, head_dim: int, base: str, default_base: float) -> RopeConfig:
         """That of one kind of layers, where full and sliding ones have each their own.
@@ -223,9 +223,11 @@ class HfConfig:
         return _number("rms_norm_eps", self.raw.get("rms_norm_eps", 1e-6))
 
 
-def _parsed(raw: Mapping[str, Any], head_dim: int, partial: float | None = None) -> RopeConfig:
+def _parsed(
+    raw: Mapping[str, Any], head_dim: int, partial: float | None = None, renamed: Mapping[str, str] | None = None
+) -> RopeConfig:
     try:
-        return parse_rope(raw, head_dim, partial=partial)
+        return parse_rope(raw, head_dim, partial=partial, renamed=renamed)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise model_invalid(f"config.json: the rope parameters cannot be read: {error}") from error
 

@@ -34,15 +34,23 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
 
 
-def parse_rope(raw: Mapping[str, Any], head_dim: int, *, partial: float | None = None) -> RopeConfig:
+def parse_rope(
+    raw: Mapping[str, Any],
+    head_dim: int,
+    *,
+    partial: float | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> RopeConfig:
     """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before).
 
     ``partial`` is which part of a head is rotated where the config says nothing; None in families that rotate all.
+    ``renamed`` are other names that a family has for kinds of scaling.
 
     Where both are given, ``rope_scaling`` alone counts, as in either transformers.
     """
     params: dict[str, Any] = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = str(params.get("rope_type", params.get("type", "default")))
+    kind = (renamed or {}).get(kind, kind)
     if kind not in _INVERSE_FREQUENCIES:
         raise model_invalid(f"rope scaling {kind!r} is not supported; known: {sorted(_INVERSE_FREQUENCIES)}")
     part = params.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0 if partial is None else partial))
