@@ -135,8 +135,16 @@ def bnb_int8(name: str, weight: Tensor) -> Written:
     )
 
 
-def nf4(name: str, weight: Tensor, *, nested: bool = False, block: int = 64, nested_block: int = 4) -> Written:
-    table = torch.linspace(-1, 1, 16) ** 3
+def nf4(
+    name: str,
+    weight: Tensor,
+    *,
+    nested: bool = False,
+    block: int = 64,
+    nested_block: int = 4,
+    table: tuple[float, ...] | None = None,
+) -> Written:
+    table = torch.linspace(-1, 1, 16) ** 3 if table is None else torch.tensor(table)
     flat = weight.flatten().tolist()
     blocks = [flat[start : start + block] for start in range(0, len(flat), block)]
     absmax = torch.tensor([max(map(abs, values)) for values in blocks])

@@ -76,6 +76,7 @@ COMMANDS = {
         "--context",
         "--data-dir",
         "--device",
+        "--dtype",
         "--json",
         "--max-kv-tokens",
         "--memory",
@@ -96,6 +97,7 @@ COMMANDS = {
     "selfloop samplers wake": ["SAMPLER_ID", "--data-dir", "--url"],
     "selfloop serve": [
         "--activation-memory",
+        "--base-dtype",
         "--body-memory",
         "--capacity",
         "--config",

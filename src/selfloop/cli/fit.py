@@ -25,6 +25,7 @@ class Question:
 
     device: str
     dtype: str
+    base_dtype: str
     memory_bytes: int | None
     rank: int
     context: int | None
@@ -33,7 +34,8 @@ class Question:
 
     @property
     def arguments(self) -> list[str]:
-        words = ["--device", self.device, "--dtype", self.dtype, "--rank", str(self.rank)]
+        words = ["--device", self.device, "--dtype", self.dtype, "--base-dtype", self.base_dtype]
+        words += ["--rank", str(self.rank)]
         given = {
             "--memory-bytes": self.memory_bytes,
             "--context": self.context,
@@ -165,13 +167,14 @@ def _print_one(said: Said) -> None:
 
 def _lines(found: Fit, run: RunPlan) -> list[tuple[str, str]]:
     stored = "no weight files" if found.stored_bytes is None else f"{_size(found.stored_bytes)} stored"
-    dequantised = f", dequantised from {found.quantization}" if found.quantization else ""
+    made_from = f", made from {found.quantization}" if found.quantization else ""
+    kept = f" in {found.base_dtype}" if found.base_dtype != "auto" else ""
     lines = [
         ("device", f"{found.device}, {_size(found.memory_bytes)}"),
         ("computed by", f"{found.backend}, in {found.dtype}"),
         *((f"  not {name}", reason) for name, reason in found.passed_over.items()),
         ("model", f"{found.model_type}, {found.num_parameters / 1e9:.2f}B parameters, {stored}"),
-        ("base weights", _size(found.weights_bytes) + _laid_out(found) + dequantised),
+        ("base weights", _size(found.weights_bytes) + kept + _laid_out(found) + made_from),
         ("adapters on", ", ".join(found.adapted) or "nothing: it can only be sampled"),
     ]
     if found.frozen > 0:

@@ -8,7 +8,7 @@ from rich.table import Table
 from selfloop.cli import local
 from selfloop.cli.fit import Question, show_fits
 from selfloop.types.lora import MAX_LORA_RANK
-from selfloop.types.settings import Device, Dtype
+from selfloop.types.settings import BaseDtype, Device, Dtype
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -81,8 +81,11 @@ def fit(
     device: Annotated[
         Device, typer.Option(help="Where to compute: auto takes a GPU if there is one. A GPU elsewhere needs --memory.")
     ] = "auto",
-    base_dtype: Annotated[
+    dtype: Annotated[
         Dtype, typer.Option(help="Compute type: auto is bfloat16 where the device computes in it.")
+    ] = "auto",
+    base_dtype: Annotated[
+        BaseDtype, typer.Option(help="What base weights are kept in, as of serve: auto is the compute type.")
     ] = "auto",
     activation_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What one pass of training may take, as of serve.")
@@ -93,7 +96,7 @@ def fit(
 ) -> None:
     """Say what a model takes of a device's memory, before it is loaded."""
     sizes = (local.size_bytes("--memory", memory), local.size_bytes("--activation-memory", activation_memory))
-    asked = Question(device, base_dtype, sizes[0], rank, context, sizes[1], max_kv_tokens)
+    asked = Question(device, dtype, base_dtype, sizes[0], rank, context, sizes[1], max_kv_tokens)
     with local.failing_in_one_line():
         if not show_fits(model, asked, data_dir, as_json=as_json):
             raise typer.Exit(1)

@@ -13,7 +13,7 @@ from selfloop.convert.gguf.write import write_gguf
 from selfloop.convert.model_card import adapter_card, gguf_card, merged_card
 from selfloop.convert.opened import logits_by_transformers
 from selfloop.convert.reports import Facts, Report
-from selfloop.engine.files.checkpoint import STATE_FILE, RunState
+from selfloop.engine.files.checkpoint import STATE_FILE, RunState, computed_in
 from selfloop.engine.files.compare import Logits, ModelOnDisk, compare, logits_on_disk, model_in
 from selfloop.engine.files.directory import DirectoryWriter
 from selfloop.engine.files.merge import MODEL_CONFIG_FILE, write_merged
@@ -52,6 +52,7 @@ def export_peft(checkpoint: Path, model_dir: Path, target: Path, base_model: str
 def export_merged(checkpoint: Path, model_dir: Path, target: Path, base_model: str, report: Report) -> Facts:
     """The base model with the adapter in its weights, as ``AutoModelForCausalLM.from_pretrained`` reads it."""
     report("read", 0.0)
+    _check_can_merge(checkpoint)
     loaded = _read(checkpoint, read_spec(model_dir))
     writer = DirectoryWriter(target)
     for name in tokenizer_files(model_dir):
@@ -70,6 +71,7 @@ def export_gguf(
 ) -> Facts:
     """The merged model as one file, as llama.cpp reads it; matrices in ``dtype``, by default that of the base."""
     report("read", 0.0)
+    _check_can_merge(checkpoint)
     spec = read_spec(model_dir)
     loaded = _read(checkpoint, spec)
     stored = _gguf_dtype(model_dir) if dtype is None else GGUF_DTYPES[dtype]
@@ -83,6 +85,16 @@ def export_gguf(
     return {"size_bytes": size_bytes} | _checked(
         model_dir, loaded, partial(logits_on_disk, ModelOnDisk(source.spec, source)), stored
     )
+
+
+def _check_can_merge(checkpoint: Path) -> None:
+    """Refuse what is not a change of the stored weights, but of others that were made of them."""
+    trained_in = computed_in(checkpoint)
+    if trained_in is not None and trained_in.base_dtype is not None:
+        raise OperationFailed(
+            f"the adapter was trained on base weights in {trained_in.base_dtype}, and a merged model is not written of "
+            "such; export the adapter alone (peft)"
+        )
 
 
 def _read(folder: Path, spec: ModelSpec) -> LoadedAdapter:

@@ -38,17 +38,18 @@ from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.optim import optim_step
 from selfloop.engine.train.probe import probe
 from selfloop.engine.train.request import LossRequest, Workshop
-from selfloop.engine.train.run import Run
+from selfloop.engine.train.run import ComputedIn, Run
 from selfloop.engine.train.step import advance, fitting
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.digests import check_folder
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed, SelfloopError
 from selfloop.types.lora import LoraTargets
+from selfloop.types.model_weights import ModelWeights
 from selfloop.types.operation import AdamParams, Forward, ForwardBackward
 from selfloop.types.result import InitResult, LoadResult, LossResult, Probe, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
-from selfloop.types.settings import EngineLimits
+from selfloop.types.settings import BaseDtype, EngineLimits
 
 log = logging.getLogger("selfloop.engine")
 
@@ -62,9 +63,9 @@ _WARM_UP_RUN, _WARM_UP_TOKENS = "warm-up", 64
 class ModelInfo:
     """The base model as it is held here; ``dtype`` and ``device`` by name, e.g. "bfloat16", "cpu".
 
-    ``computed_by`` says what multiplies by its weights; ``run_bytes`` is what training runs may take;
-    ``exact_replay``: the same operations give the same bits, whatever is computed beside them; ``routes``: it records
-    and replays which experts tokens go to.
+    ``computed_by`` says what multiplies by its weights, ``computed_in`` what a run's numbers depend on;
+    ``run_bytes`` is what training runs may take; ``exact_replay``: the same operations give the same bits, whatever is
+    computed beside them; ``routes``: it records and replays which experts tokens go to.
     """
 
     vocab_size: int
@@ -74,6 +75,7 @@ class ModelInfo:
     device: str
     dtype: str
     computed_by: str
+    computed_in: ComputedIn
     run_bytes: int
     exact_replay: bool
     routes: bool
@@ -89,15 +91,16 @@ class SavedState(NamedTuple):
 
 
 def _info_of(model: Model, run_bytes: int, deterministic: bool) -> ModelInfo:
-    spec = model.spec
+    spec, dtype = model.spec, str(model.dtype).removeprefix("torch.")
     return ModelInfo(
         vocab_size=spec.vocab_size,
         max_position_embeddings=spec.context,
         num_parameters=spec.num_parameters,
         eos_token_ids=spec.eos_token_ids,
         device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         computed_by=model.computed_by,
+        computed_in=ComputedIn(dtype, model.kept_as),
         run_bytes=run_bytes,
         exact_replay=deterministic or model.contracts.batch_invariant,
         routes=model.contracts.routes,
@@ -160,6 +163,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        base_dtype: BaseDtype = "auto",
         limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
@@ -170,6 +174,7 @@ class Engine:
         Args:
             device: "auto" is CUDA where there is one, else the CPU.
             dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it.
+            base_dtype: what the matrices of the layers are kept in; "auto" is the compute type.
             limits: what it may take of the device.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
             compile_grammar: reads what samples must match; without it such requests are refused.
@@ -180,17 +185,13 @@ class Engine:
         """
         spec = read_spec(model_dir)
         on = pick_device(device)
-        source, computed_in = SafetensorsSource(model_dir, spec), pick_dtype(dtype, on)
-        if source.weights.quantization is not None:
-            log.info(
-                "base weights are stored as %s and dequantised: %d MiB stored, %d MiB in %s",
-                source.weights.quantization.words,
-                source.weights.size_bytes // 2**20,
-                spec.num_parameters * computed_in.itemsize // 2**20,
-                computed_in,
-            )
+        source = SafetensorsSource(model_dir, spec)
+        kept_as = None if base_dtype == "auto" else base_dtype
+        model = load_model(spec, source, on, pick_dtype(dtype, on), kept_as)
+        if source.weights.quantization is not None or model.kept_as is not None:
+            _say_kept(source.weights, model)
         return cls(
-            load_model(spec, source, on, computed_in),
+            model,
             limits=limits,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
@@ -419,6 +420,9 @@ class Engine:
         """Read an adapter in PEFT's format for sampling under ``checkpoint_id``."""
         check_folder(directory)
         loaded = read_peft(directory, self._spec)
+        trained_in = checkpoint.computed_in(directory)
+        if trained_in not in (None, self.info.computed_in):
+            _say_other_numbers(f"checkpoint {checkpoint_id}", trained_in, self.info.computed_in)
         if loaded.shape.changes_nothing(loaded.theta_P):
             log.warning("checkpoint %s samples as the base model: its adapter changes nothing", checkpoint_id)
         theta_P = loaded.theta_P.to(self._model.device, self._model.dtype)
@@ -480,12 +484,29 @@ class Engine:
 
     def _set(self, run_id: str, run: Run) -> None:
         self._forward_cache.drop(run_id)
+        if run.computed_in not in (None, self.info.computed_in):
+            _say_other_numbers(f"run {run_id}", run.computed_in, self.info.computed_in)
+        run.computed_in = self.info.computed_in
         self._runs[run_id] = run
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self._runs:
             raise NotFound("run", run_id)
         return self._runs[run_id]
+
+
+def _say_kept(stored: ModelWeights, model: Model) -> None:
+    log.info(
+        "base weights are stored %s and %s: %d MiB stored, %d MiB in memory",
+        "plain" if stored.quantization is None else f"as {stored.quantization.words}",
+        "dequantised" if model.kept_as is None else f"kept in {model.kept_as}",
+        stored.size_bytes // 2**20,
+        model.costs().base_weights // 2**20,
+    )
+
+
+def _say_other_numbers(what: str, before: ComputedIn | None, now: ComputedIn) -> None:
+    log.warning("%s was computed in %s and is now in %s: it goes on, with numbers of its own", what, before, now)
 
 
 def _saved(run: Run, size_bytes: int) -> SavedState:

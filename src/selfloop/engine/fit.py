@@ -24,6 +24,7 @@ from selfloop.engine.backends.select import plan
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.memory_share import MemoryShare
 from selfloop.engine.models.config import read_object
+from selfloop.engine.models.quantized.codes import weights_bytes
 from selfloop.engine.models.registry import parse_spec, read_spec
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import stored_weights
@@ -33,7 +34,7 @@ from selfloop.types.fit import Fit, FitAnswer, PassPlan
 from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import ModelWeights
-from selfloop.types.settings import EngineLimits
+from selfloop.types.settings import BaseDtype, EngineLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Asked:
     Args:
         memory_bytes: of a device that need not be there; None for what this machine's has.
         context: tokens of the pass to plan; None for the longest.
-        limits: as the engine is given them.
+        limits: as the engine is given them, and ``base_dtype`` likewise.
     """
 
     device: str = "auto"
@@ -52,6 +53,7 @@ class Asked:
     rank: int = 32
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    base_dtype: BaseDtype = "auto"
 
 
 def fit(path: Path, asked: Asked) -> Fit:
@@ -67,7 +69,8 @@ def fit_of(spec: ModelSpec, asked: Asked, stored: ModelWeights | None = None) ->
         raise OperationFailed(f"this machine has no {device} device; say how much memory one has (--memory)")
     memory_bytes = total_memory(device) if asked.memory_bytes is None else asked.memory_bytes
     dtype = pick_dtype(asked.dtype, device)
-    choice, planned = plan(spec, device, dtype)
+    kept_as = None if asked.base_dtype == "auto" else asked.base_dtype
+    choice, planned = plan(spec, device, dtype, kept_as)
     # As a new run has them.
     shape = AdapterShape(spec, asked.rank, LoraTargets(experts=True)) if _takes_adapters(spec) else None
     passes = None if planned is None or shape is None else pass_plan(planned, shape, memory_bytes, asked)
@@ -77,11 +80,12 @@ def fit_of(spec: ModelSpec, asked: Asked, stored: ModelWeights | None = None) ->
         passed_over={name: lacking.reason for name, lacking in choice.passed_over.items()},
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        base_dtype=asked.base_dtype,
         memory_bytes=memory_bytes,
         num_parameters=spec.num_parameters,
         stored_bytes=None if stored is None else stored.size_bytes,
         quantization="" if stored is None or stored.quantization is None else stored.quantization.words,
-        weights_bytes=spec.num_parameters * dtype.itemsize,
+        weights_bytes=weights_bytes(spec, dtype, kept_as),
         context=spec.context,
         rank=asked.rank,
         adapter_parameters=0 if shape is None else shape.num_parameters,
@@ -166,6 +170,7 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--base-dtype", default="auto")
     parser.add_argument("--memory-bytes", type=int)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--context", type=int)
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument("--max-kv-tokens", type=int)
     args = parser.parse_args()
     limits = EngineLimits(activation_bytes=args.activation_bytes, max_kv_tokens=args.max_kv_tokens)
-    asked = Asked(args.device, args.dtype, args.memory_bytes, args.rank, args.context, limits)
+    asked = Asked(args.device, args.dtype, args.memory_bytes, args.rank, args.context, limits, args.base_dtype)
     for answer in answers(args.paths, asked):
         print(msgspec.json.encode(answer).decode(), flush=True)
 

@@ -18,7 +18,7 @@ class MemoryShare(NamedTuple):
     def of(cls, model: Planned, limits: EngineLimits, device_bytes: int | None = None) -> "MemoryShare":
         """As limited, else by default; ``device_bytes`` is of a device that is not this machine's."""
         total = total_memory(model.device) if device_bytes is None else device_bytes
-        weights = model.spec.num_parameters * model.dtype.itemsize
+        weights = model.costs().base_weights
         if limits.memory_bytes is not None:
             total = min(total, limits.memory_bytes)
         activation, kept = limits.activation_bytes, limits.forward_cache_bytes

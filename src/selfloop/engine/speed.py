@@ -16,12 +16,13 @@ from msgspec.structs import replace
 from selfloop.engine.backends.device import pick_device, pick_dtype, synchronize
 from selfloop.engine.backends.select import load_model
 from selfloop.engine.engine import Engine
+from selfloop.engine.models.quantized.codes import Codes
 from selfloop.engine.models.registry import parse_spec, read_spec
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
-from selfloop.types.settings import EngineLimits
+from selfloop.types.settings import EngineLimits, KeptAs
 from selfloop.types.speed import Rate, Speed
 
 _SHAPE = {
@@ -119,6 +120,9 @@ class _RandomSource:
     def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             yield name, torch.empty(self._shapes[name]).normal_(std=0.02)
+
+    def codes(self, names: Collection[str], kept_as: KeptAs) -> Iterator[tuple[str, Codes]]:
+        return iter(())
 
 
 def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Engine, ModelSpec]:

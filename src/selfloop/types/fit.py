@@ -40,12 +40,12 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         model_type: as ``config.json`` names it.
         backend: what would compute it, by name; ``passed_over``: why those before it do not.
-        device: where, and ``dtype``: in what.
+        device: where, and ``dtype``: in what; ``base_dtype``: what the base weights of its layers are kept in.
         memory_bytes: of the device, as far as it may be taken.
         num_parameters: a tied output layer counted once.
         stored_bytes: of the weight files; None where there are none.
         quantization: how they are quantised there, in words; empty where they are plain.
-        weights_bytes: in the compute type, as loaded.
+        weights_bytes: as loaded, in the compute type where they are not kept in fewer bits.
         context: positions that it is made for.
         rank: of the run, and ``adapter_parameters`` its trained numbers.
         adapted: names of the modules that take adapters.
@@ -58,6 +58,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     passed_over: dict[str, str]
     device: str
     dtype: str
+    base_dtype: str
     memory_bytes: int
     num_parameters: int
     stored_bytes: int | None

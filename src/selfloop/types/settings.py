@@ -15,6 +15,10 @@ CONTROL_TITLE = "Data, sessions and recovery"
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+BaseDtype = Literal["auto", "int8", "nf4"]
+KeptAs = Literal["int8", "nf4"]
+"""A form of fewer bits that base weights are kept in."""
+
 LogFormat = Literal["text", "json"]
 StableReinforce = Literal["stand-in", "refuse"]
 
@@ -70,6 +74,11 @@ class EngineSettings:
 
     device: Device = option("auto", "Where to compute: auto takes a GPU if there is one.")
     dtype: Dtype = option("auto", "Compute type: auto is bfloat16 where the device computes in it.")
+    base_dtype: BaseDtype = option(
+        "auto",
+        "What the frozen matrices of the base model's layers are kept in, and dequantised from for each product: auto "
+        "is the compute type, int8 and nf4 take about a half and a quarter of bfloat16.",
+    )
     deterministic: bool = option(False, "Training gives the same bits whatever other runs do meanwhile.")
     num_threads: int | None = option(None, "CPU threads of a worker's computations.", minimum=1, unset="every core")
     limits: EngineLimits = group(EngineLimits, "engine", "Engine")

@@ -46,7 +46,7 @@ def test_a_config_alone_fits_and_every_line_is_short(config: Path):
 
 
 def test_json_has_the_figures_of_control_and_engine(config: Path):
-    status, text = run(config, "--memory", "1GiB", "--rank", 8, "--context", 100, "--json", "--base-dtype", "float32")
+    status, text = run(config, "--memory", "1GiB", "--rank", 8, "--context", 100, "--json", "--dtype", "float32")
     found = json.loads(text)
     assert status == 0
     assert found["fits"] is True

@@ -11,8 +11,10 @@ from torch import Tensor
 from selfloop.convert.gguf.configs import Config, read_config
 from selfloop.convert.gguf.metadata import Metadata, refusal
 from selfloop.convert.gguf.names import ROPE_FREQS, Place, halved, heads_of, is_plus_one, place_of
+from selfloop.engine.models.quantized.codes import Codes
 from selfloop.engine.models.registry import parse_spec
 from selfloop.types.errors import OperationFailed
+from selfloop.types.settings import KeptAs
 
 # Of the weights of one part of a tensor, dequantised: what is in memory at a time.
 _PART_BYTES = 64 * 2**20
@@ -92,6 +94,10 @@ class GgufSource:
         if place.expert is not None and place.expert >= found[0]:
             raise refusal(f"{stored.name} has {found[0]} experts")
         return place
+
+    def codes(self, names: Collection[str], kept_as: KeptAs) -> Iterator[tuple[str, Codes]]:
+        """None of them are in such a form."""
+        return iter(())
 
 
 READ_TYPES = frozenset(

@@ -18,6 +18,7 @@ from selfloop.engine.models.weights import TensorSource
 from selfloop.engine.routing import Routing
 from selfloop.engine.sample.penalties import Penalties
 from selfloop.types.sampling import SamplingParams
+from selfloop.types.settings import KeptAs
 
 
 class Lacking(NamedTuple):
@@ -158,6 +159,7 @@ class Costs:
 
     Args:
         weights: the base weights, once training has laid out what it needs of them.
+        base_weights: the same before that.
         layers: activations of all layers.
         ends: what lies before the first layer and behind the last.
         rank_step: ranks are computed as if they were multiples of this.
@@ -167,6 +169,7 @@ class Costs:
     """
 
     weights: int
+    base_weights: int
     layers: LayerCosts
     ends: Cost
     rank_step: int
@@ -225,6 +228,8 @@ class Model(Protocol):
     device: torch.device
     dtype: torch.dtype
     contracts: Contracts
+    kept_as: KeptAs | None
+    """What the matrices of its layers are kept in; None for the compute type."""
     computed_by: str
     """What does the arithmetic, in words for people."""
 
@@ -294,21 +299,35 @@ class Plan:
 
 
 class Backend(Protocol):
-    """A way to compute models."""
+    """A way to compute models.
+
+    ``kept_as`` is the form of fewer bits that the matrices of the layers are kept in; None is the compute type.
+    """
 
     name: str
 
-    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+    def lacks(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+    ) -> Lacking | None:
         """Why it does not compute this model there, in words; None where it does."""
         ...
 
-    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Planned | None:
+    def plan(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+    ) -> Planned | None:
         """What :meth:`load` would give, as far as memory goes, without weights; None where only a loaded model tells.
 
         The device need not be there.
         """
         ...
 
-    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:
+    def load(
+        self,
+        spec: ModelSpec,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_as: KeptAs | None = None,
+    ) -> Model:
         """Raises OperationFailed: the weights are not those of the model, or cannot be read."""
         ...

@@ -12,6 +12,7 @@ from selfloop.engine.backends.transformers.backend import TransformersBackend
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
 from selfloop.types.errors import model_invalid
+from selfloop.types.settings import KeptAs
 
 log = logging.getLogger("selfloop.engine")
 
@@ -25,7 +26,7 @@ class Choice(NamedTuple):
     passed_over: dict[str, Lacking]
 
 
-def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None) -> Choice:
     """The first backend that computes this model there.
 
     Raises:
@@ -33,37 +34,43 @@ def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Choice:
     """
     passed_over: dict[str, Lacking] = {}
     for backend in BACKENDS:
-        lacking = backend.lacks(spec, device, dtype)
+        lacking = backend.lacks(spec, device, dtype, kept_as)
         if lacking is None:
             return Choice(backend, passed_over)
         passed_over[backend.name] = lacking
     why = "; ".join(f"{name}: {lacking.reason}" for name, lacking in passed_over.items())
-    raise model_invalid(f"no backend computes {spec.model_type} in {dtype} on {device}: {why}".replace("torch.", ""))
+    kept = "" if kept_as is None else f", base weights in {kept_as},"
+    computes = f"no backend computes {spec.model_type} in {dtype}{kept} on {device}"
+    raise model_invalid(f"{computes}: {why}".replace("torch.", ""))
 
 
-def plan(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[Choice, Planned | None]:
+def plan(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+) -> tuple[Choice, Planned | None]:
     """What :func:`load_model` would give, as far as memory goes, without weights; the device need not be there.
 
     Raises:
         OperationFailed: no backend computes it.
     """
-    choice = choose(spec, device, dtype)
-    return choice, choice.backend.plan(spec, device, dtype)
+    choice = choose(spec, device, dtype, kept_as)
+    return choice, choice.backend.plan(spec, device, dtype, kept_as)
 
 
-def load_model(spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Model:
+def load_model(
+    spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+) -> Model:
     """By the backend of :func:`choose`.
 
     Raises:
         OperationFailed: no backend computes it, or the weights are not those of the model.
     """
-    backend, passed_over = choose(spec, device, dtype)
+    backend, passed_over = choose(spec, device, dtype, kept_as)
     for name, lacking in passed_over.items():
         # What helps is worth a look; that a CPU is another one is not.
         level = logging.WARNING if lacking.remedy else logging.INFO
         log.log(level, "backend %s does not compute %s: %s%s", name, spec.model_type, *lacking)
-    model = backend.load(spec, source, device, dtype)
-    log.info("base weights in %s on %s by %s (%s)", dtype, device, backend.name, model.computed_by)
+    model = backend.load(spec, source, device, dtype, kept_as)
+    log.info("base weights in %s on %s by %s (%s)", kept_as or dtype, device, backend.name, model.computed_by)
     return model
 
 

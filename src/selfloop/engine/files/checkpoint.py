@@ -17,7 +17,7 @@ from selfloop.engine.files.peft import read_peft, write_peft
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.stored import in_stored_order
-from selfloop.engine.train.run import Accumulated, Moments, Run
+from selfloop.engine.train.run import Accumulated, ComputedIn, Moments, Run
 from selfloop.types.digests import check_folder, damaged
 from selfloop.types.errors import OperationFailed
 from selfloop.types.lora import LoraTargets
@@ -42,7 +42,7 @@ class AccumulatedState(msgspec.Struct, frozen=True):
 class RunState(msgspec.Struct, frozen=True):
     """``selfloop.json``: the scalars of a run; no ``targets`` are the usual ones.
 
-    ``layout`` is that of a snapshot's flat vectors (:attr:`AdapterShape.layout`).
+    ``layout`` is that of a snapshot's flat vectors (:attr:`AdapterShape.layout`); ``computed_in``: see :class:`Run`.
     """
 
     step: int
@@ -53,13 +53,14 @@ class RunState(msgspec.Struct, frozen=True):
     format: int = 1
     targets: str | None = None
     layout: str | None = None
+    computed_in: ComputedIn | None = None
 
 
 def write_sampler(directory: Path, run: Run) -> int:
     """Adapter and step only; returns bytes written."""
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha)
-    writer.json(STATE_FILE, RunState(run.step, run.shape.rank, run.alpha, targets=str(run.shape.targets)))
+    writer.json(STATE_FILE, _state_of(run))
     return writer.seal()
 
 
@@ -74,8 +75,7 @@ def write_trainer(directory: Path, run: Run) -> int:
     """Adapter, moments and step; returns bytes written."""
     writer = DirectoryWriter(directory)
     write_peft(writer, run.shape, run.theta_P, run.alpha)
-    state = RunState(run.step, run.shape.rank, run.alpha, _write_moments(writer, run), targets=str(run.shape.targets))
-    writer.json(STATE_FILE, state)
+    writer.json(STATE_FILE, msgspec.structs.replace(_state_of(run), num_updates=_write_moments(writer, run)))
     return writer.seal()
 
 
@@ -88,17 +88,21 @@ def write_snapshot(directory: Path, run: Run) -> int:
     if pending is not None:
         tensors["grad"] = pending.grad_P
     writer.whole_tensors(SNAPSHOT_FILE, tensors)
-    state = RunState(
-        run.step,
-        run.shape.rank,
-        run.alpha,
-        0 if run.moments is None else run.moments.num_updates,
-        None if pending is None else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
-        targets=str(run.shape.targets),
+    state = msgspec.structs.replace(
+        _state_of(run),
+        num_updates=0 if run.moments is None else run.moments.num_updates,
+        accumulated=None
+        if pending is None
+        else AccumulatedState(pending.num_tokens, pending.normalised, pending.num_pairs),
         layout=run.shape.layout,
     )
     writer.json(STATE_FILE, state)
     return writer.seal()
+
+
+def _state_of(run: Run) -> RunState:
+    targets, computed_in = str(run.shape.targets), run.computed_in
+    return RunState(run.step, run.shape.rank, run.alpha, targets=targets, computed_in=computed_in)
 
 
 def read_weights(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
@@ -111,9 +115,11 @@ def read_weights(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
     check_folder(directory)
     path = directory / STATE_FILE
     # An adapter of another program has no such file: it may adapt anything.
-    stored = _decode_state(path).targets if path.is_file() else None
-    loaded = read_peft(directory, spec, None if stored is None else LoraTargets.parse(stored))
-    return Run(loaded.shape, loaded.alpha, loaded.theta_P.to(device))
+    state = _decode_state(path) if path.is_file() else None
+    targets = None if state is None or state.targets is None else LoraTargets.parse(state.targets)
+    loaded = read_peft(directory, spec, targets)
+    computed_in = None if state is None else state.computed_in
+    return Run(loaded.shape, loaded.alpha, loaded.theta_P.to(device), computed_in=computed_in)
 
 
 def read_trainer(directory: Path, spec: ModelSpec, device: torch.device) -> Run:
@@ -159,13 +165,23 @@ def read_snapshot(directory: Path, spec: ModelSpec, device: torch.device) -> Run
         # Of its own: what was read may be the file itself, mapped.
         return tensors[name].to(device, copy=True)
 
-    run = Run(shape, state.lora_alpha, flat("theta"), state.step)
+    run = Run(shape, state.lora_alpha, flat("theta"), state.step, computed_in=state.computed_in)
     if state.num_updates > 0:
         run.moments = Moments(flat("exp_avg"), flat("exp_avg_sq"), state.num_updates)
     pending = state.accumulated
     if pending is not None:
         run.accumulated = Accumulated(flat("grad"), pending.num_tokens, pending.normalised, pending.num_pairs)
     return run
+
+
+def computed_in(directory: Path) -> ComputedIn | None:
+    """What the numbers of a checkpoint were computed in; None where that is not known.
+
+    Raises:
+        OperationFailed: its state cannot be read.
+    """
+    path = directory / STATE_FILE
+    return _decode_state(path).computed_in if path.is_file() else None
 
 
 def _layout_of(state: RunState, shape: AdapterShape, spec: ModelSpec) -> AdapterShape:

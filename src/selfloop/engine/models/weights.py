@@ -3,24 +3,28 @@
 Which files and tensors a folder means is read by :mod:`selfloop.types.model_weights`; what must be there is the spec's.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from selfloop.engine.models.quantized.registry import dequantized
+from selfloop.engine.models.quantized.codes import Codes
+from selfloop.engine.models.quantized.registry import codes, dequantized
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec, Shapes
 from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
 from selfloop.types.model_weights import HEAD, ModelWeights, read_weights
+from selfloop.types.quantization import Quantization
 from selfloop.types.safetensors_header import StoredTensor
+from selfloop.types.settings import KeptAs
 from selfloop.types.stacked_weights import of_each_expert
 
+_Made = TypeVar("_Made")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What base weights may be stored in."""
 
@@ -34,6 +38,10 @@ class TensorSource(Protocol):
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Each of ``names``, in any order, in the layout of a Hugging Face checkpoint."""
+        ...
+
+    def codes(self, names: Collection[str], kept_as: KeptAs) -> Iterator[tuple[str, Codes]]:
+        """Those of ``names`` that are stored in that very form, as they are."""
         ...
 
 
@@ -60,11 +68,19 @@ class SafetensorsSource:
                             yield name, _read(file, stored)
             except SafetensorError as error:
                 raise model_invalid(f"{path} cannot be read: {error}") from error
-        yield from self._quantized([name for name in names if name in weights.parts])
+        yield from self._quantized(names, dequantized)
 
-    def _quantized(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Made plain one after another; their parts may lie in several files."""
+    def codes(self, names: Collection[str], kept_as: KeptAs) -> Iterator[tuple[str, Codes]]:
+        for name, found in self._quantized(names, lambda parts, of: codes(parts, of, kept_as)):
+            if found is not None:
+                yield name, found
+
+    def _quantized(
+        self, names: Collection[str], made_of: Callable[[Mapping[str, Tensor], Quantization], _Made]
+    ) -> Iterator[tuple[str, _Made]]:
+        """Those of ``names`` that are, one after another; their parts may lie in several files."""
         quantization = self.weights.quantization
+        names = [name for name in names if name in self.weights.parts]
         if quantization is None or not names:
             return
         with ExitStack() as stack:
@@ -73,7 +89,7 @@ class SafetensorsSource:
                 parts = self.weights.parts[name]
                 stored = {role: files[part.file].get_tensor(part.name) for role, part in parts.items()}
                 try:
-                    yield name, dequantized(stored, quantization)
+                    yield name, made_of(stored, quantization)
                 except (IndexError, ValueError, RuntimeError) as error:
                     raise model_invalid(f"{name} cannot be read as {quantization.words}: {error}") from error
 

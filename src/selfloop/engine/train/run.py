@@ -3,10 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
+from selfloop.types.settings import KeptAs
 
 
 class Moments(NamedTuple):
@@ -37,9 +39,26 @@ class Accumulated:
     num_pairs: int | None = None
 
 
+class ComputedIn(msgspec.Struct, frozen=True):
+    """What a run's numbers depend on besides its operations: the compute type, and the form of base weights that are
+    kept in another.
+    """
+
+    dtype: str
+    base_dtype: KeptAs | None = None
+
+    def __str__(self) -> str:
+        return self.dtype if self.base_dtype is None else f"{self.dtype} with base weights in {self.base_dtype}"
+
+
 @dataclass(slots=True)
 class Run:
-    """A run's whole training state; ``moments`` is None until the first step that had a gradient."""
+    """A run's whole training state.
+
+    Args:
+        moments: None until the first step that had a gradient.
+        computed_in: as it was last; None where that is not known.
+    """
 
     shape: AdapterShape
     alpha: float
@@ -47,6 +66,7 @@ class Run:
     step: int = 0
     moments: Moments | None = None
     accumulated: Accumulated | None = None
+    computed_in: ComputedIn | None = None
 
     def copy(self) -> "Run":
         """The state as it is now, on the CPU. Gradients are shared: each sum of them is a tensor of its own."""

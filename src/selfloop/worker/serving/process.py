@@ -49,6 +49,7 @@ def load_model(model_dir: Path, settings: EngineSettings) -> Model:
         model_dir,
         device=settings.device,
         dtype=settings.dtype,
+        base_dtype=settings.base_dtype,
         vocabulary=tokenizer,
         compile_grammar=GrammarCompiler(tokenizer, spec.vocab_size, list(spec.eos_token_ids)),
         deterministic=settings.deterministic,

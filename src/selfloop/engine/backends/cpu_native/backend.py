@@ -10,6 +10,7 @@ from selfloop.engine.backends.cpu_native.sizes import sizes_of
 from selfloop.engine.backends.torch.weights import load_weights
 from selfloop.engine.models.spec import ModelSpec, unlike_dense
 from selfloop.engine.models.weights import TensorSource
+from selfloop.types.settings import KeptAs
 
 
 class NativeBackend:
@@ -17,7 +18,11 @@ class NativeBackend:
 
     name = "cpu_native"
 
-    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+    def lacks(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+    ) -> Lacking | None:
+        if kept_as is not None:
+            return Lacking(f"it computes with base weights in bfloat16, not in {kept_as}")
         if device.type != "cpu" or dtype != torch.bfloat16:
             return Lacking("it computes bfloat16 on a CPU")
         if words := unlike_dense(spec):
@@ -27,13 +32,22 @@ class NativeBackend:
         found = look()
         return found if isinstance(found, Lacking) else None
 
-    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None) -> Plan:
+        assert kept_as is None, "the backend was chosen for weights in a form that it does not know"
         found, sizes = kernels(), sizes_of(spec)
         assert found is not None, "the backend was chosen where it has no kernels"
         assert sizes is not None, "the backend was chosen for a model that it does not compute"
         return Plan(spec, device, dtype, costs_of(found, spec, sizes))
 
-    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> NativeModel:
+    def load(
+        self,
+        spec: ModelSpec,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_as: KeptAs | None = None,
+    ) -> NativeModel:
+        assert kept_as is None, "the backend was chosen for weights in a form that it does not know"
         found = kernels()
         assert found is not None, "the backend was chosen where it has no kernels"
         return NativeModel(found, spec, load_weights(spec, source, device, dtype))

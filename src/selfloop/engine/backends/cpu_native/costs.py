@@ -19,6 +19,7 @@ def costs_of(kernels: Kernels, spec: ModelSpec, sizes: Sizes) -> Costs:
     return Costs(
         # Panels are there once more for the backward.
         weights=2 * spec.num_parameters * itemsize,
+        base_weights=spec.num_parameters * itemsize,
         layers=_layer_costs(PassParts(kernels, sizes)),
         ends=ends_cost(spec, device, itemsize),
         rank_step=LANES,

@@ -25,6 +25,7 @@ from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_logits
 from selfloop.engine.models.spec import ModelSpec
+from selfloop.types.settings import KeptAs
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,7 @@ class NativeModel:
     """A row's numbers do not depend on the other rows, nor on whether it is trained, read as a prompt or drawn."""
 
     contracts = Contracts(batch_invariant=True)
+    kept_as: KeptAs | None = None
     computed_by = "CPU kernels"
     device = CPU
     dtype = torch.bfloat16

@@ -12,6 +12,7 @@ from selfloop.engine.backends.torch.weights import load_weights, open_weights
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
+from selfloop.types.settings import KeptAs
 
 
 class TorchBackend:
@@ -26,7 +27,9 @@ class TorchBackend:
     def __init__(self, products: Products | None = None) -> None:
         self._products: Products | None = products
 
-    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+    def lacks(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+    ) -> Lacking | None:
         absent = sorted(kind for kind in spec.blocks() if not has_block(kind))
         if absent:
             return Lacking(f"it has no {', '.join(absent)}")
@@ -38,16 +41,23 @@ class TorchBackend:
             return Lacking("its cache is for recurrent layers that are alike")
         return None
 
-    def load(self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> TorchModel:
-        weights = load_weights(spec, source, device, dtype)
+    def load(
+        self,
+        spec: ModelSpec,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_as: KeptAs | None = None,
+    ) -> TorchModel:
+        weights = load_weights(spec, source, device, dtype, kept_as)
         products = self._products or best_products(device, dtype)
         for linear in weights.linears():
             linear.lay_out(products, shared=spec.tied and linear is weights.head)
-        return TorchModel(spec, weights)
+        return TorchModel(spec, weights, kept_as)
 
-    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None) -> Plan:
         products = self._products or best_products(device, dtype)
-        return Plan(spec, device, dtype, costs_of(outline(spec, device, dtype, products)))
+        return Plan(spec, device, dtype, costs_of(outline(spec, device, dtype, products, kept_as)))
 
     def open(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype) -> TorchModel:
         """On the CPU, each layer read when it is asked for and not kept: one pass needs the memory of one."""

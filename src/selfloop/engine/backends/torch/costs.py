@@ -21,8 +21,10 @@ from selfloop.engine.backends.torch.weights import BaseWeights
 from selfloop.engine.lora.adapter import Adapter, AdapterShape
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
+from selfloop.engine.models.quantized.codes import weights_bytes
 from selfloop.engine.models.spec import Block, FullAttention, ModelSpec
 from selfloop.types.lora import LoraTargets
+from selfloop.types.settings import KeptAs
 
 # Queries and keys of the largest blocks of PyTorch's fused attention on a CPU.
 _BLOCK_QUERIES, _BLOCK_KEYS = 256, 512
@@ -36,6 +38,7 @@ class Profiled(Protocol):
     rotaries: Rotaries
     device: torch.device
     dtype: torch.dtype
+    kept_as: KeptAs | None
 
     def layer(
         self, index: int, h_TD: Tensor, rotations: Rotations, mixing: Mixing, adapters: AdapterBatch
@@ -44,14 +47,16 @@ class Profiled(Protocol):
 
 def costs_of(model: Profiled) -> Costs:
     spec, head, itemsize = model.spec, model.weights.head, model.dtype.itemsize
-    # Weights that are laid out are there once more for the backward.
-    copies = 1 if head.products == "plain" else 2
+    base = weights_bytes(spec, model.dtype, model.kept_as)
+    # Weights that are laid out are there once more for the backward: all that is not kept in fewer bits.
+    laid_out = 0 if head.products == "plain" else _plain_bytes(model)
     # oneDNN's product that adds to something copies what it adds to.
     copied = itemsize if head.products == "blocked" else 0
     # On CUDA nothing of the weight is copied; a model that is only described may lie on another device.
     copy_bytes = 0 if model.device.type == "cuda" else head.float32_copy_bytes
     return Costs(
-        weights=copies * spec.num_parameters * itemsize,
+        weights=base + laid_out,
+        base_weights=base,
         layers=_layer_costs(model),
         ends=ends_cost(spec, model.device, itemsize, logit_bytes=copied, weight_bytes=copy_bytes),
         rank_step=1,
@@ -59,6 +64,14 @@ def costs_of(model: Profiled) -> Costs:
         train_tokens=default_train_budget(model.device),
         logit_rows=chunk_rows(spec.vocab_size, model.device),
     )
+
+
+def _plain_bytes(model: Profiled) -> int:
+    """Of what is in the compute type."""
+    kept = sum(
+        p.in_features * p.out_features for layer in model.spec.layers for g in layer.groups for p in g.projections
+    )
+    return (model.spec.num_parameters - (0 if model.kept_as is None else kept)) * model.dtype.itemsize
 
 
 def ends_cost(
@@ -108,13 +121,15 @@ def _most(costs: list[Cost]) -> Cost:
 
 
 def _one_layer_costs(model: Profiled, index: int) -> LayerCosts:
-    scratch = _mixer_scratch(model, index, num_blocks=2)
+    linears = model.weights.layers[index].linears
+    dequantized = Cost(0, 0, max(linear.dequantized_bytes for linear in linears))
+    scratch = _mixer_scratch(model, index, num_blocks=2) + dequantized
     between = Cost(model.spec.hidden_size * torch.float32.itemsize, 0, 0)
     forward, trained = profile(_forward_of_a_layer(model, index)), profile(_training_of_a_layer(model, index))
     states = _states_kept(model.spec.layers[index].mixer)
     most, kept = states + Cost(*trained.most, 0), states + Cost(*trained.left, 0)
     return LayerCosts(
-        between + Cost(*forward.most, 0) + _mixer_scratch(model, index, num_blocks=1),
+        between + Cost(*forward.most, 0) + _mixer_scratch(model, index, num_blocks=1) + dequantized,
         kept,
         between + Cost(most.token - kept.token, most.rank - kept.rank, 0) + scratch,
         between,

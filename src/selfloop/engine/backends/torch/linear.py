@@ -52,6 +52,11 @@ class FrozenLinear:
             return 0
         return _copy_rows(plain_OI) * self.in_features * torch.float32.itemsize
 
+    @property
+    def dequantized_bytes(self) -> int:
+        """What a product takes at a time of a weight that it makes of fewer bits."""
+        return 0
+
     def lay_out(self, products: Products, *, shared: bool = False) -> None:
         """Lay the weight out, and let go of the plain one unless it is ``shared`` with an embedding.
 
@@ -82,7 +87,7 @@ class FrozenLinear:
     def input_grad(self, dy_TO: Tensor) -> Tensor:
         """(T, out) -> (T, in): dy W. What only training needs is laid out when it is first asked for."""
         if self._plain_OI is not None:
-            return _plain_input_grad(dy_TO, self._plain_OI)
+            return plain_input_grad(dy_TO, self._plain_OI)
         if self._blocked_IO is None:
             assert self._blocked_OI is not None
             self._blocked_IO = _blocked(self._blocked_OI.to_dense().t().contiguous())
@@ -103,7 +108,7 @@ class FrozenLinear:
             )
             return rest_TO.float().sub_(negative_TO)
         assert self._plain_OI is not None
-        y_TO = _plain_in_float32(x_TI, self._plain_OI)
+        y_TO = plain_in_float32(x_TI, self._plain_OI)
         return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)
 
     def up_to_a_shift(self, x_TI: Tensor, references_T: Tensor) -> Tensor:
@@ -137,7 +142,8 @@ def _product(x_TI: Tensor, blocked_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return _mkldnn._linear_pointwise(x_TI.contiguous(), blocked_OI, bias_O, "none", [], "")
 
 
-def _plain_input_grad(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+def plain_input_grad(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """(T, out) -> (T, in): dy W, in float32 summed over no more than ``MAX_SUMMANDS`` at once."""
     if dy_TO.dtype != torch.float32:
         return dy_TO @ weight_OI
     first_TO, *rest = dy_TO.split(MAX_SUMMANDS, dim=1)
@@ -148,7 +154,8 @@ def _plain_input_grad(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
     return dx_TI
 
 
-def _plain_in_float32(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+def plain_in_float32(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """(T, in) -> float32 (T, out), of a weight in fewer bits than float32."""
     if x_TI.device.type == "cuda":
         return torch.mm(x_TI, weight_OI.t(), out_dtype=torch.float32)
     x_TI = x_TI.float()

@@ -27,6 +27,7 @@ from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.lora.grouped_matmul import lora_linear, lora_logits
 from selfloop.engine.models.spec import FullAttention, ModelSpec, Norm
 from selfloop.engine.routing import Mixtures, Routing
+from selfloop.types.settings import KeptAs
 
 _COMPUTED_BY: dict[Products, str] = {"plain": "PyTorch's operators", "blocked": "oneDNN"}
 
@@ -73,8 +74,9 @@ class LayerRun:
 class TorchModel:
     """Pre-norm decoder of the spec's blocks, low-rank adapters added to every adaptable projection."""
 
-    def __init__(self, spec: ModelSpec, weights: BaseWeights) -> None:
+    def __init__(self, spec: ModelSpec, weights: BaseWeights, kept_as: KeptAs | None = None) -> None:
         assert len(weights.layers) == spec.num_layers
+        self.kept_as: KeptAs | None = kept_as
         self.spec = spec
         # What a recurrent layer knows of a prompt lies in no page.
         self.is_recurrent = spec.state_elements > 0
@@ -82,7 +84,8 @@ class TorchModel:
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
-        self.computed_by = _COMPUTED_BY[weights.head.products]
+        kept = "" if kept_as is None else f", base weights in {kept_as}"
+        self.computed_by = _COMPUTED_BY[weights.head.products] + kept
         self.rotaries = Rotaries(spec, self.device, self.dtype)
         self._curve = LogitCurve.of(spec)
         self._decode_step: DecodeStep | None = None

@@ -14,6 +14,7 @@ from selfloop.engine.backends.torch.places import Places
 from selfloop.engine.models.spec import FINAL_NORM, LayerSpec, ModelSpec, Norm
 from selfloop.engine.models.weights import TensorSource
 from selfloop.types.model_weights import EMBEDDING, HEAD
+from selfloop.types.settings import KeptAs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,15 @@ class BaseWeights:
         yield self.head
 
 
-def load_weights(spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> BaseWeights:
-    """All of them, plain.
+def load_weights(
+    spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+) -> BaseWeights:
+    """All of them, plain or with the matrices of the layers kept in fewer bits.
 
     Raises:
         OperationFailed: tensors are missing, misshapen or unreadable.
     """
-    places = Places(device, dtype)
+    places = Places(device, dtype, kept_as)
     layers = [allocate_layer(spec.layers[index], spec.layer_prefix(index), places) for index in range(spec.num_layers)]
     weights = _allocate_ends(spec, layers, places)
     places.fill(source)

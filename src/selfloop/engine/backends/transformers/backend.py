@@ -9,6 +9,7 @@ from selfloop.engine.backends.base import Lacking
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.stored import StoredSpec
 from selfloop.engine.models.weights import TensorSource
+from selfloop.types.settings import KeptAs
 
 if TYPE_CHECKING:
     from selfloop.engine.backends.transformers.model import TransformersModel
@@ -19,7 +20,11 @@ class TransformersBackend:
 
     name = "transformers"
 
-    def lacks(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Lacking | None:
+    def lacks(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None
+    ) -> Lacking | None:
+        if kept_as is not None:
+            return Lacking(f"base weights in {kept_as} are for models of families of the engine's own (--base-dtype)")
         if find_spec("transformers") is None:
             return Lacking("transformers is not installed", "; pip install transformers")
         # What else there is to say of a type, a folder's own code or quantised weights is said when it is described.
@@ -27,13 +32,19 @@ class TransformersBackend:
             return Lacking("it loads models of folders that no family here describes")
         return None
 
-    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    def plan(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None) -> None:
         """Its costs are counted on what transformers makes of the whole folder."""
 
     def load(
-        self, spec: ModelSpec, source: TensorSource, device: torch.device, dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        source: TensorSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept_as: KeptAs | None = None,
     ) -> "TransformersModel":
         from selfloop.engine.backends.transformers.loading import load
 
         assert isinstance(spec, StoredSpec)
+        assert kept_as is None, "the backend was chosen for weights in a form that it does not know"
         return load(spec, source, device, dtype)

@@ -50,6 +50,7 @@ def costs_of(model: Counted) -> Costs:
     ends = spec.hidden_size * (2 * float_bytes + 3 * itemsize) + 16 * torch.int64.itemsize
     return Costs(
         weights=spec.num_parameters * itemsize,
+        base_weights=spec.num_parameters * itemsize,
         layers=LayerCosts(
             forward=mask + between + layer.times(_WORK) + _of_pairs(model, num_layers=1),
             kept=mask + kept + _of_pairs(model, num_layers=spec.num_layers),

@@ -15,10 +15,13 @@ from selfloop.engine.backends.transformers.self_test import Findings
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.models.spec import ModelSpec
+from selfloop.types.settings import KeptAs
 
 
 class TransformersModel:
     """Whatever transformers computes; how batches are laid out is what the self-test found to be exact."""
+
+    kept_as: KeptAs | None = None
 
     def __init__(
         self, spec: ModelSpec, passes: Passes, head: ModelHead, findings: Findings, name: str, dtype: torch.dtype

@@ -6,9 +6,12 @@ w = q * s. Blocks as in the DeepSeek-V3 technical report (section 3.3.2; arXiv 2
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from selfloop.engine.models.quantized.codes import Codes, Int8Rows
 from selfloop.types.quantization import Quantization
+from selfloop.types.settings import KeptAs
 
 
 def dequantized(parts: Mapping[str, Tensor], of: Quantization) -> Tensor:
@@ -22,3 +25,11 @@ def dequantized(parts: Mapping[str, Tensor], of: Quantization) -> Tensor:
     num_rows, num_columns = weight_OI.shape[-2:]
     spread = scale.repeat_interleave(rows, -2)[..., :num_rows, :].repeat_interleave(columns, -1)[..., :num_columns]
     return weight_OI.mul_(spread)
+
+
+def codes(parts: Mapping[str, Tensor], of: Quantization, kept_as: KeptAs) -> Codes | None:
+    """The stored int8 numbers as they are; None where they mean something else in that form."""
+    weight, scale = parts["weight"], parts["scale"].float()
+    if kept_as != "int8" or weight.dtype != torch.int8 or weight.dim() != 2 or of.block is not None:
+        return None
+    return Int8Rows(weight, scale.reshape(-1).expand(weight.shape[0]))
