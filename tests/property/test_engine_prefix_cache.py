@@ -27,7 +27,7 @@ def test_cache_keeps_its_books(actions):
     for action, text, number in actions:
         if action == "begin":
             tokens = [*text, 7]
-            found = cache.match(versions[number], tokens)
+            found = cache.match(versions[number], tokens).pages
             for index, page in enumerate(found):
                 # A page that is found holds these weights' values of these very tokens.
                 assert content[page] == (number, tuple(tokens[: (index + 1) * PAGE_TOKENS]))

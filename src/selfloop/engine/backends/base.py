@@ -185,6 +185,8 @@ class Contracts:
     Args:
         paged: the samples of a prompt share the pages that it filled. Without it the cache forks whole slots.
         prefixes: a prompt may begin with pages that another filled. Without it prompts share nothing.
+        state_tokens: of a model with recurrent states, which lie in no page: a prompt may begin with what another
+            filled at a multiple of so many tokens, whole pages, where a copy of the states was kept. None: at any page.
         packed: each sequence of a batch gets the numbers it has alone. Without it sequences come one a call.
         batch_invariant: and the same bits, whatever else is in the batch. Without it an engine that is asked to be
             deterministic computes the blocks of different runs apart.
@@ -193,6 +195,7 @@ class Contracts:
 
     paged: bool = True
     prefixes: bool = True
+    state_tokens: int | None = None
     packed: bool = True
     batch_invariant: bool = False
     routes: bool = False

@@ -13,6 +13,8 @@ from selfloop.types.errors import OperationFailed
 _DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32}
 NUM_STATES = 256
 """Sequences whose states memory is counted for: as many as the engine has at a time."""
+NUM_KEPT_STATES = 64
+"""Copies of states that the prefix cache keeps beside those, at the ends of prompts' common beginnings."""
 
 _CPU_KV_BYTES = 256 * 2**20
 _CUDA_KV_SHARE = 0.4
@@ -110,8 +112,9 @@ def default_kv_tokens(token_bytes: int, context: int, device: torch.device, free
 
 
 def cache_bytes(num_tokens: int, token_bytes: int, state_elements: int) -> int:
-    """What a cache takes when it is full: tokens of all sequences, and float32 states of as many as there are."""
-    return num_tokens * token_bytes + NUM_STATES * state_elements * torch.float32.itemsize
+    """What a cache takes when it is full: tokens of all sequences, float32 states of as many as there are, and those
+    of the prefix cache."""
+    return num_tokens * token_bytes + (NUM_STATES + NUM_KEPT_STATES) * state_elements * torch.float32.itemsize
 
 
 def default_bucket_tokens(token_bytes: int, device: torch.device) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.backends.base import CacheSlot, Row
+from selfloop.engine.backends.device import NUM_KEPT_STATES
 from selfloop.engine.kv.pages import PAGE_TOKENS
-from selfloop.engine.kv.prefix_cache import PrefixCache
+from selfloop.engine.kv.prefix_cache import Found, KeptStates, PrefixCache
 from selfloop.engine.lora.adapter import Adapter
 from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.sample.grammar import CompileGrammar, Constraint, Grammar
@@ -49,7 +50,9 @@ class SamplingScheduler:
         self._model = runner.model
         self._cache = runner.cache
         self._pool = runner.cache.pool
-        self._prefixes = PrefixCache(self._pool)
+        self._state_tokens = runner.model.contracts.state_tokens
+        kept = None if self._state_tokens is None else KeptStates(NUM_KEPT_STATES, runner.cache.leave)
+        self._prefixes = PrefixCache(self._pool, kept)
         self._prefill_budget = prefill_budget
         self._max_batch = max_batch
         self._vocabulary = vocabulary
@@ -159,7 +162,7 @@ class SamplingScheduler:
                 return
             prompt = request.request.prompt
             asks = request.needs_whole_prompt or not self._model.contracts.prefixes
-            found = [] if asks else self._prefixes.match(request.adapter, prompt)
+            found, states = Found([], None) if asks else self._prefixes.match(request.adapter, prompt)
             if not asks and self._follows(request, len(found)):
                 self._pool.release(found)
                 continue
@@ -170,19 +173,32 @@ class SamplingScheduler:
                 return
             self._waiting.remove(request)
             request.slot.pages = found + self._pool.allocate(request.prompt_pages - len(found))
+            if states is not None:
+                self._cache.fork(states, request.slot)
             request.num_prefilled = request.num_found = len(found) * PAGE_TOKENS
             self._active.append(request)
 
     def _follows(self, request: ActiveRequest, num_found: int) -> bool:
-        """Whether a prompt under way will leave another page that this one begins with."""
-        num = (num_found + 1) * PAGE_TOKENS
-        if num >= request.prompt_length:
-            return False
-        start = request.request.prompt[:num]
+        """Whether a prompt under way will leave more than ``num_found`` pages that this one begins with."""
         return any(
-            not r.is_prefilled and r.adapter is request.adapter and r.request.prompt[:num] == start
+            not r.is_prefilled and r.adapter is request.adapter and self._begins_as(request, r, num_found)
             for r in self._active
         )
+
+    def _begins_as(self, request: ActiveRequest, other: ActiveRequest, num_found: int) -> bool:
+        num = (num_found + 1) * PAGE_TOKENS
+        if self._state_tokens is not None:
+            # Only there are its states kept, and only if it has yet to come by.
+            num = self._keeps_states_at(other)
+            if num <= num_found * PAGE_TOKENS or other.num_prefilled >= num:
+                return False
+        return num < request.prompt_length and other.request.prompt[:num] == request.request.prompt[:num]
+
+    def _keeps_states_at(self, request: ActiveRequest) -> int:
+        """Tokens of a prompt behind which its recurrent states are kept; 0 for none."""
+        if self._state_tokens is None or request.needs_whole_prompt:
+            return 0
+        return (request.prompt_length - 1) // self._state_tokens * self._state_tokens
 
     def _prefill(self) -> None:
         budget = self._prefill_budget
@@ -193,6 +209,8 @@ class SamplingScheduler:
         for request in self._active:
             if budget > 0 and not request.is_prefilled:
                 stop = min(request.prompt_length, request.num_prefilled + budget)
+                if request.num_prefilled < self._keeps_states_at(request):
+                    stop = min(stop, self._keeps_states_at(request))
                 batch.append((request, PromptChunk(request.slot, request.num_prefilled, stop, request.routes)))
                 budget -= stop - request.num_prefilled
         if not batch:
@@ -214,6 +232,10 @@ class SamplingScheduler:
 
     def _prefilled(self, request: ActiveRequest, chunk: PromptChunk, h_ND: Tensor) -> None:
         request.num_prefilled = chunk.stop
+        if chunk.stop == self._keeps_states_at(request) > 0 and bool(h_ND[-1].isfinite().all()):
+            states = CacheSlot([])
+            self._cache.fork(request.slot, states)
+            self._prefixes.insert(request.adapter, request.request.prompt[: chunk.stop], request.slot.pages, states)
         if request.prompt_scores is not None:
             request.prompt_scores.add(self._model, chunk.start, h_ND, request.adapter)
         if request.is_prefilled:
@@ -342,7 +364,7 @@ class SamplingScheduler:
 
     def _share(self, adapter: Adapter | None, tokens: list[int], slot: CacheSlot) -> None:
         """Leave the pages that are full of ``tokens`` to those whose prompt begins like that."""
-        if self._model.contracts.prefixes:
+        if self._model.contracts.prefixes and self._state_tokens is None:
             self._prefixes.insert(adapter, tokens, slot.pages)
 
     def _release(self, slot: CacheSlot) -> None:

@@ -16,6 +16,7 @@ from selfloop.engine.backends.torch.cached_attention import PrefillAttention
 from selfloop.engine.backends.torch.costs import costs_of
 from selfloop.engine.backends.torch.curved_head import LogitCurve, score_curved
 from selfloop.engine.backends.torch.decode_step import DecodeStep
+from selfloop.engine.backends.torch.delta_rule import CHUNK
 from selfloop.engine.backends.torch.linear import FrozenLinear, Products
 from selfloop.engine.backends.torch.logprob import HeadAdapter, score
 from selfloop.engine.backends.torch.norm import rms_norm
@@ -78,9 +79,10 @@ class TorchModel:
         assert len(weights.layers) == spec.num_layers
         self.kept_as: KeptAs | None = kept_as
         self.spec = spec
-        # What a recurrent layer knows of a prompt lies in no page.
         self.is_recurrent = spec.state_elements > 0
-        self.contracts = Contracts(prefixes=not self.is_recurrent, routes=Mixtures.of(spec) is not None)
+        # Where a chunk of the recurrence ends, what follows is cut into the same chunks as without the cache.
+        state_tokens = CHUNK if self.is_recurrent else None
+        self.contracts = Contracts(state_tokens=state_tokens, routes=Mixtures.of(spec) is not None)
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype

@@ -11,6 +11,8 @@ from selfloop.engine.backends.torch.attention import Attention, in_blocks
 from selfloop.engine.backends.torch.delta_rule import DeltaInputs, delta_rule, delta_step
 from selfloop.engine.models.gated_delta_net import GatedDeltaNet
 
+_MOST_NEW_ROWS = 64
+
 
 class Recurrence(Protocol):
     """Of the packed rows of one pass; ``place`` is the number of the layer among the recurrent ones."""
@@ -80,7 +82,8 @@ class RecurrentStates:
             return known
         if not self._free:
             num = self._delta_RLHkv.shape[0]
-            self._free = list(range(num, max(2 * num, 1)))[::-1]
+            # Doubled while it is small, and never far beyond what is counted.
+            self._free = list(range(num, num + min(max(num, 1), _MOST_NEW_ROWS)))[::-1]
             more = len(self._free)
             self._delta_RLHkv = _more_rows(self._delta_RLHkv, more)
             self._tail_RLKC = _more_rows(self._tail_RLKC, more)
