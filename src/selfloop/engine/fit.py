@@ -35,6 +35,7 @@ from selfloop.types.lora import LoraTargets
 from selfloop.types.model_folder import SUPPORTED_MODEL_TYPES
 from selfloop.types.model_weights import ModelWeights
 from selfloop.types.settings import BaseDtype, EngineLimits
+from selfloop.types.text_half import text_half
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def _read(path: Path) -> tuple[ModelSpec, ModelWeights | None]:
     config = path / "config.json" if path.is_dir() else path
     if not config.is_file():
         raise model_invalid(f"{path} has no config.json")
-    raw = read_object(config)
+    raw = text_half(read_object(config))
     folder = config.parent
     if not any(folder.glob("*.safetensors*")):
         if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:

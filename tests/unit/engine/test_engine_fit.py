@@ -92,6 +92,17 @@ def test_a_config_alone_is_enough_and_says_the_same(memory, tmp_path):
     assert 0 < whole.frozen < 1, "experts take no adapter"
 
 
+def test_a_bare_config_of_a_model_that_sees_is_that_of_its_text_half(tmp_path):
+    text = tiny_models.build("gemma3").config.to_dict()
+    asked, found = Asked("cpu", "float32", 64 * MIB), []
+    for name, raw in (("text", text), ("whole", {"model_type": "gemma3", "text_config": text, "vision_config": {}})):
+        path = tmp_path / name / "config.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(raw))
+        found.append(fit(path, asked))
+    assert found[0] == found[1]
+
+
 def test_more_memory_never_trains_less(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_models.build("llama").config.to_dict()))
     plans = [fit(tmp_path, Asked("cpu", "float32", memory * MIB)).plan for memory in (1, 2, 4, 8, 16)]

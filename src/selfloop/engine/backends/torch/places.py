@@ -172,4 +172,4 @@ def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> No
 
 def _check_type(name: str, source: Tensor) -> None:
     if not source.is_floating_point():
-        raise OperationFailed(f"{name} is {source.dtype}; quantized base weights are not supported")
+        raise OperationFailed(f"{name} is {source.dtype}, expected a floating-point type".replace("torch.", ""))
