@@ -136,10 +136,10 @@ def test_transformers_is_imported_only_when_it_is_chosen():
 class Without:
     name = "without"
 
-    def lacks(self, spec, device, dtype):
+    def lacks(self, spec, device, dtype, kept_as=None):
         return Lacking("it is not there", "; build it")
 
-    def load(self, spec, source, device, dtype):
+    def load(self, spec, source, device, dtype, kept_as=None):
         raise AssertionError("it lacks the model")
 
 
