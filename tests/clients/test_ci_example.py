@@ -45,3 +45,17 @@ def test_the_plugin_gives_its_fixtures(cookbook_python: str, variables: dict[str
         command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert re.search(r"^1 passed", done.stdout, re.MULTILINE), f"{done.stdout[-6000:]}{done.stderr[-3000:]}"
+
+
+def test_the_client_of_loops_comes_first(torch_client_python: str, variables: dict[str, str], tmp_path: Path):
+    (tmp_path / "test_loops.py").write_text(
+        "def test_it(selfloop_server, selfloop_client):\n"
+        "    trainer = selfloop_client.create_lora_training_client(base_model=selfloop_server.model, rank=4)\n"
+        "    assert type(selfloop_client).__module__.startswith('baseten.loops')\n"
+        "    assert trainer.run_id\n"
+    )
+    command = [torch_client_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_loops.py"]
+    done = subprocess.run(
+        command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert re.search(r"^1 passed", done.stdout, re.MULTILINE), f"{done.stdout[-6000:]}{done.stderr[-3000:]}"

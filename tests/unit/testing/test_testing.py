@@ -83,6 +83,7 @@ def test_variables_for_both_clients(server: Server):
     assert server.env["TINKER_API_KEY"] == f"tml-{server.env['BASETEN_API_KEY']}"
     found = httpx.get(f"{server.env['HF_ENDPOINT']}/{server.model}/resolve/main/tokenizer_config.json")
     assert found.json() == json.loads((server.model_folder / "tokenizer_config.json").read_text())
+    assert server.tokenizer().decode(server.tokenizer().encode("Ahoy é")) == "Ahoy é"
 
 
 def test_a_worker_that_dies_at_a_step_changes_no_number(server: Server, http: httpx.Client):
