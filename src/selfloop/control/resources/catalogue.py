@@ -212,7 +212,7 @@ class Catalogue:
             if not _NAME.fullmatch(candidate):
                 raise BadRequest("name", f"a name like Qwen/Qwen3-8B, got {candidate!r}")
         row = await self._row(source)
-        if row is None:
+        if row is None or revision not in (None, row.revision):
             row = await self._new_row(source, name, revision, hub_url, on_progress)
         elif name is not None and name != row.name:
             aliases = [*aliases, name]
