@@ -67,7 +67,7 @@ def _save(make: Callable[[], PreTrainedModel], directory: Path) -> Path:
         # The head is frozen: it must be able to say a token with certainty, or no training could teach that.
         model.lm_head.weight.mul_(3)
     save_quietly(model, directory)
-    _tokenizer().save(str(directory / "tokenizer.json"))
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL[0],
@@ -97,7 +97,7 @@ def save_adapter(model_dir: Path, folder: Path, **settings: object) -> Path:
     return folder
 
 
-def _tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -19,7 +19,7 @@ from selfloop.engine.backends.device import (
     pick_device,
     pick_dtype,
 )
-from selfloop.engine.backends.select import load_model
+from selfloop.engine.backends.select import load_model, open_sight
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.peft import read_peft
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
@@ -40,6 +40,7 @@ from selfloop.engine.train.probe import probe
 from selfloop.engine.train.request import LossRequest, Workshop
 from selfloop.engine.train.run import ComputedIn, Run
 from selfloop.engine.train.step import advance, fitting
+from selfloop.engine.vision.sight import ReadPixels, Sight
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.digests import check_folder
@@ -50,6 +51,7 @@ from selfloop.types.operation import AdamParams, Forward, ForwardBackward
 from selfloop.types.result import InitResult, LoadResult, LossResult, Probe, StepResult
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult
 from selfloop.types.settings import BaseDtype, EngineLimits
+from selfloop.types.vision import VisionFacts, read_vision
 
 log = logging.getLogger("selfloop.engine")
 
@@ -117,13 +119,14 @@ class Engine:
         limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
+        sight: Sight | None = None,
         deterministic: bool = False,
     ) -> None:
-        """The arguments are those of :meth:`load`."""
+        """The arguments are those of :meth:`load`; ``sight`` is of a model that sees."""
         spec, device = model.spec, model.device
         self._model = model
         self._deterministic = deterministic
-        share = MemoryShare.of(model, limits)
+        share = MemoryShare.of(model, limits, beside_bytes=0 if sight is None else sight.num_bytes)
         memory = PassMemory.of(model, share.activation_bytes)
         usual = AdapterShape(spec, _USUAL_RANK)
         train_token_budget = limits.train_token_budget
@@ -134,7 +137,7 @@ class Engine:
         self.train_token_budget = train_token_budget
         self._forward_cache = ForwardCache(share.forward_cache_bytes)
         mixtures = Mixtures.of(spec) if model.contracts.routes else None
-        self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache, mixtures)
+        self._workshop = Workshop(spec, device, train_token_budget, memory, self._forward_cache, mixtures, sight)
         runner = ModelRunner(model, limits.max_kv_tokens)
         self._runs: dict[str, Run] = {}
         self._adapter_cache = AdapterCache(limits.max_adapters)
@@ -167,6 +170,7 @@ class Engine:
         limits: EngineLimits = EngineLimits(),
         vocabulary: Vocabulary | None = None,
         compile_grammar: CompileGrammar | None = None,
+        read_pixels: ReadPixels | None = None,
         deterministic: bool = False,
     ) -> "Engine":
         """Load a Hugging Face model folder (``config.json``, ``*.safetensors``).
@@ -178,6 +182,7 @@ class Engine:
             limits: what it may take of the device.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
             compile_grammar: reads what samples must match; without it such requests are refused.
+            read_pixels: decodes images, for a model that sees; without it they are refused.
             deterministic: a run's training gives the same bits whatever is computed together with it.
 
         Raises:
@@ -190,8 +195,13 @@ class Engine:
         model = load_model(spec, source, on, pick_dtype(dtype, on), kept_as)
         if source.weights.quantization is not None or model.kept_as is not None:
             _say_kept(source.weights, model)
+        facts = read_vision(model_dir)
+        sight = None
+        if isinstance(facts, VisionFacts) and read_pixels is not None and model.contracts.images:
+            sight = open_sight(model_dir, facts, read_pixels, model)
         return cls(
             model,
+            sight=sight,
             limits=limits,
             vocabulary=vocabulary,
             compile_grammar=compile_grammar,
@@ -450,7 +460,8 @@ class Engine:
         if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
             raise BadRequest("prompt", f"token ids must be in 0..{self.info.vocab_size - 1}")
         adapter = None if request.adapter is None else self._adapter_cache.get(request.adapter.checkpoint_id)
-        self._scheduler.submit(request, adapter, stream=stream)
+        images = self._workshop.see(request.images, len(request.prompt))
+        self._scheduler.submit(request, adapter, stream=stream, images=images)
 
     @torch.inference_mode()
     def cancel_sample(self, request_id: str) -> None:

@@ -15,12 +15,18 @@ class MemoryShare(NamedTuple):
     forward_cache_bytes: int
 
     @classmethod
-    def of(cls, model: Planned, limits: EngineLimits, device_bytes: int | None = None) -> "MemoryShare":
-        """As limited, else by default; ``device_bytes`` is of a device that is not this machine's."""
+    def of(
+        cls, model: Planned, limits: EngineLimits, device_bytes: int | None = None, *, beside_bytes: int = 0
+    ) -> "MemoryShare":
+        """As limited, else by default; ``device_bytes`` is of a device that is not this machine's.
+
+        ``beside_bytes`` is taken by what is no part of the decoder.
+        """
         total = total_memory(model.device) if device_bytes is None else device_bytes
         weights = model.costs().base_weights
         if limits.memory_bytes is not None:
             total = min(total, limits.memory_bytes)
+        total = max(total - beside_bytes, 0)
         activation, kept = limits.activation_bytes, limits.forward_cache_bytes
         return cls(
             total,

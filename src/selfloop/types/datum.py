@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from selfloop.types.images import Image
 from selfloop.types.routes import Routes
 
 DType = Literal["int64", "float32"]
@@ -45,8 +46,10 @@ class Datum(msgspec.Struct, frozen=True):
     ``loss_inputs["target_tokens"]`` is (N,) int64, already shifted: position i holds the token that
     position i must predict, or ``IGNORED_TARGET``. Cross entropy also takes (N, K): K targets a position.
     ``routes`` are the experts that tokens are sent to, of a model that has some; None routes all of them anew.
+    ``images`` are in the order of their placeholders, which are among the tokens.
     """
 
     tokens: Tensor
     loss_inputs: dict[str, Tensor]
     routes: Routes | None = None
+    images: list[Image] = []

@@ -16,6 +16,7 @@ from selfloop.types.quantization import read_quantization
 from selfloop.types.routes import ExpertCounts
 from selfloop.types.text_half import text_half
 from selfloop.types.transformers_models import context_of, why_unknown
+from selfloop.types.vision import TEXT_ONLY, TextOnly, VisionFacts, read_vision
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ PUBLIC_FILES = frozenset(
         "config.json",
         "generation_config.json",
         "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer.model",
@@ -71,7 +74,7 @@ PUBLIC_FILES = frozenset(
         "vocab.json",
     }
 )
-"""Names a client needs for tokenizing; whoever reaches the server may read them."""
+"""Names a client needs for tokenizing and for counting an image; whoever reaches the server may read them."""
 
 NO_EXPERTS = "the served model has no experts to route to"
 
@@ -91,6 +94,7 @@ class ModelFacts:
         size_bytes: of the weight files.
         eos_token_ids: every id that ends a sample, ascending.
         no_routes: why it cannot be recorded which experts it chose, in words; empty where it can.
+        vision: how it sees images, or why it sees none.
     """
 
     path: Path
@@ -102,6 +106,7 @@ class ModelFacts:
     size_bytes: int
     eos_token_ids: tuple[int, ...]
     no_routes: str
+    vision: VisionFacts | TextOnly = TEXT_ONLY
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)
@@ -152,6 +157,7 @@ def read_facts(path: Path) -> ModelFacts:
         size_bytes=weights.size_bytes,
         eos_token_ids=_eos_token_ids(path, config),
         no_routes=_no_routes(config),
+        vision=read_vision(path),
     )
 
 

@@ -24,6 +24,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _OLD_BUFFER = "rotary_emb.inv_freq"
 _CHUNK_BYTES = 4 * 2**20
+# Of what sees, in the names of the whole; older files have a name more in them.
+_VISION = ("vision_tower.", "multi_modal_projector.", "visual.")
+_VISION_INNER = "vision_tower.vision_model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,20 @@ def _model_type(folder: Path) -> str:
     except (OSError, msgspec.MsgspecError):
         return ""
     return str(text_half(raw).get("model_type", ""))
+
+
+def vision_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """What a folder holds of the tower that sees, by the names that transformers has for it inside the model.
+
+    Raises:
+        BadRequest: as :func:`read_weights`.
+    """
+    found: dict[str, StoredTensor] = {}
+    for tensor in (tensor for file in weight_paths(folder)[0] for tensor in _tensors(file)):
+        name = tensor.name.removeprefix("model.")
+        if name.startswith(_VISION):
+            found[name.replace(_VISION_INNER, "vision_tower.", 1)] = tensor
+    return found
 
 
 def _tied(weights: ModelWeights) -> ModelWeights:

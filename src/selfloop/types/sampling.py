@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 from selfloop.types.blob_ref import BlobRef
+from selfloop.types.images import Image
 from selfloop.types.result import Spent
 from selfloop.types.routes import SampledRoutes
 
@@ -97,6 +98,7 @@ class SampleRequest(msgspec.Struct, frozen=True):
         prompt_targets: tokens to score along the prompt.
         prompt_draws: how many alternatives to sample, independently and at the temperature, for each prompt token.
         routes: whether the answer also contains which experts each token went to.
+        images: in the order of their placeholders, which are among the prompt's tokens.
     """
 
     request_id: str
@@ -111,6 +113,7 @@ class SampleRequest(msgspec.Struct, frozen=True):
     prompt_targets: PromptTargets | None = None
     prompt_draws: int = 0
     routes: bool = False
+    images: list[Image] = []
 
     @property
     def asks_about_prompt(self) -> bool:

@@ -19,6 +19,7 @@ from selfloop.storage.db.tables import AliasRow, ModelRow
 from selfloop.types.errors import BadRequest, NotFound, OperationFailed
 from selfloop.types.model_folder import NO_EXPERTS, ModelFacts, computed_by, is_gguf, read_facts
 from selfloop.types.resources import Alias, CatalogueEntry
+from selfloop.types.vision import TEXT_ONLY, TextOnly, VisionFacts
 from selfloop.worker.launchers.conversions import launch_prepare
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Model:
     vocab_size: int
     max_position_embeddings: int
     no_routes: str
+    vision: VisionFacts | TextOnly = TEXT_ONLY
 
 
 def _within(model: Model, context: int, field: str) -> Model:
@@ -265,7 +267,15 @@ class Catalogue:
         if facts is None:
             # Asked for with every operation, and a served folder does not change under a running server.
             facts = self._facts[row.path] = await asyncio.to_thread(read_facts, self._paths.resolved(row.path))
-        return Model(row.name, row.source, facts.path, facts.vocab_size, facts.max_position_embeddings, facts.no_routes)
+        return Model(
+            row.name,
+            row.source,
+            facts.path,
+            facts.vocab_size,
+            facts.max_position_embeddings,
+            facts.no_routes,
+            facts.vision,
+        )
 
     async def _describe_or_blank(self, row: CatalogueEntry) -> Model:
         """As :meth:`_describe`; a model whose folder is gone or broken has room for no token."""

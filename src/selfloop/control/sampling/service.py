@@ -7,7 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -17,6 +17,7 @@ from selfloop.control.sampling.recorded import RecordedSequences
 from selfloop.control.sampling.stream_resume import Continuation
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
 from selfloop.types.errors import BadRequest, Conflict, NotFound, NotReady, OperationFailed, SelfloopError, WorkerLost
+from selfloop.types.images import Image
 from selfloop.types.model_folder import read_chat_template
 from selfloop.types.resources import Checkpoint, PinnedCheckpoint, Sampler
 from selfloop.types.sampling import (
@@ -75,6 +76,7 @@ class SampleSpec:
     prompt_draws: int = 0
     record_as: str | None = None
     routes: bool = False
+    images: list[Image] = field(default_factory=list[Image])
 
     @property
     def asks_about_prompt(self) -> bool:
@@ -263,6 +265,7 @@ class Sampling:
             prompt_targets=spec.prompt_targets,
             prompt_draws=spec.prompt_draws,
             routes=spec.routes,
+            images=spec.images,
         )
         continuation = Continuation()
         observer = self._c.outcomes.observer

@@ -43,6 +43,21 @@ class CacheSlot:
     num_in_pages: int = 0
 
 
+class ImageRows(NamedTuple):
+    """Rows of a batch that are tokens of images.
+
+    Args:
+        rows_M: int64, which rows.
+        features_MD: what stands in for their embeddings, unscaled.
+        ahead: of each sequence, int64 for each of its rows: how many rows behind itself it sees, besides all before
+            it; None where none sees any.
+    """
+
+    rows_M: Tensor
+    features_MD: Tensor
+    ahead: list[Tensor | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Varlen:
     """Rows of several sequences, one after another and without padding: the batch of training, prefill and decode.
@@ -53,6 +68,8 @@ class Varlen:
         starts: the position of each sequence's first row; all 0 in training.
         slots: where each sequence's earlier tokens lie, which its rows here join; empty in training.
         routing: which experts the rows go to, of a model with the contract ``routes``; None leaves it to its routers.
+        images: the rows that are no text; None where all are.
+        rotary: int64 (T,) or (3, T), by what rows are rotated; None for their positions.
     """
 
     tokens_T: Tensor
@@ -60,16 +77,35 @@ class Varlen:
     starts: list[int]
     slots: list[CacheSlot]
     routing: Routing | None = None
+    images: ImageRows | None = None
+    rotary: Tensor | None = None
 
     @classmethod
-    def whole(cls, tokens_T: Tensor, lengths: list[int], routing: Routing | None = None) -> "Varlen":
+    def whole(
+        cls,
+        tokens_T: Tensor,
+        lengths: list[int],
+        routing: Routing | None = None,
+        images: ImageRows | None = None,
+        rotary: Tensor | None = None,
+    ) -> "Varlen":
         """Whole sequences, with nothing before them."""
-        return cls(tokens_T, lengths, [0] * len(lengths), [], routing)
+        return cls(tokens_T, lengths, [0] * len(lengths), [], routing, images, rotary)
 
     @property
     def stops(self) -> list[int]:
         """The position behind each sequence's last row."""
         return [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+
+    @property
+    def ahead(self) -> list[Tensor | None]:
+        """Of :class:`ImageRows`, for every sequence."""
+        return [None] * len(self.lengths) if self.images is None else self.images.ahead
+
+    @property
+    def rotary_positions(self) -> Tensor:
+        """(T,) or (3, T), on the model's device."""
+        return self.positions_T if self.rotary is None else self.rotary
 
     @property
     def positions_T(self) -> Tensor:
@@ -191,6 +227,7 @@ class Contracts:
         batch_invariant: and the same bits, whatever else is in the batch. Without it an engine that is asked to be
             deterministic computes the blocks of different runs apart.
         routes: it goes by a batch's routing. Without it routes are neither recorded nor replayed.
+        images: rows may be those of images (:class:`ImageRows`). Without it there are none.
     """
 
     paged: bool = True
@@ -199,6 +236,7 @@ class Contracts:
     packed: bool = True
     batch_invariant: bool = False
     routes: bool = False
+    images: bool = False
 
 
 class Cache(Protocol):

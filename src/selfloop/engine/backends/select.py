@@ -1,6 +1,7 @@
 """Which backend computes a model: the first that lacks nothing. What the others lack is logged, in their order."""
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.backends.transformers.backend import TransformersBackend
 from selfloop.engine.models.spec import ModelSpec
 from selfloop.engine.models.weights import TensorSource
-from selfloop.types.errors import model_invalid
+from selfloop.engine.vision.sight import ReadPixels, Sight
+from selfloop.types.errors import OperationFailed, model_invalid
 from selfloop.types.settings import KeptAs
+from selfloop.types.vision import VisionFacts
 
 log = logging.getLogger("selfloop.engine")
 
@@ -72,6 +75,22 @@ def load_model(
     model = backend.load(spec, source, device, dtype, kept_as)
     log.info("base weights in %s on %s by %s (%s)", kept_as or dtype, device, backend.name, model.computed_by)
     return model
+
+
+def open_sight(folder: Path, facts: VisionFacts, read_pixels: ReadPixels, model: Model) -> Sight:
+    """What turns images into rows for ``model``, on its device and in its type.
+
+    Where the folder's tower cannot be loaded, the log tells, and so does everyone who sends an image.
+    """
+    # Only where a model sees: its code takes a second to import.
+    from selfloop.engine.backends.transformers.vision import load_tower
+
+    try:
+        tower = load_tower(folder, facts, model.device, model.dtype)
+    except OperationFailed as error:
+        log.warning("the model is served for text only: %s", error)
+        tower = error
+    return Sight(facts, tower, read_pixels)
 
 
 def open_reference(spec: ModelSpec, source: TensorSource) -> Model:

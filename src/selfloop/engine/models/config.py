@@ -147,6 +147,14 @@ class HfConfig:
         """Of a part of each head, ``default`` where the config does not say which; ``renamed`` as in parse_rope."""
         return _parsed(self.raw, head_dim, partial=default, renamed=renamed)
 
+    def rope_sections(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """``mrope_section``: pairs of dimensions that are rotated by time, row and column of an image's tokens."""
+        raw: Any = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}
+        given: Any = raw.get("mrope_section", default) if isinstance(raw, dict) else default
+        if not isinstance(given, list | tuple) or len(given) != 3:
+            raise model_invalid(f"config.json: mrope_section must be three numbers, is {given!r}")
+        return tuple(read_size("mrope_section", number) for number in given)
+
     def rope_of(self, kind: str, head_dim: int, base: str, default_base: float) -> RopeConfig:
         """That of one kind of layers, where full and sliding ones have each their own.
 

@@ -25,7 +25,7 @@ def hybrid(config: HfConfig, net: GatedDeltaNet, feed_forwards: Sequence[Block])
     norms = tuple(config.norm(name, plus_one=True) for name in ("input_layernorm", "post_attention_layernorm"))
     kinds = zip(config.layer_types(list(mixers), types), feed_forwards, strict=True)
     layers = [LayerSpec(mixers[kind], feed_forward, norms) for kind, feed_forward in kinds]
-    rope = config.partial_rope(attention.head_dim, 0.25)
+    rope = replace(config.partial_rope(attention.head_dim, 0.25), sections=config.rope_sections((11, 11, 10)))
     # Layers that guess more than the next token lie beside the model, and are not computed.
     return replace(config.model(layers, attention.head_dim, rope), final_norm_plus_one=True, left_out=("mtp.",))
 

@@ -15,7 +15,8 @@ from selfloop.types.errors import model_invalid
 class RopeConfig:
     """Scaling of the rotary embedding; field names as in Hugging Face's ``rope_parameters``.
 
-    ``head_dim`` counts the dimensions of a head that are rotated, its first ones.
+    ``head_dim`` counts the dimensions of a head that are rotated, its first ones. ``sections`` says how many pairs of
+    dimensions go by time, row and column where positions are three numbers (``mrope_section``).
     """
 
     kind: str
@@ -32,6 +33,7 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()
 
 
 def parse_rope(

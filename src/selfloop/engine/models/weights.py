@@ -18,7 +18,7 @@ from selfloop.engine.models.quantized.registry import codes, dequantized
 from selfloop.engine.models.registry import read_spec
 from selfloop.engine.models.spec import ModelSpec, Shapes
 from selfloop.types.errors import BadRequest, OperationFailed, model_invalid
-from selfloop.types.model_weights import HEAD, ModelWeights, read_weights
+from selfloop.types.model_weights import HEAD, ModelWeights, read_weights, vision_tensors
 from selfloop.types.quantization import Quantization
 from selfloop.types.safetensors_header import StoredTensor
 from selfloop.types.settings import KeptAs
@@ -59,15 +59,7 @@ class SafetensorsSource:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         weights = self.weights
-        wanted = {name: weights.tensors[name] for name in names if name not in weights.parts}
-        for path in self.weights.files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name, stored in wanted.items():
-                        if stored.file == path:
-                            yield name, _read(file, stored)
-            except SafetensorError as error:
-                raise model_invalid(f"{path} cannot be read: {error}") from error
+        yield from _plain({name: weights.tensors[name] for name in names if name not in weights.parts})
         yield from self._quantized(names, dequantized)
 
     def codes(self, names: Collection[str], kept_as: KeptAs) -> Iterator[tuple[str, Codes]]:
@@ -99,6 +91,38 @@ def _read(file: Any, stored: StoredTensor) -> Tensor:
         return file.get_tensor(stored.name)
     matrix, first, stop = stored.rows
     return file.get_slice(stored.name)[matrix, first:stop]
+
+
+class VisionSource:
+    """The weights of a model folder's vision tower.
+
+    Raises:
+        OperationFailed: the folder's weights cannot be read.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        try:
+            self._tensors = vision_tensors(model_dir)
+        except BadRequest as error:
+            raise model_invalid(error.expected) from error
+
+    def part(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one module of the whole model, by their names inside it."""
+        prefix = f"{module}."
+        named = {name.removeprefix(prefix): of for name, of in self._tensors.items() if name.startswith(prefix)}
+        return dict(_plain(named))
+
+
+def _plain(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """As they are stored, file by file."""
+    for path in sorted({stored.file for stored in wanted.values()}):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, stored in wanted.items():
+                    if stored.file == path:
+                        yield name, _read(file, stored)
+        except SafetensorError as error:
+            raise model_invalid(f"{path} cannot be read: {error}") from error
 
 
 def _opened(path: Path) -> safe_open:

@@ -11,18 +11,22 @@ from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.routing import Recording
 from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.sequence import Sample
+from selfloop.engine.vision.rows import Part, layout
+from selfloop.engine.vision.sight import SeenImage
 
 
 class PromptChunk(NamedTuple):
     """Tokens [start, stop) of a prompt whose cache is ``slot``; what is before ``start`` is cached.
 
     ``routes`` notes the experts that they go to.
+    ``images`` are those of the whole prompt.
     """
 
     slot: CacheSlot
     start: int
     stop: int
     routes: RouteLog | None = None
+    images: Sequence[SeenImage] = ()
 
 
 class ModelRunner:
@@ -38,7 +42,8 @@ class ModelRunner:
         slots, starts = [chunk.slot for chunk in chunks], [chunk.start for chunk in chunks]
         lengths = [chunk.stop - chunk.start for chunk in chunks]
         recording = _recording([chunk.routes for chunk in chunks])
-        batch = Varlen(self._ids(tokens), lengths, starts, slots, recording)
+        laid_out = layout([Part(chunk.start, chunk.stop, chunk.images) for chunk in chunks], self.model.device)
+        batch = Varlen(self._ids(tokens), lengths, starts, slots, recording, *laid_out)
         h_TD = self.model.forward_cached(batch, self.cache, lora)
         if recording is not None:
             for chunk, experts_NLK in zip(chunks, recording.experts_TLK().split(lengths), strict=True):
@@ -51,8 +56,11 @@ class ModelRunner:
         lora = AdapterBatch.of([(1, sample.parent.adapter) for sample in samples])
         starts, slots = [sample.position for sample in samples], [sample.slot for sample in samples]
         tokens_B = self._ids([sample.tokens[-1] for sample in samples])
+        rotary = None
+        if any(sample.parent.rotary_shift for sample in samples):
+            rotary = self._ids([sample.rotary_position for sample in samples])
         recording = _recording([sample.parent.routes for sample in samples])
-        batch = Varlen(tokens_B, [1] * len(samples), starts, slots, recording)
+        batch = Varlen(tokens_B, [1] * len(samples), starts, slots, recording, rotary=rotary)
         logits_BV = self.model.logits(self.model.forward_cached(batch, self.cache, lora), lora)
         if recording is not None:
             for sample, experts_LK in zip(samples, recording.experts_TLK(), strict=True):

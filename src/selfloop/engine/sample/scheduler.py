@@ -6,7 +6,7 @@ in the prefix cache; one that could share with a prompt under way waits for that
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.sampler import sample_generator
 from selfloop.engine.sample.sequence import ActiveRequest, Sample, StopReason
 from selfloop.engine.sample.text import SampleText, StopString, Vocabulary
+from selfloop.engine.vision.sight import SeenImage
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams, TokenLogprob, room_after
 
@@ -75,7 +76,9 @@ class SamplingScheduler:
         """``id`` of every adapter that a request still needs."""
         return {id(r.adapter) for r in (*self._waiting, *self._active) if r.adapter is not None}
 
-    def submit(self, request: SampleRequest, adapter: Adapter | None, *, stream: bool) -> None:
+    def submit(
+        self, request: SampleRequest, adapter: Adapter | None, *, stream: bool, images: Sequence[SeenImage] = ()
+    ) -> None:
         """Queue a request. Raises BadRequest when it could never run here."""
         params = request.params
         assert request.num_samples >= 1
@@ -95,7 +98,7 @@ class SamplingScheduler:
             )
         stops = [StopString(stop) for stop in params.stop]
         paged = self._model.contracts.paged
-        active = ActiveRequest(request, adapter, stream, self._grammar(request), stops, paged=paged)
+        active = ActiveRequest(request, adapter, stream, self._grammar(request), stops, paged=paged, images=images)
         if request.asks_about_prompt:
             active.prompt_scores = PromptScores(request, self._num_tokens, lambda token: self._raw(active, token))
         active.routes = RouteLog.of(request, self._model)
@@ -160,9 +163,8 @@ class SamplingScheduler:
         for request in list(self._waiting):
             if len(self._active) == self._max_batch:
                 return
-            prompt = request.request.prompt
             asks = request.needs_whole_prompt or not self._model.contracts.prefixes
-            found, states = Found([], None) if asks else self._prefixes.match(request.adapter, prompt)
+            found, states = Found([], None) if asks else self._prefixes.match(request.adapter, request.keys)
             if not asks and self._follows(request, len(found)):
                 self._pool.release(found)
                 continue
@@ -192,7 +194,7 @@ class SamplingScheduler:
             num = self._keeps_states_at(other)
             if num <= num_found * PAGE_TOKENS or other.num_prefilled >= num:
                 return False
-        return num < request.prompt_length and other.request.prompt[:num] == request.request.prompt[:num]
+        return num < request.prompt_length and other.keys[:num] == request.keys[:num]
 
     def _keeps_states_at(self, request: ActiveRequest) -> int:
         """Tokens of a prompt behind which its recurrent states are kept; 0 for none."""
@@ -211,7 +213,9 @@ class SamplingScheduler:
                 stop = min(request.prompt_length, request.num_prefilled + budget)
                 if request.num_prefilled < self._keeps_states_at(request):
                     stop = min(stop, self._keeps_states_at(request))
-                batch.append((request, PromptChunk(request.slot, request.num_prefilled, stop, request.routes)))
+                stop = request.chunk_stop(stop)
+                chunk = PromptChunk(request.slot, request.num_prefilled, stop, request.routes, request.images)
+                batch.append((request, chunk))
                 budget -= stop - request.num_prefilled
         if not batch:
             return
@@ -235,14 +239,14 @@ class SamplingScheduler:
         if chunk.stop == self._keeps_states_at(request) > 0 and bool(h_ND[-1].isfinite().all()):
             states = CacheSlot([])
             self._cache.fork(request.slot, states)
-            self._prefixes.insert(request.adapter, request.request.prompt[: chunk.stop], request.slot.pages, states)
+            self._prefixes.insert(request.adapter, request.keys[: chunk.stop], request.slot.pages, states)
         if request.prompt_scores is not None:
             request.prompt_scores.add(self._model, chunk.start, h_ND, request.adapter)
         if request.is_prefilled:
             logits_V = self._model.logits(h_ND[-1:], AdapterBatch.of([(1, request.adapter)]))[0]
             request.first_logits_V = logits_V
             if logits_V.isfinite().all():
-                self._share(request.adapter, request.request.prompt, request.slot)
+                self._share(request.adapter, request.keys, request.slot)
 
     def _start_samples(self) -> None:
         """Start samples of prefilled requests while there is room, and draw their first tokens."""
@@ -358,7 +362,7 @@ class SamplingScheduler:
 
     def _keep(self, sample: Sample) -> None:
         """Leave the sample's full pages to those whose prompt goes on from it."""
-        known = [*sample.parent.request.prompt, *sample.tokens[:-1]]
+        known = [*sample.parent.keys, *sample.tokens[:-1]]
         self._cache.write_back(sample.slot, len(known) // PAGE_TOKENS * PAGE_TOKENS)
         self._share(sample.parent.adapter, known, sample.slot)
 

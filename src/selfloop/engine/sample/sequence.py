@@ -1,6 +1,8 @@
 """A sampling request on its way through the scheduler, and the samples it draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,12 +16,14 @@ from selfloop.engine.sample.penalties import Penalties
 from selfloop.engine.sample.prompt_logprobs import PromptScores
 from selfloop.engine.sample.route_log import RouteLog
 from selfloop.engine.sample.text import SampleText, StopString
+from selfloop.engine.vision.rows import keys, plane_shift, runs
+from selfloop.engine.vision.sight import SeenImage
 from selfloop.types.sampling import SampleDelta, SampledSequence, SampleRequest, TokenLogprob
 
 StopReason = Literal["stop", "length"]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class ActiveRequest:
     """State of one request.
 
@@ -34,6 +38,7 @@ class ActiveRequest:
         num_started: samples that have started.
         prompt_scores: filled as the prompt is prefilled, when asked for.
         routes: likewise, and as its samples grow.
+        images: those of the prompt.
     """
 
     request: SampleRequest
@@ -49,7 +54,23 @@ class ActiveRequest:
     num_started: int = 0
     prompt_scores: PromptScores | None = None
     routes: RouteLog | None = None
+    images: Sequence[SeenImage] = ()
     finished: dict[int, SampledSequence] = field(default_factory=dict[int, SampledSequence])
+
+    @cached_property
+    def keys(self) -> list[int]:
+        """The prompt as the prefix cache knows it: other images are other tokens."""
+        return keys(self.request.prompt, self.images)
+
+    @cached_property
+    def rotary_shift(self) -> int:
+        """What new tokens are rotated by, less their positions."""
+        return plane_shift(self.images)
+
+    def chunk_stop(self, stop: int) -> int:
+        """``stop``, or the end of the image whose tokens see one another across it."""
+        ahead = runs([image for image in self.images if image.sees_ahead])
+        return next((run.stop for run in ahead if run.start < stop < run.stop), stop)
 
     @property
     def prompt_length(self) -> int:
@@ -124,6 +145,11 @@ class Sample:
     def position(self) -> int:
         """Position of the newest token, which is not in the cache yet."""
         return self.parent.prompt_length + len(self.tokens) - 1
+
+    @property
+    def rotary_position(self) -> int:
+        """What the newest token is rotated by."""
+        return self.position + self.parent.rotary_shift
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this sample's own stream."""

@@ -1,7 +1,7 @@
 """From datums to packed micro-batches: sequences one after another, no padding."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selfloop.engine.routing import ANEW, NO_ROUTES, Mixtures
+from selfloop.engine.vision.sight import SeenImage
 from selfloop.types import datum as types
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import IGNORED_TARGET, Datum
@@ -24,6 +25,7 @@ class Example:
 
     ``own`` are the inputs of an uploaded loss, in their own shapes; they are never packed. ``experts_NLK`` are those
     that the tokens go to, int16, ``ANEW`` where the router decides; None where it decides for all.
+    ``images`` stand among the tokens.
     """
 
     tokens_N: Tensor
@@ -31,14 +33,16 @@ class Example:
     inputs: Mapping[str, Tensor]
     own: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     experts_NLK: Tensor | None = None
+    images: Sequence[SeenImage] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Packed sequences of some datums, on the compute device.
 
-    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum; ``digest``
-    is of what the logprobs depend on: tokens, lengths, targets and ``experts_TLK``, which are as in :class:`Example`.
+    ``targets`` and ``inputs`` are (T,), or (T, K) with K > 1 targets a token; ``own`` is a mapping a datum, and
+    ``images`` are those of each; ``digest`` is of what the logprobs depend on: tokens, lengths, images, targets and
+    ``experts_TLK``, which are as in :class:`Example`.
     """
 
     indices: list[int]
@@ -47,6 +51,7 @@ class MicroBatch:
     targets: Tensor
     inputs: Mapping[str, Tensor]
     own: list[Mapping[str, Tensor]]
+    images: list[Sequence[SeenImage]]
     digest: bytes
     experts_TLK: Tensor | None
 
@@ -102,6 +107,9 @@ def read_example(index: int, datum: Datum, spec: LossSpec, vocab_size: int, max_
     targets = _read(f"{prefix}.target_tokens", given["target_tokens"], "int64", num, num_targets)
     _check_ids(f"{prefix}.target_tokens", targets[targets != IGNORED_TARGET], vocab_size)
     inputs = {"weights": torch.ones(targets.shape)}
+    for image in datum.images:
+        # What stands at an image's places, and at the one before them, is no target unless weights say so.
+        inputs["weights"][max(image.start - 1, 0) : image.stop] = 0
     for name in (*spec.required, *spec.optional):
         if name in given:
             inputs[name] = _read(f"{prefix}.{name}", given[name], "float32", num, num_targets)
@@ -206,6 +214,7 @@ def _stack(indices: list[int], examples: list[Example], device: torch.device) ->
         targets=torch.cat([e.targets for e in examples]).to(device),
         inputs={name: torch.cat([e.inputs[name] for e in examples]).to(device) for name in sorted(names)},
         own=[e.own for e in examples],
+        images=[e.images for e in examples],
         digest=_digest(examples),
         experts_TLK=_experts(examples, device),
     )
@@ -227,4 +236,6 @@ def _digest(examples: list[Example]) -> bytes:
         for values in (example.tokens_N, example.targets, *routes):
             state.update(f"{tuple(values.shape)}".encode())
             state.update(values.contiguous().numpy().tobytes())
+        for image in example.images:
+            state.update(image.digest)
     return state.digest()

@@ -1,8 +1,8 @@
 """From a loss operation to a job, and from a finished job to the operation's result."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,8 +15,10 @@ from selfloop.engine.train.job import LossChoice, LossJob, LossTotals
 from selfloop.engine.train.memory import PassMemory
 from selfloop.engine.train.optim import all_finite
 from selfloop.engine.train.run import Accumulated, Run
+from selfloop.engine.vision.sight import SeenImage, Sight
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.errors import BadRequest, OperationFailed
+from selfloop.types.images import Image
 from selfloop.types.loss_spec import LossSpec
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import Forward, ForwardBackward
@@ -29,9 +31,12 @@ _CUSTOM = LossSpec("custom", many_targets=True)
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What requests of all runs are computed with; ``token_budget`` is of a micro-batch.
+    """What requests of all runs are computed with.
 
-    ``mixtures`` are the layers whose routes can be replayed, None where there are none.
+    Args:
+        token_budget: of a micro-batch.
+        mixtures: the layers whose routes can be replayed, None where there are none.
+        sight: of a model that sees.
     """
 
     spec: ModelSpec
@@ -40,6 +45,13 @@ class Workshop:
     memory: PassMemory
     forward_cache: ForwardCache
     mixtures: Mixtures | None
+    sight: Sight | None = None
+
+    def see(self, images: Sequence[Image], num_tokens: int) -> list[SeenImage]:
+        """Raises BadRequest: the model sees nothing, or as :meth:`Sight.see`."""
+        if images and self.sight is None:
+            raise BadRequest(images[0].field, "encoded_text: the served model takes text only")
+        return [] if self.sight is None else self.sight.see(images, num_tokens)
 
 
 class LossRequest:
@@ -122,6 +134,10 @@ def _micro_batches(operation: Forward | ForwardBackward, shape: AdapterShape, wo
     examples = [read_example(index, datum, spec, model.vocab_size, model.context) for index, datum in enumerate(data)]
     longest = workshop.memory.longest(shape, with_gradient=isinstance(operation, ForwardBackward))
     _check_lengths([example.tokens_N.shape[0] for example in examples], spec.rows, longest)
+    examples = [
+        replace(example, images=workshop.see(datum.images, example.tokens_N.shape[0])) if datum.images else example
+        for example, datum in zip(examples, data, strict=True)
+    ]
     if operation.custom is not None:
         examples = [read_own(i, data[i], example, operation.custom) for i, example in enumerate(examples)]
     examples = [read_routes(i, data[i], example, workshop.mixtures) for i, example in enumerate(examples)]

@@ -10,6 +10,7 @@ from selfloop.engine.lora.batch import AdapterBatch
 from selfloop.engine.routing import Mixtures, replayed
 from selfloop.engine.train.job import LossJob, LossPart
 from selfloop.engine.train.memory import PassMemory
+from selfloop.engine.vision.rows import Part, layout
 
 # A forward that is to be kept has a pass of its own if it fills so much of one, or if it is alone in it anyway: a
 # graph that several runs share would serve none of them alone.
@@ -70,9 +71,11 @@ def _forward(
     rows = [(size, part.adapter) for size, part in zip(sizes, parts, strict=True)]
     widest = max((job.run.shape for job in jobs), key=lambda shape: shape.rank)
     with torch.set_grad_enabled(with_graph):
+        sequences = zip(lengths, (images for part in parts for images in part.batch.images), strict=True)
+        laid_out = layout([Part(0, length, images) for length, images in sequences], model.device)
         mixed = [(size, part.batch.experts_TLK) for size, part in zip(sizes, parts, strict=True)]
         routing = replayed(Mixtures.of(model.spec), mixed, model.device)
-        batch = Varlen.whole(torch.cat([part.batch.tokens_T for part in parts]), lengths, routing)
+        batch = Varlen.whole(torch.cat([part.batch.tokens_T for part in parts]), lengths, routing, *laid_out)
         lora = AdapterBatch.batch_invariant(rows) if deterministic else AdapterBatch.of(rows)
         recompute = with_graph and memory.recomputes(sum(sizes), widest, num_runs=len(jobs))
         h_TD = _hidden_states(model, batch, lora, recompute=recompute)

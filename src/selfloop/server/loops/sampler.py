@@ -6,6 +6,7 @@ from fastapi.responses import JSONResponse, Response
 
 from selfloop.control.gateway import Control
 from selfloop.control.queue.operations import Pending, checked_operation_id
+from selfloop.control.resources.catalogue import Model
 from selfloop.control.sampling.idempotency import Answer
 from selfloop.control.sampling.queued_samples import Failed, Sampled
 from selfloop.control.sampling.recorded import sequence_id, uri_of
@@ -13,10 +14,11 @@ from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.loops import validate, wire
 from selfloop.server.loops.results import poll_hold_s
 from selfloop.server.shared.auth import CallerOf, ControlOf, caller_of, control_of
-from selfloop.server.shared.body import read_body
+from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.connection import while_connected
 from selfloop.server.shared.dialect import Poll
 from selfloop.server.shared.errors import body_of
+from selfloop.server.shared.images import ImageReader
 from selfloop.server.shared.sampling import (
     MAX_SAMPLES,
     MAX_TOP_LOGPROBS,
@@ -33,6 +35,7 @@ from selfloop.server.shared.sampling import (
 )
 from selfloop.types.errors import BadRequest
 from selfloop.types.ids import new_id
+from selfloop.types.images import Image
 from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SampledSequence, SampleResult, SamplingParams, TokenLogprob
 from selfloop.types.status import SamplerStatus
@@ -46,12 +49,13 @@ _RESPOND_ASYNC = "respond-async"
 async def sample(request: Request, sampler: SamplerOf, caller: CallerOf, control: ControlOf) -> Response:
     """Sample completions: answered when they are there, or queued (202) on serverless capacity and by request."""
     raw = await read_body(request)
-    body = validate.decode(raw, wire.SampleBody)
+    body = await off_loop(len(raw), lambda: validate.decode(raw, wire.SampleBody))
     check_identity(request, sampler)
     pinned, pinned_by = await _pinned(body, sampler, control)
     key = request.headers.get("idempotency-key")
     key = None if key is None else checked_operation_id(key)
-    spec = _spec(body, sampler, key, (await control.catalogue.resolve(sampler.base_model)).no_routes)
+    model = await control.catalogue.resolve(sampler.base_model)
+    spec = await off_loop(len(raw), lambda: _spec(body, sampler, key, model))
     fingerprint = validate.fingerprint(_identity(request), raw)
     if control.capacity.is_serverless(sampler.serverless) or _prefers_async(request):
         weights = await weights_of(request, sampler, caller, control, pinned, pinned_by)
@@ -143,12 +147,15 @@ def _identity(request: Request) -> str:
     return "\0".join([request.url.path, *named])
 
 
-def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None, no_routes: str) -> SampleSpec:
+def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None, model: Model) -> SampleSpec:
+    prompt, images = body.prompt, list[Image]()
     if body.model_input_chunks:
-        raise BadRequest("model_input_chunks", "null: the served models take text only, as token ids in prompt")
-    if body.include_routed_experts and no_routes:
-        raise BadRequest("include_routed_experts", f"null or false: {no_routes}")
-    if not body.prompt:
+        prompt, images = validate.model_input(body.model_input_chunks, ImageReader(model.vision), "model_input_chunks")
+        if body.prompt:
+            raise BadRequest("prompt", "an empty list where model_input_chunks are the prompt")
+    if body.include_routed_experts and model.no_routes:
+        raise BadRequest("include_routed_experts", f"null or false: {model.no_routes}")
+    if not prompt:
         raise BadRequest("prompt", "at least one token id")
     within("n", body.n, 1, MAX_SAMPLES)
     if body.logprobs is not None:
@@ -156,7 +163,7 @@ def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None, no_routes: s
     if body.prompt_logprobs is not None:
         within("prompt_logprobs", body.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     check_ranges(body.temperature, body.top_p, body.top_k, body.seed)
-    room = room_for(body.prompt, "prompt", sampler.max_seq_len, scored=body.prompt_logprobs is not None)
+    room = room_for(prompt, "prompt", sampler.max_seq_len, scored=body.prompt_logprobs is not None)
     max_tokens = room if body.max_tokens is None else body.max_tokens
     within("max_tokens", max_tokens, 1, room)
     params = SamplingParams(
@@ -171,13 +178,14 @@ def _spec(body: wire.SampleBody, sampler: Sampler, key: str | None, no_routes: s
     )
     routes = bool(body.include_routed_experts)
     return SampleSpec(
-        body.prompt,
+        prompt,
         body.n,
         with_penalties(params, body),
         body.prompt_logprobs,
         # Routes are part of a recording, which the older client does not ask for besides.
         record_as=key or new_id() + new_id() if body.record_stability_info or routes else None,
         routes=routes,
+        images=images,
     )
 
 

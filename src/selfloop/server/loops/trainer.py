@@ -189,7 +189,7 @@ async def _loss_request(
 ) -> tuple[bytes, wire.ForwardBody, list[Datum], str, dict[str, float | bool]]:
     raw = await read_body(request)
     model = await control.catalogue.resolve(run.base_model)
-    limits = validate.Limits(model.vocab_size, run.max_seq_len, model.no_routes)
+    limits = validate.Limits(model.vocab_size, run.max_seq_len, model.no_routes, model.vision)
 
     body = await off_loop(len(raw), lambda: validate.decode(raw, wire.ForwardBody))
     named = validate.named_sequences(body, limits)

@@ -3,18 +3,22 @@
 import hashlib
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfloop.server.loops import wire
 from selfloop.server.shared.decode import decode as decode
+from selfloop.server.shared.images import ImageReader, from_base64
 from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, Span, add_recorded, check, check_size, routes
 from selfloop.types.datum import IGNORED_TARGET, Datum, Tensor
 from selfloop.types.errors import BadRequest
+from selfloop.types.images import Image
 from selfloop.types.loss_spec import LossSpec, one_of
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import AdamParams
 from selfloop.types.routes import Routes
 from selfloop.types.uris import NAME_RULE, RecordedUri, is_checkpoint_name, parse_recorded_uri
+from selfloop.types.vision import TEXT_ONLY, TextOnly, VisionFacts
 
 # Below this no product of Adam's factors leaves float32.
 _MAX_ADAM = 1e9
@@ -33,7 +37,7 @@ def fingerprint(operation: str, body: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens.
+    """What a run accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens, images or none.
 
     ``no_routes`` says why its model does not take recorded experts; it is empty where it does.
     """
@@ -41,6 +45,7 @@ class Limits:
     vocab_size: int
     max_seq_len: int
     no_routes: str = ""
+    vision: VisionFacts | TextOnly = TEXT_ONLY
 
 
 def loss_call(
@@ -57,7 +62,8 @@ def loss_call(
         raise BadRequest("data", "at least one datum")
     if len(body.data) % spec.rows != 0:
         raise BadRequest("data", f"pairs of a chosen and a rejected datum, so an even number; got {len(body.data)}")
-    data = [_datum(d, f"data[{i}]", spec, limits, known) for i, d in enumerate(body.data)]
+    reader = ImageReader(limits.vision)
+    data = [_datum(d, f"data[{i}]", spec, limits, known, reader) for i, d in enumerate(body.data)]
     _check_same_columns(data)
     check_size(data)
     return data, spec.name, config
@@ -93,13 +99,26 @@ def _loss_config(given: dict[str, float | bool] | None, spec: LossSpec) -> dict[
     return config
 
 
-def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known: Known) -> Datum:
+def model_input(
+    chunks: Sequence[wire.EncodedText | wire.Image], reader: ImageReader, field: str
+) -> tuple[list[int], list[Image]]:
+    """The tokens of the chunks in ``field``, an image's placeholders among them, and the images."""
     tokens: list[int] = []
-    for j, chunk in enumerate(datum.model_input.chunks):
+    images: list[Image] = []
+    for j, chunk in enumerate(chunks):
+        where = f"{field}[{j}]"
         if isinstance(chunk, wire.Image):
-            raise BadRequest(f"{field}.model_input.chunks[{j}]", "encoded_text: the served models take text only")
-        tokens += chunk.tokens
+            reader.check_seen(where, "encoded_text")
+            data = from_base64(chunk.data, f"{where}.data")
+            images.append(reader.add(tokens, data, chunk.format, chunk.expected_tokens, where))
+        else:
+            tokens += chunk.tokens
+    return tokens, images
+
+
+def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known: Known, reader: ImageReader) -> Datum:
     where = f"{field}.model_input"
+    tokens, images = model_input(datum.model_input.chunks, reader, f"{where}.chunks")
     if not tokens:
         raise BadRequest(where, "at least one token")
     if len(tokens) > limits.max_seq_len:
@@ -118,7 +137,7 @@ def _datum(datum: wire.Datum, field: str, spec: LossSpec, limits: Limits, known:
     inputs = _loss_inputs(datum, f"{field}.loss_fn_inputs", spec, limits, len(tokens))
     if target_spans:
         add_recorded(inputs, target_spans, known, field, spec.required)
-    return Datum(Tensor.of(tokens, "int64"), inputs, found)
+    return Datum(Tensor.of(tokens, "int64"), inputs, found, images)
 
 
 def _referred(

@@ -129,7 +129,7 @@ class SampleBody(PenaltyFields, frozen=True, kw_only=True):
     model: str | None = None
     lora: str | None = None
     structured_outputs: StructuredOutputs | None = None
-    model_input_chunks: list[msgspec.Raw] | None = None
+    model_input_chunks: list[EncodedText | Image] | None = None
     include_routed_experts: bool | None = None
     record_stability_info: bool | None = None
 

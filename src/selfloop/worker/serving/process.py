@@ -13,6 +13,7 @@ from selfloop.types.digests import check_folder
 from selfloop.types.errors import MODEL_INVALID, OperationFailed, model_invalid
 from selfloop.types.model_tokenizer import ModelTokenizer
 from selfloop.types.settings import EngineSettings
+from selfloop.worker.images.pixels import PixelReader
 from selfloop.worker.launchers.fork_protocol import ForkWorker
 from selfloop.worker.protocol import Capabilities, LoadFailed, Loading, ModelInfo, Ready
 from selfloop.worker.serving.background import Heartbeats
@@ -52,6 +53,7 @@ def load_model(model_dir: Path, settings: EngineSettings) -> Model:
         base_dtype=settings.base_dtype,
         vocabulary=tokenizer,
         compile_grammar=GrammarCompiler(tokenizer, spec.vocab_size, list(spec.eos_token_ids)),
+        read_pixels=PixelReader(),
         deterministic=settings.deterministic,
         limits=settings.limits,
     )

@@ -1,6 +1,7 @@
 """How the rows of a packed batch look at one another: the decoder asks, a strategy answers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +29,13 @@ class Attention(Protocol):
 
 
 class PackedCausalAttention:
-    """Each of the sequences that lie one after another sees itself only, causally."""
+    """Each of the sequences that lie one after another sees itself only, causally but for what its rows see ahead."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], ahead: Sequence[Tensor | None] = ()) -> None:
         assert lengths, "an empty batch has nothing to attend to"
         self.lengths = lengths
-        self._uniform = len(set(lengths)) == 1
+        self._ahead = list(ahead) or [None] * len(lengths)
+        self._uniform = len(set(lengths)) == 1 and all(ahead_N is None for ahead_N in self._ahead)
 
     def __call__(
         self, layer: int, spec: FullAttention, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sinks_H: Tensor | None
@@ -43,10 +45,11 @@ class PackedCausalAttention:
             num = len(self.lengths)
             q, k, v = (x.unflatten(0, (num, -1)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
             return attend(spec, q, k, v, sinks_H).transpose(1, 2).flatten(0, 1)
-        out = [
-            attend(spec, *(x.transpose(0, 1)[None] for x in qkv), sinks_H=sinks_H)[0].transpose(0, 1)
-            for qkv in zip(*(x.split(self.lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
-        ]
+        rows = (x.split(self.lengths) for x in (q_THd, k_TGd, v_TGd))
+        out: list[Tensor] = []
+        for ahead_N, q, k, v in zip(self._ahead, *rows, strict=True):
+            q_1HNd, k_1GNd, v_1GNd = (x.transpose(0, 1)[None] for x in (q, k, v))
+            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd, sinks_H, ahead_N)[0].transpose(0, 1))
         return torch.cat(out)
 
 
@@ -69,11 +72,13 @@ class BatchInvariantAttention:
         return torch.cat([attention(layer, spec, q, k, v, sinks_H) for attention, q, k, v in parts])
 
 
-def packed_attention(lengths: list[int], blocks: list[int] | None) -> "Attention":
+def packed_attention(lengths: list[int], blocks: list[int] | None, ahead: Sequence[Tensor | None] = ()) -> "Attention":
     """Of sequences that lie one after another; with ``blocks``, sizes of row blocks, each of these by itself."""
     if blocks is None:
-        return PackedCausalAttention(lengths)
-    return BatchInvariantAttention([(sum(own), PackedCausalAttention(own)) for own in in_blocks(lengths, blocks)])
+        return PackedCausalAttention(lengths, ahead)
+    left = iter(ahead)
+    apart = [(own, list(islice(left, len(own)))) for own in in_blocks(lengths, blocks)]
+    return BatchInvariantAttention([(sum(own), PackedCausalAttention(own, theirs)) for own, theirs in apart])
 
 
 def in_blocks(lengths: list[int], blocks: list[int]) -> Iterator[list[int]]:
@@ -88,13 +93,19 @@ def in_blocks(lengths: list[int], blocks: list[int]) -> Iterator[list[int]]:
 
 
 def attend(
-    spec: FullAttention, q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, sinks_H: Tensor | None = None
+    spec: FullAttention,
+    q_BHNd: Tensor,
+    k_BGLd: Tensor,
+    v_BGLd: Tensor,
+    sinks_H: Tensor | None = None,
+    ahead_N: Tensor | None = None,
 ) -> Tensor:
-    """Of the last N of L positions, each to those up to itself that its layer's window shows it."""
+    """Of the last N of L positions, each to those up to itself that its layer's window shows it, and some ahead."""
     num, length = q_BHNd.shape[2], k_BGLd.shape[2]
     window = None if spec.window is None or spec.window >= length else spec.window
-    if spec.softcap is not None or window is not None or sinks_H is not None:
-        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, Scoring(window, spec.softcap, spec.score_scale, sinks_H))
+    if not (spec.softcap is None and window is None and sinks_H is None and ahead_N is None):
+        scoring = Scoring(window, spec.softcap, spec.score_scale, sinks_H, ahead_N)
+        return blocked_attention(q_BHNd, k_BGLd, v_BGLd, scoring)
     if num == length:
         return causal_attention(q_BHNd, k_BGLd, v_BGLd, spec.scale)
     keys_L = torch.arange(length, device=q_BHNd.device)

@@ -18,13 +18,15 @@ _BLOCK_QUERIES = (16, 256)
 class Scoring(NamedTuple):
     """What a query q makes of a key k: cap(scale * q k), cap(s) = c * tanh(s / c), among the last ``window`` keys.
 
-    ``sinks_H`` are float32 scores of no key, one a head, which no gradient follows.
+    ``sinks_H`` are float32 scores of no key, one a head, which no gradient follows. ``ahead_N`` is how many keys
+    behind its own each query sees; None where none sees any.
     """
 
     window: int | None
     softcap: float | None
     scale: float
     sinks_H: Tensor | None = None
+    ahead_N: Tensor | None = None
 
 
 def blocked_attention(q_BHNd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, scoring: Scoring) -> Tensor:
@@ -51,16 +53,21 @@ class _Block(NamedTuple):
     hidden: Tensor
 
 
-def _blocks(num: int, length: int, num_heads: int, window: int | None, device: torch.device) -> Iterator[_Block]:
+def _blocks(num: int, length: int, num_heads: int, scoring: Scoring, device: torch.device) -> Iterator[_Block]:
     """Every block has a length of its own, so that what a row gets does not depend on what else is in the batch."""
+    window = scoring.window
     size = _block_queries(num_heads, length, window)
     for start in range(0, num, size):
         stop = min(start + size, num)
         first, behind = length - num + start, length - num + stop
         low = 0 if window is None else max(0, first - window + 1)
         queries_n1 = torch.arange(first, behind, device=device)[:, None]
+        last_n1 = queries_n1
+        if scoring.ahead_N is not None:
+            last_n1 = queries_n1 + scoring.ahead_N[start:stop, None]
+            behind = int(last_n1.max()) + 1
         keys_l = torch.arange(low, behind, device=device)
-        hidden = keys_l > queries_n1
+        hidden = keys_l > last_n1
         if window is not None:
             hidden |= keys_l <= queries_n1 - window
         yield _Block(slice(start, stop), slice(low, behind), hidden)
@@ -106,7 +113,7 @@ def _forward(q_HNd: Tensor, k_GLd: Tensor, v_GLd: Tensor, scoring: Scoring) -> T
     num_groups, length, _ = k_GLd.shape
     q_GMNd, k_GLd, v_GLd = _grouped(q_HNd, num_groups), k_GLd.float(), v_GLd.float()
     out_GMNd = torch.empty_like(q_GMNd)
-    for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring.window, q_HNd.device):
+    for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring, q_HNd.device):
         p_GXl, _ = _weights(q_GMNd[:, :, rows].flatten(1, 2), k_GLd[:, keys], hidden_nl, scoring)
         out_GMNd[:, :, rows] = torch.bmm(p_GXl, v_GLd[:, keys]).view_as(out_GMNd[:, :, rows])
     return out_GMNd.flatten(0, 1).to(q_HNd.dtype)
@@ -131,7 +138,7 @@ class _BlockedAttention(torch.autograd.Function):
         k_GLd, v_GLd = k_GLd.float(), v_GLd.float()
         along_GMN1 = (dout_GMNd * out_GMNd).sum(-1, keepdim=True)
         dq_GMNd, dk_GLd, dv_GLd = torch.empty_like(q_GMNd), torch.zeros_like(k_GLd), torch.zeros_like(v_GLd)
-        for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring.window, q_HNd.device):
+        for rows, keys, hidden_nl in _blocks(num, length, num_heads, scoring, q_HNd.device):
             q_GXd, dout_GXd = (x[:, :, rows].flatten(1, 2) for x in (q_GMNd, dout_GMNd))
             p_GXl, steepness_GXl = _weights(q_GXd, k_GLd[:, keys], hidden_nl, scoring)
             dv_GLd[:, keys] += torch.bmm(p_GXl.transpose(1, 2), dout_GXd)

@@ -24,6 +24,7 @@ class PrefillAttention:
         self._rows = rows
         self._lengths = batch.lengths
         self._starts = batch.starts
+        self._ahead = batch.ahead
         each = list(zip(batch.slots, batch.starts, batch.stops, strict=True))
         cells = [cell(slot.pages, position) for slot, start, stop in each for position in range(start, stop)]
         self._cells_T = torch.tensor(cells, device=device)
@@ -37,14 +38,14 @@ class PrefillAttention:
         self._rows.write(layer, self._cells_T, k_TGd, v_TGd)
         parts = zip(*(x.split(self._lengths) for x in (q_THd, k_TGd, v_TGd)), strict=True)
         out: list[Tensor] = []
-        for start, table_1P, (q, k, v) in zip(self._starts, self._tables, parts, strict=True):
+        for start, table_1P, ahead_N, (q, k, v) in zip(self._starts, self._tables, self._ahead, parts, strict=True):
             q_1HNd, k_1GNd, v_1GNd = (x.transpose(0, 1)[None] for x in (q, k, v))
             if start > 0:
                 # A token before the window of the first query is seen by none.
                 first = 0 if spec.window is None else max(0, start - spec.window + 1) // PAGE_TOKENS
                 stop = start + q.shape[0] - first * PAGE_TOKENS
                 k_1GNd, v_1GNd = (x[:, :, :stop] for x in self._rows.read(layer, table_1P[:, first:]))
-            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd, sinks_H)[0].transpose(0, 1))
+            out.append(attend(spec, q_1HNd, k_1GNd, v_1GNd, sinks_H, ahead_N)[0].transpose(0, 1))
         return torch.cat(out)
 
 

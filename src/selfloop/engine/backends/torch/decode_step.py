@@ -115,7 +115,7 @@ class DecodeStep:
         """h_BD in the compute dtype; rows of one adapter stand together."""
         adapters = self._adapters(lora.of_rows(len(batch.lengths)))
         h_BD = self._weights.embedded(batch.tokens_T, self._spec.embedding_scale)
-        rotations = self._rotations(batch.positions_T)
+        rotations = self._rotations(batch.rotary_positions)
         for index, layer in enumerate(self._weights.layers):
             place = self._spec.cache_places[index]
             at = _LayerStep(self, index, place, rotations, attention, rows, adapters, lora, batch.routing)

@@ -82,7 +82,7 @@ class TorchModel:
         self.is_recurrent = spec.state_elements > 0
         # Where a chunk of the recurrence ends, what follows is cut into the same chunks as without the cache.
         state_tokens = CHUNK if self.is_recurrent else None
-        self.contracts = Contracts(state_tokens=state_tokens, routes=Mixtures.of(spec) is not None)
+        self.contracts = Contracts(state_tokens=state_tokens, routes=Mixtures.of(spec) is not None, images=True)
         self.weights = weights
         self.device = weights.embedding_VD.device
         self.dtype = weights.embedding_VD.dtype
@@ -96,7 +96,7 @@ class TorchModel:
     def forward(self, batch: Varlen, lora: AdapterBatch, *, recompute: bool = False) -> Tensor:
         """h_TD in the compute dtype; between layers it is float32."""
         rows = packed_recurrence(batch.lengths, lora.blocks) if self.is_recurrent else None
-        mixing = Mixing(packed_attention(batch.lengths, lora.blocks), rows)
+        mixing = Mixing(packed_attention(batch.lengths, lora.blocks, batch.ahead), rows)
         return self._forward(batch, mixing, lora, recompute=recompute)
 
     def forward_cached(self, batch: Varlen, cache: Cache, lora: AdapterBatch) -> Tensor:
@@ -148,8 +148,10 @@ class TorchModel:
         return self._costs
 
     def _forward(self, batch: Varlen, mixing: Mixing, lora: AdapterBatch, *, recompute: bool) -> Tensor:
-        rotations = self.rotaries(batch.positions_T)
+        rotations = self.rotaries(batch.rotary_positions)
         h_TD = self.weights.embedded(batch.tokens_T, self.spec.embedding_scale)
+        if batch.images is not None:
+            h_TD.index_copy_(0, batch.images.rows_M, batch.images.features_MD.to(h_TD))
         for index in range(self.spec.num_layers):
             if recompute:
                 rest = (h_TD, rotations, mixing, lora, batch.routing)

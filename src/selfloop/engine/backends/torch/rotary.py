@@ -13,15 +13,21 @@ Rotations = dict[RopeName, tuple[Tensor, Tensor]]
 
 
 class Rotary:
-    """Gives cos and sin (T, 1, head_dim/2) of positions, in the compute dtype."""
+    """Gives cos and sin (T, 1, head_dim/2) of positions, (T,) or three of each, in the compute dtype."""
 
     def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
         freq, self._magnitude = inverse_frequencies(rope)
         self._freq = freq.to(device)
         self._dtype = dtype
+        # Which of three positions each dimension is rotated by: every third by rows and by columns, as far as these go.
+        which_f = torch.zeros(freq.shape[0], dtype=torch.int64)
+        for axis, num in enumerate(rope.sections[1:], start=1):
+            which_f[axis : 3 * num : 3] = axis
+        self._which_f = which_f.to(device)
 
-    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (positions_T.float()[:, None] * self._freq)[:, None, :]
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        by_T1 = positions.float()[..., None] if positions.dim() == 1 else positions.float()[self._which_f].T
+        angle = (by_T1 * self._freq)[:, None, :]
         cos, sin = angle.cos() * self._magnitude, angle.sin() * self._magnitude
         return cos.to(self._dtype), sin.to(self._dtype)
 
@@ -32,8 +38,8 @@ class Rotaries:
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         self._each: dict[RopeName, Rotary] = {n: Rotary(rope, device, dtype) for n, rope in spec.ropes.items()}
 
-    def __call__(self, positions_T: Tensor) -> Rotations:
-        return {name: rotary(positions_T) for name, rotary in self._each.items()}
+    def __call__(self, positions: Tensor) -> Rotations:
+        return {name: rotary(positions) for name, rotary in self._each.items()}
 
 
 def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

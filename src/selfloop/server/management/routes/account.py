@@ -24,6 +24,7 @@ from selfloop.server.management.schemas.account import (
 )
 from selfloop.server.management.schemas.common import iso
 from selfloop.server.shared.auth import CallerOf, ControlOf
+from selfloop.types.vision import VisionFacts
 
 router = APIRouter()
 
@@ -79,6 +80,7 @@ def _supported(
         max_seq_len=longest,
         max_enabled_seq_len=longest if can_run else 0,
         max_context_length=longest,
+        supports_vision_language=isinstance(model.vision, VisionFacts),
         enabled=details is None,
         serverless=details is None and capacity.takes(asked),
         enablement_details=details,

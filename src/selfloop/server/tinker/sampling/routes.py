@@ -10,12 +10,14 @@ from selfloop.control.sampling.service import SampleSpec
 from selfloop.server.shared.auth import CallerOf, ControlOf
 from selfloop.server.shared.body import off_loop, read_body
 from selfloop.server.shared.decode import decode
+from selfloop.server.shared.images import ImageReader, from_base64
 from selfloop.server.shared.sampling import room_for
 from selfloop.server.tinker import futures, names, wire
 from selfloop.server.tinker.errors import RESPONSES
 from selfloop.server.tinker.results import SampleView, sample_response
 from selfloop.server.tinker.sampling.targets import read_targets
 from selfloop.types.errors import BadRequest
+from selfloop.types.images import Image
 from selfloop.types.resources import Sampler
 from selfloop.types.sampling import SamplingParams
 from selfloop.types.status import CheckpointTarget
@@ -73,7 +75,7 @@ async def asample(request: Request, caller: CallerOf, control: ControlOf) -> dic
     control.samplers.check_live(sampler)
     if not 0 <= body.seq_id < 2**63:
         raise BadRequest("seq_id", f"0 to {2**63 - 1}, got {body.seq_id}")
-    asked = await _asked(body, sampler, control)
+    asked = await _asked(body, len(raw), sampler, control)
     recorded_as = str(body.seq_id) if body.record_stability_info else None
     # This dialect has no word for routes: they belong to what keeps training stable.
     routes = recorded_as is not None and not (await control.catalogue.resolve(sampler.base_model)).no_routes
@@ -111,7 +113,7 @@ class _Asked(NamedTuple):
     view: SampleView
 
 
-async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Asked:
+async def _asked(body: wire.Sample, num_bytes: int, sampler: Sampler, control: Control) -> _Asked:
     for name in ("base_model", "model_path"):
         if getattr(body, name) is not None:
             raise BadRequest(name, "null: the sampling session says what is sampled")
@@ -119,7 +121,8 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
     _within("topk_prompt_logprobs", body.topk_prompt_logprobs, 0, _MAX_TOP)
     _within("topk_sample_logprobs", body.topk_sample_logprobs, 0, _MAX_TOP)
     _within("num_samples", body.num_samples, 1, _MAX_SAMPLES)
-    prompt = _prompt(body.prompt)
+    model = await control.catalogue.resolve(sampler.base_model)
+    prompt, images = await off_loop(num_bytes, lambda: _prompt(body.prompt, ImageReader(model.vision)))
     own, last_n = bool(body.prompt_logprobs), body.prompt_logprobs_last_n
     if last_n is not None:
         if not own:
@@ -131,7 +134,6 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
     scored = scored or body.prompt_alt_tokens_k > 0
     room = room_for(prompt, "prompt", sampler.max_seq_len, scored=scored)
     params = _params(body.sampling_params, room)
-    model = await control.catalogue.resolve(sampler.base_model)
     for name, tokens in (("prompt", prompt), ("sampling_params.stop", params.stop_token_ids)):
         if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
             raise BadRequest(name, f"token ids from 0 to {model.vocab_size - 1}")
@@ -147,20 +149,33 @@ async def _asked(body: wire.Sample, sampler: Sampler, control: Control) -> _Aske
         prompt_logprobs_last_n=last_n,
         prompt_targets=None if targets is None else targets.cells,
         prompt_draws=body.prompt_alt_tokens_k,
+        images=images,
     )
     top_prompt, top, draws = body.topk_prompt_logprobs, body.topk_sample_logprobs, body.prompt_alt_tokens_k
     return _Asked(spec, SampleView(own, top_prompt, top, targets, draws))
 
 
-def _prompt(prompt: wire.Prompt) -> list[int]:
+def _prompt(prompt: wire.Prompt, reader: ImageReader) -> tuple[list[int], list[Image]]:
+    """The tokens, an image's placeholders among them, and the images."""
     tokens: list[int] = []
+    images: list[Image] = []
     for i, chunk in enumerate(prompt.chunks):
-        if not isinstance(chunk, wire.EncodedText):
-            raise BadRequest(f"prompt.chunks[{i}]", "encoded_text: the served models take text only")
-        tokens += chunk.tokens
+        where = f"prompt.chunks[{i}]"
+        match chunk:
+            case wire.EncodedText():
+                tokens += chunk.tokens
+            case wire.Image():
+                reader.check_seen(where, "encoded_text")
+                data = from_base64(chunk.data, f"{where}.data")
+                images.append(reader.add(tokens, data, chunk.format, chunk.expected_tokens, where))
+            case wire.ImageAssetPointer():
+                reader.check_seen(where, "encoded_text")
+                raise BadRequest(f"{where}.location", "an image chunk with its bytes in data: nothing is fetched here")
+            case wire.Dmel():
+                raise BadRequest(where, "encoded_text or image: the served models take no audio, nor text of it")
     if not tokens:
         raise BadRequest("prompt", "at least one token")
-    return tokens
+    return tokens, images
 
 
 def _params(params: wire.SamplingParams, room: int) -> SamplingParams:

@@ -6,15 +6,18 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from selfloop.server.shared.images import ImageReader
 from selfloop.server.shared.provenance import NOTHING_KNOWN, Known, add_recorded, check, check_size, routes
 from selfloop.server.tinker import schema
 from selfloop.server.tinker.training import provenance
 from selfloop.types.custom_loss import CustomLoss
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.errors import BadRequest
+from selfloop.types.images import Image
 from selfloop.types.loss_spec import LossSpec
 from selfloop.types.losses import LOSSES
 from selfloop.types.operation import Forward, ForwardBackward
+from selfloop.types.vision import TEXT_ONLY, TextOnly, VisionFacts
 
 assert sys.byteorder == "little", "tensors travel in little-endian bytes, and are read in place"
 
@@ -34,17 +37,19 @@ Numbers: TypeAlias = "array[int] | array[float]"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens."""
+    """What a model accepts: token ids below ``vocab_size``, sequences up to ``max_seq_len`` tokens, images or none."""
 
     vocab_size: int
     max_seq_len: int
+    vision: VisionFacts | TextOnly = TEXT_ONLY
 
 
 class _Budget:
-    """Elements that a request may still become: sparse tensors are small on the wire and large in memory."""
+    """Elements and images that a request may still become: sparse tensors are small on the wire and large in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, vision: VisionFacts | TextOnly) -> None:
         self._left = _MAX_ELEMENTS
+        self.images = ImageReader(vision)
 
     def take(self, num: int, field: str) -> None:
         self._left -= num
@@ -66,7 +71,7 @@ def operation(
     config = {} if spec is None else _loss_config(message, spec)
     if not 1 <= len(message.data) <= _MAX_DATUMS:
         raise BadRequest("data", f"1 to {_MAX_DATUMS} datums, got {len(message.data)}")
-    budget = _Budget()
+    budget = _Budget(limits.vision)
     of_loss = custom if spec is None else spec
     assert of_loss is not None
     data = [_datum(datum, f"data[{i}]", of_loss, limits, budget, known) for i, datum in enumerate(message.data)]
@@ -104,10 +109,15 @@ def _datum(
     message: Any, field: str, loss: LossSpec | CustomLoss, limits: Limits, budget: _Budget, known: Known
 ) -> Datum:
     tokens = array("i")
+    images: list[Image] = []
     for j, chunk in enumerate(message.model_input):
         where = f"{field}.model_input.chunks[{j}]"
-        if chunk.WhichOneof("chunk") != "encoded_text":
-            raise BadRequest(where, "encoded_text: the served models take text only")
+        kind = chunk.WhichOneof("chunk")
+        if kind == "image":
+            images.append(_image(chunk.image, tokens, where, budget.images))
+            continue
+        if kind != "encoded_text":
+            raise BadRequest(where, "encoded_text or image")
         if len(chunk.encoded_text.tokens) % tokens.itemsize:
             raise BadRequest(f"{where}.tokens", "32-bit integers")
         tokens.frombytes(chunk.encoded_text.tokens)
@@ -131,7 +141,15 @@ def _datum(
         inputs = _custom_inputs(message.loss_fn_inputs, where, loss, limits, budget, len(tokens))
     if target_spans:
         add_recorded(inputs, target_spans, known, field, loss.required if isinstance(loss, LossSpec) else ())
-    return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs, found)
+    return Datum(Tensor("int64", (len(tokens),), array("q", tokens).tobytes()), inputs, found, images)
+
+
+def _image(image: Any, tokens: "array[int]", field: str, reader: ImageReader) -> Image:
+    reader.check_seen(field, "encoded_text")
+    if image.HasField("override_dimensions"):
+        raise BadRequest(f"{field}.override_dimensions", "none: the model's processor says how large images are made")
+    # 0 is what is not set.
+    return reader.add(tokens, image.data, image.format, image.expected_tokens or None, field)
 
 
 def _loss_inputs(

@@ -107,7 +107,7 @@ async def forward_backward(request: Request, caller: CallerOf, control: ControlO
     message = await off_loop(len(raw), lambda: schema.parse_forward_backward(raw))
     run = await _run(caller, control, message.model_id)
     model = await control.catalogue.resolve(run.base_model)
-    limits = data.Limits(model.vocab_size, run.max_seq_len)
+    limits = data.Limits(model.vocab_size, run.max_seq_len, model.vision)
 
     async def build() -> Forward | ForwardBackward:
         if message.loss_fn == "stable_reinforce" and request.app.state.settings.stable_reinforce == "refuse":

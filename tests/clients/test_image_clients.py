@@ -1,0 +1,78 @@
+"""The official, unmodified clients train on a picture and ask about it."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import seeing_models
+from gateway import KEY, REPO, Gateway, environment, selfloop
+from selfloop.types.images import read_size
+
+SCRIPTS = Path(__file__).parent / "scripts"
+PNG = seeing_models.encoded(seeing_models.picture(1, 70, 40))
+
+pytestmark = pytest.mark.clients
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def gateway(folder: Path) -> Iterator[Gateway]:
+    """Serves a model of each family that sees."""
+    for family in seeing_models.FAMILIES:
+        path = seeing_models.save(family, folder / family)
+        selfloop("models", "add", str(path), "--name", f"tiny/{family}", "--data-dir", str(folder / "data"))
+    gateway = Gateway(folder / "data").start(KEY)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture(params=["loops", "tinker"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def python(request: pytest.FixtureRequest, dialect: str) -> str:
+    if dialect == "loops":
+        return request.getfixturevalue("client_python")
+    python = os.environ.get("SELFLOOP_TINKER_PYTHON", str(REPO / ".venv-tinker" / "bin" / "python"))
+    if not Path(python).exists():
+        missing = "no tinker SDK: `make setup` makes one in .venv-tinker"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return python
+
+
+@pytest.mark.parametrize("family", seeing_models.FAMILIES)
+def test_official_client(gateway: Gateway, folder: Path, dialect: str, python: str, family: str):
+    facts = seeing_models.facts(folder / family)
+    (folder / "picture.png").write_bytes(PNG)
+    num = facts.sizing.num_tokens(read_size(PNG, "png", "picture"))
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    if dialect == "loops":
+        env |= {"LOOPS_BASE_URL": gateway.url, "BASETEN_API_KEY": KEY, "WANDB_MODE": "disabled"}
+    else:
+        env |= {"TINKER_BASE_URL": gateway.url, "TINKER_API_KEY": f"tml-{KEY}", "TINKER_TELEMETRY": "0"}
+    env |= {"HF_ENDPOINT": f"{gateway.url}/hf", "HF_HOME": str(folder / "hub")}
+    script = str(SCRIPTS / f"image_checks_{dialect}.py")
+    done = subprocess.run(
+        [python, script, f"tiny/{family}", str(folder / "picture.png"), str(num)],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stderr}\n{gateway.log}"
+    trouble = json.loads(done.stdout.splitlines()[-1])
+    assert trouble is None, trouble
