@@ -34,6 +34,17 @@ def line(stats: Mapping[str, Sequence[object]]) -> str | None:
     return f"backends: {'; '.join(parts)}"
 
 
+def is_untried(stats: Mapping[str, Sequence[object]], prefix: str) -> bool:
+    """Whether tests were about a backend whose name begins so, and none of them has passed."""
+    outcomes = {
+        outcome
+        for outcome in _OUTCOMES
+        for backend, _ in _about_backends(stats.get(outcome, ()))
+        if backend.startswith(prefix)
+    }
+    return bool(outcomes) and "passed" not in outcomes
+
+
 def _about_backends(reports: Iterable[object]) -> Iterable[tuple[str, pytest.TestReport]]:
     for report in reports:
         if isinstance(report, pytest.TestReport):

@@ -34,11 +34,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("CI") or "torch" in sys.modules:
         program = (
             "from selfloop.engine.backends.cpu_native.build import look",
-            "print(getattr(look(), 'reason', 'CPU kernels'))",
+            "found = look()",
+            "print(getattr(found, 'reason', None) or found.words)",
         )
         look = "; ".join(program)
         found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
         terminalreporter.write_line(f"computed by: {found.stdout.strip() or found.stderr.strip()[-200:]}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a run that was to try the CPU kernels, and has not, is no success."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and backend_counts.is_untried(reporter.stats, "cpu_native"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure() -> None:

@@ -37,6 +37,7 @@ def read_stored(folder: Path) -> StoredSpec:
 
 
 OWN_FAMILIES = (*tiny_models.FAMILIES, "llama-wide-biased", "qwen2-wide", *tiny_models.MOE_FAMILIES)
+KERNEL_FAMILIES = ("llama-wide-biased", "qwen2-wide", "qwen3")
 STORED_FAMILIES = (*tiny_models.OTHER_FAMILIES, "llama", "llama-biased", "qwen3-moe")
 
 
@@ -55,6 +56,7 @@ CASES = {
     "torch": Case(TorchBackend("plain"), torch.float32, 1e-5),
     "onednn": Case(TorchBackend(), torch.bfloat16, 0.05),
     "cpu_native": Case(NativeBackend(), torch.bfloat16, 0.05, same_bits=True),
+    "cpu_native-float32": Case(NativeBackend(), torch.float32, 1e-5, same_bits=True, families=KERNEL_FAMILIES),
     # Chunks of a recurrence are computed in float32 by transformers even in a model of float64: 1.2e-5 of it is there.
     "transformers": Case(TransformersBackend(), torch.float32, 2e-5, families=STORED_FAMILIES, read=read_stored),
 }

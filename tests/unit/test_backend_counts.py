@@ -24,3 +24,12 @@ def test_each_backend_is_counted_with_the_reasons_of_its_skips():
 
 def test_nothing_is_said_where_no_test_was_about_a_backend():
     assert backend_counts.line({"passed": [report("passed", None)]}) is None
+
+
+def test_a_backend_of_which_all_was_skipped_is_untried():
+    skipped = {"passed": [report("passed", "torch")], "skipped": [report("skipped", "cpu_native", "no kernels")]}
+    assert backend_counts.is_untried(skipped, "cpu_native")
+    assert not backend_counts.is_untried(skipped, "torch")
+    skipped["passed"].append(report("passed", "cpu_native on AVX2"))
+    assert not backend_counts.is_untried(skipped, "cpu_native")
+    assert not backend_counts.is_untried({"passed": [report("passed", None)]}, "cpu_native")

@@ -82,7 +82,8 @@ def fit(
         Device, typer.Option(help="Where to compute: auto takes a GPU if there is one. A GPU elsewhere needs --memory.")
     ] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="Compute type: auto is bfloat16 where the device computes in it.")
+        Dtype,
+        typer.Option(help="Compute type: auto is bfloat16 where the device computes in it, or loses nothing by it."),
     ] = "auto",
     base_dtype: Annotated[
         BaseDtype, typer.Option(help="What base weights are kept in, as of serve: auto is the compute type.")

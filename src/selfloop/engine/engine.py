@@ -17,9 +17,8 @@ from selfloop.engine.backends.device import (
     give_back_freed_memory,
     has_memory_for,
     pick_device,
-    pick_dtype,
 )
-from selfloop.engine.backends.select import load_model, open_sight
+from selfloop.engine.backends.select import compute_dtype, load_model, open_sight
 from selfloop.engine.files import checkpoint
 from selfloop.engine.files.peft import read_peft
 from selfloop.engine.lora.adapter import DEFAULT_ALPHA, AdapterShape
@@ -177,7 +176,7 @@ class Engine:
 
         Args:
             device: "auto" is CUDA where there is one, else the CPU.
-            dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it.
+            dtype: "bfloat16", "float32"; "auto" is bfloat16 where the device computes in it, or loses nothing by it.
             base_dtype: what the matrices of the layers are kept in; "auto" is the compute type.
             limits: what it may take of the device.
             vocabulary: what tokens stand for; without it texts are empty and stop strings are refused.
@@ -192,7 +191,8 @@ class Engine:
         on = pick_device(device)
         source = SafetensorsSource(model_dir, spec)
         kept_as = None if base_dtype == "auto" else base_dtype
-        model = load_model(spec, source, on, pick_dtype(dtype, on), kept_as)
+        computed_in = compute_dtype(dtype, spec, on, source.weights.dtypes, kept_as)
+        model = load_model(spec, source, on, computed_in, kept_as)
         if source.weights.quantization is not None or model.kept_as is not None:
             _say_kept(source.weights, model)
         facts = read_vision(model_dir)

@@ -17,10 +17,9 @@ from selfloop.engine.backends.device import (
     default_kv_tokens,
     is_here,
     pick_device,
-    pick_dtype,
     total_memory,
 )
-from selfloop.engine.backends.select import plan
+from selfloop.engine.backends.select import compute_dtype, plan
 from selfloop.engine.lora.adapter import AdapterShape
 from selfloop.engine.memory_share import MemoryShare
 from selfloop.engine.models.config import read_object
@@ -69,8 +68,8 @@ def fit_of(spec: ModelSpec, asked: Asked, stored: ModelWeights | None = None) ->
     if asked.memory_bytes is None and not is_here(device):
         raise OperationFailed(f"this machine has no {device} device; say how much memory one has (--memory)")
     memory_bytes = total_memory(device) if asked.memory_bytes is None else asked.memory_bytes
-    dtype = pick_dtype(asked.dtype, device)
     kept_as = None if asked.base_dtype == "auto" else asked.base_dtype
+    dtype = compute_dtype(asked.dtype, spec, device, () if stored is None else stored.dtypes, kept_as)
     choice, planned = plan(spec, device, dtype, kept_as)
     # As a new run has them.
     shape = AdapterShape(spec, asked.rank, LoraTargets(experts=True)) if _takes_adapters(spec) else None

@@ -13,12 +13,13 @@ import msgspec
 import torch
 from msgspec.structs import replace
 
-from selfloop.engine.backends.device import pick_device, pick_dtype, synchronize
-from selfloop.engine.backends.select import load_model
+from selfloop.engine.backends.device import pick_device, synchronize
+from selfloop.engine.backends.select import compute_dtype, load_model
 from selfloop.engine.engine import Engine
 from selfloop.engine.models.quantized.codes import Codes
 from selfloop.engine.models.registry import parse_spec, read_spec
 from selfloop.engine.models.spec import ModelSpec
+from selfloop.engine.models.weights import stored_weights
 from selfloop.types.datum import Datum, Tensor
 from selfloop.types.operation import AdamParams
 from selfloop.types.sampling import AdapterRef, SampleRequest, SamplingParams
@@ -54,8 +55,7 @@ def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
     What is known so far comes after each measurement, as a large model may take longer for the least of them.
     """
     device = pick_device("auto")
-    dtype = pick_dtype("auto", device)
-    engine, spec = _engine(model_dir, device, dtype)
+    engine, spec, weights_in = _engine(model_dir, device)
     speed = Speed(
         model=_NAME if model_dir is None else str(model_dir),
         device=engine.info.device,
@@ -67,14 +67,14 @@ def measure(model_dir: Path | None, seconds: float) -> Generator[Speed]:
     # take a thousand times as long.
     gflops = float32 = _gflops(device, torch.float32, _PRODUCT_SHARE * seconds)
     speed = replace(speed, float32_gflops=float32)
-    if dtype == torch.bfloat16:
+    if engine.info.dtype == "bfloat16":
         gflops = _gflops(device, torch.bfloat16, _PRODUCT_SHARE * seconds)
         speed = replace(speed, bfloat16_gflops=gflops)
     memory = _gb_per_s(device, _MEMORY_SHARE * seconds)
     yield (speed := replace(speed, memory_gb_per_s=memory))
     weights = spec.num_linear_weights
     products = gflops * 1e9 / (2 * weights)
-    steps = memory * 1e9 / (weights * dtype.itemsize)
+    steps = memory * 1e9 / (weights * weights_in.itemsize)
     engine.init_run(_RUN, rank=_RANK, seed=0)
     engine.publish(_RUN, _RUN)
     for num in (1, 32):
@@ -125,12 +125,16 @@ class _RandomSource:
         return iter(())
 
 
-def _engine(model_dir: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Engine, ModelSpec]:
+def _engine(model_dir: Path | None, device: torch.device) -> tuple[Engine, ModelSpec, torch.dtype]:
+    """The engine, its model, and what its base weights are in."""
     if model_dir is not None:
-        return Engine.load(model_dir), read_spec(model_dir)
+        spec = read_spec(model_dir)
+        stored = stored_weights(model_dir, spec).dtypes
+        return Engine.load(model_dir), spec, compute_dtype("auto", spec, device, stored)
     spec = parse_spec(_SHAPE, {})
+    dtype = compute_dtype("auto", spec, device, {"BF16"})
     model = load_model(spec, _RandomSource(spec), device, dtype)
-    return Engine(model, limits=EngineLimits(max_adapters=1)), spec
+    return Engine(model, limits=EngineLimits(max_adapters=1)), spec, dtype
 
 
 def _datum(index: int, length: int, vocab_size: int) -> Datum:

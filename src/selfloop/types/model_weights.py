@@ -57,6 +57,11 @@ class ModelWeights:
         return sum(tensor.count for tensor in self.tensors.values())
 
     @property
+    def dtypes(self) -> frozenset[str]:
+        """How the tensors are stored; of a quantised model more than the weights' own."""
+        return frozenset(tensor.dtype for tensor in self.tensors.values())
+
+    @property
     def num_tied(self) -> int:
         """Parameters that the embedding and the output layer share."""
         return self.tensors[EMBEDDING].count if self.tied and EMBEDDING in self.tensors else 0

@@ -73,7 +73,9 @@ class EngineSettings:
     """How a base model is loaded and computed."""
 
     device: Device = option("auto", "Where to compute: auto takes a GPU if there is one.")
-    dtype: Dtype = option("auto", "Compute type: auto is bfloat16 where the device computes in it.")
+    dtype: Dtype = option(
+        "auto", "Compute type: auto is bfloat16 where the device computes in it, or loses nothing by it."
+    )
     base_dtype: BaseDtype = option(
         "auto",
         "What the frozen matrices of the base model's layers are kept in, and dequantised from for each product: auto "

@@ -309,7 +309,7 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
 
 def test_other_backends_say_that_they_do_not_cover_it(tmp_path):
     found = fit(tiny_models.save("llama-wide", tmp_path / "own"), Asked("cpu", "bfloat16", base_dtype="nf4"))
-    assert found.passed_over["cpu_native"] == "it computes with base weights in bfloat16, not in nf4"
+    assert found.passed_over["cpu_native"] == "it computes with base weights in bfloat16 or float32, not in nf4"
     other = tiny_models.save("cohere2", tmp_path / "other")
     with pytest.raises(OperationFailed, match="transformers: base weights in int8 are for models of families"):
         Engine.load(other, device="cpu", dtype="float32", base_dtype="int8")

@@ -10,6 +10,7 @@ import torch
 import tiny_models
 from selfloop.engine import fit as fitting
 from selfloop.engine.backends.cpu_native.build import kernels
+from selfloop.engine.backends.device import pick_dtype
 from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.engine import Engine
 from selfloop.engine.fit import Asked, answers, fit
@@ -123,6 +124,19 @@ def test_why_the_kernels_are_passed_over_is_said(tmp_path):
     folder = tiny_models.save("llama", tmp_path)  # whose heads have eight dimensions
     found = fit(folder, Asked("cpu", "bfloat16", 64 * MIB))
     assert "multiples of 16" in found.passed_over["cpu_native"]
+
+
+@pytest.mark.skipif(kernels() is None, reason="no CPU kernels here")
+@pytest.mark.parametrize(
+    ("family", "stored"), [("llama-wide", "bfloat16"), ("llama-wide", "float32"), ("llama", "bfloat16")]
+)
+def test_weights_that_are_stored_in_bfloat16_stay_so_where_nothing_is_lost_by_it(tmp_path, family, stored):
+    """Heads of eight dimensions, as those of ``llama``, are computed by operators, which would round all the rest."""
+    tiny_models.save_quietly(tiny_models.build(family).to(getattr(torch, stored)), tmp_path)
+    by_default = pick_dtype("auto", torch.device("cpu"))
+    kept = (family, stored) == ("llama-wide", "bfloat16")
+    assert fit(tmp_path, Asked("cpu", "auto", 64 * MIB)).dtype == ("bfloat16" if kept else str(by_default)[6:])
+    assert Engine.load(tmp_path, device="cpu").info.dtype == ("float32" if by_default == torch.float32 else "bfloat16")
 
 
 @pytest.mark.skipif(kernels() is None, reason="no CPU kernels here")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from selfloop.engine.backends.cpu_native.build import kernels
+from selfloop.engine.backends.cpu_native.library import Kernels
 from selfloop.engine.backends.cpu_native.linear import PanelLinear
 from selfloop.engine.backends.torch.linear import FrozenLinear, best_products
 
@@ -23,7 +24,9 @@ def made(
     weight = torch.randn(shape).to(dtype)
     bias_O = torch.randn(shape[0]).to(dtype) if bias else None
     if layout == "panels":
-        return weight, PanelLinear(kernels(), weight, bias_O)
+        found = kernels()
+        assert found is not None
+        return weight, PanelLinear(Kernels(found.library, found.body, dtype, low_rows=True), weight, bias_O)
     linear = FrozenLinear(weight, bias_O)
     linear.lay_out(layout, shared=shared)
     return weight, linear

@@ -1,6 +1,7 @@
 """Which backend computes a model: the first that lacks nothing. What the others lack is logged, in their order."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from selfloop.engine.backends.base import Backend, Lacking, Model, Planned
 from selfloop.engine.backends.cpu_native.backend import NativeBackend
+from selfloop.engine.backends.device import pick_dtype
 from selfloop.engine.backends.torch.backend import TorchBackend
 from selfloop.engine.backends.transformers.backend import TransformersBackend
 from selfloop.engine.models.spec import ModelSpec
@@ -27,6 +29,22 @@ class Choice(NamedTuple):
 
     backend: Backend
     passed_over: dict[str, Lacking]
+
+
+def compute_dtype(
+    name: str, spec: ModelSpec, device: torch.device, stored: Collection[str], kept_as: KeptAs | None = None
+) -> torch.dtype:
+    """As :func:`pick_dtype`; and "auto" leaves weights in bfloat16 where nothing is lost by it.
+
+    That is on a CPU whose kernels widen them and compute all else in float32.
+
+    Args:
+        stored: how the weights are stored, in the words of safetensors.
+    """
+    dtype = pick_dtype(name, device)
+    if name != "auto" or dtype != torch.float32 or set(stored) != {"BF16"}:
+        return dtype
+    return torch.bfloat16 if NativeBackend().lacks(spec, device, torch.bfloat16, kept_as) is None else dtype
 
 
 def choose(spec: ModelSpec, device: torch.device, dtype: torch.dtype, kept_as: KeptAs | None = None) -> Choice:

@@ -1,6 +1,6 @@
 """The CPU kernels' shared library: compiled once on the machine where it runs, then kept.
 
-They are for CPUs with AVX-512 and its bfloat16 products. Where those, a C++ compiler or anything else is missing,
+They are compiled for the instructions that this CPU has. Where a C++ compiler or anything else is missing,
 :func:`kernels` is None, the log says why, and PyTorch's own operators do the work.
 """
 
@@ -11,20 +11,23 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from selfloop.engine.backends.base import Lacking
-from selfloop.engine.backends.cpu_native.instructions import has_avx512_bfloat16, has_bfloat16_tiles
+from selfloop.engine.backends.cpu_native.instructions import GENERIC, Body, best_body, has_bfloat16_tiles
 from selfloop.engine.backends.cpu_native.library import VERSION, Kernels
 
 log = logging.getLogger("selfloop.engine")
 
-_SOURCES = ("kernels.cpp", "layers.h", "pass.h", "attention.h", "vocabulary.h", "gemm.h", "simd.h")
-_FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+_SOURCES = (
+    *("kernels.cpp", "layers.h", "pass.h", "attention.h", "vocabulary.h", "gemm.h"),
+    *("simd.h", "simd_avx512.h", "simd_parts.h"),
 )
+# Products are added with one rounding where the code says it, never where the compiler happens to see a chance: the
+# same sum in two places has the same bits.
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-ffp-contract=off")
 # GNU, as PyTorch brings the library that their OpenMP calls.
 _COMPILERS = ("g++", "c++")
 _TIMEOUT_S = 300
@@ -43,13 +46,21 @@ def kernels() -> Kernels | None:
 
 def look() -> Kernels | Lacking:
     """The library, or why it cannot be had."""
-    if not has_avx512_bfloat16():
-        return Lacking("this CPU has no bfloat16 instructions of AVX-512")
+    if sys.platform != "linux":
+        return Lacking("they are compiled on Linux only")
     if has_bfloat16_tiles():
         return Lacking("this CPU multiplies tiles (AMX), which they do not use")
+    body = best_body()
+    if body == GENERIC:
+        return Lacking("this CPU has neither AVX2 nor NEON, and without them PyTorch's operators are faster")
+    return built(body)
+
+
+def built(body: Body) -> Kernels | Lacking:
+    """The library for a body, which this CPU need not be able to run."""
     try:
-        path = _built()
-        loaded = Kernels(ctypes.CDLL(str(path)))
+        path = _built(body)
+        loaded = Kernels(ctypes.CDLL(str(path)), body)
     except _NoCompiler:
         return Lacking("there is no C++ compiler", "; install g++, or name it in CXX")
     except (OSError, subprocess.SubprocessError) as error:
@@ -63,18 +74,18 @@ class _NoCompiler(Exception):
     """There is no C++ compiler."""
 
 
-def _built() -> Path:
+def _built(body: Body) -> Path:
     compiler = os.environ.get("CXX") or next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NoCompiler
     here = Path(__file__).parent / "csrc"
-    digest = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
+    digest = hashlib.sha256(" ".join((compiler, *_FLAGS, *body.flags)).encode())
     for name in _SOURCES:
         digest.update((here / name).read_bytes())
-    path = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
+    path = _cache() / f"kernels-{body.name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
-        log.info("compiling the CPU kernels with %s into %s", compiler, path)
-        _compile(compiler, here / "kernels.cpp", path)
+        log.info("compiling the CPU kernels for %s with %s into %s", body.name, compiler, path)
+        _compile(compiler, body, here / "kernels.cpp", path)
     return path
 
 
@@ -89,10 +100,10 @@ def _cache() -> Path:
     return folder
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(compiler: str, body: Body, source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
+        _run([compiler, *_FLAGS, *body.flags, "-c", str(source), "-o", str(compiled)])
         # Without OpenMP's library: the one that PyTorch has loaded serves, and threads are not there twice.
         _run([compiler, "-shared", str(compiled), "-o", str(linked)])
         linked.replace(path)

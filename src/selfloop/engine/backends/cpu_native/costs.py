@@ -15,11 +15,11 @@ from selfloop.engine.models.spec import ModelSpec
 
 
 def costs_of(kernels: Kernels, spec: ModelSpec, sizes: Sizes) -> Costs:
-    device, itemsize = torch.device("cpu"), torch.bfloat16.itemsize
+    device, itemsize = torch.device("cpu"), kernels.rows.itemsize
     return Costs(
         # Panels are there once more for the backward.
-        weights=2 * spec.num_parameters * itemsize,
-        base_weights=spec.num_parameters * itemsize,
+        weights=2 * spec.num_parameters * kernels.weights.itemsize,
+        base_weights=spec.num_parameters * kernels.weights.itemsize,
         layers=_layer_costs(PassParts(kernels, sizes)),
         ends=ends_cost(spec, device, itemsize),
         rank_step=LANES,

@@ -37,9 +37,9 @@ class TiledCache:
     With one layer for a model of several, each layer's replace those of the one before.
     """
 
-    def __init__(self, sizes: Sizes, num_layers: int, num_pages: int) -> None:
+    def __init__(self, sizes: Sizes, num_layers: int, num_pages: int, dtype: torch.dtype) -> None:
         shape = (num_layers, num_pages, sizes.num_kv_heads, 2, PAGE_TOKENS * sizes.head_dim)
-        self.tiles_LPGSN = torch.empty(shape, dtype=torch.bfloat16)
+        self.tiles_LPGSN = torch.empty(shape, dtype=dtype)
         self.layer_stride = self.tiles_LPGSN.stride(0) if num_layers > 1 else 0
 
     @property
@@ -113,7 +113,7 @@ class KernelLayers:
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """Hidden states after the final norm, bfloat16, of whole sequences; gradients reach the adapters.
+        """Hidden states after the final norm, in the type of rows, of whole sequences; gradients reach the adapters.
 
         Args:
             h_TD: float32 embeddings, which are overwritten.
@@ -130,7 +130,7 @@ class KernelLayers:
         # One layer's keys and values at a time.
         cache = self._own_cache
         if cache is None or cache.num_pages < first_page:
-            cache = self._own_cache = TiledCache(self._sizes, 1, first_page)
+            cache = self._own_cache = TiledCache(self._sizes, 1, first_page, self._kernels.rows)
         cache.zero([row.pages[-1] for row in rows])
         flats = [row.adapter.flat_P for row in adapters.rows]
         follows = torch.is_grad_enabled() and any(flat_P.requires_grad for flat_P in flats)
@@ -167,7 +167,7 @@ class KernelLayers:
             chunk.begin, chunk.end, chunk.position, chunk.pages = row.start, row.stop, row.position, table.data_ptr()
         cos_Td, sin_Td = (x.float().flatten(1).contiguous() for x in asked.rotation)
         tiles = asked.cache.tiles_LPGSN
-        out_TD = torch.empty(num, sizes.hidden_size, dtype=torch.bfloat16)
+        out_TD = torch.empty(num, sizes.hidden_size, dtype=self._kernels.rows)
         on = library.Pass()
         on.model = ctypes.pointer(self._model)
         on.rows, on.num_threads = num, library.num_threads()

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 2
+from selfloop.engine.backends.cpu_native.instructions import Body
+
+VERSION = 3
 MAX_PARTS = 3
 NUM_GROUPS = 4
 LANES = 16
@@ -149,71 +151,113 @@ class RowLogprobs(NamedTuple):
     sums_N: Tensor
 
 
-class Kernels:
-    """The functions of a loaded library. All tensors are on the CPU; what is written must be contiguous."""
+class _Kind(NamedTuple):
+    """What rows (activations, adapters, keys and values) and base weights are; the number is that of kernels.cpp."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._lib = library
+    number: int
+    rows: torch.dtype
+    weights: torch.dtype
+
+
+_LOW_IN_LOW = _Kind(0, torch.bfloat16, torch.bfloat16)
+_FULL_IN_LOW = _Kind(1, torch.float32, torch.bfloat16)
+_FULL_IN_FULL = _Kind(2, torch.float32, torch.float32)
+
+
+class Kernels:
+    """The functions of a loaded library. All tensors are on the CPU; what is written must be contiguous.
+
+    Args:
+        body: what the library is compiled for.
+        dtype: of the model: base weights are in it.
+        low_rows: rows are bfloat16 where base weights are; by default where the body multiplies that.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        body: Body,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        low_rows: bool | None = None,
+    ) -> None:
+        self.library, self.body = library, body
+        low = body.multiplies_bfloat16 if low_rows is None else low_rows
+        kind = _FULL_IN_FULL if dtype == torch.float32 else _LOW_IN_LOW if low else _FULL_IN_LOW
+        self._kind, self.rows, self.weights = kind
         for name, result, arguments in (
             ("kernels_version", c_int32, []),
-            ("thread_bytes", c_int64, [c_int32, c_int32]),
-            ("pack", None, [c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]),
-            ("unpack", None, [c_void_p, c_int32, c_int32, c_void_p]),
-            ("pack_all", None, [c_void_p, c_int32, c_int32]),
+            ("thread_bytes", c_int64, [c_int32, c_int32, c_int32]),
+            ("pack", None, [c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int32]),
+            ("unpack", None, [c_int32, c_void_p, c_int32, c_int32, c_void_p]),
+            ("pack_all", None, [c_int32, c_void_p, c_int32, c_int32]),
             (
                 "multiply",
                 None,
-                [c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int32],
+                [c_int32, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int32],
             ),
             (
                 "target_logprobs",
                 None,
-                [c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 4, c_int64, c_void_p, c_int32],
+                [c_int32, c_void_p, c_int64, c_int32, c_int32, *[c_void_p] * 4, c_int64, c_void_p, c_int32],
             ),
             ("draw", None, [c_void_p, c_int64, *[c_int32] * 3, *[c_void_p] * 5, c_int32]),
-            ("forward", None, [c_void_p]),
-            ("backward", None, [c_void_p]),
+            ("forward", None, [c_int32, c_void_p]),
+            ("backward", None, [c_int32, c_void_p]),
         ):
             function: Any = getattr(library, f"selfloop_{name}")
             function.restype, function.argtypes = result, arguments
 
+    def of(self, dtype: torch.dtype) -> "Kernels":
+        """The same library for models in ``dtype``."""
+        return Kernels(self.library, self.body, dtype)
+
+    @property
+    def words(self) -> str:
+        """What computes, for people."""
+        weights = ", bfloat16 weights" if self.rows != self.weights else ""
+        return f"CPU kernels ({self.body.name}{weights})"
+
     @property
     def version(self) -> int:
-        return self._lib.selfloop_kernels_version()
+        return self.library.selfloop_kernels_version()
 
     def thread_bytes(self, longest_backward: int, head_dim: int) -> int:
         """Scratch of each thread; ``longest_backward`` tokens are in the longest sequence of a backward, or 0."""
-        return self._lib.selfloop_thread_bytes(longest_backward, head_dim)
+        return self.library.selfloop_thread_bytes(self._kind, longest_backward, head_dim)
 
     def pack(self, weight_NK: Tensor, panels: Tensor) -> None:
-        """Fill panels of 16 columns n from a bfloat16 matrix of any strides."""
+        """Fill panels of 16 columns n from a matrix of any strides, in the type of base weights."""
         n, k = weight_NK.shape
         n_stride, k_stride = weight_NK.stride()
-        self._lib.selfloop_pack(weight_NK.data_ptr(), n_stride, k_stride, n, k, panels.data_ptr(), num_threads())
+        assert weight_NK.dtype == panels.dtype == self.weights
+        self.library.selfloop_pack(
+            panels.itemsize, weight_NK.data_ptr(), n_stride, k_stride, n, k, panels.data_ptr(), num_threads()
+        )
 
     def unpack(self, panels: Tensor, out_NK: Tensor) -> None:
         n, k = out_NK.shape
-        self._lib.selfloop_unpack(panels.data_ptr(), n, k, out_NK.data_ptr())
+        self.library.selfloop_unpack(panels.itemsize, panels.data_ptr(), n, k, out_NK.data_ptr())
 
     def pack_all(self, packs_N8: Tensor) -> None:
-        """Each row: from (address), n_stride, k_stride, n, k, pairs, to (address), panel_stride."""
-        self._lib.selfloop_pack_all(packs_N8.data_ptr(), packs_N8.shape[0], num_threads())
+        """Matrices in the type of rows: from (address), n_stride, k_stride, n, k, pairs, to (address), panel_stride."""
+        self.library.selfloop_pack_all(self.rows.itemsize, packs_N8.data_ptr(), packs_N8.shape[0], num_threads())
 
     def multiply(self, x_MK: Tensor, panels: Tensor, n: int, out_MN: Tensor) -> None:
-        """bfloat16 x times panels of ``n`` columns into float32, whose rows have room for a multiple of 16."""
+        """Rows x times panels of ``n`` columns into float32, whose rows have room for a multiple of 16."""
         rows, k = x_MK.shape
         x, to = x_MK.data_ptr(), out_MN.data_ptr()
-        self._lib.selfloop_multiply(
-            x, x_MK.stride(0), rows, panels.data_ptr(), n, k, to, out_MN.stride(0), num_threads()
+        self.library.selfloop_multiply(
+            self._kind, x, x_MK.stride(0), rows, panels.data_ptr(), n, k, to, out_MN.stride(0), num_threads()
         )
 
     def target_logprobs(self, logits_NV: Tensor, targets_N: Tensor, weights_NV: Tensor | None) -> "RowLogprobs":
-        """``weights_NV`` (bfloat16) become e^(logit - largest), less the row's sum of those at its target."""
+        """``weights_NV``, as rows are, become e^(logit - largest), less the row's sum of those at its target."""
         num, vocab_size = logits_NV.shape
         found = RowLogprobs(*(torch.empty(num) for _ in range(3)))
         weights, ldw = (None, 0) if weights_NV is None else (weights_NV.data_ptr(), weights_NV.stride(0))
-        self._lib.selfloop_target_logprobs(
-            logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(),
+        self.library.selfloop_target_logprobs(
+            self._kind, logits_NV.data_ptr(), logits_NV.stride(0), num, vocab_size, targets_N.data_ptr(),
             found.logprobs_N.data_ptr(), found.normalisers_N.data_ptr(), weights, ldw, found.sums_N.data_ptr(),
             num_threads(),
         )  # fmt: skip
@@ -229,17 +273,17 @@ class Kernels:
         num, vocab_size = logits_BV.shape
         tokens_B, logprobs_B, normalisers_B = torch.empty(num, dtype=torch.int64), torch.empty(num), torch.empty(num)
         temperatures_B, uniforms_B = torch.tensor(temperatures), torch.tensor(uniforms, dtype=torch.float64)
-        self._lib.selfloop_draw(
+        self.library.selfloop_draw(
             logits_BV.data_ptr(), logits_BV.stride(0), num, vocab_size, num_tokens, temperatures_B.data_ptr(),
             uniforms_B.data_ptr(), tokens_B.data_ptr(), logprobs_B.data_ptr(), normalisers_B.data_ptr(), num_threads(),
         )  # fmt: skip
         return tokens_B, logprobs_B, normalisers_B
 
     def forward(self, on: Pass) -> None:
-        self._lib.selfloop_forward(byref(on))
+        self.library.selfloop_forward(self._kind, byref(on))
 
     def backward(self, on: Pass) -> None:
-        self._lib.selfloop_backward(byref(on))
+        self.library.selfloop_backward(self._kind, byref(on))
 
 
 def num_threads() -> int:

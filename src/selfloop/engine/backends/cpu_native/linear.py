@@ -1,6 +1,5 @@
-"""A frozen bfloat16 weight that the kernels multiply by."""
+"""A frozen weight that the kernels multiply by."""
 
-import torch
 from torch import Tensor
 
 from selfloop.engine.backends.cpu_native.library import Kernels
@@ -40,6 +39,5 @@ class PanelLinear:
 
     def in_float32(self, x_TI: Tensor) -> Tensor:
         """(T, in) -> float32 (T, out): the sum is never rounded to the compute dtype."""
-        assert x_TI.dtype == torch.bfloat16
         y_TO = self.panels.multiply(x_TI)
         return y_TO if self.bias_O is None else y_TO.add_(self.bias_O)

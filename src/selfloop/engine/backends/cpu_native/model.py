@@ -1,4 +1,4 @@
-"""A model whose layers the CPU kernels compute, in bfloat16."""
+"""A model whose layers the CPU kernels compute."""
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ CPU = torch.device("cpu")
 class NativeCache:
     """Pages as the kernels read them; there is nothing beside."""
 
-    def __init__(self, spec: ModelSpec, sizes: Sizes, num_tokens: int | None) -> None:
-        token_bytes = spec.cache_elements * torch.bfloat16.itemsize
+    def __init__(self, spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, num_tokens: int | None) -> None:
+        token_bytes = spec.cache_elements * dtype.itemsize
         if num_tokens is None:
             num_tokens = default_kv_tokens(token_bytes, spec.context, CPU)
         self.num_bytes = num_tokens * token_bytes
-        self.tiles = TiledCache(sizes, sizes.num_layers, storage_pages(num_tokens))
+        self.tiles = TiledCache(sizes, sizes.num_layers, storage_pages(num_tokens), dtype)
         self.pool = PagePool(self.tiles)
 
     def fork(self, slot: CacheSlot, into: CacheSlot) -> None:
@@ -56,15 +56,14 @@ class NativeModel:
 
     contracts = Contracts(batch_invariant=True)
     kept_as: KeptAs | None = None
-    computed_by = "CPU kernels"
     device = CPU
-    dtype = torch.bfloat16
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, weights: BaseWeights) -> None:
         """``weights`` are plain; their layers' matrices are let go of one by one."""
         sizes = sizes_of(spec)
         assert sizes is not None
-        self.spec = spec
+        self.spec, self.dtype = spec, kernels.rows
+        self.computed_by = kernels.words
         self.rotary = Rotary(spec.rope, CPU, self.dtype)
         self.embedding_VD = weights.embedding_VD
         self._kernels, self._sizes = kernels, sizes
@@ -98,7 +97,7 @@ class NativeModel:
         return draw(logits_BV, rows, num_tokens)
 
     def make_cache(self, num_tokens: int | None) -> NativeCache:
-        return NativeCache(self.spec, self._sizes, num_tokens)
+        return NativeCache(self.spec, self._sizes, self.dtype, num_tokens)
 
     def costs(self) -> Costs:
         if self._costs is None:

@@ -1,4 +1,4 @@
-"""A frozen bfloat16 matrix as the kernels read it."""
+"""A frozen matrix as the kernels read it."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from selfloop.engine.backends.cpu_native.library import LANES, Kernels, RowLogpr
 
 
 class Panels:
-    """W (N, K) in panels of 16 rows, from a bfloat16 matrix of any strides, which is not kept."""
+    """W (N, K) in panels of 16 rows, from a matrix of any strides, which is not kept."""
 
     def __init__(self, kernels: Kernels, weight_NK: Tensor) -> None:
         self._kernels = kernels
         self.num_rows, self.num_columns = weight_NK.shape
-        self.data = torch.empty(_up(self.num_rows, LANES) * _up(self.num_columns, 2), dtype=torch.bfloat16)
+        self.data = torch.empty(_up(self.num_rows, LANES) * _up(self.num_columns, 2), dtype=kernels.weights)
         kernels.pack(weight_NK, self.data)
 
     def multiply(self, x_MK: Tensor, out: Tensor | None = None) -> Tensor:
-        """x W^T as float32 (M, N), of bfloat16 x (M, K); in ``out`` where that is given, see :meth:`room`."""
-        assert x_MK.dtype == torch.bfloat16
+        """x W^T as float32 (M, N), of rows x (M, K); in ``out`` where that is given, see :meth:`room`."""
+        assert x_MK.dtype == self._kernels.rows
         assert x_MK.shape[1] == self.num_columns
         x_MK = x_MK.contiguous()
         if self.num_columns % 2:
@@ -36,7 +36,7 @@ class Panels:
 
     def dense(self) -> Tensor:
         """A plain copy (N, K)."""
-        out_NK = torch.empty(self.num_rows, self.num_columns, dtype=torch.bfloat16)
+        out_NK = torch.empty(self.num_rows, self.num_columns, dtype=self.data.dtype)
         self._kernels.unpack(self.data, out_NK)
         return out_NK
 

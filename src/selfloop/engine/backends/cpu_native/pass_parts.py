@@ -8,7 +8,7 @@ from selfloop.engine.backends.cpu_native.library import LANES, NUM_GROUPS, Kerne
 from selfloop.engine.backends.cpu_native.sizes import Sizes
 
 ALIGN = 64
-_BF16, _FLOAT = 2, 4  # bytes
+_FLOAT = 4  # bytes
 
 Part = tuple[Any, str, int]
 """A structure, its pointer, and how many bytes that needs."""
@@ -41,27 +41,28 @@ class PassParts:
         """What lies there until the backward."""
         sizes, rows, width, keeps = self._sizes, on.rows, on.kept.low_rank_width, backward and not recompute
         each = rows * (sizes.num_layers if keeps else 1)
+        item = self._kernels.rows.itemsize
         hidden, inner, heads, d = sizes.hidden_size, sizes.inner_size, sizes.num_heads, sizes.head_dim
         num_qk = heads + sizes.num_kv_heads
         parts: list[Part] = [
-            (on, "final_unit", rows * hidden * _BF16),
+            (on, "final_unit", rows * hidden * item),
             (on, "final_inverse", rows * _FLOAT),
-            (on.kept, "attention_unit", each * hidden * _BF16),
-            (on.kept, "mlp_unit", each * hidden * _BF16),
-            (on.kept, "qkv", each * (num_qk + sizes.num_kv_heads) * d * _BF16),
-            (on.kept, "attended", each * heads * d * _BF16),
+            (on.kept, "attention_unit", each * hidden * item),
+            (on.kept, "mlp_unit", each * hidden * item),
+            (on.kept, "qkv", each * (num_qk + sizes.num_kv_heads) * d * item),
+            (on.kept, "attended", each * heads * d * item),
             (on.kept, "attention_inverse", each * _FLOAT),
             (on.kept, "mlp_inverse", each * _FLOAT),
-            (on.kept, "low_rank", each * NUM_GROUPS * width * _BF16),
+            (on.kept, "low_rank", each * NUM_GROUPS * width * item),
         ]
         if backward:
             parts += [
-                (on.kept, "gate_up", each * 2 * inner * _BF16),
+                (on.kept, "gate_up", each * 2 * inner * item),
                 (on.kept, "lse", each * heads * _FLOAT),
             ]
         if backward and sizes.qk_norm:
             parts += [
-                (on.kept, "qk_unit", each * num_qk * d * _BF16),
+                (on.kept, "qk_unit", each * num_qk * d * item),
                 (on.kept, "qk_inverse", each * num_qk * _FLOAT),
             ]
         if backward and recompute:
@@ -72,27 +73,27 @@ class PassParts:
         """What a pass works in beside that; ``longest`` is 0 without a backward."""
         sizes, rows, width = self._sizes, on.rows, on.kept.low_rank_width
         hidden, inner, d = sizes.hidden_size, sizes.inner_size, sizes.head_dim
-        q = sizes.num_heads * d
+        q, item = sizes.num_heads * d, self._kernels.rows.itemsize
         widest_in, widest_out = max(hidden, inner, q), max(q + 2 * sizes.num_kv_heads * d, 2 * inner, hidden)
         on.work.thread_bytes = self._kernels.thread_bytes(longest, d)
         parts: list[Part] = [
-            (on.work, "x", rows * hidden * _BF16),
-            (on.work, "act", rows * inner * _BF16),
+            (on.work, "x", rows * hidden * item),
+            (on.work, "act", rows * inner * item),
             (on.work, "wide", rows * widest_out * _FLOAT),
             (on.work, "threads", on.work.thread_bytes * on.num_threads),
         ]
         if longest > 0:
             paired = rows + 1  # the last of an odd number of rows is paired with zeros
             parts += [
-                (on.work, "d_wide", rows * widest_out * _BF16),
+                (on.work, "d_wide", rows * widest_out * item),
                 (on.work, "d_narrow", rows * max(hidden, q) * _FLOAT),
-                (on.work, "d_low", rows * hidden * _BF16),
+                (on.work, "d_low", rows * hidden * item),
                 *((on.work, name, rows * q * _FLOAT) for name in ("dq", "dk", "dv")),
-                (on.work, "d_low_rank", rows * width * _BF16),
-                (on.work, "x_panels", paired * widest_in * _BF16),
-                (on.work, "dy_panels", paired * widest_out * _BF16),
-                (on.work, "x_turned", paired * width * _BF16),
-                (on.work, "dy_turned", paired * width * _BF16),
+                (on.work, "d_low_rank", rows * width * item),
+                (on.work, "x_panels", paired * widest_in * item),
+                (on.work, "dy_panels", paired * widest_out * item),
+                (on.work, "x_turned", paired * width * item),
+                (on.work, "dy_turned", paired * width * item),
                 (on.work, "grad_b", width * widest_out * _FLOAT),
             ]
             if recompute:
