@@ -21,13 +21,14 @@ from selfloop.engine.backends.cpu_native.library import VERSION, Kernels
 
 log = logging.getLogger("selfloop.engine")
 
-_SOURCES = (
+SOURCES = Path(__file__).parent / "csrc"
+_FILES = (
     *("kernels.cpp", "layers.h", "pass.h", "attention.h", "vocabulary.h", "gemm.h"),
     *("simd.h", "simd_avx512.h", "simd_parts.h"),
 )
 # Products are added with one rounding where the code says it, never where the compiler happens to see a chance: the
 # same sum in two places has the same bits.
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-ffp-contract=off")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-ffp-contract=off")
 # GNU, as PyTorch brings the library that their OpenMP calls.
 _COMPILERS = ("g++", "c++")
 _TIMEOUT_S = 300
@@ -78,14 +79,13 @@ def _built(body: Body) -> Path:
     compiler = os.environ.get("CXX") or next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NoCompiler
-    here = Path(__file__).parent / "csrc"
-    digest = hashlib.sha256(" ".join((compiler, *_FLAGS, *body.flags)).encode())
-    for name in _SOURCES:
-        digest.update((here / name).read_bytes())
+    digest = hashlib.sha256(" ".join((compiler, *FLAGS, *body.flags)).encode())
+    for name in _FILES:
+        digest.update((SOURCES / name).read_bytes())
     path = _cache() / f"kernels-{body.name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         log.info("compiling the CPU kernels for %s with %s into %s", body.name, compiler, path)
-        _compile(compiler, body, here / "kernels.cpp", path)
+        _compile(compiler, body, SOURCES / "kernels.cpp", path)
     return path
 
 
@@ -103,7 +103,7 @@ def _cache() -> Path:
 def _compile(compiler: str, body: Body, source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([compiler, *_FLAGS, *body.flags, "-c", str(source), "-o", str(compiled)])
+        _run([compiler, *FLAGS, *body.flags, "-c", str(source), "-o", str(compiled)])
         # Without OpenMP's library: the one that PyTorch has loaded serves, and threads are not there twice.
         _run([compiler, "-shared", str(compiled), "-o", str(linked)])
         linked.replace(path)
