@@ -485,11 +485,19 @@ def test_a_step_that_blows_up_leaves_the_worker_standing(gateway: Gateway, http:
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["/v2/loops/runs", "/loops/runs", "/api/v1/nothing", "/oai/api/v1/chat", "/anthropic/api/v1/nothing/x/y", "/"],
+    ("method", "path"),
+    [
+        ("POST", "/v2/loops/runs"),
+        ("POST", "/loops/runs"),
+        ("POST", "/api/v1/nothing"),
+        ("POST", "/oai/api/v1/chat"),
+        ("POST", "/anthropic/api/v1/nothing/x/y"),
+        # The page is for browsers, which say that they take HTML.
+        ("GET", "/"),
+    ],
 )
-def test_a_path_that_is_not_there_says_what_is(http: httpx.Client, path: str):
-    response = http.post(path, json={})
+def test_a_path_that_is_not_there_says_what_is(http: httpx.Client, method: str, path: str):
+    response = http.request(method, path)
     assert response.status_code == 404
     body = response.json()
     message = body["error"]["message"] if "error" in body else body["message"]
