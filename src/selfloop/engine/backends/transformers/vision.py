@@ -13,13 +13,13 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from selfloop.engine.models.weights import VisionSource
 from selfloop.types.errors import model_invalid
 from selfloop.types.images import Size
-from selfloop.types.vision import VisionFacts
+from selfloop.types.vision import PatchGrid, VisionFacts
 
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
 
 class SiglipTower:
-    """Gemma 3's: every image of one size, its patches averaged to a few tokens."""
+    """Every image is of one size, its patches averaged to a few tokens by a projector."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
         self._tower = tower
@@ -32,8 +32,8 @@ class SiglipTower:
         return self._projector(seen.last_hidden_state)[0]
 
 
-class QwenTower:
-    """Qwen3.5's: images of any shape, four patches of which are a token."""
+class PatchTower:
+    """Images of any shape, of whose patches a few are merged to a token."""
 
     def __init__(self, tower: nn.Module) -> None:
         self._tower = tower
@@ -47,14 +47,14 @@ class QwenTower:
         return seen.pooler_output
 
 
-def load_tower(folder: Path, facts: VisionFacts, device: torch.device, dtype: torch.dtype) -> SiglipTower | QwenTower:
+def load_tower(folder: Path, facts: VisionFacts, device: torch.device, dtype: torch.dtype) -> SiglipTower | PatchTower:
     """Raises OperationFailed: the folder's tower is not one that transformers makes of its configuration."""
     source = VisionSource(folder)
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if facts.family == "qwen3_5":
+        if isinstance(facts.sizing, PatchGrid):
             kind = MODEL_MAPPING[type(config.vision_config)]
-            return QwenTower(_loaded(kind, config.vision_config, source.part("visual"), device, dtype))
+            return PatchTower(_loaded(kind, config.vision_config, source.part("visual"), device, dtype))
         config.vision_config.vision_use_head = False
         tower = _loaded(SiglipVisionModel, config.vision_config, source.part("vision_tower"), device, dtype)
         projector = Gemma3MultiModalProjector(config)
