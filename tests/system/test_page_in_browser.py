@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from browser import Browser, Missing, program
-from gateway import KEY, MODEL, Gateway, Run, ok, until
+from gateway import KEY, MODEL, Gateway, Run, ok, selfloop, until
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +199,12 @@ def test_signing_out_forgets_the_key(page: Browser):
     assert page.value("sessionStorage.length") == 0
 
 
-def test_an_empty_server_says_what_is_next(
-    browser: Browser, http: httpx.Client, other_team: httpx.Client, gateway: Gateway
-):
+def test_an_empty_server_says_what_is_next(browser: Browser, gateway: Gateway):
+    """As the newest of teams sees it."""
+    made = selfloop("keys", "create", "new", "--team", "new-on-the-page", "--data-dir", str(gateway.data_dir))
     browser.open(gateway.url + "/")
     browser.until("document.querySelector('#key')")
-    sign_in(browser, other_team.headers["authorization"].removeprefix("Bearer "))
+    sign_in(browser, made.split()[-1])
     browser.shows("Nothing runs yet")
     for place, said in (
         ("#/runs", "No run yet"),
