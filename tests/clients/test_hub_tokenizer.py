@@ -38,6 +38,9 @@ class Models:
     async def folder(self, model_id: str) -> Path | None:
         return self.folder_of.get(model_id)
 
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        return None
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,9 +1,9 @@
-"""Images and base checkpoints are not served, nor routed experts of a model without: refused at once and in words."""
+"""Images are not served, nor routed experts of a model without: refused at once and in words."""
 
 import httpx
 import pytest
 
-from gateway import Json, Run, create_run, datum, new_session, ok, words
+from gateway import Json, Run, datum, ok, words
 
 IMAGE = {"type": "image", "data": "aGk=", "format": "png", "expected_tokens": 3}
 TEXT = {"type": "encoded_text", "tokens": words(1)[:-1]}
@@ -45,16 +45,3 @@ def test_images_and_routed_experts_in_a_sample(run: Run):
     # Asking for none is no request for them.
     body = {"prompt": words(1), "max_tokens": 1, "include_routed_experts": False}
     assert ok(run.http.post(f"{sampler}/sample", json=body))["choices"]
-
-
-@pytest.mark.parametrize("kind", ["runs", "trainers"])
-@pytest.mark.parametrize("team", [False, True])
-def test_a_base_checkpoint_of_a_run(http: httpx.Client, kind: str, team: bool):
-    prefix = f"/v1/teams/{ok(http.get('/v1/teams'))['teams'][0]['id']}" if team else "/v1"
-    body = {"session_id": new_session(http), "base_model": "tiny/llama", "lora_rank": 8}
-    response = http.post(f"{prefix}/loops/{kind}", json=body | {"base_checkpoint": "hf://somebody/model"})
-    refused(response, "base_checkpoint", "selfloop models add")
-
-
-def test_null_is_no_base_checkpoint(http: httpx.Client):
-    assert create_run(http, base_checkpoint=None)["id"]

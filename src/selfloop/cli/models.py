@@ -24,7 +24,8 @@ def list_models(data_dir: local.DataDir = None) -> None:
             for row in models:
                 names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
                 own = (data.catalogue.computed_by(row), data.catalogue.files_of(row))
-                table.add_row(row.name, row.source, names, *own)
+                source = row.source if row.revision is None else f"{row.source}@{row.revision}"
+                table.add_row(row.name, source, names, *own)
             return table
 
     local.show(local.run(work))

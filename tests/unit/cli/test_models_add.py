@@ -32,7 +32,8 @@ def test_hub_ids_of_two_revisions_and_of_modelscope(tiny_model_folder: Path, tmp
             done = run("add", *arguments, *url, data_dir=tmp_path)
             assert done.returncode == 0, done.stderr
     listed = run("list", data_dir=tmp_path).stdout
-    assert "hub:org/tiny" in listed
+    assert "hub:org/tiny " in listed
+    assert f"hub:org/tiny@{'b' * 40} " in listed
     assert "modelscope:org/tiny" in listed
     places = ("org--tiny", f"org--tiny@{'b' * 40}", "modelscope--org--tiny")
     assert all((tmp_path / "models" / place / WEIGHTS).read_bytes() == fake.files[WEIGHTS] for place in places)

@@ -50,6 +50,9 @@ class Hub:
     async def folder(self, model_id: str) -> Path | None:
         return self.path if model_id == "org/tiny" else None
 
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        return None
+
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[str]:

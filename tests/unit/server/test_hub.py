@@ -22,6 +22,9 @@ class Models:
     async def folder(self, model_id: str) -> Path | None:
         return self.folders.get(model_id)
 
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        return self.folders.get(f"{model_id}@{revision}")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -69,6 +72,23 @@ async def test_model_info_at_a_revision(client: httpx.AsyncClient, revision: str
     sha = await sha_of(client)
     response = await client.get(f"/hf/api/models/org/tiny/revision/{sha if revision == 'sha' else revision}")
     assert response.json()["sha"] == sha
+
+
+@pytest.mark.parametrize("repo", ["org/tiny", "org/merged"])
+async def test_a_pinned_revision_is_another_folder(
+    client: httpx.AsyncClient, models: Models, tmp_path: Path, repo: str
+):
+    commit = "c" * 40
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    models.folders |= {f"{repo}@{commit}": tmp_path, f"{repo}@v2": tmp_path}
+    own = await sha_of(client)
+    for revision, sha in ((commit, commit), ("v2", None)):
+        got = await client.get(f"/hf/{repo}/resolve/{revision}/config.json")
+        assert got.json() == {"model_type": "qwen3"}
+        assert got.headers["X-Repo-Commit"] not in ("v2", own)
+        assert sha in (None, got.headers["X-Repo-Commit"])
+    assert (await client.get(f"/hf/{repo}/resolve/v3/config.json")).status_code == 404
+    assert (await client.get("/hf/org/tiny/resolve/main/config.json")).json() == {"model_type": "llama"}
 
 
 async def test_what_the_hub_client_asks_beside_a_path_is_obeyed(client: httpx.AsyncClient):

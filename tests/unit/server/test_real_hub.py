@@ -100,6 +100,9 @@ class Models:
     async def folder(self, model_id: str) -> Path | None:
         return self._folder if model_id in ("org/own", "own") else None
 
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        return None
+
 
 def application(folder: Path, url: str | None) -> FastAPI:
     hub = RealHub(url)

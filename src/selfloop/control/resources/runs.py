@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from selfloop.control.capacity.placement import Chosen, Scope
 from selfloop.control.context import Context
 from selfloop.control.queue.journal import END_OF_TIME, cancelled
 from selfloop.control.queue.recovery import identity
+from selfloop.control.resources import base_checkpoints
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.catalogue import Model
 from selfloop.control.resources.new_rows import new_deployment, new_paired_sampler, new_run, new_session
@@ -48,6 +49,7 @@ class RunRequest:
         with_optimizer: begin with the moments and the step of the checkpoint at ``path``, too.
         targets: what a fresh adapter changes; a checkpoint's own win.
         reader_team_id: another team, whose checkpoints the caller has shown to have access to.
+        base_checkpoint: the pinned revision to take in place of ``base_model``, which is of the same architecture.
         keep_last_checkpoints: of each target; older ones that nobody needs are deleted after a save. None keeps all.
     """
 
@@ -69,6 +71,7 @@ class RunRequest:
     keep_last_checkpoints: int | None = None
     reader_team_id: str | None = None
     scope: Scope = "default"
+    base_checkpoint: str | None = None
 
     @property
     def reuses(self) -> str | None:
@@ -129,6 +132,9 @@ class Runs:
         if request.id is not None and (known := await self._known(caller, request.id)) is not None:
             return known
         model = await self._c.catalogue.resolve(request.base_model)
+        if (pinned := request.base_checkpoint) is not None:
+            served_as = await base_checkpoints.served_as(self._c.catalogue, pinned, request.base_model)
+            request, model = replace(request, base_model=served_as), await self._c.catalogue.resolve(served_as)
         checkpoint = await self._initial_checkpoint(caller, request)
         lora_rank, targets = await self._adapter(request, model, checkpoint)
         capacity, max_seq_len = self._chosen(request, model, lora_rank)

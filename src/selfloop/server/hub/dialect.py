@@ -8,6 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from selfloop.control.gateway import Control
+from selfloop.control.resources import base_checkpoints
 from selfloop.server.hub.real_hub import RealHub
 from selfloop.server.hub.routes import Hub, router
 from selfloop.server.shared.dialect import Dialect, Mount
@@ -22,6 +23,9 @@ class _Catalogue:
 
     async def folder(self, model_id: str) -> Path | None:
         return await self.control.catalogue.folder(model_id)
+
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        return await base_checkpoints.folder(self.control.catalogue, model_id, revision)
 
 
 @asynccontextmanager

@@ -1,8 +1,9 @@
 """The ``/hf`` dialect. No key is asked for: tokenizer files are public, weights only when configured."""
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +19,7 @@ from selfloop.types.digests import check_file
 from selfloop.types.errors import BadRequest
 
 _MAIN = "main"
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubModels(Protocol):
@@ -30,6 +32,10 @@ class HubModels(Protocol):
 
     async def folder(self, model_id: str) -> Path | None:
         """Folder of a model by name or alias, once it is prepared; None when there is no such model."""
+        ...
+
+    async def pinned(self, model_id: str, revision: str) -> Path | None:
+        """Folder of a hub's model that is served at this revision; None when there is no such model."""
         ...
 
 
@@ -125,6 +131,9 @@ class _HubRoute(APIRoute):
 
 async def _is_served(request: Request) -> bool:
     own = request.path_params.get("model_id")
+    revision = request.path_params.get("revision")
+    if own is not None and revision is not None and await hub_of(request).models.pinned(own, revision) is not None:
+        return True
     ids = served_ids(request.path_params["path"]) if own is None else [own]
     return any([await hub_of(request).models.folder(id) is not None for id in ids])
 
@@ -153,7 +162,7 @@ async def subtree(
 
 @router.get("/api/models/{model_id:path}/revision/{revision}")
 async def model_at_revision(model_id: str, revision: str, asked: Annotated[_Asked, Query()], hub: HubOf) -> Response:
-    """What a model holds, at ``main`` or at its sha."""
+    """What a model holds, at ``main``, at its sha, or at the revision that it was added at."""
     snapshot = await _snapshot(hub.models, model_id, revision)
     info = await asyncio.to_thread(_model_info, model_id, snapshot, asked.blobs)
     return JSONResponse(_expanded(info, asked.expand), headers=snapshot.headers)
@@ -188,12 +197,16 @@ async def rest(path: str) -> Response:
 
 async def _snapshot(models: HubModels, model_id: str, revision: str) -> _Snapshot:
     folder = await models.folder(model_id)
-    if folder is None:
+    snapshot = None if folder is None else await asyncio.to_thread(_read_snapshot, folder, models.serve_weights)
+    if snapshot is not None and revision in (_MAIN, snapshot.sha):
+        return snapshot
+    if (pinned := await models.pinned(model_id, revision)) is not None:
+        at_revision = await asyncio.to_thread(_read_snapshot, pinned, models.serve_weights)
+        # Asked for by its commit, it has that one: clients keep files by it.
+        return replace(at_revision, sha=revision) if _COMMIT.fullmatch(revision) else at_revision
+    if snapshot is None:
         raise _Refused("RepoNotFound", "no such model")
-    snapshot = await asyncio.to_thread(_read_snapshot, folder, models.serve_weights)
-    if revision not in (_MAIN, snapshot.sha):
-        raise _Refused("RevisionNotFound", "no such revision", snapshot.headers)
-    return snapshot
+    raise _Refused("RevisionNotFound", "no such revision", snapshot.headers)
 
 
 def _read_snapshot(folder: Path, serve_weights: bool) -> _Snapshot:

@@ -7,6 +7,7 @@ from fastapi import Depends, Query, Request
 
 from selfloop.control.capacity.hardware import INSTANCE_TYPE_ID, this_hardware
 from selfloop.control.gateway import Control
+from selfloop.control.resources import base_checkpoints
 from selfloop.control.resources.access import Caller
 from selfloop.control.resources.deployments import ModelView, Version
 from selfloop.control.resources.runs import DeploymentView, RunView
@@ -48,11 +49,16 @@ _MODULES = {
 
 
 class Renderer:
-    """Renders for one request: it knows by which address the client reached us."""
+    """Renders for one request: it knows by which address the client reached us.
 
-    def __init__(self, request: Request) -> None:
+    Args:
+        pinned: the base checkpoint that a model is, by the model's name.
+    """
+
+    def __init__(self, request: Request, pinned: Mapping[str, str]) -> None:
         self._base = public_base(request)
         self._control: Control = control_of(request)
+        self._pinned = pinned
 
     def sampler(self, row: Sampler) -> LoopsSamplerV1:
         status = self._control.lifecycle.status(row.id) or row.status
@@ -72,6 +78,7 @@ class Renderer:
             instance_type=instance_type(),
             standing=row.standing,
             capacity=self.capacity(row),
+            base_checkpoint=self._pinned.get(row.model_name),
         )
 
     def capacity(self, row: Run | Sampler) -> CapacityV1:
@@ -146,6 +153,7 @@ class Renderer:
             lora_config=lora_config(row.targets),
             keep_last_checkpoints=row.keep_last_checkpoints,
             capacity=self.capacity(row),
+            base_checkpoint=self._pinned.get(row.model_name),
         )
 
     def deployment(self, view: DeploymentView) -> LoopsDeploymentV1:
@@ -222,10 +230,6 @@ def refuse_unserved(body: CreateLoopsRunRequestV1) -> None:
     refuse_spot(body.availability_model)
     refuse_replicas("replicas", body.replicas)
     refuse_replicas("sampler_num_replicas", body.sampler_num_replicas)
-    if body.base_checkpoint is not None:
-        raise BadRequest(
-            "base_checkpoint", "null: put the model in the catalogue with `selfloop models add` and name it"
-        )
 
 
 def refuse_with_serverless(availability_model: str | None, replicas: Mapping[str, int | None]) -> None:
@@ -262,7 +266,7 @@ def _visible(target: CheckpointTarget) -> Literal["trainer", "sampler"]:
 
 
 async def _renderer(request: Request) -> Renderer:
-    return Renderer(request)
+    return Renderer(request, await base_checkpoints.by_model(control_of(request).catalogue))
 
 
 RenderOf = Annotated[Renderer, Depends(_renderer)]

@@ -86,6 +86,7 @@ def _run_request(body: CreateLoopsRunRequestV1) -> RunRequest:
         name=body.name,
         keep_last_checkpoints=body.keep_last_checkpoints,
         scope=body.scope,
+        base_checkpoint=body.base_checkpoint,
     )
 
 

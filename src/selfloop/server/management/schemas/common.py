@@ -77,6 +77,8 @@ class InstanceTypeV1(Answer):
 CapacityId = Annotated[str | None, Field(description="An id of its capacity. Serverless capacity has none: null.")]
 
 
+PINNED = "The pinned revision that the base model is: hf://<org>/<repo>@<revision>. Null: it was added without one."
+
 SCOPE: Any = Field(
     "default",
     description="The kind of capacity: 'serverless' is refused where it cannot be had, 'deployment' is dedicated, and "

@@ -7,6 +7,7 @@ from pydantic import Field, StrictInt, StrictStr
 
 from selfloop.control.capacity.placement import Scope
 from selfloop.server.management.schemas.common import (
+    PINNED,
     SCOPE,
     Answer,
     CapacityId,
@@ -67,7 +68,11 @@ class CreateLoopsRunRequestV1(Request):
     )
     replicas: StrictInt = Field(1, description="Only 1.")
     sampler_num_replicas: StrictInt | None = Field(None, description="Only 1.")
-    base_checkpoint: StrictStr | None = Field(None, description="Not served: add the model to the catalogue.")
+    base_checkpoint: StrictStr | None = Field(
+        None,
+        description="Train on these weights in place of the base model's, whose architecture they have: "
+        "hf://<org>/<repo>@<revision>, as `selfloop models add <org>/<repo> --revision <revision>` put it here.",
+    )
 
 
 class CreateLoopsTrainerRequestV1(CreateLoopsRunRequestV1):
@@ -81,7 +86,10 @@ class LoopsRunStatusV1(Answer):
 class LoopsRunV1(Answer):
     id: str = Field(description="Names the run in paths and in bt:// URIs.")
     session_id: str = Field(description="As asked for.")
-    base_model: str = Field(description="What is adapted, by the name that it was asked for under.")
+    base_model: str = Field(
+        description="What is adapted, by the name that it was asked for under; a base checkpoint by the name that it "
+        "has here."
+    )
     base_url: str = Field(description="Operations of the run are posted below it.")
     created_at: datetime = Field(description="When it was made, in UTC.")
     sampler: LoopsSamplerV1 = Field(description="Samples what the run publishes.")
@@ -96,6 +104,7 @@ class LoopsRunV1(Answer):
     lora_config: LoopsLoRAConfigV1
     keep_last_checkpoints: int | None
     capacity: CapacityV1
+    base_checkpoint: str | None = Field(description=PINNED)
 
 
 class LoopsTrainerRunV1(LoopsRunV1):

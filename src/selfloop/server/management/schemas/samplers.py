@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, StrictInt, StrictStr
 
 from selfloop.control.capacity.placement import Scope
 from selfloop.server.management.schemas.common import (
+    PINNED,
     SCOPE,
     Answer,
     CapacityId,
@@ -42,6 +43,7 @@ class LoopsSamplerV1(Answer):
     node_count: int = 1
     standing: bool = Field(False, description="Whether it never scales to zero: a deployed one.")
     capacity: CapacityV1
+    base_checkpoint: str | None = Field(description=PINNED)
 
 
 class CreateLoopsSamplerRequestV1(Request):
