@@ -39,6 +39,17 @@ def test_hub_ids_of_two_revisions_and_of_modelscope(tiny_model_folder: Path, tmp
     assert all((tmp_path / "models" / place / WEIGHTS).read_bytes() == fake.files[WEIGHTS] for place in places)
 
 
+def test_a_name_that_is_taken_is_said_before_anything_is_fetched(tiny_model_folder: Path, tmp_path: Path):
+    with FakeHub.of(tiny_model_folder).served() as fake:
+        done = run("add", str(tiny_model_folder), "--name", "org/tiny", data_dir=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for name in ((), ("--name", "org/tiny")):
+            refused = run("add", "org/tiny", "--revision", "b" * 40, *name, "--hub-url", fake.url, data_dir=tmp_path)
+            assert refused.returncode == 1
+            assert "org/tiny is in the catalogue already" in refused.stderr
+        assert fake.keys == []
+
+
 def test_without_a_terminal_a_download_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

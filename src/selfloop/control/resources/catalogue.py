@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.capacity.subprocesses import run_subprocess
 from selfloop.control.resources.model_paths import ModelPaths
@@ -239,25 +240,32 @@ class Catalogue:
         if path.is_dir() or is_gguf(path):
             path = path.resolve()
             kind = f"gguf:{path}" if is_gguf(path) else "folder"
+            name = await self._free(name or (path.name if path.is_dir() else path.stem))
             found = await run_prepare(["folder", str(path), "--converted-into", str(self._paths.folder)], on_progress)
-            own_name = path.name if path.is_dir() else path.stem
-            row = _model_row(name or own_name, kind, path=self._paths.stored(Path(found)))
+            row = _model_row(name, kind, path=self._paths.stored(Path(found)))
         elif (hub := _HUB_ID.fullmatch(source)) is not None:
             kind, model_id = hub[1] or "hub", hub[2]
+            name = await self._free(name or model_id)
             # Another revision of the same model is another folder.
             place = source.replace(":", "--") + (f"@{revision}" if revision else "")
             target = str(self._paths.target(place))
             path = Path(await run_prepare(_hub_arguments(kind, model_id, target, revision, hub_url), on_progress))
-            row = _model_row(name or model_id, f"{kind}:{model_id}", path=self._paths.stored(path), revision=revision)
+            row = _model_row(name, f"{kind}:{model_id}", path=self._paths.stored(path), revision=revision)
         else:
             raise BadRequest("source", f"an existing folder, a GGUF file, a known model, or a hub id; got {source!r}")
-        if not _NAME.fullmatch(row.name):
-            raise BadRequest("name", f"--name: a name like Qwen/Qwen3-8B, got {row.name!r}")
         async with self._db.write() as session:
-            if await queries_models.model(session, row.name) is not None:
-                raise BadRequest("name", f"a name that is free; {row.name} is in the catalogue already")
+            # It may have been taken during the download.
+            await _check_free(session, row.name)
             session.add(row)
         return row.view()
+
+    async def _free(self, name: str) -> str:
+        """The name of a new model, checked before its files are fetched, which may take hours."""
+        if not _NAME.fullmatch(name):
+            raise BadRequest("name", f"--name: a name like Qwen/Qwen3-8B, got {name!r}")
+        async with self._db.read() as session:
+            await _check_free(session, name)
+        return name
 
     async def _describe(self, row: CatalogueEntry) -> Model:
         if row.path is None:
@@ -298,6 +306,11 @@ class Catalogue:
             # Asked for with every operation; a name keeps its meaning, and a model its folder once it has one.
             self._known[name] = row
         return row
+
+
+async def _check_free(session: AsyncSession, name: str) -> None:
+    if await queries_models.model(session, name) is not None:
+        raise BadRequest("name", f"a name that is free; {name} is in the catalogue already")
 
 
 def _hub_arguments(kind: str, model_id: str, target: str, revision: str | None, url: str | None = None) -> list[str]:
