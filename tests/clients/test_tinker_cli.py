@@ -9,7 +9,6 @@ from pathlib import Path
 
 import fake_hub
 import pytest
-from test_tinker_client import tinker_python  # noqa: F401 - a fixture
 from tinker_exit import ended_well
 
 from gateway import KEY, MODEL, Gateway, environment
