@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tinker_exit import ended_well
 
 import seeing_models
 from gateway import KEY, REPO, Gateway, environment, selfloop
@@ -73,6 +74,6 @@ def test_official_client(gateway: Gateway, folder: Path, dialect: str, python: s
         timeout=280,
         check=False,
     )
-    assert done.returncode == 0, f"{done.stderr}\n{gateway.log}"
+    assert ended_well(done.returncode), f"{done.stderr}\n{gateway.log}"
     trouble = json.loads(done.stdout.splitlines()[-1])
     assert trouble is None, trouble

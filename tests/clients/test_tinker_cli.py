@@ -102,7 +102,7 @@ class Tinker:
 
 
 @pytest.fixture(scope="module")
-def tinker(tinker_python: str, gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Tinker:  # noqa: F811
+def tinker(tinker_python: str, gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Tinker:
     folder = tmp_path_factory.mktemp("tinker-cli")
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     env |= {

@@ -1,13 +1,17 @@
 """Models that only transformers computes, through the engine: against transformers, PEFT and each other."""
 
 import logging
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
+import family_models
 import tiny_models
 from memory_peaks import peak_bytes
 from selfloop.convert.adapters import export_merged
@@ -347,3 +351,16 @@ def test_masks_of_other_models_stay_as_they_are(zoo):
             inside = reference(ids).logits
         assert torch.equal(reference(ids).logits, before)
     assert not torch.equal(inside, before)
+
+
+def test_loading_leaves_no_thread_behind(tmp_path: Path):
+    """A fork server loads the model, and what it forks has its threads no more, but whatever they had locked."""
+    folder = tmp_path / "model"
+    tiny_models.save_quietly(family_models.build("cohere2"), folder)
+    script = (
+        "import sys, threading; from pathlib import Path; from selfloop.engine.engine import Engine; "
+        "Engine.load(Path(sys.argv[1]), device='cpu', dtype='float32'); "
+        "print([each.name for each in threading.enumerate()])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['MainThread']"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as logging_of_transformers
 
 from selfloop.engine.backends.transformers.adapted import AdapterPlaces
 from selfloop.engine.backends.transformers.head import ModelHead
@@ -52,9 +53,15 @@ def load(spec: StoredSpec, source: TensorSource, device: torch.device, dtype: to
     return model
 
 
+def without_progress() -> None:
+    """From here on transformers draws no bars: their thread would be one too many for a process that forks."""
+    logging_of_transformers.disable_progress_bar()
+
+
 def _read(spec: StoredSpec, source: TensorSource, dtype: torch.dtype) -> Any:
     """No network, no code of the folder, no pickles; quantised weights are made plain by our own code."""
     folder = str(spec.folder)
+    without_progress()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

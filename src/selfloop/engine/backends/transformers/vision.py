@@ -10,6 +10,7 @@ from transformers import MODEL_MAPPING, AutoConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
+from selfloop.engine.backends.transformers.loading import without_progress
 from selfloop.engine.models.weights import VisionSource
 from selfloop.types.errors import model_invalid
 from selfloop.types.images import Size
@@ -50,6 +51,7 @@ class PatchTower:
 def load_tower(folder: Path, facts: VisionFacts, device: torch.device, dtype: torch.dtype) -> SiglipTower | PatchTower:
     """Raises OperationFailed: the folder's tower is not one that transformers makes of its configuration."""
     source = VisionSource(folder)
+    without_progress()
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if isinstance(facts.sizing, PatchGrid):
