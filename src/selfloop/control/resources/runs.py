@@ -131,10 +131,7 @@ class Runs:
         in_session = await self.session(caller, request.session_id)
         if request.id is not None and (known := await self._known(caller, request.id)) is not None:
             return known
-        model = await self._c.catalogue.resolve(request.base_model)
-        if (pinned := request.base_checkpoint) is not None:
-            served_as = await base_checkpoints.served_as(self._c.catalogue, pinned, request.base_model)
-            request, model = replace(request, base_model=served_as), await self._c.catalogue.resolve(served_as)
+        request, model = await self._pinned(request)
         checkpoint = await self._initial_checkpoint(caller, request)
         lora_rank, targets = await self._adapter(request, model, checkpoint)
         capacity, max_seq_len = self._chosen(request, model, lora_rank)
@@ -172,6 +169,14 @@ class Runs:
             sampler = _add_paired(session, run, request, reused) if with_sampler else None
         self._register(deployment, run, sampler, request.scale_down_delay_s)
         return RunView(run, sampler)
+
+    async def _pinned(self, request: RunRequest) -> tuple[RunRequest, Model]:
+        """The request by the name under which its base model is served at the revision that it asks for, and that model."""
+        model = await self._c.catalogue.resolve(request.base_model)
+        if request.base_checkpoint is None:
+            return request, model
+        served_as = await base_checkpoints.served_as(self._c.catalogue, request.base_checkpoint, request.base_model)
+        return replace(request, base_model=served_as), await self._c.catalogue.resolve(served_as)
 
     async def _adapter(
         self, request: RunRequest, model: Model, checkpoint: Checkpoint | None
