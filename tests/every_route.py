@@ -141,6 +141,8 @@ ROUTES: dict[str, list[Ask]] = {
     "POST /v1/teams/{team_id}/loops/trainers": [gone(NEW_RUN)],
     "GET /v1/loops/runs/{run_id}": [seen()],
     "GET /v1/loops/runs/{run_id}/metrics": [seen()],
+    "GET /v1/loops/runs/{run_id}/timeline": [seen()],
+    "GET /v1/loops/runs/{run_id}/timeline/perfetto": [seen()],
     "GET /v1/loops/runs/{run_id}/metrics/stream": [seen(params={"timeout": "0"})],
     "POST /v1/loops/runs/{run_id}/newest_sampler": [gone()],
     "POST /v1/loops/runs/{run_id}/deactivate": [gone()],

@@ -62,6 +62,19 @@ def test_runs_compare_shows_two_beside_each_other(cli: Cli, trained: Run, http: 
     assert set(cli.json("runs", "compare", trained.id, other.id)) == {trained.id, other.id}
 
 
+def test_runs_timeline_shows_waits_and_computing(cli: Cli, trained: Run, tmp_path: Path):
+    text = cli.text("runs", "timeline", trained.id)
+    assert len(re.findall(r"^optim_step +\d+\.\d\ds +\d+\.\d\ds  [ .]*#+$", text, re.MULTILINE)) == 3
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert len(cli.json("runs", "timeline", trained.id, "--last", "2")["spans"]) == 2
+    file = tmp_path / "trace.json"
+    assert str(file) in cli.text("runs", "timeline", trained.id, "--perfetto", str(file))
+    assert {event["name"] for event in json.loads(file.read_text())["traceEvents"]} >= {
+        "optim_step",
+        "forward_backward",
+    }
+
+
 def test_runs_track_says_what_it_needs(cli: Cli, trained: Run):
     assert "tensorboard:DIR" in cli.run("runs", "track", trained.id, "--to", "nowhere", rc=2).stderr
     assert "tensorboard:DIR" in cli.run("runs", "track", trained.id, "--to", "tensorboard", rc=2).stderr

@@ -91,6 +91,17 @@ def test_curves_grow_while_the_run_trains(page: Browser, run: Run):
     page.until(f"{label} !== {json.dumps(before)}")
 
 
+def test_a_run_shows_what_it_waited_for_and_computed(page: Browser, run: Run):
+    go(page, f"#/runs/{run.id}")
+    page.until("document.querySelectorAll('.timeline .computes').length >= 4")
+    cells = "[...document.querySelectorAll('table tr')].map(row => row.innerText)"
+    page.until(f"{cells}.some(row => row.startsWith('optim_step'))")
+    page.click("button", "File for Perfetto")
+    page.until(
+        "document.querySelector('a[download]') && document.querySelector('a[download]').href.startsWith('blob:')"
+    )
+
+
 def test_runs_are_compared(page: Browser, run: Run, http: httpx.Client):
     other = Run.create(http, name="the other").attached()
     other.train(5)

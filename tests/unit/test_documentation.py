@@ -88,6 +88,7 @@ COMMANDS = {
     "selfloop runs deactivate": ["RUN_ID", "--data-dir", "--url"],
     "selfloop runs list": ["--data-dir", "--json", "--team", "--url"],
     "selfloop runs show": ["RUN_ID", "--csv", "--data-dir", "--json", "--url"],
+    "selfloop runs timeline": ["RUN_ID", "--data-dir", "--json", "--last", "--perfetto", "--url"],
     "selfloop runs track": ["RUN_ID", "--after", "--data-dir", "--to", "--url"],
     "selfloop runs watch": ["RUN_ID", "--data-dir", "--json", "--url"],
     "selfloop samplers": ["--data-dir", "--json", "--team", "--url"],

@@ -29,7 +29,7 @@ def bounds(*curves: tuple[Sequence[float], Sequence[float]]) -> Bounds:
     return Bounds(min(xs), max(xs), min(ys), max(ys))
 
 
-def shows_braille() -> bool:
+def shows_utf8() -> bool:
     """Whether standard output is a terminal that takes more than ASCII."""
     return sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 

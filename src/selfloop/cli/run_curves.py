@@ -59,7 +59,7 @@ def whole(server: remote.Server, run_id: str) -> Series:
 
 def drawn(series: Series) -> Iterator[str]:
     """Lines that show the quantities that change from step to step by what is trained."""
-    braille = plot.shows_braille()
+    braille = plot.shows_utf8()
     for name in _shown_names(series):
         xs, ys = _points(series[name])
         if ys:
@@ -150,7 +150,7 @@ def _show_beside(runs: dict[str, Series]) -> None:
     for name in shared:
         table.add_row(name, *(_last(series[name]) for series in runs.values()))
     local.show(table)
-    braille = plot.shows_braille()
+    braille = plot.shows_utf8()
     for name in _shown_names(shared):
         curves = {id: _points(series[name]) for id, series in runs.items()}
         if all(ys for _, ys in curves.values()):

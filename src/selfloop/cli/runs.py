@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from selfloop.cli import local, remote, run_curves, track
+from selfloop.cli import local, remote, run_curves, timeline, track
 
 app = typer.Typer(invoke_without_command=True)
 app.command("watch")(run_curves.watch)
 app.command("compare")(run_curves.compare)
 app.command("track")(track.track)
+app.command("timeline")(timeline.timeline)
 
 Everybody = Annotated[bool, typer.Option("--team", help="With a server: the whole team's, not only this key's.")]
 

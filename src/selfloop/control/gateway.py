@@ -218,7 +218,7 @@ class Control:
         self.listings = Listings(self._context)
         imports = Imports(self.db, store, self.catalogue, self.access)
         self.uploads = Uploads(imports, self.catalogue, blobs, links)
-        self.traces = Traces(self._context, self.observations.archives)
+        self.traces = Traces(self._context, self.observations.archives, self.runs)
         self.billing = Billing(self.db, self.observations.usage, settings.prices)
         self.sharing = Sharing(self._context, self.checkpoints, self.cleanup)
         self.jobs = Jobs(data_dir / "open_samples")

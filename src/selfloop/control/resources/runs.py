@@ -171,7 +171,7 @@ class Runs:
         return RunView(run, sampler)
 
     async def _pinned(self, request: RunRequest) -> tuple[RunRequest, Model]:
-        """The request by the name under which its base model is served at the revision that it asks for, and that model."""
+        """The request by the name of its base model at the revision that it asks for, and that model."""
         model = await self._c.catalogue.resolve(request.base_model)
         if request.base_checkpoint is None:
             return request, model

@@ -165,6 +165,12 @@ async def of_session(session: AsyncSession, id: str) -> tuple[Sequence[str], Seq
     return (await session.scalars(runs)).all(), (await session.scalars(samplers)).all()
 
 
+async def samplers_of_run(session: AsyncSession, run_id: str) -> Sequence[str]:
+    """Ids of the samplers that sample from the weights of a run, oldest first."""
+    of_it = or_(SamplerRow.run_id == run_id, SamplerRow.follows == run_id)
+    return (await session.scalars(select(SamplerRow.id).where(of_it).order_by(SamplerRow.created_at))).all()
+
+
 async def search_sessions(session: AsyncSession, search: SessionSearch) -> Sequence[Session]:
     # Whole microseconds, which is what a caller hands back.
     made_us = cast(func.round(SessionRow.created_at * 1e6), BigInteger)

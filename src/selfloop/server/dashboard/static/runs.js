@@ -3,6 +3,7 @@
 import { html, useEffect, useState } from "./htm-preact.js";
 import { events, get, rows, send } from "./api.js";
 import { Chart, ordered } from "./charts.js";
+import { Timeline } from "./timeline.js";
 import { Confirm, Loaded, moment, Problem, Status, Table, useAsked } from "./ui.js";
 
 const POINTS = 1000;
@@ -153,7 +154,8 @@ export function Run({ id }) {
       ${asking && html`<${Confirm} question=${`End run ${run.id} and its sampler? Its checkpoints stay.`} action="End it"
         onYes=${end} onNo=${() => setAsking(false)} />`}
       <${Problem} error=${error || curves.error} />
-      <${Curves} curves=${curves} />`;
+      <${Curves} curves=${curves} />
+      <${Timeline} id=${id} />`;
   }}<//>`;
 }
 

@@ -12,10 +12,11 @@ from selfloop.server.management.routes import (
     run_metrics,
     runs,
     samplers,
+    timelines,
 )
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, run_metrics, samplers, models, deployments, checkpoints, account, keys, observations):
+for part in (runs, run_metrics, timelines, samplers, models, deployments, checkpoints, account, keys, observations):
     router.include_router(part.router)
 
 public = checkpoints.public
