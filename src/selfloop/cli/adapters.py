@@ -1,5 +1,6 @@
 """``selfloop export`` and ``selfloop import``: checkpoints out of a data directory, adapters into it."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ def export(
     ],
     dtype: Annotated[GgufDtype | None, typer.Option(help="Of a GGUF's matrices. Default: that of the base.")] = None,
     data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
 ) -> None:
     """Write a checkpoint as a folder for PEFT, Transformers or llama.cpp."""
 
@@ -58,7 +60,17 @@ def export(
             f"{done.tolerance:.2g}; the adapter moves them by up to {done.effect:.2g})",
             err=True,
         )
-    typer.echo(f"{plan.target}: {local.megabytes(done.size_bytes)}, {plan.format}, of {plan.base_model}")
+    remote.report(
+        f"{plan.target}: {local.megabytes(done.size_bytes)}, {plan.format}, of {plan.base_model}",
+        {
+            "folder": str(plan.target),
+            "format": plan.format,
+            "base_model": plan.base_model,
+            "size_bytes": done.size_bytes,
+            "logit_difference": done.difference,
+        },
+        as_json,
+    )
 
 
 def import_adapter(
@@ -69,6 +81,7 @@ def import_adapter(
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: the folder's.")] = None,
     team: Annotated[str | None, typer.Option(help="Team to own it. Default: the first team.")] = None,
     data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
 ) -> None:
     """Import a PEFT adapter as a trainer checkpoint, to train on from."""
 
@@ -81,4 +94,4 @@ def import_adapter(
     typer.echo(f"rank {done.lora_rank}, alpha {done.lora_alpha:g}, of {done.base_model}", err=True)
     if done.changes_nothing:
         typer.echo("warning: it equals the base model: the adapter changes nothing (its A or B is zero)", err=True)
-    typer.echo(done.uri)
+    remote.report(done.uri, asdict(done), as_json)

@@ -176,6 +176,7 @@ def download(
     folder: Annotated[Path, typer.Argument(help="Where its files go; those that are whole there already are kept.")],
     url: remote.Url = None,
     data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
 ) -> None:
     """Download a checkpoint's files. After an interruption, the same command continues where it stopped."""
     with remote.server(url, data_dir) as server:
@@ -188,7 +189,12 @@ def download(
                 for taken in _fetch(file, target):
                     done += taken
                     report(file["relative_file_name"], done / max(total, 1))
-    typer.echo(f"{folder}: {len(files)} files, {local.megabytes(total)}")
+    facts = {
+        "folder": str(folder),
+        "files": [file["relative_file_name"] for file in files],
+        "size_bytes": total,
+    }
+    remote.report(f"{folder}: {len(files)} files, {local.megabytes(total)}", facts, as_json)
 
 
 def resolved(server: remote.Server, ref: str) -> remote.Json:

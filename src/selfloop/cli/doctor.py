@@ -1,5 +1,6 @@
 """``selfloop doctor``: what this machine has, what is missing, and what to do about it."""
 
+import json
 import os
 import platform
 import shutil
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -85,9 +86,9 @@ class _Health(msgspec.Struct):
 _BENCH_LIMIT_S = 25
 
 
-def run_bench(model_dir: Path | None) -> int:
+def run_bench(model_dir: Path | None, *, as_json: bool) -> int:
     """Measure the machine and the engine on it, for up to half a minute; 1 when that fails."""
-    console = Console()
+    console = Console(stderr=as_json)
     command = _bench_command(model_dir)
     with console.status("Measuring; this takes up to half a minute"):
         # In a process of its own: the command line itself never loads torch.
@@ -105,6 +106,9 @@ def run_bench(model_dir: Path | None) -> int:
         return 1
     # A line that was cut off is not a measurement.
     last = next(line for line in reversed(measured) if line.endswith("}"))
+    if as_json:
+        print(last)
+        return 0
     console.print(_speed_table(msgspec.json.decode(last, type=Speed)))
     return 0
 
@@ -137,10 +141,10 @@ def _speed_table(speed: Speed) -> Table:
     return table
 
 
-def run_doctor(data_dir: Path | None, port: int) -> int:
+def run_doctor(data_dir: Path | None, port: int, *, as_json: bool) -> int:
     """Print the checks; 1 when something would stop ``selfloop serve``, else 0."""
     folder = local.resolve(data_dir)
-    console = Console()
+    console = Console(stderr=as_json)
     looks: Sequence[Callable[[], Check]] = (
         check_python,
         check_libraries,
@@ -156,8 +160,11 @@ def run_doctor(data_dir: Path | None, port: int) -> int:
     )
     with console.status("Looking at this machine"):
         checks = [look() for look in looks]
-    console.print(_table(checks))
     problems = [check.subject for check in checks if check.verdict is Verdict.PROBLEM]
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+        return int(bool(problems))
+    console.print(_table(checks))
     if problems:
         console.print(f"[red]Not ready: {', '.join(problems)}.[/red]")
         return 1

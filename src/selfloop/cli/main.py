@@ -19,6 +19,7 @@ from selfloop.cli import (
     logs,
     models,
     prune,
+    remote,
     runs,
     samplers,
     usage,
@@ -32,10 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys.app, name="keys", help="API keys: create, list, revoke.")
-app.add_typer(models.app, name="models", help="The model catalogue: list, add.")
+app.add_typer(models.app, name="models", help="The model catalogue: list, add, fit.")
 app.command("export")(adapters.export)
 app.command("import")(adapters.import_adapter)
-app.add_typer(runs.app, name="runs", help="Runs: list, show, watch, compare, track, deactivate.")
+app.add_typer(runs.app, name="runs", help="Runs: list, show, watch, compare, timeline, track, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
 # What follows the script is the script's.
@@ -77,6 +78,7 @@ def doctor(
         bool, typer.Option("--verify", help="Compare a data directory (and bucket) with its digests instead.")
     ] = False,
     store: Annotated[str | None, typer.Option(help="With --verify: s3://bucket/prefix of its checkpoints.")] = None,
+    as_json: remote.AsJson = False,
 ) -> None:
     """Explain what is missing on this machine, or what is damaged in a data directory."""
     from selfloop.cli.doctor import run_bench, run_doctor
@@ -84,10 +86,10 @@ def doctor(
     if verify:
         from selfloop.cli.verify import run_verify
 
-        raise typer.Exit(run_verify(data_dir, store))
+        raise typer.Exit(run_verify(data_dir, store, as_json=as_json))
     if bench:
-        raise typer.Exit(run_bench(model))
-    raise typer.Exit(run_doctor(data_dir, port))
+        raise typer.Exit(run_bench(model, as_json=as_json))
+    raise typer.Exit(run_doctor(data_dir, port, as_json=as_json))
 
 
 @app.command()

@@ -1,11 +1,11 @@
 """``selfloop models``: the base models that scripts may name."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from selfloop.cli import local
+from selfloop.cli import local, remote
 from selfloop.cli.fit import Question, show_fits
 from selfloop.types.lora import MAX_LORA_RANK
 from selfloop.types.settings import BaseDtype, Device, Dtype
@@ -14,21 +14,36 @@ app = typer.Typer(no_args_is_help=True)
 
 
 @app.command("list")
-def list_models(data_dir: local.DataDir = None) -> None:
+def list_models(data_dir: local.DataDir = None, as_json: remote.AsJson = False) -> None:
     """List the catalogue."""
 
-    async def work() -> Table:
+    async def work() -> Sequence[remote.Json]:
         async with local.opened(data_dir) as data:
             models, aliases = await data.catalogue.entries()
-            table = local.table("name", "source", "also served as", "computed by", "files")
-            for row in models:
-                names = ", ".join(a.alias for a in aliases if a.model_name == row.name)
-                own = (data.catalogue.computed_by(row), data.catalogue.files_of(row))
-                source = row.source if row.revision is None else f"{row.source}@{row.revision}"
-                table.add_row(row.name, source, names, *own)
-            return table
+            return [
+                {
+                    "name": row.name,
+                    "source": row.source,
+                    "revision": row.revision,
+                    "aliases": [a.alias for a in aliases if a.model_name == row.name],
+                    "computed_by": data.catalogue.computed_by(row),
+                    "files": str(data.catalogue.files_of(row)),
+                }
+                for row in models
+            ]
 
-    local.show(local.run(work))
+    rows = local.run(work)
+    cells = (
+        (
+            row["name"],
+            row["source"] if row["revision"] is None else f"{row['source']}@{row['revision']}",
+            ", ".join(row["aliases"]),
+            row["computed_by"],
+            row["files"],
+        )
+        for row in rows
+    )
+    remote.show(rows, ("name", "source", "also served as", "computed by", "files"), cells, as_json)
 
 
 @app.command()
@@ -46,6 +61,7 @@ def add(
         str | None, typer.Option(help="The hub to download from. Default: $HF_ENDPOINT or the id's own hub.")
     ] = None,
     data_dir: local.DataDir = None,
+    as_json: remote.AsJson = False,
 ) -> None:
     """Put a model in the catalogue, or serve one under further names."""
 
@@ -63,7 +79,8 @@ def add(
         return model.name
 
     added = local.run(work)
-    typer.echo(f"{added} is served as: {', '.join([added, *(alias or [])])}")
+    named = [added, *(alias or [])]
+    remote.report(f"{added} is served as: {', '.join(named)}", {"name": added, "aliases": named[1:]}, as_json)
 
 
 @app.command()

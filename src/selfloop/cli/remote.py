@@ -28,7 +28,7 @@ _PAGE_ROWS = 1000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Url = Annotated[str | None, typer.Option("--url", help=f"The server. Default: $SELFLOOP_URL or {DEFAULT_URL}.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 class CommandFailed(Exception):
@@ -181,6 +181,11 @@ def show(rows: Sequence[Json], columns: Sequence[str], cells: Iterator[Sequence[
     for row in cells:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     local.show(table)
+
+
+def report(text: str, facts: Json, as_json: bool) -> None:
+    """What a command has done: a line for people, or its facts for programs."""
+    typer.echo(json.dumps(facts, indent=2) if as_json else text)
 
 
 def show_one(row: Json, as_json: bool) -> None:

@@ -90,11 +90,13 @@ def show_run(
 
 
 @app.command()
-def deactivate(run_id: run_curves.RunId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+def deactivate(
+    run_id: run_curves.RunId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+) -> None:
     """End a run and its sampler; its checkpoints stay."""
     with remote.server(url, data_dir) as server:
-        server.post(f"/v1/loops/runs/{remote.segment(run_id)}/deactivate")
-    typer.echo(f"deactivated {run_id}")
+        ended = server.post(f"/v1/loops/runs/{remote.segment(run_id)}/deactivate")
+    remote.report(f"deactivated {run_id}", ended, as_json)
 
 
 def _of_directory(data_dir: Path | None, as_json: bool) -> None:

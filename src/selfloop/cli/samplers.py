@@ -57,21 +57,26 @@ def show_sampler(
 
 
 @app.command()
-def deactivate(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+def deactivate(
+    sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+) -> None:
     """End a sampler; what it served stays."""
     with remote.server(url, data_dir) as server:
         row = names.sampler(server, sampler_id)
-        server.post(f"/v1/loops/samplers/{row['id']}/deactivate")
-    typer.echo(f"deactivated {row['id']}")
+        ended = server.post(f"/v1/loops/samplers/{row['id']}/deactivate")
+    remote.report(f"deactivated {row['id']}", ended, as_json)
 
 
 @app.command()
-def wake(sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None) -> None:
+def wake(
+    sampler_id: SamplerId, url: remote.Url = None, data_dir: local.DataDir = None, as_json: remote.AsJson = False
+) -> None:
     """Wake a sleeping sampler, and wait until it serves."""
     with remote.server(url, data_dir) as server:
         row = names.sampler(server, sampler_id)
         server.post(f"/loops/samplers/{row['id']}/wake")
-        typer.echo(f"{row['id']}: {wait_until_ready(server, names.sampler(server, row['id']))}")
+        status = wait_until_ready(server, names.sampler(server, row["id"]))
+    remote.report(f"{row['id']}: {status}", {"id": row["id"], "status": status}, as_json)
 
 
 def wait_until_ready(server: remote.Server, sampler: remote.Json) -> str:

@@ -1,5 +1,7 @@
 """``selfloop doctor --verify``: is everything in a data directory what was written?"""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -16,10 +18,13 @@ _COLUMNS = ("sound", "no digest", "damaged", "missing", "unknown")
 _MAX_TOLD = 200
 
 
-def run_verify(data_dir: Path | None, store: str | None) -> int:
+def run_verify(data_dir: Path | None, store: str | None, *, as_json: bool) -> int:
     """Print what was found; 1 when something is damaged or missing, else 0."""
     folder = local.resolve(data_dir)
     report = local.run(lambda: verify(folder, local.given("database_url"), store or local.given("store")))
+    if as_json:
+        print(json.dumps(_facts(folder, report), indent=2))
+        return int(not report.is_sound)
     console = Console(width=_WIDTH, highlight=False)
     console.print(Text(f"{folder}"))
     console.print(_counts(report))
@@ -32,6 +37,12 @@ def run_verify(data_dir: Path | None, store: str | None) -> int:
         return 0
     console.print(Text("Restore what is damaged or missing from a backup, or delete it: docs/recovery.md", style="red"))
     return 1
+
+
+def _facts(folder: Path, report: Report) -> dict[str, object]:
+    counts = [{"kind": kind, "verdict": verdict, "count": count} for (kind, verdict), count in report.counts.items()]
+    troubles = [asdict(trouble) for trouble in report.troubles]
+    return {"data_dir": str(folder), "is_sound": report.is_sound, "counts": counts, "troubles": troubles}
 
 
 def _counts(report: Report) -> Table:

@@ -1,5 +1,6 @@
-"""What the lists print: nothing cut short, one row a line for whoever reads it through a pipe."""
+"""What the lists print: nothing cut short, one row a line for whoever reads it through a pipe, and JSON."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,3 +28,19 @@ def test_keys_are_listed_by_their_beginning_only(tmp_path: Path) -> None:
     assert key not in listed
     assert key[:8] in listed
     assert "laptop" in listed
+
+
+def test_programs_get_json(tmp_path: Path) -> None:
+    made = json.loads(run("keys", "create", "ci", "--role", "read-only", "--json", data_dir=tmp_path))
+    (listed,) = json.loads(run("keys", "list", "--json", data_dir=tmp_path))
+    assert (made["name"], made["role"]) == (listed["name"], listed["role"]) == ("ci", "read-only")
+    assert made["key"].startswith(listed["prefix"])
+    assert json.loads(run("keys", "revoke", listed["id"], "--json", data_dir=tmp_path)) == {
+        "id": listed["id"],
+        "revoked": True,
+    }
+    (model,) = json.loads(run("models", "list", "--json", data_dir=tmp_path))
+    assert model["source"] == "embedded"
+    checks = json.loads(run("doctor", "--json", data_dir=tmp_path))
+    assert {"Python", "PyTorch", "memory", "data directory"} <= {check["subject"] for check in checks}
+    assert json.loads(run("doctor", "--verify", "--json", data_dir=tmp_path))["is_sound"]
