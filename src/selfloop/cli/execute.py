@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import typer
 
 from selfloop.cli import client_env, local, remote
-from selfloop.types.client_variables import client_variables
+from selfloop.types.client_variables import chat_variables, client_variables
 
 # What would keep tokenizers of the server's models from being asked for.
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -47,7 +47,7 @@ def _environment(url: str, api_key: str) -> dict[str, str]:
         # A proxy of the environment is for servers elsewhere.
         direct = ",".join(filter(None, [kept.get("NO_PROXY") or kept.get("no_proxy"), *remote.LOOPBACK]))
         kept |= {"NO_PROXY": direct, "no_proxy": direct}
-    return kept | client_variables(url, api_key)
+    return kept | chat_variables(url, api_key, kept) | client_variables(url, api_key)
 
 
 def _client_python(data_dir: Path) -> str:
