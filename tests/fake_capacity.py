@@ -16,7 +16,8 @@ class FakeSlot:
     """A worker's place without a process: ``acquire`` walks through the states of a start."""
 
     def __init__(self, model_name: str, lifecycle: Lifecycle) -> None:
-        self.model_name, self.lifecycle = model_name, lifecycle
+        self.model_name = self.name = model_name
+        self.lifecycle = lifecycle
         self.state: WorkerState = "stopped"
         self.reason = ""
         self.failure: OperationFailed | None = None
@@ -51,6 +52,9 @@ class CapacityHouse:
 
     def slot(self, model_name: str) -> FakeSlot:
         return self.slots.setdefault(model_name, FakeSlot(model_name, self.lifecycle))
+
+    def slots_of(self, model_name: str) -> list[FakeSlot]:
+        return [self.slot(model_name)]
 
     async def _suspend(self, deployment_id: str) -> None:
         self.suspended.append(deployment_id)

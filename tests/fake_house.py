@@ -110,7 +110,7 @@ class FakeHouse:
         await self.db.close()
 
 
-def _no_slot(model_name: str) -> WorkerSlot:
+def _no_slot(model_name: str, _index: int) -> WorkerSlot:
     raise AssertionError(f"the worker of {model_name} is the fake lifecycle's")
 
 

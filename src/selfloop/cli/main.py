@@ -12,6 +12,7 @@ from selfloop.cli import (
     backup,
     chat,
     checkpoints,
+    cluster,
     database,
     execute,
     keys,
@@ -39,6 +40,7 @@ app.command("import")(adapters.import_adapter)
 app.add_typer(runs.app, name="runs", help="Runs: list, show, watch, compare, timeline, track, deactivate.")
 app.add_typer(samplers.app, name="samplers", help="Samplers: list, show, deactivate, wake.")
 app.add_typer(checkpoints.app, name="checkpoints", help="Checkpoints: list, delete, deploy, download.")
+app.add_typer(cluster.app, name="cluster", help="Worker groups: status, drain, move.")
 # What follows the script is the script's.
 app.command("exec", context_settings={"allow_interspersed_args": False})(execute.execute)
 app.command("migrate-database")(database.migrate_database)

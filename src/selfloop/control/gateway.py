@@ -14,7 +14,7 @@ from sqlalchemy.exc import DatabaseError
 
 from selfloop.control.capacity.lifecycle import Lifecycle
 from selfloop.control.capacity.placement import Capacity
-from selfloop.control.capacity.workers import WorkerPool, WorkerSlot, WorkerState
+from selfloop.control.capacity.workers import WorkerPool, WorkerSlot, WorkerState, share_of
 from selfloop.control.context import Context
 from selfloop.control.data_dir import backup
 from selfloop.control.data_dir.disk_space import DiskRoom
@@ -171,9 +171,9 @@ class Control:
         journal = Journal(self.db, blobs)
         self.catalogue = Catalogue(self.db, data_dir)
         self._launcher = make_launcher(settings.worker.launcher, data_dir)
-        pool = WorkerPool(self._make_slot)
+        pool = WorkerPool(self._make_slot, settings.num_workers)
         observer = Observer(Usage(self.db))
-        self._publish_checks = PublishChecks(store, observer.meter, lambda name: pool.slot(name).client)
+        self._publish_checks = PublishChecks(store, observer.meter, pool.client)
         disk_room = DiskRoom(blobs, self.catalogue)
         outcomes = Outcomes(self.db, store, journal, observer, disk_room, self._publish_checks.begin)
         memories = RunMemories(self.catalogue)
@@ -274,16 +274,16 @@ class Control:
             self._claim.release()
         self._lock.close()
 
-    def _make_slot(self, model_name: str) -> WorkerSlot:
+    def _make_slot(self, model_name: str, index: int) -> WorkerSlot:
         def spec(name: str, folder: Path) -> WorkerSpec:
             model = blob_ref(folder, {DATA: self._data_dir})
-            return WorkerSpec(name, model, self._identity.owner, self._settings.worker)
+            return WorkerSpec(name, model, self._identity.owner, share_of(self._settings))
 
         async def on_state(name: str, state: WorkerState, reason: str) -> None:
-            await self.observations.on_worker_state(name, state, reason)
+            await self.observations.on_worker_state(model_name, name, state, reason)
             await self.lifecycle.on_worker_state(name, state, reason)
 
-        return WorkerSlot(model_name, self.catalogue.prepare, spec, self._launcher, on_state)
+        return WorkerSlot(model_name, self.catalogue.prepare, spec, self._launcher, on_state, index)
 
 
 def _end_at_once(reason: str) -> None:

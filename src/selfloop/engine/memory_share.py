@@ -22,7 +22,7 @@ class MemoryShare(NamedTuple):
 
         ``beside_bytes`` is taken by what is no part of the decoder.
         """
-        total = total_memory(model.device) if device_bytes is None else device_bytes
+        total = (total_memory(model.device) if device_bytes is None else device_bytes) // limits.memory_parts
         weights = model.costs().base_weights
         if limits.memory_bytes is not None:
             total = min(total, limits.memory_bytes)

@@ -30,6 +30,9 @@ Offered = Literal["dedicated", "both", "serverless"]
 class EngineLimits:
     """What an engine may take of its device. None leaves a limit to the engine, which goes by the device and by what
     the base weights leave of its memory.
+
+    Args:
+        memory_parts: engines that share the device's memory alike; no option, as it is the number of workers.
     """
 
     train_token_budget: int | None = option(
@@ -65,6 +68,7 @@ class EngineLimits:
     max_kv_tokens: int | None = option(
         None, "Tokens that the KV cache holds over all requests.", minimum=1, unset="what fits well on the device"
     )
+    memory_parts: int = 1
     max_adapters: int = option(32, "Adapters that a sampler keeps in memory.", minimum=1)
 
 
@@ -181,6 +185,13 @@ class ControlSettings:
     prepare: bool = option(True, "Prepare the embedded model at start, once.")
     session_timeout_s: float = option(
         600.0, "Seconds that a Tinker session lives without a heartbeat of its client.", minimum=1
+    )
+    num_workers: int = option(
+        1,
+        "Worker groups of each base model, each with its part of the cores and of the memory: a run lives in the one "
+        "with the fewest.",
+        name="workers",
+        minimum=1,
     )
     stop_grace_s: float = option(25.0, "Seconds after SIGTERM to finish and store the work in progress.", minimum=1)
     queue: QueueSettings = group(QueueSettings, "control", CONTROL_TITLE)

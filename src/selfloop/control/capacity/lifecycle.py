@@ -7,19 +7,19 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from selfloop.control.capacity import transitions
-from selfloop.control.capacity.transitions import ENDED, ENDING, HAS_SERVED, SLEEPING, STABLE, Actor, Kind
-from selfloop.control.capacity.workers import WorkerPool, WorkerState
+from selfloop.control.capacity.transitions import ENDING, HAS_SERVED, SLEEPING, STABLE, Actor, Kind
+from selfloop.control.capacity.worker_groups import CapacityGroup, Member, PlacedGroup, WorkerGroups
+from selfloop.control.capacity.workers import WorkerPool, WorkerSlot, WorkerState
 from selfloop.control.data_dir.transient_errors import tried
 from selfloop.control.observe.observer import status_extra
 from selfloop.storage.db import queries_resources
 from selfloop.storage.db.database import Database
 from selfloop.storage.db.tables import StatusChangeRow
-from selfloop.types.errors import Conflict
+from selfloop.types.errors import Conflict, OperationFailed
 from selfloop.types.status import RunStatus, SamplerStatus
 from selfloop.worker.client.worker_client import WorkerClient
 
@@ -30,33 +30,6 @@ _REAPER_PAUSE_S = 0.25
 # end: together less than the 5 s after which common HTTP clients give up.
 _DRAIN_S = 3.0
 _STOP_WAIT_S = 1.0
-
-
-@dataclass(slots=True)
-class _Member:
-    kind: Kind
-    id: str
-    status: str
-    reason: str = ""
-    has_served: bool = False
-    num_uses: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Capacity that lives and sleeps together: a trainer deployment with its paired samplers, or one sampler."""
-
-    key: str
-    model_name: str
-    delay_s: float
-    last_used: float
-    num_uses: int = 0
-    members: dict[str, _Member] = field(default_factory=dict[str, _Member])
-
-    @property
-    def is_awake(self) -> bool:
-        return any(m.status not in SLEEPING and m.status not in ENDED for m in self.members.values())
 
 
 class Lifecycle:
@@ -74,11 +47,11 @@ class Lifecycle:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._db = db
-        self._pool = pool
         self._suspend = suspend
         self._clock = clock
-        self._groups: dict[str, _Group] = {}
-        self._group_of: dict[str, _Group] = {}
+        self._groups: dict[str, CapacityGroup] = {}
+        self.worker_groups = WorkerGroups(pool, self._groups)
+        self._group_of: dict[str, CapacityGroup] = {}
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -118,10 +91,12 @@ class Lifecycle:
         """
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = _Group(key, model_name, delay_s, self._clock())
+            group = self._groups[key] = CapacityGroup(key, model_name, delay_s, self._clock())
         group.delay_s = delay_s
-        group.members[id] = _Member(kind, id, status, has_served=status in HAS_SERVED)
+        group.members[id] = Member(kind, id, status, has_served=status in HAS_SERVED)
         self._group_of[id] = group
+        if group.slot is None and group.is_awake:
+            self._place(group)
 
     def status(self, id: str) -> str | None:
         """The present status of live capacity, None for what ended or never was."""
@@ -134,17 +109,18 @@ class Lifecycle:
         return group.key if group else None
 
     def awake(self) -> list[tuple[str, str]]:
-        """Key and base model of all capacity that is not asleep."""
-        return [(group.key, group.model_name) for group in self._groups.values() if group.is_awake]
+        """Key and worker group of all capacity that is not asleep."""
+        return [(g.key, g.slot.name) for g in self._groups.values() if g.is_awake and g.slot is not None]
 
     def describe(self, id: str) -> str:
         """Why the capacity is in its status, in words."""
         group = self._group_of.get(id)
         if group is None:
             return ""
-        slot = self._pool.slot(group.model_name)
-        member = group.members[id]
-        return slot.reason if slot.state in ("preparing", "loading", "restarting") else member.reason
+        slot, member = group.slot, group.members[id]
+        if slot is None or slot.state not in ("preparing", "loading", "restarting"):
+            return member.reason
+        return slot.reason
 
     # -- use and wake ---------------------------------------------------------------------------------
 
@@ -183,13 +159,75 @@ class Lifecycle:
         group = self._group_of.get(id)
         if group is None:
             raise Conflict(f"{id} was deactivated")
-        slot = self._pool.slot(group.model_name)
         with self.using(id):
+            slot = self._place(group)
             if not group.is_awake or any(m.status in SLEEPING for m in group.members.values()):
                 await self._set_waking(group)
-            client = await slot.acquire()
+            client, slot = await self._acquire(group, slot)
             await self._follow(group, "ready", slot.reason)
             return client
+
+    async def _acquire(self, group: CapacityGroup, slot: WorkerSlot) -> tuple[WorkerClient, WorkerSlot]:
+        """A worker of the group that ``group`` lives in; of another where that one cannot be had."""
+        tried_names: set[str] = set()
+        while True:
+            try:
+                return await slot.acquire(), slot
+            except OperationFailed:
+                tried_names.add(slot.name)
+                slot = self._place(group)
+                if slot.name in tried_names:
+                    raise
+
+    # -- worker groups --------------------------------------------------------------------------------
+
+    def _place(self, group: CapacityGroup) -> WorkerSlot:
+        """The worker group that capacity lives in from now on; one that nothing lives in any more is stopped."""
+        before, group.slot = group.slot, self.worker_groups.chosen(group)
+        if before is not None and before is not group.slot:
+            log.info("%s moves from %s to %s: %s", group.key, before.name, group.slot.name, before.reason)
+            self._spawn(self._stop_unneeded(before, "what lived in it moved on"), f"stop-{before.name}")
+        return group.slot
+
+    async def drain(self, name: str) -> PlacedGroup:
+        """Have a worker group take nothing new, and move what lives in it to others of its base model.
+
+        Raises:
+            BadRequest: there is no such group.
+            Conflict: no other group of its base model takes anything.
+        """
+        for group in self.worker_groups.drain(name):
+            await self._move(group, self.worker_groups.other(group, None), f"{name} is drained")
+        return self.worker_groups.placed_in(self.worker_groups.named(name))
+
+    async def move(self, id: str, to: str | None) -> PlacedGroup:
+        """Move capacity, with all that lives and sleeps with it, to a worker group; None is the one with the fewest.
+
+        Raises:
+            BadRequest: there is no such group, or it is of another base model.
+            Conflict: the capacity ended or sleeps, no other group takes anything, or that group is drained.
+        """
+        group = self._group_of.get(id)
+        if group is None or group.slot is None or not group.is_awake:
+            raise Conflict(f"{id} is not in memory: it is placed when it is used next")
+        slot = self.worker_groups.other(group, to)
+        await self._move(group, slot, "moved on request")
+        return self.worker_groups.placed_in(slot)
+
+    async def _move(self, group: CapacityGroup, to: WorkerSlot, reason: str) -> None:
+        """Its new worker group is decided first: what comes meanwhile goes there, once its state is stored."""
+        before = group.slot
+        if before is None or before is to:
+            return
+        group.slot, group.leaving = to, before
+        log.info("%s moves from %s to %s: %s", group.key, before.name, to.name, reason)
+        try:
+            for member in list(group.members.values()):
+                if member.kind == "deployment":
+                    await self._suspend(member.id)
+        finally:
+            group.leaving = None
+        await self._stop_unneeded(before, reason)
 
     def is_asleep(self, id: str) -> bool:
         return self.status(id) in SLEEPING
@@ -232,39 +270,43 @@ class Lifecycle:
         del group.members[id]
         if not group.members:
             self._groups.pop(group.key, None)
-        stopping = self._spawn(self._stop_unneeded(group.model_name, reason), f"stop-{group.model_name}")
-        await asyncio.wait({stopping}, timeout=_STOP_WAIT_S)
+        if group.slot is not None:
+            stopping = self._spawn(self._stop_unneeded(group.slot, reason), f"stop-{group.slot.name}")
+            await asyncio.wait({stopping}, timeout=_STOP_WAIT_S)
 
     # -- transitions ----------------------------------------------------------------------------------
 
-    async def on_worker_state(self, model_name: str, state: WorkerState, reason: str) -> None:
-        """The worker of a base model changed: so did the capacity on it that is awake."""
+    async def on_worker_state(self, group_name: str, state: WorkerState, reason: str) -> None:
+        """The worker of a group changed: so did the capacity in it that is awake."""
         if state == "stopped":
             return
-        awake = [g for g in list(self._groups.values()) if g.model_name == model_name and g.is_awake]
+        placed = [g for g in list(self._groups.values()) if g.slot is not None and g.slot.name == group_name]
+        awake = [g for g in placed if g.is_awake]
         for group in awake:
             await self._follow(group, state, reason)
-        members = [id for group in awake for id in group.members]
-        if state == "restarting" and members:
-            self.wake_soon(members[0])
+        if state == "restarting":
+            for id in [next(iter(group.members)) for group in awake if group.members]:
+                self.wake_soon(id)  # Where it lives from now on, which may be another group.
 
-    async def _follow(self, group: _Group, state: WorkerState, reason: str) -> None:
+    async def _follow(self, group: CapacityGroup, state: WorkerState, reason: str) -> None:
         for member in list(group.members.values()):
             status = transitions.shown(member.kind, member.status, state, has_served=member.has_served)
             if status is not None:
                 await self._set(member, status, reason, "worker")
 
-    async def _set_waking(self, group: _Group) -> None:
+    async def _set_waking(self, group: CapacityGroup) -> None:
         for member in list(group.members.values()):
             if member.status in SLEEPING:
                 await self._set(member, transitions.waking(member.kind), "woken by a request", "request")
 
-    async def _set_sleeping(self, group: _Group, reason: str, by: Actor) -> None:
+    async def _set_sleeping(self, group: CapacityGroup, reason: str, by: Actor) -> None:
         for member in list(group.members.values()):
             if member.status not in ENDING:
                 await self._set(member, transitions.asleep(member.kind), reason, by)
+        if not group.is_awake and not group.num_uses:
+            group.slot = None
 
-    async def _set(self, member: _Member, status: str, reason: str, by: Actor) -> None:
+    async def _set(self, member: Member, status: str, reason: str, by: Actor) -> None:
         """The one place that changes the status of capacity."""
         member.reason = reason
         member.has_served = member.has_served or status == SamplerStatus.ACTIVE
@@ -314,22 +356,23 @@ class Lifecycle:
                 await self.reap()
             await asyncio.sleep(_REAPER_PAUSE_S)
 
-    async def _scale_to_zero(self, group: _Group, reason: str) -> None:
-        used_at = group.last_used
+    async def _scale_to_zero(self, group: CapacityGroup, reason: str) -> None:
+        used_at, slot = group.last_used, group.slot
         for member in list(group.members.values()):
             if member.kind == "deployment":
                 await self._suspend(member.id)
         if group.num_uses or group.last_used != used_at:
             return  # Somebody came while the state was being stored: the run reopens by itself.
         await self._set_sleeping(group, reason, "idle")
-        await self._stop_unneeded(group.model_name, reason)
+        if slot is not None:
+            await self._stop_unneeded(slot, reason)
 
-    async def _stop_unneeded(self, model_name: str, reason: str) -> None:
+    async def _stop_unneeded(self, slot: WorkerSlot, reason: str) -> None:
         def is_needed() -> bool:
-            return any(g.model_name == model_name and g.is_awake for g in self._groups.values())
+            return any(slot in (g.slot, g.leaving) and g.is_awake for g in self._groups.values())
 
         if not is_needed():
-            await self._pool.slot(model_name).stop(reason, is_needed)
+            await slot.stop(reason, is_needed)
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=name)

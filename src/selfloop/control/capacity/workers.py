@@ -1,13 +1,16 @@
-"""One worker a base model: started when needed, watched, brought back, stopped when idle."""
+"""The workers of a base model, one a group: started when needed, watched, brought back, stopped when idle."""
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from selfloop.types.errors import OperationFailed, WorkerLost
+from selfloop.types.settings import ControlSettings, WorkerSettings
 from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.base import Launcher, WorkerSpec
 
@@ -25,7 +28,13 @@ _CRASH_WINDOW_S = 60.0
 
 
 class WorkerSlot:
-    """The place of one base model's worker; ``acquire`` gives a loaded one."""
+    """The place of one worker group of a base model; ``acquire`` gives a loaded worker.
+
+    Args:
+        spec: what to launch, by the group's name and the model's folder.
+        on_state: hears every change, with the group's name.
+        index: among the groups of the model, from 0.
+    """
 
     def __init__(
         self,
@@ -34,8 +43,10 @@ class WorkerSlot:
         spec: Callable[[str, Path], WorkerSpec],
         launcher: Launcher,
         on_state: Callable[[str, WorkerState, str], Awaitable[None]],
+        index: int = 0,
     ) -> None:
         self.model_name = model_name
+        self.name = group_name(model_name, index)
         self.state: WorkerState = "stopped"
         self.reason = ""
         self._prepare = prepare
@@ -53,6 +64,13 @@ class WorkerSlot:
     def client(self) -> WorkerClient | None:
         """The loaded worker, if there is one now."""
         return self._client if self.state == "ready" else None
+
+    @property
+    def is_down(self) -> bool:
+        """Its worker died, or could not be started, and was not started again."""
+        if self.state in ("restarting", "crashing", "failed"):
+            return not self._lock.locked()  # Else somebody is starting it.
+        return self._client is not None and self._client.lost.done()
 
     async def acquire(self) -> WorkerClient:
         """A worker with the base model in memory; starts one if need be.
@@ -87,19 +105,19 @@ class WorkerSlot:
                 client = await self._launched(folder)
             except WorkerLost as error:
                 lost = str(error)
-                log.warning("worker of %s died while loading (%d): %s", self.model_name, attempt, lost)
+                log.warning("worker of %s died while loading (%d): %s", self.name, attempt, lost)
                 continue
             info = client.ready.result()
-            log.info("worker of %s is ready (%s): %s", self.model_name, client.address, info)
+            log.info("worker of %s is ready (%s): %s", self.name, client.address, info)
             self._client = client
             await self._set("ready", f"serving on {info.device} in {info.dtype}")
-            self._watch = asyncio.create_task(self._watch_client(client), name=f"watch-{self.model_name}")
+            self._watch = asyncio.create_task(self._watch_client(client), name=f"watch-{self.name}")
             return client
         raise OperationFailed(f"the worker died {_MAX_STARTS} times while loading: {lost}", "LoadFailed")
 
     async def _launched(self, folder: Path) -> WorkerClient:
         """A worker that has its model. Raises :class:`WorkerLost` and :class:`OperationFailed`."""
-        handle = await self._launcher.launch(self._spec(self.model_name, folder), self._note)
+        handle = await self._launcher.launch(self._spec(self.name, folder), self._note)
         client = WorkerClient(handle, self._note)
         try:
             await client.ready
@@ -117,7 +135,7 @@ class WorkerSlot:
     async def _crashed(self, reason: str) -> None:
         """The loaded worker is gone, seen by whoever looks first."""
         self._client = None
-        log.warning("worker of %s is lost: %s", self.model_name, reason)
+        log.warning("worker of %s is lost: %s", self.name, reason)
         now = time.monotonic()
         self._crashed_at = [at for at in self._crashed_at if now - at < _CRASH_WINDOW_S] + [now]
         if len(self._crashed_at) < _MAX_CRASHES:
@@ -145,36 +163,62 @@ class WorkerSlot:
 
     def release(self) -> None:
         """Give back the memory of the base model, and of a worker that there may be, now."""
-        self._launcher.release(self.model_name)
+        self._launcher.release(self.name)
 
     def _note(self, stage: str) -> None:
         self.reason = stage
 
     async def _set(self, state: WorkerState, reason: str) -> None:
         self.state, self.reason = state, reason
-        await self._on_state(self.model_name, state, reason)
+        await self._on_state(self.name, state, reason)
 
 
 class WorkerPool:
-    """The slots, made on first use."""
+    """The slots of every base model, made on first use.
 
-    def __init__(self, make_slot: Callable[[str], WorkerSlot]) -> None:
+    Args:
+        make_slot: of a base model and the index of a group.
+        num_groups: of each base model.
+    """
+
+    def __init__(self, make_slot: Callable[[str, int], WorkerSlot], num_groups: int = 1) -> None:
         self._make_slot = make_slot
-        self._slots: dict[str, WorkerSlot] = {}
+        self._num_groups = num_groups
+        self._slots: dict[str, list[WorkerSlot]] = {}
 
-    def slot(self, model_name: str) -> WorkerSlot:
+    def slots_of(self, model_name: str) -> list[WorkerSlot]:
+        """Those of a base model, in order."""
         if model_name not in self._slots:
-            self._slots[model_name] = self._make_slot(model_name)
+            self._slots[model_name] = [self._make_slot(model_name, index) for index in range(self._num_groups)]
         return self._slots[model_name]
 
+    def client(self, model_name: str) -> WorkerClient | None:
+        """A loaded worker of a base model, if there is one now."""
+        return next((slot.client for slot in self.slots_of(model_name) if slot.client is not None), None)
+
     def slots(self) -> list[WorkerSlot]:
-        """Those that were used since the start."""
-        return list(self._slots.values())
+        """Those of the base models that were used since the start."""
+        return [slot for slots in self._slots.values() for slot in slots]
 
     async def stop(self) -> None:
         try:
-            await asyncio.gather(*(slot.stop("the server is stopping") for slot in self._slots.values()))
+            await asyncio.gather(*(slot.stop("the server is stopping") for slot in self.slots()))
         finally:
             # Also where one was still loading.
-            for slot in self._slots.values():
+            for slot in self.slots():
                 slot.release()
+
+
+def group_name(model_name: str, index: int) -> str:
+    """Of a worker group; the first is called as its base model is."""
+    return model_name if index == 0 else f"{model_name}#{index}"
+
+
+def share_of(settings: ControlSettings) -> WorkerSettings:
+    """What each worker group is started with: of a base model's groups each has as many cores, and as much memory."""
+    worker, num_groups = settings.worker, settings.num_workers
+    if num_groups == 1:
+        return worker
+    cores = worker.engine.num_threads or max(1, len(os.sched_getaffinity(0)) // num_groups)
+    limits = replace(worker.engine.limits, memory_parts=num_groups)
+    return replace(worker, engine=replace(worker.engine, num_threads=cores, limits=limits))

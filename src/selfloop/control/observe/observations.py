@@ -84,29 +84,29 @@ class Observations:
             await self.usage.flush()
             await self._store(self._meter.take_all())
 
-    def worker_log(self, model_name: str) -> Path:
-        return worker_log_path(self._data_dir, model_name)
+    def worker_log(self, group_name: str) -> Path:
+        return worker_log_path(self._data_dir, group_name)
 
     # -- events ---------------------------------------------------------------------------------------
 
-    async def on_worker_state(self, model_name: str, state: WorkerState, reason: str) -> None:
+    async def on_worker_state(self, model_name: str, group_name: str, state: WorkerState, reason: str) -> None:
         """Note what became of a worker; of one that was lost also the last that it wrote."""
         extra = {"model": model_name, "details": {"state": state}}
         if state == "loading":
-            self._output_from[model_name] = worker_output.size_of(self.worker_log(model_name))
+            self._output_from[group_name] = worker_output.size_of(self.worker_log(group_name))
         if state in _LOST:
             tail = await asyncio.to_thread(
                 worker_output.tail,
-                self.worker_log(model_name),
-                since_byte=self._output_from.get(model_name, 0),
+                self.worker_log(group_name),
+                since_byte=self._output_from.get(group_name, 0),
                 num_lines=_TAIL_LINES,
             )
             said = "".join(f"\n  {line}" for line in tail)
-            events.warning("worker of %s: %s: %s%s", model_name, state, reason, said, extra=extra)
+            events.warning("worker of %s: %s: %s%s", group_name, state, reason, said, extra=extra)
             if state != "failed":
                 instruments.WORKER_RESTARTS.inc()
         else:
-            events.info("worker of %s: %s: %s", model_name, state, reason, extra=extra)
+            events.info("worker of %s: %s: %s", group_name, state, reason, extra=extra)
             if state == "ready":
                 instruments.WORKER_STARTS.inc()
 
@@ -161,10 +161,10 @@ class Observations:
 
     async def look(self) -> None:
         """Note what the worker of each awake deployment takes now, and store the minutes that are over."""
-        pids = {slot.model_name: slot.client.pid for slot in self._c.pool.slots() if slot.client is not None}
+        pids = {slot.name: slot.client.pid for slot in self._c.pool.slots() if slot.client is not None}
         found = await asyncio.to_thread(self._processes.look, {pid for pid in pids.values() if pid is not None})
-        for key, model_name in self._c.lifecycle.awake():
-            pid = pids.get(model_name)
+        for key, group_name in self._c.lifecycle.awake():
+            pid = pids.get(group_name)
             usage = None if pid is None else found.get(pid)
             if usage is not None:
                 self._meter.look(key, usage)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -55,13 +56,15 @@ class _Open:
 
 @dataclass(slots=True)
 class RunMemory:
-    """The runs of one base model. Runs that wait have their turn in the order they came."""
+    """The runs of one base model. Runs that wait for a worker have their turn in the order they came."""
 
     model_name: str
     clock: Callable[[], float] = time.monotonic
     _share: float = 1.0
     _open: dict[str, _Open] = field(default_factory=dict[str, _Open])
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _turns: "WeakKeyDictionary[WorkerClient, asyncio.Lock]" = field(
+        default_factory=WeakKeyDictionary[WorkerClient, asyncio.Lock]
+    )
     _ended_by_kernel: WorkerClient | None = None
     _limit: int | None = None
 
@@ -86,7 +89,7 @@ class RunMemory:
             OperationFailed: it does not fit even alone.
         """
         self._open.pop(run_id, None)
-        async with self._turn:
+        async with self._turns.setdefault(worker, asyncio.Lock()):
             limit = self.planned((await worker.ready).run_bytes)
             if needed([num_bytes]) > limit:
                 raise OperationFailed(
@@ -143,7 +146,7 @@ def needed(open_bytes: list[int]) -> int:
 
 
 class RunMemories:
-    """The memory of every base model's worker."""
+    """The memory of every base model's workers."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue

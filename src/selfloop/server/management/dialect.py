@@ -46,6 +46,8 @@ DIALECT = Dialect(
         "* /v1/api_keys",
         "* /v1/api_keys/{key}",
         "* /v1/teams/{team_id}/api_keys",
+        "* /v1/cluster/drain",
+        "* /v1/cluster/undrain",
     ),
     amend=_name_capacity,
 )

@@ -5,6 +5,7 @@ from fastapi import APIRouter
 from selfloop.server.management.routes import (
     account,
     checkpoints,
+    cluster,
     deployments,
     keys,
     models,
@@ -16,7 +17,20 @@ from selfloop.server.management.routes import (
 )
 
 router = APIRouter(prefix="/v1", tags=["management"])
-for part in (runs, run_metrics, timelines, samplers, models, deployments, checkpoints, account, keys, observations):
+_PARTS = (
+    runs,
+    run_metrics,
+    timelines,
+    samplers,
+    models,
+    deployments,
+    checkpoints,
+    account,
+    keys,
+    observations,
+    cluster,
+)
+for part in _PARTS:
     router.include_router(part.router)
 
 public = checkpoints.public
