@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import hypothesis
@@ -14,6 +15,9 @@ import pytest
 import backend_counts
 import stores
 from gateway import EXPERTS, KEY, MODEL, REPO, Gateway, copy_data, selfloop
+
+if TYPE_CHECKING:
+    from seeing_gateway import SeeingGateway
 
 # As many tests at once as there are cores: with more threads than that, those of OpenMP wait for each other in loops.
 # Before anything imports torch. A test of several threads says so.
@@ -132,6 +136,16 @@ def other_team(gateway: Gateway) -> httpx.Client:
     """A client of the shared gateway, with a key of another team."""
     made = selfloop("keys", "create", "other", "--team", "other", "--data-dir", str(gateway.data_dir))
     return gateway.http(made.split()[-1])
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SeeingGateway]":
+    """A gateway with models that see, shared: make your own runs on it, and never stop it."""
+    from seeing_gateway import SeeingGateway  # torch and transformers, only for those who serve it
+
+    shared = SeeingGateway(tmp_path_factory.mktemp("seeing"))
+    yield shared
+    shared.gateway.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from selfloop.worker.protocol import (
     ModelInfo,
     OpenRun,
     RenderChat,
+    RenderedChat,
     Sample,
     Snapshot,
     Tokenize,
@@ -256,7 +257,7 @@ class FakeWorker:
                 first = [0] if add_special_tokens else []
                 return msgspec.msgpack.encode([first + list(text.encode()) for text in texts])
             case RenderChat(messages):
-                return msgspec.msgpack.encode(list(messages))
+                return msgspec.msgpack.encode(RenderedChat(list(messages)))
             case other:
                 raise AssertionError(other)
 

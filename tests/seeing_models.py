@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from PIL import Image as Pictures
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import tiny_models
 from selfloop.types.images import Image, read_size
@@ -183,6 +185,23 @@ def processor(family: str) -> Any:
     """transformers' own."""
     settings = {k: v for k, v in _PROCESSORS[family].items() if k != "image_processor_type"}
     return (Gemma3ImageProcessorPil if family == "gemma3" else Qwen2VLImageProcessorPil)(**settings)
+
+
+def chat_processor(family: str, folder: Path) -> Any:
+    """transformers' own of conversations, with the folder's tokenizer and chat template."""
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if family == "gemma3":
+        num = _CONFIGS[family]["mm_tokens_per_image"]
+        return Gemma3Processor(processor(family), tokenizer, chat_template=template, image_seq_length=num)
+    return _ImagesOnly(processor(family), tokenizer, None, chat_template=template)
+
+
+class _ImagesOnly(Qwen3VLProcessor):
+    """Without videos, for which it needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return type(argument)
 
 
 def picture(seed: int, width: int = 48, height: int = 32, mode: str = "RGB") -> Pictures.Image:

@@ -3,36 +3,20 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tinker_exit import ended_well
 
 import seeing_models
-from gateway import KEY, REPO, Gateway, environment, selfloop
+from gateway import KEY, REPO, environment
+from seeing_gateway import SeeingGateway
 from selfloop.types.images import read_size
 
 SCRIPTS = Path(__file__).parent / "scripts"
 PNG = seeing_models.encoded(seeing_models.picture(1, 70, 40))
 
 pytestmark = pytest.mark.clients
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pictures")
-
-
-@pytest.fixture(scope="module")
-def gateway(folder: Path) -> Iterator[Gateway]:
-    """Serves a model of each family that sees."""
-    for family in seeing_models.FAMILIES:
-        path = seeing_models.save(family, folder / family)
-        selfloop("models", "add", str(path), "--name", f"tiny/{family}", "--data-dir", str(folder / "data"))
-    gateway = Gateway(folder / "data").start(KEY)
-    yield gateway
-    gateway.close()
 
 
 @pytest.fixture(params=["loops", "tinker"])
@@ -54,8 +38,8 @@ def python(request: pytest.FixtureRequest, dialect: str) -> str:
 
 
 @pytest.mark.parametrize("family", seeing_models.FAMILIES)
-def test_official_client(gateway: Gateway, folder: Path, dialect: str, python: str, family: str):
-    facts = seeing_models.facts(folder / family)
+def test_official_client(seeing: SeeingGateway, tmp_path: Path, dialect: str, python: str, family: str):
+    facts, gateway, folder = seeing.facts[family], seeing.gateway, tmp_path
     (folder / "picture.png").write_bytes(PNG)
     num = facts.sizing.num_tokens(read_size(PNG, "png", "picture"))
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
@@ -77,3 +61,18 @@ def test_official_client(gateway: Gateway, folder: Path, dialect: str, python: s
     assert ended_well(done.returncode), f"{done.stderr}\n{gateway.log}"
     trouble = json.loads(done.stdout.splitlines()[-1])
     assert trouble is None, trouble
+
+
+@pytest.mark.parametrize("family", seeing_models.FAMILIES)
+def test_the_example_trains_on_pictures_and_asks_by_chat(
+    seeing: SeeingGateway, client_python: str, tmp_path: Path, family: str
+):
+    """Of shades that it was not trained on."""
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    env |= {"LOOPS_BASE_URL": seeing.gateway.url, "BASETEN_API_KEY": KEY, "WANDB_MODE": "disabled"}
+    env |= {"HF_ENDPOINT": f"{seeing.gateway.url}/hf", "HF_HOME": str(tmp_path / "hub")}
+    options = ["--base-model", f"tiny/{family}", "--steps", "30", "--shades", "2", "--learning-rate", "0.02"]
+    script = [client_python, str(REPO / "examples" / "vision.py"), *options]
+    done = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{done.stderr}\n{seeing.gateway.log}"
+    assert done.stdout.splitlines()[-1] == "4 of 4 right", done.stdout

@@ -4,15 +4,15 @@ import base64
 import os
 import signal
 from array import array
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
 import seeing_models
-from gateway import KEY, Gateway, Json, Run, create_run, ok, selfloop, until
+from gateway import Json, Run, create_run, ok, until
+from seeing_gateway import SeeingGateway
 from seeing_models import AFTER, BEFORE, IMAGE_TOKEN, encoded, picture
 from selfloop.server.tinker import schema
 from selfloop.types.images import MAX_IMAGES, read_size
@@ -21,27 +21,6 @@ from selfloop.types.vision import VisionFacts
 PNG = encoded(picture(1, 70, 40))
 JPEG = encoded(picture(2, 30, 61), "jpeg")
 TEXT = [40, 41, 42, 43, 44]
-
-
-class Served:
-    """A gateway that serves a model of each family that sees."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data_dir = folder / "data"
-        self.facts: dict[str, VisionFacts] = {}
-        for family in seeing_models.FAMILIES:
-            path = seeing_models.save(family, folder / family)
-            self.facts[family] = seeing_models.facts(path)
-            selfloop("models", "add", str(path), "--name", f"tiny/{family}", "--data-dir", str(self.data_dir))
-        self.gateway = Gateway(self.data_dir).start(KEY)
-        self.http = self.gateway.http()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("seeing"))
-    yield served
-    served.gateway.close()
 
 
 @pytest.fixture(scope="module", params=seeing_models.FAMILIES)
@@ -63,13 +42,13 @@ class SeeingRun(Run):
         return self.forward_backward(data)["metrics"]
 
 
-def new_run(served: Served, family: str, **fields: object) -> SeeingRun:
-    return SeeingRun(served.http, create_run(served.http, base_model=f"tiny/{family}", **fields)).attached()
+def new_run(seeing: SeeingGateway, family: str, **fields: object) -> SeeingRun:
+    return SeeingRun(seeing.http, create_run(seeing.http, base_model=f"tiny/{family}", **fields)).attached()
 
 
 @pytest.fixture(scope="module")
-def run(served: Served, family: str) -> SeeingRun:
-    return new_run(served, family)
+def run(seeing: SeeingGateway, family: str) -> SeeingRun:
+    return new_run(seeing, family)
 
 
 def num_tokens(facts: VisionFacts, data: bytes, format: str) -> int:
@@ -97,9 +76,9 @@ def datum(facts: VisionFacts, data: bytes = PNG, format: str = "png") -> Json:
     }
 
 
-def test_training_learns_what_an_image_says(served: Served, family: str, run: SeeingRun):
+def test_training_learns_what_an_image_says(seeing: SeeingGateway, family: str, run: SeeingRun):
     """The same words behind two images have other targets: no model of text alone could tell them apart."""
-    facts = served.facts[family]
+    facts = seeing.facts[family]
     data = [datum(facts), datum(facts, encoded(picture(3, 70, 40)))]
     data[1]["loss_fn_inputs"]["target_tokens"]["data"][-4:-1] = [60, 61, 62]
     data[1]["model_input"]["chunks"][2]["tokens"] = [AFTER, 60, 61, 62]
@@ -110,8 +89,8 @@ def test_training_learns_what_an_image_says(served: Served, family: str, run: Se
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_jpeg_and_text_in_one_batch(served: Served, family: str, run: SeeingRun):
-    facts = served.facts[family]
+def test_a_jpeg_and_text_in_one_batch(seeing: SeeingGateway, family: str, run: SeeingRun):
+    facts = seeing.facts[family]
     plain = {"model_input": {"chunks": [text(TEXT)]}, "loss_fn_inputs": datum_targets([41, 42, 43, 44, -100])}
     result = run.forward([datum(facts, JPEG, "jpeg"), plain])
     assert [len(one["logprobs"]["data"]) for one in result["loss_fn_outputs"]] == [
@@ -124,33 +103,33 @@ def datum_targets(targets: list[int]) -> Json:
     return {"target_tokens": {"data": targets, "dtype": "int64", "shape": [len(targets)]}}
 
 
-def sample(served: Served, run: SeeingRun, chunks: list[Json], **other: Any) -> httpx.Response:
+def sample(seeing: SeeingGateway, run: SeeingRun, chunks: list[Json], **other: Any) -> httpx.Response:
     body = {"prompt": [], "model_input_chunks": chunks, "max_tokens": 6, "temperature": 0.0, "logprobs": 0} | other
-    return served.http.post(f"/loops/samplers/{run.resource['sampler']['id']}/sample", json=body)
+    return seeing.http.post(f"/loops/samplers/{run.resource['sampler']['id']}/sample", json=body)
 
 
-def test_sampling_of_a_prompt_with_images(served: Served, family: str, run: SeeingRun):
-    facts = served.facts[family]
+def test_sampling_of_a_prompt_with_images(seeing: SeeingGateway, family: str, run: SeeingRun):
+    facts = seeing.facts[family]
     chunks = [text([*TEXT, BEFORE]), image(facts), text([AFTER]), image(facts, JPEG, "jpeg"), text([45])]
-    first, again = (ok(sample(served, run, chunks)) for _ in range(2))
+    first, again = (ok(sample(seeing, run, chunks)) for _ in range(2))
     num = num_tokens(facts, PNG, "png") + num_tokens(facts, JPEG, "jpeg") + len(TEXT) + 3
     assert first["usage"]["prompt_tokens"] == num
     prompt = first["choices"][0]["prompt_token_ids"]
     assert prompt.count(IMAGE_TOKEN) == num - len(TEXT) - 3
     assert first["choices"][0]["token_ids"] == again["choices"][0]["token_ids"]
-    other = ok(sample(served, run, [chunks[0], image(facts, encoded(picture(9, 70, 40))), *chunks[2:]]))
+    other = ok(sample(seeing, run, [chunks[0], image(facts, encoded(picture(9, 70, 40))), *chunks[2:]]))
     assert other["choices"][0]["logprobs"] != first["choices"][0]["logprobs"]
 
 
-def test_a_queued_sample_keeps_its_images(served: Served, family: str, run: SeeingRun):
-    chunks = [text(TEXT), image(served.facts[family]), text([45])]
-    expected = ok(sample(served, run, chunks))["choices"][0]["token_ids"]
+def test_a_queued_sample_keeps_its_images(seeing: SeeingGateway, family: str, run: SeeingRun):
+    chunks = [text(TEXT), image(seeing.facts[family]), text([45])]
+    expected = ok(sample(seeing, run, chunks))["choices"][0]["token_ids"]
     url = f"/loops/samplers/{run.resource['sampler']['id']}"
     body = {"prompt": [], "model_input_chunks": chunks, "max_tokens": 6, "temperature": 0.0}
-    accepted = served.http.post(f"{url}/sample", json=body, headers={"Prefer": "respond-async"})
+    accepted = seeing.http.post(f"{url}/sample", json=body, headers={"Prefer": "respond-async"})
     assert accepted.status_code == 202, accepted.text
     poll = f"{url}/operations/{accepted.json()['operation_id']}"
-    answered = until(lambda: (r := served.http.get(poll)).status_code == 200 and r, "the sample is there")
+    answered = until(lambda: (r := seeing.http.get(poll)).status_code == 200 and r, "the sample is there")
     assert answered.json()["result"]["choices"][0]["token_ids"] == expected
 
 
@@ -167,34 +146,34 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_field(served: Served, family: str, run: SeeingRun, case: str):
+def test_refused_by_field(seeing: SeeingGateway, family: str, run: SeeingRun, case: str):
     make, field, says = REFUSED[case]
-    chunk = make(served.facts[family])
-    data = [datum(served.facts[family]), datum(served.facts[family])]
+    chunk = make(seeing.facts[family])
+    data = [datum(seeing.facts[family]), datum(seeing.facts[family])]
     data[1]["model_input"]["chunks"][1] = chunk
     for response, where in (
         (run.post("forward_backward", data=data, loss_fn="cross_entropy"), f"data[1].model_input.chunks[1]{field}"),
-        (sample(served, run, [text(TEXT), chunk]), f"model_input_chunks[1]{field}"),
+        (sample(seeing, run, [text(TEXT), chunk]), f"model_input_chunks[1]{field}"),
     ):
         assert response.status_code == 422, response.text
         assert where in response.text
         assert says in response.text
 
 
-def test_too_many_images_are_refused(served: Served, family: str, run: SeeingRun):
+def test_too_many_images_are_refused(seeing: SeeingGateway, family: str, run: SeeingRun):
     small = encoded(picture(1, 8, 8))
-    chunks = [text(TEXT), *[image(served.facts[family], small)] * (MAX_IMAGES + 1)]
-    response = sample(served, run, chunks)
+    chunks = [text(TEXT), *[image(seeing.facts[family], small)] * (MAX_IMAGES + 1)]
+    response = sample(seeing, run, chunks)
     assert response.status_code == 422
     assert f"model_input_chunks[{MAX_IMAGES + 1}]" in response.text
 
 
-def test_what_only_a_decoder_finds_is_the_operations_own_error(served: Served, family: str, run: SeeingRun):
+def test_what_only_a_decoder_finds_is_the_operations_own_error(seeing: SeeingGateway, family: str, run: SeeingRun):
     """The file is whole by its structure; the outcome names the chunk, and the run goes on."""
-    facts = served.facts[family]
+    facts = seeing.facts[family]
     at = PNG.find(b"IDAT") + 10
     broken = PNG[:at] + bytes(20) + PNG[at + 20 :]
-    assert sample(served, run, [text(TEXT), image(facts, broken)]).status_code == 422
+    assert sample(seeing, run, [text(TEXT), image(facts, broken)]).status_code == 422
     asked = {"data": [datum(facts), datum(facts, broken)], "loss_fn": "cross_entropy"}
     failed = run.outcome(run.submit("forward_backward", **asked))
     assert failed["status"] == "error"
@@ -203,16 +182,16 @@ def test_what_only_a_decoder_finds_is_the_operations_own_error(served: Served, f
     run.step()
 
 
-def test_replay_after_a_death_is_bit_equal(served: Served, family: str):
+def test_replay_after_a_death_is_bit_equal(seeing: SeeingGateway, family: str):
     """Operations with images are durable with their bytes: the same weights come out of the journal."""
-    facts = served.facts[family]
+    facts = seeing.facts[family]
     results: list[Json] = []
     for dies in (False, True):
-        run = new_run(served, family, seed=7)
+        run = new_run(seeing, family, seed=7)
         for step in range(3):
             run.losses([datum(facts), datum(facts, JPEG, "jpeg")])
             if dies and step == 1:
-                for pid in served.gateway.worker_pids():
+                for pid in seeing.gateway.worker_pids():
                     os.kill(pid, signal.SIGKILL)
             run.step(0.01)
         results.append(run.forward([datum(facts)])["loss_fn_outputs"][0])
@@ -234,8 +213,8 @@ def test_a_model_of_text_says_so(http: httpx.Client):
 class Tinker:
     """The other dialect's wire, without its client."""
 
-    def __init__(self, served: Served, family: str) -> None:
-        self._http, self._base = served.http, f"tiny/{family}"
+    def __init__(self, seeing: SeeingGateway, family: str) -> None:
+        self._http, self._base = seeing.http, f"tiny/{family}"
         self.session = self.ask("create_session", tags=[], sdk_version="0.38.0")["session_id"]
         self._seq = self._steps = 0
 
@@ -296,14 +275,14 @@ class Tinker:
 
 
 @pytest.fixture(scope="module")
-def tinker(served: Served, family: str) -> Tinker:
-    tinker = Tinker(served, family)
-    tinker.num_tokens = num_tokens(served.facts[family], PNG, "png")
+def tinker(seeing: SeeingGateway, family: str) -> Tinker:
+    tinker = Tinker(seeing, family)
+    tinker.num_tokens = num_tokens(seeing.facts[family], PNG, "png")
     return tinker
 
 
-def test_tinkers_sampling(served: Served, family: str, tinker: Tinker):
-    sampler, facts = tinker.sampler(), served.facts[family]
+def test_tinkers_sampling(seeing: SeeingGateway, family: str, tinker: Tinker):
+    sampler, facts = tinker.sampler(), seeing.facts[family]
     pointer = {"type": "image_asset_pointer", "location": "http://127.0.0.1/x.png", "format": "png"}
     for chunk, field in (
         (image(facts, expected_tokens=2), "prompt.chunks[1].expected_tokens"),

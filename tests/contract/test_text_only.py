@@ -1,4 +1,4 @@
-"""Images are not served, nor routed experts of a model without: refused at once and in words."""
+"""A model that sees no images takes none, nor routed experts one without experts: refused at once and in words."""
 
 import httpx
 import pytest

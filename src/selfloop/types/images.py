@@ -4,7 +4,7 @@ Only headers are read here. Pixels are decoded by the worker, in a process of it
 """
 
 import struct
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -42,7 +42,7 @@ _SCAN = 0xDA
 class Image(msgspec.Struct, frozen=True):
     """An image whose placeholder tokens stand at ``start`` to ``start + num_tokens`` of a sequence.
 
-    ``field`` is where it stands in what the client sent, for errors that are found later.
+    ``field`` is where its bytes stand in what the client sent, for errors that are found later.
     """
 
     field: str
@@ -63,23 +63,20 @@ class Size(NamedTuple):
     height: int
 
 
-def read_size(data: bytes, format: str, field: str) -> Size:
+def read_size(data: bytes, format: ImageFormat, field: str) -> Size:
     """The size of a PNG or JPEG file, by its header.
 
     Raises:
         BadRequest: for ``field``: another format, more than the limits, animated, or cut off.
     """
-    if format not in get_args(ImageFormat):
-        raise BadRequest(f"{field}.format", f"png or jpeg, got {format[:100]!r}")
-    where = f"{field}.data"
     if not 0 < len(data) <= MAX_IMAGE_BYTES:
-        raise BadRequest(where, f"1 to {MAX_IMAGE_BYTES} bytes, got {len(data)}")
+        raise BadRequest(field, f"1 to {MAX_IMAGE_BYTES} bytes, got {len(data)}")
     found = _kind(data)
     if found != format:
-        raise BadRequest(where, f"a {format} file as format says; its first bytes are {_words(found)}")
-    size = _png_size(data, where) if format == "png" else _jpeg_size(data, where)
+        raise BadRequest(field, f"a {format} file, as it is said to be; its first bytes are {_words(found)}")
+    size = _png_size(data, field) if format == "png" else _jpeg_size(data, field)
     if min(size) < 1 or size.width * size.height > MAX_PIXELS:
-        raise BadRequest(where, f"1 to {MAX_PIXELS} pixels, got {size.width} x {size.height}")
+        raise BadRequest(field, f"1 to {MAX_PIXELS} pixels, got {size.width} x {size.height}")
     return size
 
 

@@ -104,12 +104,14 @@ class Marks(NamedTuple):
 
     Args:
         shown: what the template writes.
-        before: stand before the placeholders, and ``after`` behind them, in the text that takes the place of ``shown``.
+        before: stands before the placeholders, and ``after`` behind them, in the text that takes ``shown``'s place.
+        around: text on both sides of that.
     """
 
     shown: int
     before: int | None = None
     after: int | None = None
+    around: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def _facts(family: Family, config: Mapping[str, Any], processor: Mapping[str, An
             raise ValueError(f"images of {side} x {side} pixels are seen, and made are {size}")
         sizing = FixedSize(_count(side), _count(side), _count(config["mm_tokens_per_image"]))
         token = config.get("image_token_id", config.get("image_token_index"))
-        marks = Marks(config["boi_token_index"], config["boi_token_index"], config["eoi_token_index"])
+        marks = Marks(config["boi_token_index"], config["boi_token_index"], config["eoi_token_index"], "\n\n")
     else:
         sizing = PatchGrid(
             _count(processor["patch_size"]),

@@ -107,8 +107,19 @@ class Detokenize(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
 
 
+class RenderedChat(msgspec.Struct, frozen=True):
+    """A conversation's token ids, in which each image is one placeholder yet.
+
+    Args:
+        images: where those of images are, in the order of the images.
+    """
+
+    tokens: list[int]
+    images: list[int] = []
+
+
 class RenderChat(msgspec.Struct, frozen=True, tag=True):
-    """Token ids of a conversation in the model's own chat template; the reply is ``list[int]``.
+    """Token ids of a conversation in the model's own chat template; the reply is a :class:`RenderedChat`.
 
     Args:
         messages: JSON of the list of messages.
@@ -116,6 +127,7 @@ class RenderChat(msgspec.Struct, frozen=True, tag=True):
         options: JSON of an object of further variables of the template.
         team_id: whose turn it takes.
         max_tokens: as of :class:`Tokenize`, of the text that the template makes.
+        num_images: parts of the messages that are images, ``{"type": "image"}``.
     """
 
     messages: bytes
@@ -125,6 +137,7 @@ class RenderChat(msgspec.Struct, frozen=True, tag=True):
     options: bytes | None = None
     team_id: str = ""
     max_tokens: int | None = None
+    num_images: int = 0
 
 
 class CancelSample(msgspec.Struct, frozen=True, tag=True):

@@ -52,7 +52,6 @@ ANIMATED = _file(
 REFUSED = {
     "nothing": (b"", "png", "1 to"),
     "too large": (png() + b"x" * images.MAX_IMAGE_BYTES, "png", "bytes"),
-    "another format in the field": (png(), "webp", "png or jpeg, got 'webp'"),
     "jpeg named png": (jpeg(), "png", "jpeg"),
     "png named jpeg": (png(), "jpeg", "png"),
     "gif": (_file(Pictures.new("P", (3, 3)), "gif"), "png", "GIF"),
@@ -77,6 +76,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str):
     data, format, says = REFUSED[case]
+    assert format in ("png", "jpeg")
     with pytest.raises(BadRequest, match=says) as refused:
         read_size(data, format, "chunks[2]")
-    assert refused.value.field in ("chunks[2].data", "chunks[2].format")
+    assert refused.value.field == "chunks[2]"

@@ -74,8 +74,10 @@ def load(folder: Path) -> ChatTemplate:
 
 def render(folder: Path, messages, tools=None, options=None, **settings) -> list[int]:
     encoded = [None if part is None else json.dumps(part).encode() for part in (tools, options)]
-    return load(folder).tokens(
-        RenderChat(json.dumps(messages).encode(), tools=encoded[0], options=encoded[1], **settings)
+    return (
+        load(folder)
+        .tokens(RenderChat(json.dumps(messages).encode(), tools=encoded[0], options=encoded[1], **settings))
+        .tokens
     )
 
 

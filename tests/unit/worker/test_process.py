@@ -22,7 +22,7 @@ from selfloop.worker.client.worker_client import WorkerClient
 from selfloop.worker.launchers.fork_client import find_or_launch
 from selfloop.worker.launchers.fork_command import WorkerCommand
 from selfloop.worker.launchers.local import launch_worker
-from selfloop.worker.protocol import CancelSample, Detokenize, RenderChat, Sample, Tokenize
+from selfloop.worker.protocol import CancelSample, Detokenize, RenderChat, RenderedChat, Sample, Tokenize
 
 decode = msgspec.msgpack.decode
 
@@ -99,7 +99,7 @@ async def test_text(worker):
     raw = [decode(await worker.call(Detokenize(ids)), type=list[bytes]) for ids in tokens]
     assert [b"".join(parts).decode() for parts in raw] == texts
     messages = json.dumps([{"role": "user", "content": "Hi"}]).encode()
-    chat = decode(await worker.call(RenderChat(messages)), type=list[int])
+    chat = decode(await worker.call(RenderChat(messages)), type=RenderedChat).tokens
     (expected,) = decode(
         await worker.call(Tokenize(["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"])), type=list[list[int]]
     )

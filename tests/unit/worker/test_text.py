@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from selfloop.types.errors import BadRequest
 from selfloop.types.model_tokenizer import MAX_CHARS, ModelTokenizer
-from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
+from selfloop.worker.protocol import Detokenize, RenderChat, RenderedChat, Tokenize
 from selfloop.worker.text.calls import TextQueue
+from selfloop.worker.text.image_places import Written
 
 
 class SlowTokens:
@@ -36,10 +37,10 @@ class SlowTokens:
 
 
 class Template:
-    def text(self, command: RenderChat) -> str:
+    def write(self, command: RenderChat) -> Written:
         if command.messages == b"bad":
             raise BadRequest("messages", "no")
-        return command.messages.decode()
+        return Written(command.messages.decode())
 
 
 class Replies:
@@ -103,8 +104,9 @@ def test_conversations_are_written_and_tokenized_beside_the_main_loop_in_turns()
     house.tokens.may_go_on.release(20)
     answers = house.answers(8)
     assert [ticket for ticket, _ in answers].index(52) < 7, "all of the other team's before the last of the first's"
-    assert dict(answers) == {100: [b"A"], 50: "messages: no", 51: "messages: at most 19", 52: [98]} | {
-        ticket: [97] for ticket in range(4)
+    refused = {50: "messages: no", 51: "messages: at most 19"}
+    assert dict(answers) == refused | {100: [b"A"], 52: RenderedChat([98])} | {
+        ticket: RenderedChat([97]) for ticket in range(4)
     }
     assert house.tokens.begun.count("b" * 20) == 0
 

@@ -13,6 +13,7 @@ import msgspec
 
 from selfloop.control.context import Context
 from selfloop.control.resources.checkpoints.pinned import pinned_key
+from selfloop.control.sampling.chats import Chat, ChatFacts, Prompt, placed
 from selfloop.control.sampling.recorded import RecordedSequences
 from selfloop.control.sampling.stream_resume import Continuation
 from selfloop.storage.db import queries_checkpoints, queries_models_deployed, queries_resources
@@ -31,7 +32,7 @@ from selfloop.types.sampling import (
 )
 from selfloop.types.status import SamplerStatus
 from selfloop.worker.client.worker_client import WorkerClient
-from selfloop.worker.protocol import CancelSample, Command, Detokenize, RenderChat, Sample, Tokenize
+from selfloop.worker.protocol import CancelSample, Command, Detokenize, RenderChat, RenderedChat, Sample, Tokenize
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _MAX_ATTEMPTS = 3
 _sample_decoder: "msgspec.msgpack.Decoder[list[SampleDelta] | SampleResult]" = msgspec.msgpack.Decoder(
     list[SampleDelta] | SampleResult
 )
-_prompt_decoder: "msgspec.msgpack.Decoder[list[int]]" = msgspec.msgpack.Decoder(list[int])
+_chat_decoder: "msgspec.msgpack.Decoder[RenderedChat]" = msgspec.msgpack.Decoder(RenderedChat)
 _prompts_decoder: "msgspec.msgpack.Decoder[list[list[int]]]" = msgspec.msgpack.Decoder(list[list[int]])
 _bytes_decoder: "msgspec.msgpack.Decoder[list[bytes]]" = msgspec.msgpack.Decoder(list[bytes])
 
@@ -81,17 +82,6 @@ class SampleSpec:
     @property
     def asks_about_prompt(self) -> bool:
         return self.prompt_logprobs is not None or self.prompt_targets is not None or self.prompt_draws > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation for the chat template: JSON of its messages, tools and further variables."""
-
-    messages: bytes
-    tools: bytes | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    options: bytes | None = None
 
 
 class Sampling:
@@ -217,20 +207,21 @@ class Sampling:
         _check_vocabulary(field, tokens, model.vocab_size)
         return _bytes_decoder.decode(await self._ask(sampler, Detokenize(tokens)))
 
-    async def render_chat(self, sampler: Sampler, chat: Chat) -> list[int]:
-        """Token ids of a conversation in the model's own chat template.
+    async def render_chat(self, sampler: Sampler, chat: Chat) -> Prompt:
+        """A conversation in the model's own chat template.
 
         Raises:
             BadRequest: the model has no template, its template refuses the conversation, or that must be longer than
                 the sampler takes.
         """
-        return await self._rendered(sampler, chat, sampler.max_seq_len)
+        return placed(await self._rendered(sampler, chat, sampler.max_seq_len), chat.images)
 
     async def count_chat(self, sampler: Sampler, chat: Chat) -> int:
         """How many tokens a conversation is: perhaps more than the sampler takes. Raises as :meth:`render_chat`."""
-        return len(await self._rendered(sampler, chat, None))
+        rendered = await self._rendered(sampler, chat, None)
+        return len(rendered.tokens) + sum(image.num_tokens - 1 for image in chat.images)
 
-    async def _rendered(self, sampler: Sampler, chat: Chat, max_tokens: int | None) -> list[int]:
+    async def _rendered(self, sampler: Sampler, chat: Chat, max_tokens: int | None) -> RenderedChat:
         command = RenderChat(
             chat.messages,
             chat.tools,
@@ -239,13 +230,16 @@ class Sampling:
             chat.options,
             sampler.team_id,
             max_tokens,
+            len(chat.images),
         )
-        return _prompt_decoder.decode(await self._ask(sampler, command))
+        return _chat_decoder.decode(await self._ask(sampler, command))
 
-    async def chat_template(self, sampler: Sampler) -> str | None:
-        """The text of the model's chat template, None if it has none."""
+    async def chat_facts(self, sampler: Sampler) -> ChatFacts:
+        """What the sampler's model takes in conversations."""
+        model = await self._c.catalogue.resolve(sampler.base_model)
         folder = await self._c.catalogue.folder(sampler.model_name)
-        return None if folder is None else await asyncio.to_thread(read_chat_template, folder)
+        template = None if folder is None else await asyncio.to_thread(read_chat_template, folder)
+        return ChatFacts(template, model.vision)
 
     async def _sampled_parts(
         self, sampler: Sampler, weights: Weights, spec: SampleSpec, *, stream: bool

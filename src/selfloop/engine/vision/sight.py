@@ -100,9 +100,9 @@ class Sight:
         try:
             num, resized = sizing.num_tokens(size), sizing.resized(size)
         except ValueError as error:
-            raise BadRequest(f"{field}.data", str(error)) from None
+            raise BadRequest(field, str(error)) from None
         if num != image.num_tokens:
-            raise BadRequest(f"{field}.expected_tokens", f"{num} for {size.width} x {size.height} pixels")
+            raise BadRequest(field, f"{num} tokens for {size.width} x {size.height} pixels, got {image.num_tokens}")
         digest = hashlib.blake2b(image.data, digest_size=16).digest()
         features_MD = self._known.get(digest)
         if features_MD is None:
@@ -111,7 +111,7 @@ class Sight:
             try:
                 rgb = self._read_pixels(image, resized, self.facts.resample)
             except ValueError as error:
-                raise BadRequest(f"{field}.data", str(error)) from None
+                raise BadRequest(field, str(error)) from None
             grid = None
             if isinstance(sizing, PatchGrid):
                 grid = Size(resized.width // sizing.patch, resized.height // sizing.patch)

@@ -13,10 +13,10 @@ from selfloop.control.sampling.service import SampleSpec, Weights
 from selfloop.server.anthropic import wire
 from selfloop.server.anthropic.answers import Answer
 from selfloop.server.anthropic.errors import ERRORS
-from selfloop.server.anthropic.request import prompt_of, spec_of
+from selfloop.server.anthropic.request import Prompt, prompt_of, spec_of
 from selfloop.server.shared import served_models
 from selfloop.server.shared.auth import CallerOf, ControlOf
-from selfloop.server.shared.body import off_loop, read_body
+from selfloop.server.shared.body import num_received, off_loop, read_body
 from selfloop.server.shared.connection import EventStream, while_connected
 from selfloop.server.shared.decode import decode
 from selfloop.server.shared.events import frame
@@ -89,13 +89,13 @@ async def messages(request: Request, caller: CallerOf, control: ControlOf, beta:
     body = await _body(request, wire.MessagesBody)
     target = await target_of(request, body.model, caller, control)
     sampler = target.sampler
-    prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(sampler)))
+    prompt = await _prompt(request, body, sampler, control)
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     try:
-        tokens = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
+        tokens, images = await while_connected(request, control.sampling.render_chat(sampler, prompt.chat))
     except BadRequest as error:
         raise prompt.as_asked(error) from None
-    spec = spec_of(body, tokens, prompt, sampler.max_seq_len)
+    spec = spec_of(body, tokens, prompt, sampler.max_seq_len, images)
     is_cut = spec.params.max_tokens < body.max_tokens
     answer = Answer(body.model, len(tokens), prompt.tools, body.stop_sequences or [], is_cut)
     try:
@@ -116,7 +116,7 @@ async def count_tokens(request: Request, caller: CallerOf, control: ControlOf, b
     """How many tokens the conversation is in the model's own chat template."""
     body = await _body(request, wire.PromptBody)
     target = await target_of(request, body.model, caller, control)
-    prompt = prompt_of(body, await while_connected(request, control.sampling.chat_template(target.sampler)))
+    prompt = await _prompt(request, body, target.sampler, control)
     try:
         return {
             "input_tokens": await while_connected(request, control.sampling.count_chat(target.sampler, prompt.chat))
@@ -129,6 +129,11 @@ async def _body(request: Request, kind: type[B]) -> B:
     refuse_idempotency_key(request)
     raw = await read_body(request)
     return await off_loop(len(raw), lambda: decode(raw, kind))
+
+
+async def _prompt(request: Request, body: wire.PromptBody, sampler: Sampler, control: Control) -> Prompt:
+    facts = await while_connected(request, control.sampling.chat_facts(sampler))
+    return await off_loop(num_received(request), lambda: prompt_of(body, facts.template, facts.vision))
 
 
 def _as_asked(error: BadRequest, field: str) -> BadRequest:

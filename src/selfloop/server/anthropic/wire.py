@@ -28,6 +28,21 @@ class TextBlock(_Wire, frozen=True, kw_only=True):
     citations: Unserved = None
 
 
+class Base64Source(_Wire, frozen=True, kw_only=True):
+    type: Literal["base64"]
+    media_type: str
+    data: str
+
+
+class ImageBlock(_Wire, frozen=True, kw_only=True):
+    """Sources are decoded by their types, as only base64 is served."""
+
+    type: Literal["image"]
+    source: dict[str, Any]
+    cache_control: Label = None
+    transformations: Unserved = None
+
+
 class ToolUseBlock(_Wire, frozen=True, kw_only=True):
     type: Literal["tool_use"]
     id: str

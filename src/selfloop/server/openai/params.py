@@ -1,5 +1,6 @@
 """From the fields that both routes share to one :class:`SampleSpec`; what is not served is refused by name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,6 +20,7 @@ from selfloop.server.shared.sampling import (
     within,
 )
 from selfloop.types.errors import BadRequest
+from selfloop.types.images import Image
 from selfloop.types.sampling import SamplingParams, StructuredOutput
 
 # What asks for nothing, beside null: the defaults that some clients always send.
@@ -31,6 +33,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "caller": ({"type": "direct"},),
     "defer_loading": (False,),
+    "detail": ("auto",),
     "include_obfuscation": (False,),
     "summary": ("auto",),
     "top_logprobs": (0,),
@@ -41,6 +44,8 @@ _INSTEAD = {
     "functions": "null: use tools",
     "function_call": "null: use tool_choice, or tool_calls in messages",
     "custom": "null: tools of type function are served",
+    "detail": 'null or "auto": the model\'s processor says how large images are made',
+    "file_id": "null: files are not kept; send a data URL as image_url",
     "previous_response_id": "null: responses are not kept; send the whole conversation as input",
     "conversation": "null: conversations are not kept; send the whole of it as input",
 }
@@ -95,6 +100,7 @@ def spec_of(
     top_logprobs: int = 0,
     prompt_logprobs: int | None = None,
     token_bytes: bool = False,
+    images: Sequence[Image] = (),
 ) -> SampleSpec:
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -107,7 +113,9 @@ def spec_of(
         structured=asked.structured,
     )
     params = with_penalties(params, body)
-    return SampleSpec(prompt, asked.num_samples, params, prompt_logprobs, top_logprobs, token_bytes)
+    return SampleSpec(
+        prompt, asked.num_samples, params, prompt_logprobs, top_logprobs, token_bytes, images=list(images)
+    )
 
 
 def exactly_one_structure(**given: StructuredOutput | None) -> tuple[StructuredOutput | None, str]:

@@ -10,6 +10,7 @@ from selfloop.server.openai import wire
 from selfloop.server.openai.chat.request import chat_request
 from selfloop.server.openai.logprobs import token_text
 from selfloop.server.openai.params import refuse_unserved
+from selfloop.server.shared.body import num_received, off_loop
 from selfloop.server.shared.connection import while_connected
 from selfloop.types.errors import BadRequest, NotFound
 from selfloop.types.model_folder import read_chat_template
@@ -59,9 +60,9 @@ async def _of_messages(request: Request, body: wire.TokenizeBody, sampler: Sampl
         chat_template_kwargs=body.chat_template_kwargs,
         tools=body.tools,
     )
-    template = await while_connected(request, control.sampling.chat_template(sampler))
-    rendered = chat_request(chat, template).chat
-    return await while_connected(request, control.sampling.render_chat(sampler, rendered))
+    facts = await while_connected(request, control.sampling.chat_facts(sampler))
+    asked = await off_loop(num_received(request), lambda: chat_request(chat, facts.template, facts.vision))
+    return (await while_connected(request, control.sampling.render_chat(sampler, asked.chat))).tokens
 
 
 async def detokenized(request: Request, body: wire.DetokenizeBody, sampler: Sampler, control: Control) -> Json:

@@ -66,6 +66,18 @@ class TextPart(_Wire, frozen=True, kw_only=True):
     cache_control: Label = None
 
 
+class ImageUrl(_Wire, frozen=True, kw_only=True):
+    url: str
+    detail: Unserved = None
+
+
+class ImagePart(_Wire, frozen=True, kw_only=True):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    cache_control: Label = None
+    prompt_cache_breakpoint: Label = None
+
+
 class FunctionCall(_Wire, frozen=True, kw_only=True):
     name: str
     arguments: str

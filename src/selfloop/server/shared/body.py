@@ -72,6 +72,11 @@ class RequestBody:
         return self._whole
 
     @property
+    def num_bytes(self) -> int:
+        """That have come."""
+        return self._received
+
+    @property
     def is_whole(self) -> bool:
         """Whether all of it has come, rather than its sender gone."""
         return self._is_whole
@@ -112,6 +117,11 @@ class RequestBody:
         self._is_whole = not message.get("more_body", False)
         self._received += len(message.get("body", b""))
         return message
+
+
+def num_received(request: Request) -> int:
+    """Bytes of the body that have come."""
+    return RequestBody.of(request).num_bytes
 
 
 async def read_body(request: Request) -> bytes:

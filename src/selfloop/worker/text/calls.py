@@ -20,6 +20,7 @@ from selfloop.worker.protocol import Detokenize, RenderChat, Tokenize
 from selfloop.worker.serving.fair_share import FairShare
 from selfloop.worker.serving.replies import attempt
 from selfloop.worker.text.chat import field_with
+from selfloop.worker.text.image_places import Written
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Tokens(Protocol):
 class Template(Protocol):
     """See :class:`selfloop.worker.text.chat.ChatTemplate`."""
 
-    def text(self, command: RenderChat) -> str: ...
+    def write(self, command: RenderChat) -> Written: ...
 
 
 class TeamQueues(Generic[T]):
@@ -123,7 +124,7 @@ class TextQueue:
                 self._replies.reply(ticket, [self._tokenizer.token_bytes(token) for token in tokens])
             case RenderChat(team_id=team_id):
                 self._put(
-                    team_id, _Job(ticket, [], False, _first, lambda _, token: field_with(token, command), command)
+                    team_id, _Job(ticket, [], False, _unwritten, lambda _, token: field_with(token, command), command)
                 )
 
     def send_finished(self) -> None:
@@ -161,7 +162,8 @@ class TextQueue:
     def _turn(self, job: _Job) -> object:
         """Write or tokenize one text; the answer of the job once it has all of them, None before."""
         if job.conversation is not None:
-            job.texts, job.conversation = [self._written(job.conversation)], None
+            written, job.conversation = self._written(job.conversation), None
+            job.texts, job.shape = [written.text], lambda tokens: written.rendered(tokens[0])
         elif len(job.done) < len(job.texts):
             text = job.texts[len(job.done)]
             try:
@@ -170,15 +172,16 @@ class TextQueue:
                 raise BadRequest(job.field_with(len(job.done), error.token), str(error)) from None
         return job.shape(job.done) if len(job.done) == len(job.texts) else None
 
-    def _written(self, command: RenderChat) -> str:
+    def _written(self, command: RenderChat) -> Written:
         """A conversation as the template writes it. Raises :class:`BadRequest` for one that is too long."""
-        text = self._chat.text(command)
+        written = self._chat.write(command)
+        text = written.text
         if len(text) > MAX_CHARS:
             raise BadRequest("messages", f"at most {MAX_CHARS} characters once the template has written them")
         if command.max_tokens is not None:
             self._tokenizer.check_length(text, command.max_tokens, "messages")
-        return text
+        return written
 
 
-def _first(tokens: list[list[int]]) -> list[int]:
-    return tokens[0]
+def _unwritten(tokens: list[list[int]]) -> object:
+    raise AssertionError("a conversation is written before it is tokenized")

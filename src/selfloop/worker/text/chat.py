@@ -9,9 +9,11 @@ import msgspec
 from selfloop.types.errors import BadRequest, OperationFailed
 from selfloop.types.model_tokenizer import BeyondVocabulary, ModelTokenizer
 from selfloop.types.tool_templates import template_with_tools
-from selfloop.worker.protocol import RenderChat
+from selfloop.types.vision import VisionFacts, read_vision
+from selfloop.worker.protocol import RenderChat, RenderedChat
 from selfloop.worker.text.chat_render import Render, too_much_memory
 from selfloop.worker.text.helper_process import Helper, HelperEnded
+from selfloop.worker.text.image_places import ImagePlaces, Written
 
 _CPU_LIMIT_S = 2.0
 _PATIENCE_S = 30.0
@@ -41,12 +43,20 @@ class ChatTemplate:
     Args:
         templates: by name; the only one of a folder is "default".
         special_tokens: variables of the template, e.g. ``bos_token``.
+        places: how it writes images; None where the model sees none.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer, templates: dict[str, str], special_tokens: dict[str, str]) -> None:
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        templates: dict[str, str],
+        special_tokens: dict[str, str],
+        places: ImagePlaces | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._templates = templates
         self._special_tokens = special_tokens
+        self._places = places
 
     @classmethod
     def load(cls, model_dir: Path, tokenizer: ModelTokenizer) -> "ChatTemplate":
@@ -54,18 +64,21 @@ class ChatTemplate:
         # The older file of names counts only for what the newer one lacks.
         named = _read_json(model_dir / "special_tokens_map.json") | config
         special_tokens = {name: _content(named[name]) for name in _SPECIAL_TOKENS if named.get(name) is not None}
-        return cls(tokenizer, _templates(model_dir, config), special_tokens)
+        vision = read_vision(model_dir)
+        places = ImagePlaces(vision, tokenizer) if isinstance(vision, VisionFacts) else None
+        return cls(tokenizer, _templates(model_dir, config), special_tokens, places)
 
-    def tokens(self, command: RenderChat) -> list[int]:
-        """Token ids of a conversation. Raises what :meth:`text` raises."""
+    def tokens(self, command: RenderChat) -> RenderedChat:
+        """Token ids of a conversation. Raises what :meth:`write` raises."""
+        written = self.write(command)
         try:
-            return self._tokenizer.encode(self.text(command), add_special_tokens=False)
+            return written.rendered(self._tokenizer.encode(written.text, add_special_tokens=False))
         except BeyondVocabulary as error:
             raise BadRequest(field_with(error.token, command), str(error)) from None
         except ValueError as error:
             raise BadRequest("messages", str(error)) from None
 
-    def text(self, command: RenderChat) -> str:
+    def write(self, command: RenderChat) -> Written:
         """A conversation as the template writes it, which is still to be tokenized.
 
         Raises:
@@ -78,7 +91,12 @@ class ChatTemplate:
         options = command.options and _decode(
             _options_decoder, "chat_template_kwargs", command.options, "an object with variables of the template"
         )
-        return self._render(command, messages, tools or None, options or {})
+        if not command.num_images:
+            return Written(self._render(command, messages, tools or None, options or {}))
+        if self._places is None:
+            raise BadRequest("messages", "no images: the served model takes text only")
+        hidden = self._places.hide([messages, tools or None, options or {}])
+        return self._places.write(self._render(command, *hidden.values), hidden, command.num_images)
 
     def _render(
         self,

@@ -9,7 +9,8 @@ import pytest
 from fake_house import FakeHouse
 from fake_worker import sampled
 from selfloop.control.resources.catalogue import EMBEDDED_MODEL
-from selfloop.control.sampling.service import Chat, SampleSpec, Sampling, Weights
+from selfloop.control.sampling.chats import Chat
+from selfloop.control.sampling.service import SampleSpec, Sampling, Weights
 from selfloop.storage.db.tables import SamplerRow
 from selfloop.types.errors import BadRequest, Conflict, WorkerLost
 from selfloop.types.sampling import SampleDelta, SampleRequest, SampleResult, SamplingParams
@@ -125,7 +126,7 @@ async def test_a_stream_read_to_its_end_cancels_nothing(house: FakeHouse, sampli
 async def test_questions_about_text(sampling: Sampling):
     assert await sampling.tokenize(sampler(), ["ab", "c"]) == [[0, 97, 98], [0, 99]]
     assert await sampling.tokenize(sampler(), ["ab"], add_special_tokens=False) == [[97, 98]]
-    assert await sampling.render_chat(sampler(), Chat(b"[]")) == list(b"[]")
+    assert await sampling.render_chat(sampler(), Chat(b"[]")) == (list(b"[]"), [])
     with pytest.raises(BadRequest) as caught:
         await sampling.tokenize(sampler(), [""])
     assert (caught.value.field, caught.value.expected) == ("prompt", "at least one character")

@@ -11,6 +11,7 @@ from selfloop.server.openai.chat.choices import ChatChoice
 from selfloop.server.openai.chat.request import chat_request
 from selfloop.server.openai.params import spec_of
 from selfloop.server.openai.sampling import Chunks, Head, Json, Sampling, checked_max_tokens, num_sampled, usage
+from selfloop.server.shared.body import num_received, off_loop
 from selfloop.server.shared.connection import while_connected
 from selfloop.server.shared.sampling import weights_of
 from selfloop.server.shared.served_models import Target
@@ -21,9 +22,10 @@ async def chat_answer(
 ) -> Response:
     """The answer to a conversation, whole or streamed."""
     sampler = target.sampler
-    asked = chat_request(body, await while_connected(request, control.sampling.chat_template(sampler)))
+    facts = await while_connected(request, control.sampling.chat_facts(sampler))
+    asked = await off_loop(num_received(request), lambda: chat_request(body, facts.template, facts.vision))
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
-    prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
+    prompt, images = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
     max_tokens = checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
     spec = spec_of(
         body,
@@ -32,6 +34,7 @@ async def chat_answer(
         max_tokens,
         top_logprobs=asked.top_logprobs or 0,
         token_bytes=asked.top_logprobs is not None,
+        images=images,
     )
     choices = [
         ChatChoice(i, asked.tools, asked.top_logprobs is not None, bool(body.return_token_ids))

@@ -5,14 +5,18 @@ from typing import Any
 
 import msgspec
 
-from selfloop.control.sampling.service import Chat
+from selfloop.control.sampling.chats import Chat
 from selfloop.server.openai import wire
 from selfloop.server.openai.chat.tools import tool_use
 from selfloop.server.openai.params import Asked, asked, exactly_one_structure, refuse_unserved
+from selfloop.server.shared.chat_content import Content, with_image, with_text
 from selfloop.server.shared.decode import convert, to_json
+from selfloop.server.shared.images import ImageReader
 from selfloop.server.shared.sampling import MAX_TOP_LOGPROBS, json_schema, within
 from selfloop.server.shared.tools import ToolUse, has_variable, template_call, template_tool
 from selfloop.types.errors import BadRequest
+from selfloop.types.images import Image
+from selfloop.types.vision import TEXT_ONLY, TextOnly, VisionFacts
 
 # These the server sets itself.
 _OWN_VARIABLES = frozenset(
@@ -40,8 +44,11 @@ class ChatRequest:
     max_tokens_field: str
 
 
-def chat_request(body: wire.ChatBody, template: str | None) -> ChatRequest:
-    """Raises :class:`BadRequest` for any field that cannot be obeyed."""
+def chat_request(body: wire.ChatBody, template: str | None, vision: VisionFacts | TextOnly = TEXT_ONLY) -> ChatRequest:
+    """For a model with this chat template, and with these eyes.
+
+    Raises :class:`BadRequest` for any field that cannot be obeyed.
+    """
     wanted = asked(body)
     answer = _answer_schema(body.response_format)
     use = tool_use(body, template, answer)
@@ -55,7 +62,7 @@ def chat_request(body: wire.ChatBody, template: str | None) -> ChatRequest:
     structured, by = exactly_one_structure(**by_field, response_format=formatted, **{by_tools: use.structured})
     stop = [*wanted.stop, *use.own_stop]
     return ChatRequest(
-        _chat(body, template),
+        _chat(body, template, ImageReader(vision)),
         replace(wanted, structured=structured, structured_by=by, stop=stop),
         use,
         _top_logprobs(body),
@@ -92,10 +99,11 @@ def _answer_schema(given: wire.ResponseFormat | None) -> dict[str, Any] | None:
     return {"type": "object"} if given.type == "json_object" else None
 
 
-def _chat(body: wire.ChatBody, template: str | None) -> Chat:
+def _chat(body: wire.ChatBody, template: str | None, reader: ImageReader) -> Chat:
     if not body.messages:
         raise BadRequest("messages", "at least one message")
-    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    images: list[Image] = []
+    messages = [_message(message, f"messages[{i}]", reader, images) for i, message in enumerate(body.messages)]
     goes_on = bool(body.continue_final_message)
     if goes_on and body.add_generation_prompt:
         raise BadRequest("continue_final_message", "false or null when add_generation_prompt is true")
@@ -119,6 +127,7 @@ def _chat(body: wire.ChatBody, template: str | None) -> Chat:
         add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=goes_on,
         options=to_json(options, "chat_template_kwargs") if options else None,
+        images=images,
     )
 
 
@@ -139,12 +148,12 @@ def _tool(tool: wire.Tool) -> dict[str, object]:
     return template_tool(tool.function.name, tool.function.description, tool.function.parameters)
 
 
-def _message(message: wire.Message, where: str) -> dict[str, Any]:
-    """As templates read it: text as one string, a call's arguments as an object."""
+def _message(message: wire.Message, where: str, reader: ImageReader, images: list[Image]) -> dict[str, Any]:
+    """As templates read it: text as one string or beside images, a call's arguments as an object."""
     refuse_unserved(message, f"{where}.")
     # Templates know no developer; it is who speaks as system here.
     role = "system" if message.role == "developer" else message.role
-    content = _text(message.content, f"{where}.content")
+    content = _content(message.content, f"{where}.content", reader, images)
     rendered: dict[str, Any] = {"role": role, "content": content or ""}
     if message.tool_calls:
         if role != "assistant":
@@ -153,7 +162,7 @@ def _message(message: wire.Message, where: str) -> dict[str, Any]:
             _call(call, f"{where}.tool_calls[{i}].function") for i, call in enumerate(message.tool_calls)
         ]
     elif content is None:
-        raise BadRequest(f"{where}.content", "a string, or a list of text parts")
+        raise BadRequest(f"{where}.content", "a string, or a list of parts")
     if role == "tool":
         if message.tool_call_id is None:
             raise BadRequest(f"{where}.tool_call_id", "the id of the call that this message answers")
@@ -173,18 +182,31 @@ def _call(call: wire.ToolCall, where: str) -> dict[str, object]:
     return template_call(call.id, call.function.name, arguments)
 
 
-def _text(content: str | list[dict[str, Any]] | None, where: str) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        if part.get("type") != "text":
-            raise BadRequest(
-                f"{where}[{i}]", f"a part of type text: the served models take text only, got {_kind(part)}"
-            )
-        texts.append(convert(part, wire.TextPart, f"{where}[{i}]").text)
-    return "\n".join(texts)
+def _content(
+    given: str | list[dict[str, Any]] | None, where: str, reader: ImageReader, images: list[Image]
+) -> Content | None:
+    """What templates read; its images are added to ``images``."""
+    if given is None or isinstance(given, str):
+        return given
+    content: Content | None = "" if not given else None
+    for i, part in enumerate(given):
+        match part.get("type"):
+            case "text":
+                content = with_text(content, convert(part, wire.TextPart, f"{where}[{i}]").text)
+            case "image_url":
+                reader.check_seen(f"{where}[{i}]", "a part of type text")
+                images.append(_image(convert(part, wire.ImagePart, f"{where}[{i}]"), f"{where}[{i}]", reader))
+                content = with_image(content)
+            case kind:
+                expected = f"a part of type {reader.kinds('text', 'image_url')}"
+                raise BadRequest(f"{where}[{i}]", f"{expected}, got {_shown(kind)}")
+    return content
 
 
-def _kind(part: dict[str, Any]) -> str:
-    return msgspec.json.encode(part.get("type")).decode()[:100]
+def _image(part: wire.ImagePart, where: str, reader: ImageReader) -> Image:
+    refuse_unserved(part.image_url, f"{where}.image_url.")
+    return reader.from_data_url(part.image_url.url, f"{where}.image_url.url")
+
+
+def _shown(kind: object) -> str:
+    return msgspec.json.encode(kind).decode()[:100]

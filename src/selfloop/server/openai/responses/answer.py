@@ -14,7 +14,7 @@ from selfloop.server.openai.responses import wire
 from selfloop.server.openai.responses.events import ResponseAnswer
 from selfloop.server.openai.responses.request import Conversation, chat_of
 from selfloop.server.openai.sampling import as_asked, checked_max_tokens
-from selfloop.server.shared.body import off_loop
+from selfloop.server.shared.body import num_received, off_loop
 from selfloop.server.shared.connection import EventStream, while_connected
 from selfloop.server.shared.sampling import POLICY_VERSION_HEADER, weights_of
 from selfloop.server.shared.served_models import Target
@@ -30,14 +30,14 @@ async def responses_answer(
     """The response to an input, whole or streamed; it is not kept."""
     sampler = target.sampler
     chat, conversation = chat_of(body)
-    template = await while_connected(request, control.sampling.chat_template(sampler))
+    facts = await while_connected(request, control.sampling.chat_facts(sampler))
     with conversation.named():
-        asked = chat_request(chat, template)
+        asked = await off_loop(num_received(request), lambda: chat_request(chat, facts.template, facts.vision))
     weights = await while_connected(request, weights_of(request, sampler, caller, control, target.pinned))
     with conversation.named():
-        prompt = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
+        prompt, images = await while_connected(request, control.sampling.render_chat(sampler, asked.chat))
         max_tokens = checked_max_tokens(asked.max_tokens, asked.max_tokens_field, prompt, "messages", sampler)
-        spec = spec_of(chat, prompt, asked.asked, max_tokens)
+        spec = spec_of(chat, prompt, asked.asked, max_tokens, images=images)
     answer = ResponseAnswer(body, len(prompt), asked.tools)
     headers = {POLICY_VERSION_HEADER: str(weights.policy_version)}
     try:

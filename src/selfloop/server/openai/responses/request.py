@@ -20,6 +20,8 @@ _NAMES = (
     (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
     (re.compile(r"^(tools\[\d+\]|tool_choice)\.function(?=$|\.)"), r"\1"),
 )
+# An object with a URL there, and the URL itself here.
+_IMAGE_URL = re.compile(r"(?<=\.image_url)\.url$")
 _MESSAGE = re.compile(r"^messages\[(\d+)\](?:\.tool_calls\[(\d+)\]\.function)?(.*)$", re.DOTALL)
 
 
@@ -54,7 +56,12 @@ class Conversation:
             message = int(found[1])
             place = self._places[message] if found[2] is None else self._calls[message, int(found[2])]
             # Texts of their own, and not items with a content.
-            return place if place in ("input", "instructions") else place + found[3]
+            if place in ("input", "instructions"):
+                return place
+            within = _IMAGE_URL.sub("", found[3])
+            if self.messages[message].role == "tool":
+                within = within.replace(".content", ".output", 1)
+            return place + within
         if chat_field == "messages":
             return "input"
         for pattern, name in _NAMES:
@@ -112,7 +119,7 @@ def _take(conversation: Conversation, item: dict[str, Any], where: str) -> None:
     match item.get("type", "message"):
         case "message":
             message = convert(item, wire.MessageItem, where)
-            content = _text(message.content, f"{where}.content")
+            content = _content(message.content, f"{where}.content")
             conversation.add(chat_wire.Message(role=message.role, content=content), where)
         case "function_call":
             call = convert(item, wire.FunctionCallItem, where)
@@ -121,7 +128,7 @@ def _take(conversation: Conversation, item: dict[str, Any], where: str) -> None:
         case "function_call_output":
             output = convert(item, wire.FunctionCallOutputItem, where)
             refuse_unserved(output, f"{where}.")
-            content = _text(output.output, f"{where}.output")
+            content = _content(output.output, f"{where}.output")
             named = chat_wire.Message(role="tool", content=content, tool_call_id=output.call_id, name=output.name)
             conversation.add(named, where)
         case kind:
@@ -129,17 +136,22 @@ def _take(conversation: Conversation, item: dict[str, Any], where: str) -> None:
             raise BadRequest(f"{where}.type", f"{expected}, got {to_json(kind, where).decode()[:100]}")
 
 
-def _text(content: str | list[dict[str, Any]], where: str) -> str:
-    if isinstance(content, str):
-        return content
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        if part.get("type") not in ("input_text", "output_text"):
-            kind = to_json(part.get("type"), where).decode()[:100]
-            expected = "a part of type input_text or output_text: the served models take text only"
-            raise BadRequest(f"{where}[{i}]", f"{expected}, got {kind}")
-        texts.append(convert(part, wire.TextPart, f"{where}[{i}]").text)
-    return "\n".join(texts)
+def _content(given: str | list[dict[str, Any]], where: str) -> str | list[dict[str, Any]]:
+    """Parts as those of a chat, each in its place; what a model does not see is refused there."""
+    return given if isinstance(given, str) else [_part(part, f"{where}[{i}]") for i, part in enumerate(given)]
+
+
+def _part(given: dict[str, Any], where: str) -> dict[str, Any]:
+    match given.get("type"):
+        case "input_text" | "output_text":
+            return {"type": "text", "text": convert(given, wire.TextPart, where).text}
+        case "input_image":
+            image = convert(given, wire.ImagePart, where)
+            refuse_unserved(image, f"{where}.")
+            return {"type": "image_url", "image_url": {"url": image.image_url or ""}}
+        case kind:
+            expected = "a part of type input_text, output_text, or input_image where the model sees images"
+            raise BadRequest(where, f"{expected}; got {to_json(kind, where).decode()[:100]}")
 
 
 def _tool(given: dict[str, Any], where: str) -> chat_wire.Tool:

@@ -26,6 +26,14 @@ class TextPart(_Wire, frozen=True, kw_only=True):
     prompt_cache_breakpoint: Label = None
 
 
+class ImagePart(_Wire, frozen=True, kw_only=True):
+    type: Literal["input_image"]
+    image_url: str | None = None
+    file_id: Unserved = None
+    detail: Unserved = None
+    prompt_cache_breakpoint: Label = None
+
+
 class MessageItem(_Wire, frozen=True, kw_only=True):
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[dict[str, Any]]
