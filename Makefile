@@ -1,4 +1,4 @@
-# make setup | demo | test | test-stores | test-fast | fuzz | chaos | bit-flips | soak | audit | newest | lint | types | bench | docs | release | clean
+# make setup | demo | test | test-stores | test-fast | fuzz | chaos | bit-flips | soak | audit | newest | lint | types | bench | docs | docs-site | release | clean
 # PYTHON picks the interpreter of .venv (3.11 or newer), JOBS how many processes test at once, ARGS goes to demo, test and bench.
 
 PYTHON ?= python3
@@ -9,6 +9,7 @@ TRUSS := .venv-truss
 TINKER := .venv-tinker
 COOKBOOK := .venv-cookbook
 AUDIT := .venv-audit
+DOCS := .venv-docs
 TORCH_CLIENT := .venv-torch-client
 OPENAPI := .venv-openapi
 BACKENDS := .venv-backends
@@ -25,7 +26,7 @@ OPENAPI_READY := $(OPENAPI)/.ready
 BACKENDS_READY := $(BACKENDS)/.ready
 CLIENTS_READY := $(CLIENT_READY) $(TRUSS_READY) $(TINKER_READY) $(COOKBOOK_READY) $(TORCH_CLIENT_READY) $(OPENAPI_READY) $(BACKENDS_READY)
 
-.PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit newest lint types bench docs release clean
+.PHONY: setup demo test test-stores test-fast fuzz chaos bit-flips soak audit newest lint types bench docs docs-site release clean
 
 setup: $(READY) $(CLIENTS_READY)
 	@echo "Set up. Next: make demo"
@@ -154,6 +155,15 @@ soak: $(READY)
 
 bench: $(READY) $(CLIENT_READY)
 	$(BIN)/python -m bench.selection --json build/bench/selection.json $(ARGS)
+
+# A site of the documentation in build/site, its links checked.
+docs-site: $(DOCS)/.ready
+	@$(DOCS)/bin/python .ci/docs_site.py $(DOCS)/bin/mkdocs
+
+$(DOCS)/.ready: requirements/docs.txt
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install -qq -r requirements/docs.txt
+	@touch $@
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
