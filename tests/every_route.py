@@ -93,6 +93,8 @@ ROUTES: dict[str, list[Ask]] = {
     "GET /openapi.json": [PUBLIC],
     "GET /": [PUBLIC],
     "GET /dashboard/{file}": [PUBLIC],
+    "GET /docs": [PUBLIC],
+    "GET /docs/{file}": [PUBLIC],
     "GET /metrics": [listed()],
     # A run's data plane.
     "GET /loops/runs/{run_id}/health": [gone()],

@@ -225,3 +225,45 @@ def test_an_empty_server_says_what_is_next(browser: Browser, gateway: Gateway):
         go(browser, place)
         browser.shows(said)
     browser.click("button", "Sign out")
+
+
+def test_a_route_is_tried_with_the_key_that_is_typed_into_the_api_browser(browser: Browser, gateway: Gateway):
+    browser.size(1280, 900)
+    browser.open(gateway.url + "/")
+    browser.until("document.readyState === 'complete'")
+    browser.value("sessionStorage.clear()")
+    browser.open(gateway.url + "/docs")
+    assert call_from_the_api_browser(browser) == "401"
+    browser.open(gateway.url + "/docs")
+    browser.until("!window.row && document.querySelector('.opblock')")
+    browser.click("button.authorize", "Authorize")
+    browser.until("document.querySelector('.auth-container input')")
+    browser.value("document.querySelector('.auth-container input').focus()")
+    browser.type(KEY)
+    browser.click(".auth-container button.authorize", "Authorize")
+    browser.click(".auth-container button.btn-done", "Close")
+    assert call_from_the_api_browser(browser) == "200"
+
+
+def test_the_api_browser_knows_the_key_of_who_signed_in(page: Browser):
+    page.click("nav a", "API")
+    page.until("document.querySelector('.opblock')")
+    page.until("document.querySelector('button.authorize.locked')")
+    assert call_from_the_api_browser(page) == "200"
+
+
+def call_from_the_api_browser(page: Browser) -> str:
+    """The status of GET /v1/loops/runs, sent by its own buttons."""
+    page.until("document.querySelector('.opblock')")
+    # Rows are made as they come into view.
+    page.until(
+        "(scrollBy(0, 300), window.row = [...document.querySelectorAll('.opblock-get')]"
+        ".find(one => one.querySelector('[data-path=\"/v1/loops/runs\"]')))"
+    )
+    page.value("row.querySelector('.opblock-summary-control').click()")
+    page.until("row.querySelector('.try-out__btn')")
+    page.value("row.querySelector('.try-out__btn').click()")
+    page.until("row.querySelector('button.execute')")
+    page.value("row.querySelector('button.execute').click()")
+    status = "row.querySelector('.live-responses-table .response .response-col_status')"
+    return page.until(f"(found => found && found.innerText.trim().slice(0, 3))({status})")

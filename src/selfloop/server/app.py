@@ -12,7 +12,19 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 import selfloop
 from selfloop.control.gateway import Control
 from selfloop.control.observe.instruments import REGISTRY
-from selfloop.server import anthropic, dashboard, errors, graphql, hub, loops, management, openai, openapi, tinker
+from selfloop.server import (
+    anthropic,
+    api_browser,
+    dashboard,
+    errors,
+    graphql,
+    hub,
+    loops,
+    management,
+    openai,
+    openapi,
+    tinker,
+)
 from selfloop.server.middleware.body_limit import BodyLimit
 from selfloop.server.middleware.dialects import RequestDialect
 from selfloop.server.middleware.guard import Guard
@@ -35,6 +47,7 @@ DIALECTS = (
     graphql.DIALECT,
     hub.DIALECT,
     dashboard.DIALECT,
+    api_browser.DIALECT,
 )
 
 _own = APIRouter(tags=["operations"])

@@ -241,6 +241,8 @@ async def test_a_read_only_route_is_added_to_a_dialect_that_is_there():
         ("/hf/org/x", "hub"),
         ("/", "dashboard"),
         ("/dashboard/app.js", "dashboard"),
+        ("/docs", "api_browser"),
+        ("/docs/docs.js", "api_browser"),
         ("/healthz", "server"),
         ("/v2", "server"),
     ],

@@ -96,7 +96,8 @@ function Page({ user, onSignOut }) {
     <header>
       <strong>Selfloop</strong>
       <nav aria-label="Pages">${NAVIGATION.map(([name, label]) => html`
-        <a href=${`#/${name}`} aria-current=${name === here ? "page" : null}>${label}</a>`)}</nav>
+        <a href=${`#/${name}`} aria-current=${name === here ? "page" : null}>${label}</a>`)}
+        <a href="docs">API</a></nav>
       <span class="who">${user.email || user.user_id} <button type="button" onClick=${onSignOut}>Sign out</button></span>
     </header>
     <main id="main" tabindex="-1" ref=${main}>${view(at)}</main>`;
