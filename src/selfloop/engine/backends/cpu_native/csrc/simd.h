@@ -17,6 +17,9 @@ using bf16 = uint16_t;
 constexpr int LANES = 16;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
+// For what would be called with its lanes in memory where they are several registers.
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Have a cache line brought from memory meanwhile, as near as it goes or one cache farther.
@@ -60,7 +63,7 @@ static inline T narrow_one(float x) {
 }
 
 // e^x within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]; exactly 1 at 0 and 0 below -104.
-static inline f32x16 exp(f32x16 x) {
+ALWAYS_INLINE f32x16 exp(f32x16 x) {
     const f32x16 n = nearest(x * all(1.44269504f));
     f32x16 r = less_product(n, all(0.693359375f), x);
     r = less_product(n, all(-2.12194440e-4f), r);
@@ -69,6 +72,6 @@ static inline f32x16 exp(f32x16 x) {
     return zero_below(x, -104.f, times_power(y, n));
 }
 
-static inline f32x16 sigmoid(f32x16 x) { return all(1.f) / (all(1.f) + exp(zero() - x)); }
+ALWAYS_INLINE f32x16 sigmoid(f32x16 x) { return all(1.f) / (all(1.f) + exp(zero() - x)); }
 
 }  // namespace selfloop
