@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CLONE = Path(__file__).parents[3]
+_PACKAGED = Path(__file__).parent / "data"
 CLIENT_PACKAGE = "baseten-loops"
 CLIENT_VERSION = "0.32.0"
 
@@ -31,6 +32,12 @@ _IS_NEW_ENOUGH = "import sys, venv, ensurepip; assert sys.version_info >= (3, 12
 
 class ClientEnvironmentFailed(Exception):
     """The environment cannot be made; the text says why and what to do."""
+
+
+def carried(name: str) -> Path:
+    """The file ``name`` of the repository: the wheel's copy of it (``setup.py`` lists them), or that of the clone."""
+    packaged = _PACKAGED / name
+    return packaged if packaged.is_file() else CLONE / name
 
 
 def python_of(environment: Path) -> Path:
@@ -87,8 +94,7 @@ def make_environment(environment: Path, base: str) -> None:
 
 
 def _requirements() -> list[str]:
-    pinned = CLONE / "requirements" / "client.txt"
-    return ["-r", str(pinned)] if pinned.is_file() else [f"{CLIENT_PACKAGE}=={CLIENT_VERSION}", "jinja2"]
+    return ["-r", str(carried("requirements/client.txt"))]
 
 
 def _succeeds(python: str | Path, code: str) -> bool:

@@ -19,7 +19,7 @@ from rich.console import Console
 from selfloop.cli import client_env
 from selfloop.types.client_variables import client_variables
 
-EXAMPLES = client_env.CLONE / "examples"
+EXAMPLES = client_env.carried("examples/quickstart.py").parent
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 20.0
@@ -57,7 +57,7 @@ def run_demo(data_dir: Path, base_model: str | None = None, steps: int | None = 
 def _run(console: Console, data_dir: Path, base_model: str | None, steps: int | None) -> int:
     script = EXAMPLES / "quickstart.py"
     if not script.is_file():
-        raise DemoFailed("selfloop demo runs from a clone of the repository: examples/quickstart.py is not here.")
+        raise DemoFailed(f"{script} is not here: reinstall selfloop, or run it from a whole clone.")
     log_file = data_dir / "logs" / "demo-server.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
     url, key = f"http://127.0.0.1:{_free_port()}", secrets.token_urlsafe(24)

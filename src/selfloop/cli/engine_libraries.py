@@ -3,7 +3,12 @@
 import importlib.util
 
 ENGINE_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
-HOW_TO_INSTALL = "pip install 'selfloop[engine]'"
+# PyPI's torch for Linux brings gigabytes of CUDA libraries; this is PyTorch's own index of builds without them.
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+HOW_TO_INSTALL = (
+    f"pip install torch --index-url {CPU_INDEX} && pip install 'selfloop[engine]' for a CPU, "
+    "pip install 'selfloop[cuda]' for NVIDIA GPUs"
+)
 
 
 def missing() -> list[str]:

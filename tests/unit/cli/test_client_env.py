@@ -56,5 +56,5 @@ def test_a_failed_install_says_why(clone: Path):
 
 
 def test_the_pins_name_the_version_we_know():
-    pins = (client_env.CLONE / "requirements" / "client.txt").read_text().split()
+    pins = client_env.carried("requirements/client.txt").read_text().split()
     assert f"{client_env.CLIENT_PACKAGE}=={client_env.CLIENT_VERSION}" in pins

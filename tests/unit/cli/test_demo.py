@@ -119,10 +119,10 @@ sys.exit(demo.run_demo(pathlib.Path({str(data_dir)!r})))
     assert server_is_gone(data_dir)
 
 
-def test_outside_a_clone(data_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_without_the_script(data_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setattr(demo, "EXAMPLES", data_dir / "nowhere")
     assert demo.run_demo(data_dir) == 1
-    assert "runs from a clone" in capfd.readouterr().out
+    assert "reinstall selfloop" in capfd.readouterr().out
 
 
 def test_the_script_sees_only_the_demos_server(tmp_path: Path):
