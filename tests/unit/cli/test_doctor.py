@@ -65,7 +65,7 @@ def test_a_machine_that_can_serve(tmp_path: Path, no_client: None):
 def test_a_problem_is_exit_code_one(tmp_path: Path, no_client: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_libraries.importlib.util, "find_spec", lambda name: None)
     arguments = ["doctor", "--data-dir", str(tmp_path), "--port", str(free_port())]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
     assert result.exit_code == 1
     assert "Not ready: engine libraries, PyTorch." in result.output
     assert "pip install 'selfloop[engine]'" in result.output
