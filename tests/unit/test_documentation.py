@@ -54,6 +54,9 @@ COMMANDS = {
     "selfloop checkpoints deploy": ["CHECKPOINT", "--data-dir", "--json", "--name", "--url"],
     "selfloop checkpoints list": ["--data-dir", "--json", "--model", "--run", "--target", "--url"],
     "selfloop checkpoints download": ["CHECKPOINT", "FOLDER", "--data-dir", "--json", "--url"],
+    "selfloop cluster drain": ["GROUP", "--data-dir", "--json", "--undo", "--url"],
+    "selfloop cluster move": ["RUN_ID", "--data-dir", "--json", "--to", "--url"],
+    "selfloop cluster status": ["--data-dir", "--json", "--url"],
     "selfloop demo": ["--data-dir", "--steps"],
     "selfloop doctor": ["--bench", "--data-dir", "--json", "--model", "--port", "--store", "--verify"],
     "selfloop exec": ["ARGUMENTS", "SCRIPT", "--data-dir", "--python", "--url"],
@@ -142,6 +145,7 @@ COMMANDS = {
         "--training-share",
         "--usd-per-gigabyte-month",
         "--usd-per-million-tokens",
+        "--workers",
     ],
     "selfloop usage": ["--by", "--data-dir", "--json", "--since", "--team", "--url"],
 }

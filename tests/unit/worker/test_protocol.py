@@ -9,7 +9,7 @@ import pytest
 
 from selfloop.types.blob_ref import DATA, BlobRef, blob_ref, local_path
 from selfloop.worker import protocol
-from selfloop.worker.protocol import Call, Event, Heartbeat, Written
+from selfloop.worker.protocol import Call, Event, Heartbeat, RenderedChat, Written
 from selfloop.worker.serving.staging import SharedDisk
 
 
@@ -29,7 +29,7 @@ def fields_of(type_: object, seen: set[object]) -> list[tuple[str, str, object]]
 
 def test_no_message_has_a_path():
     seen: set[object] = set()
-    found = [field for message in (Call, Event, Heartbeat, Written) for field in fields_of(message, seen)]
+    found = [field for message in (Call, Event, Heartbeat, Written, RenderedChat) for field in fields_of(message, seen)]
     members = [value for value in vars(protocol).values() if isinstance(value, type)]
     structs = {member for member in members if member.__module__ == protocol.__name__}
     assert structs <= seen, "every message is looked at"
